@@ -1,0 +1,33 @@
+# Needs only Python, make and a network. The environment lives in .venv and is made once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: example test lint bench docs clean
+
+example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
+	$(BIN)/python -m examples.brain_tumor demo
+
+test: lint  ## lint, type-check and test
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev.done  ## accuracy beside pytorch-metric-learning
+	$(BIN)/python benchmarks/accuracy.py
+
+docs: .venv/docs.done  ## the site, in docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
+clean:
+	rm -rf .venv docs/_build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%.done: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[$*]"
+	touch $@

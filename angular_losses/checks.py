@@ -1,0 +1,159 @@
+"""Small validators: a message starts with the argument's name, then says what was expected.
+
+None of them synchronises with an accelerator: shapes, dtypes and devices are known on the host, and
+label values are asserted on the device that holds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def number(name: str, value: object, low: float, high: float = math.inf, unit: str = "") -> float:
+    """Return ``value`` as a float when low <= value < high.
+
+    Raises:
+        TypeError: If ``value`` is not a real number.
+        ValueError: If it is outside the range or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number{unit}, got {_describe(value)}")
+    if not low <= value < high:
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}){unit}, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: object) -> float:
+    """Return ``value`` as a float when it is above 0 and finite.
+
+    Raises:
+        TypeError: If ``value`` is not a real number.
+        ValueError: If it is not positive and finite.
+    """
+    if isinstance(value, (int, float)) and value == 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+    return number(name, value, 0.0)
+
+
+def multiplicative_margin(name: str, value: object) -> float:
+    """Return a margin that multiplies the angle: at least 1. Raises as :func:`number`."""
+    return number(name, value, 1.0)
+
+
+def angular_margin(name: str, value: object) -> float:
+    """Return a margin that is added to the angle: radians in [0, pi). Raises as :func:`number`."""
+    try:
+        return number(name, value, 0.0, math.pi, " radians")
+    except ValueError as error:
+        if isinstance(value, (int, float)) and math.pi <= value < 180:
+            in_radians = f"{value:g} degrees would be {math.radians(value):.4f} radians"
+            raise ValueError(f"{error}; degrees are not accepted ({in_radians})") from None
+        raise
+
+
+def cosine_margin(name: str, value: object) -> float:
+    """Return a margin that is taken off the cosine: in [0, 2). Raises as :func:`number`."""
+    return number(name, value, 0.0, 2.0)
+
+
+def positive_integer(name: str, value: object) -> int:
+    """Return ``value`` when it is an int of at least 1.
+
+    Raises:
+        TypeError: If ``value`` is not an int.
+        ValueError: If it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def floating(
+    name: str, value: object, *shape: int | str, device: torch.device | None = None
+) -> None:
+    """Raise unless ``value`` is a floating-point tensor of ``shape`` (a str stands for any size).
+
+    Raises:
+        TypeError: If it is not a floating-point tensor.
+        ValueError: If its shape or device is another.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {_describe(value)}")
+    sizes = value.shape
+    fits = len(sizes) == len(shape) and all(
+        isinstance(expected, str) or size == expected
+        for size, expected in zip(sizes, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(sizes)}")
+    if device is not None and value.device != device:
+        raise ValueError(
+            f"{name}: expected device {device}, that of embeddings, got {value.device}"
+        )
+
+
+def batch(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None = None
+) -> None:
+    """Raise unless embeddings (N, d), weight (C, d) and labels (N,) belong together.
+
+    On the CPU a label out of range raises at once. On other devices, and under ``torch.compile``,
+    it is asserted where the labels live, without a synchronisation. Inside a ``torch.func``
+    transform label values cannot be read; the lookup of the class centre raises instead.
+
+    Raises:
+        TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
+        ValueError: If a shape, a device or a label is out of place.
+    """
+    floating("embeddings", embeddings, "N", "d")
+    floating("weight", weight, "C", embeddings.shape[1], device=embeddings.device)
+    if 0 in (*weight.shape, embeddings.shape[1]):
+        raise ValueError(
+            f"weight: expected at least one class and one dimension, got {tuple(weight.shape)}"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+        raise TypeError(f"labels: expected an integer tensor, got {_describe(labels)}")
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"labels: expected shape ({embeddings.shape[0]},), one label an embedding, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.device != embeddings.device:
+        raise ValueError(
+            f"labels: expected device {embeddings.device}, that of embeddings, got {labels.device}"
+        )
+    _label_range(labels, weight.shape[0], ignore_index)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _label_range(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    inside = (labels >= 0) & (labels < num_classes)
+    if ignore_index is not None:
+        inside = inside | (labels == ignore_index)
+    ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+    message = f"labels: expected values in [0, {num_classes}){ignored}"
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        torch._assert_async(inside.all(), message)
+    elif not torch._C._functorch.is_functorch_wrapped_tensor(labels) and not inside.all():
+        raise ValueError(f"{message}, got {int(labels[~inside][0])}")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype}"
+    return f"{value!r} of type {type(value).__name__}"

@@ -1,0 +1,137 @@
+"""Directions and angles: the one place where the singularities of the family live.
+
+An angle taken as acos of a cosine has lost half of its digits before acos is called, and its
+derivative, 1 / sin(theta), blows up at both ends. Here the angle comes from the two difference
+vectors of the directions, u - v and u + v, which keep every digit from 0 to pi; so do the first
+and second derivatives that autograd takes through them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+
+
+def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Unit vectors along the last dimension, for vectors of any finite length.
+
+    A vector whose largest component is below ``finfo(vectors.dtype).tiny ** (7 / 8)`` (6e-34 in
+    float32 and bfloat16, 2e-4 in float16, 3e-270 in float64) counts as zero: its direction is the
+    zero vector and its gradient zero, because 1 / norm would overflow the gradient's own dtype.
+
+    Args:
+        vectors: (..., d), floating point.
+        dtype: The dtype to work in and to return; that of ``vectors`` by default.
+
+    Returns:
+        (..., d) directions in ``dtype``.
+
+    Example:
+        >>> directions(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    smallest = torch.finfo(vectors.dtype).tiny ** (7 / 8)
+    vectors = vectors.to(dtype or vectors.dtype)
+    # The direction does not depend on the length, so dividing by a constant first is exact, for
+    # every derivative too, and no square can overflow or underflow.
+    largest = torch.linalg.vector_norm(vectors.detach(), torch.inf, dim=-1, keepdim=True)
+    is_zero = largest < smallest
+    scaled = vectors * (1 / largest).masked_fill(is_zero, 0)
+    square = scaled.square().sum(-1, keepdim=True)
+    unit: Tensor = scaled * square.masked_fill(is_zero, 1).rsqrt()
+    return unit
+
+
+def angle_between(first: Tensor, second: Tensor) -> Tensor:
+    r"""The angle of each pair of vectors, exact to rounding from 0 to pi.
+
+    .. math:: \theta = 2\,\mathrm{atan2}(|u - v|,\ |u + v|),
+        \qquad u = x / |x|,\ v = w / |w|
+
+    The work is done in float64 (float32 on devices without it, such as Apple's MPS). The gradient
+    is the unit tangent divided by the vector's length. First and second derivatives are finite
+    everywhere, and zero where the pair is parallel or opposite to within the last digits of the
+    working precision (1.8e-15 rad in float64), where theta is exactly 0 or pi. A zero vector has
+    angle pi / 2 to everything, and no gradient.
+
+    Args:
+        first: (..., d), floating point.
+        second: (..., d), floating point, the same shape.
+
+    Returns:
+        theta (...) in radians, float64.
+
+    Example:
+        >>> angle_between(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1e-8]]))
+        tensor([1.0000e-08], dtype=torch.float64)
+
+    References:
+        W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point
+        Computation?", 2006, section 12.
+    """
+    dtype = _precise_dtype(first.device)
+    u, v = directions(first, dtype), directions(second, dtype)
+    apart, together = _length(u - v), _length(u + v)
+    both_zero = apart + together == 0
+    return 2 * torch.atan2(apart.masked_fill(both_zero, 1), together.masked_fill(both_zero, 1))
+
+
+def target_angle(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    r"""The angle between each embedding and the centre of its class.
+
+    .. math:: \theta_i = \angle(x_i, w_{y_i})
+
+    Args:
+        embeddings: (N, d), floating point, of any finite length.
+        weight: (C, d) class centres, floating point.
+        labels: (N,) integers in [0, C).
+
+    Returns:
+        theta (N,) in radians, in [0, pi], float64 (float32 on devices without float64); see
+        :func:`angle_between` for its precision and derivatives.
+
+    Raises:
+        TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
+        ValueError: If shapes or devices do not fit, or a label is outside [0, C).
+
+    Example:
+        >>> weight = torch.eye(2)
+        >>> target_angle(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), weight, torch.tensor([0, 1]))
+        tensor([0.0000, 0.7854], dtype=torch.float64)
+    """
+    checks.batch(embeddings, weight, labels)
+    return angle_between(embeddings, weight.index_select(0, labels.long()))
+
+
+def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
+    """The cosine of every embedding with every class centre.
+
+    Args:
+        embeddings: (N, d), floating point, of any finite length.
+        weight: (C, d) class centres, floating point.
+
+    Returns:
+        (N, C), float32, or float64 when either input is float64.
+
+    Example:
+        >>> cosines(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        tensor([[1., 0.]])
+    """
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    return F.linear(directions(embeddings, dtype), directions(weight, dtype))
+
+
+def _length(difference: Tensor) -> Tensor:
+    """Euclidean length whose derivatives of every order are zero where it is only rounding."""
+    resolution = 8 * torch.finfo(difference.dtype).eps
+    square = difference.square().sum(-1)
+    is_rounding = square <= resolution**2
+    return square.masked_fill(is_rounding, 1).sqrt().masked_fill(is_rounding, 0)
+
+
+def _precise_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,236 @@
+r"""Margins: plain functions of the target angle that return the target logit before scaling.
+
+Each takes theta in radians (any shape) and a margin (a float, or a tensor that broadcasts against
+theta, for a margin of its own for each sample), and is smooth enough for autograd to differentiate
+as it stands. A function of your own works wherever one of these does.
+
+Adding a margin to the angle, or multiplying the angle, can take it past pi, where the plain cosine
+turns upward again and a wrong sample is rewarded for getting worse. By default the cosine is
+*unrolled* there, as SphereFace does it: continuous, with a continuous derivative, decreasing on the
+whole of [0, pi]. What published code does instead exists by name, in the argument ``beyond``:
+
+==============  ============================================  ==================================
+``beyond``      past theta + m = pi                           who does so
+==============  ============================================  ==================================
+"decreasing"    -cos(theta + m) - 2 (smooth, falls on)        the default here
+"plain"         cos(theta + m) (rises again)                  insightface, ElasticFace, AdaCos
+"linear"        cos(theta) - m sin(m) (jumps down at pi - m)  pytorch-metric-learning, face.evoLVe
+"shifted"       cos(theta) - (1 - cos(m)) (continuous)        wespeaker
+"clamped"       -1 (theta + m stops at pi; no gradient)       OpenSphere, AdaFace
+"cosine"        cos(theta) (jumps up)                         FaceX-Zoo
+"easy"          the margin only where theta < pi / 2          ``easy_margin=True`` of many
+==============  ============================================  ==================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+MarginFunction: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> Tensor:
+    r"""The psi of SphereFace, for any real m >= 1.
+
+    .. math:: \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \qquad
+        k = \lfloor m\theta / \pi \rfloor \le \lceil m \rceil - 1
+
+    Args:
+        theta: Target angle in radians, in [0, pi].
+        m: Multiplicative margin, m >= 1 (1: no margin), a float or a tensor.
+        beyond: "decreasing" (the paper) or "plain": cos(m theta) without k, as in code that is
+            not monotone (module docstring).
+
+    Returns:
+        The target logit before scaling, in [1 - 2m, 1] (for integer m), shaped like theta.
+
+    Raises:
+        TypeError: If m is neither a number nor a tensor.
+        ValueError: If m (a float) is below 1, or ``beyond`` is not one of the two.
+
+    Example:
+        >>> sphereface(torch.tensor([0.0, torch.pi / 4, torch.pi]), 4)
+        tensor([ 1., -1., -7.])
+
+    References:
+        W. Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017,
+        arXiv:1704.08063, eq. (7); eq. (3) of HSADML.
+    """
+    _check(checks.multiplicative_margin, m=m)
+    checks.choice("beyond", beyond, SPHEREFACE_BEYOND)
+    return torch.cos(m * theta) if beyond == "plain" else _unrolled_cosine(m * theta)
+
+
+def cosface(theta: Tensor, m: float | Tensor) -> Tensor:
+    r"""CosFace (AM-Softmax): :math:`\cos\theta - m`.
+
+    Args:
+        theta: Target angle in radians, in [0, pi].
+        m: Additive margin on the cosine, in [0, 2), a float or a tensor.
+
+    Returns:
+        The target logit before scaling, shaped like theta.
+
+    Raises:
+        TypeError: If m is neither a number nor a tensor.
+        ValueError: If m (a float) is outside [0, 2).
+
+    Example:
+        >>> cosface(torch.tensor([0.0]), 0.35)
+        tensor([0.6500])
+
+    References:
+        H. Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018,
+        arXiv:1801.09414, eq. (4).
+    """
+    _check(checks.cosine_margin, m=m)
+    return torch.cos(theta) - m
+
+
+def arcface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> Tensor:
+    r"""ArcFace (AAM-Softmax): :math:`\cos(\theta + m)`, unrolled past pi.
+
+    Args:
+        theta: Target angle in radians, in [0, pi].
+        m: Additive margin on the angle in radians, in [0, pi), a float or a tensor.
+        beyond: What happens past theta + m = pi; the table in the module's docstring.
+
+    Returns:
+        The target logit before scaling, shaped like theta.
+
+    Raises:
+        TypeError: If m is neither a number nor a tensor.
+        ValueError: If m (a float) is outside [0, pi), or ``beyond`` is not in the table.
+
+    Example:
+        >>> arcface(torch.tensor([0.0, torch.pi]), 0.5)
+        tensor([ 0.8776, -1.1224])
+
+    References:
+        J. Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition",
+        CVPR 2019, arXiv:1801.07698, eq. (3).
+    """
+    _check(checks.angular_margin, m=m)
+    checks.choice("beyond", beyond, ARCFACE_BEYOND)
+    return _unrolled_cosine(theta + m) if beyond == "decreasing" else _BEYOND[beyond](theta, m)
+
+
+def combined(
+    theta: Tensor,
+    m1: float | Tensor,
+    m2: float | Tensor,
+    m3: float | Tensor,
+    *,
+    beyond: str = "decreasing",
+) -> Tensor:
+    r"""The combined margin: :math:`\cos(m_1\theta + m_2) - m_3`, unrolled past pi.
+
+    (m, 0, 0) is :func:`sphereface`, (1, m, 0) :func:`arcface` and (1, 0, m) :func:`cosface`.
+
+    Args:
+        theta: Target angle in radians, in [0, pi].
+        m1: Multiplicative margin, above 0, a float or a tensor.
+        m2: Additive margin on the angle in radians, in [0, pi), a float or a tensor.
+        m3: Additive margin on the cosine, in [0, 2), a float or a tensor.
+        beyond: "decreasing" or "plain" (no unrolling, as insightface defines it).
+
+    Returns:
+        The target logit before scaling, shaped like theta.
+
+    Raises:
+        TypeError: If a margin is neither a number nor a tensor.
+        ValueError: If a margin (a float) is out of its range, or ``beyond`` is not one of the two.
+
+    Example:
+        >>> combined(torch.tensor([0.5]), 1.0, 0.3, 0.2)
+        tensor([0.4967])
+
+    References:
+        J. Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4).
+    """
+    _check(checks.positive, m1=m1)
+    _check(checks.angular_margin, m2=m2)
+    _check(checks.cosine_margin, m3=m3)
+    checks.choice("beyond", beyond, SPHEREFACE_BEYOND)
+    phi = m1 * theta + m2
+    return (torch.cos(phi) if beyond == "plain" else _unrolled_cosine(phi)) - m3
+
+
+def detached(margin: MarginFunction) -> MarginFunction:
+    r"""The margin in the forward pass, the gradient of plain :math:`\cos\theta` in the backward.
+
+    insightface and OpenSphere train so: the margin moves the logit but is not differentiated.
+
+    Args:
+        margin: A function of theta.
+
+    Returns:
+        A function of theta with the values of ``margin`` and the derivative of the cosine.
+
+    Example:
+        >>> theta = torch.tensor(1.0, requires_grad=True)
+        >>> detached(lambda theta: arcface(theta, 0.5))(theta).backward()
+        >>> torch.allclose(theta.grad, -torch.sin(theta))
+        True
+
+    References:
+        W. Liu et al., "SphereFace Revived: Unifying Hyperspherical Face Recognition", TPAMI 2022,
+        arXiv:2109.05565, "characteristic gradient detachment".
+    """
+
+    def with_gradient_of_cosine(theta: Tensor) -> Tensor:
+        cosine = torch.cos(theta)
+        return cosine + (margin(theta) - cosine).detach()
+
+    return with_gradient_of_cosine
+
+
+def _unrolled_cosine(phi: Tensor) -> Tensor:
+    """(-1)^k cos(phi) - 2k with k = floor(phi / pi): the cosine, falling for ever.
+
+    Both branches meet with equal value and slope at each multiple of pi, so it does not matter on
+    which side rounding puts k, and the paper's bound k <= ceil(m) - 1 holds in value at theta = pi.
+    """
+    k = torch.floor(phi.detach() / math.pi)
+    return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
+
+
+def _past_pi(instead: Callable[[Tensor, float | Tensor], Tensor]) -> Callable[..., Tensor]:
+    def margin(theta: Tensor, m: float | Tensor) -> Tensor:
+        return torch.where(theta + m <= math.pi, torch.cos(theta + m), instead(theta, m))
+
+    return margin
+
+
+def _sin(m: float | Tensor) -> float | Tensor:
+    return torch.sin(m) if isinstance(m, Tensor) else math.sin(m)
+
+
+def _cos(m: float | Tensor) -> float | Tensor:
+    return torch.cos(m) if isinstance(m, Tensor) else math.cos(m)
+
+
+_BEYOND: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
+    "plain": lambda theta, m: torch.cos(theta + m),
+    "linear": _past_pi(lambda theta, m: torch.cos(theta) - m * _sin(m)),
+    "shifted": _past_pi(lambda theta, m: torch.cos(theta) - (1 - _cos(m))),
+    "clamped": lambda theta, m: torch.cos((theta + m).clamp(max=math.pi)),
+    "cosine": _past_pi(lambda theta, m: torch.cos(theta)),
+    "easy": lambda theta, m: torch.cos(torch.where(theta < math.pi / 2, theta + m, theta)),
+}
+
+SPHEREFACE_BEYOND = ("decreasing", "plain")
+ARCFACE_BEYOND = ("decreasing", *_BEYOND)
+
+
+def _check(check: Callable[[str, object], float], **margin: float | Tensor) -> None:
+    for name, value in margin.items():
+        if not isinstance(value, Tensor):  # reading a tensor's values would synchronise
+            check(name, value)
