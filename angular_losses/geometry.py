@@ -41,8 +41,10 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     largest = torch.linalg.vector_norm(vectors.detach(), torch.inf, dim=-1, keepdim=True)
     is_zero = largest < smallest
     scaled = vectors * (1 / largest).masked_fill(is_zero, 0)
-    square = scaled.square().sum(-1, keepdim=True)
-    unit: Tensor = scaled * square.masked_fill(is_zero, 1).rsqrt()
+    # An error in the length would scale every cosine of the row: it gets the spare digits.
+    square = scaled.square().sum(-1, keepdim=True, dtype=_precise_dtype(vectors.device))
+    inverse = square.masked_fill(is_zero, 1).rsqrt().to(vectors.dtype)
+    unit: Tensor = scaled * inverse
     return unit
 
 

@@ -94,11 +94,13 @@ def _log_negatives(
     """Log of the sum over j != y of exp(scale cos_j): (N,), the log itself in ``dtype``."""
     if cosine.shape[1] == 1:
         return cosine.new_full(cosine.shape[:1], -torch.inf, dtype=dtype)
-    negatives = cosine.scatter(1, labels[:, None], -torch.inf)
-    largest = negatives.detach().amax(1, keepdim=True)
+    column = labels[:, None]
+    largest = cosine.detach().scatter(1, column, -torch.inf).amax(1, keepdim=True)
     # The largest is subtracted from the cosines, not from the logits: that difference is nearly
-    # exact, while scale * cosine would round to an ulp of 64 first.
-    summed = (_column(scale) * (negatives - largest)).exp().sum(1)
+    # exact, while scale * cosine would round to an ulp of 64 first. The target's own difference is
+    # set to 0 before the exponential, which could overflow, and its term to 0 after it.
+    exponent = _column(scale) * (cosine - largest).scatter(1, column, 0.0)
+    summed = exponent.exp().scatter(1, column, 0.0).sum(1)
     return scale * largest[:, 0].to(dtype) + summed.to(dtype).log()
 
 

@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from angular_losses import angle_between, arcface, combined, cosface, detached, sphereface
+from angular_losses.margins import ARCFACE_BEYOND
+from tests import reference, strategies
+from tests.cases import CASES, NAMES
+from tests.strategies import ANGLES, kinks, pair_at
+
+GRID = torch.linspace(0, math.pi, 20001, dtype=torch.float64)
+# What a returned gradient may lose: the rounding of each component to the dtype.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def logit_and_gradients(margin, first, second):
+    first, second = (vector.clone().requires_grad_() for vector in (first, second))
+    logit = margin(angle_between(first, second))
+    logit.backward()
+    return logit.float(), first.grad, second.grad
+
+
+def every_angle(case):
+    return ANGLES + kinks(case.kinked_at)
+
+
+@pytest.mark.parametrize("dimensions", [2, 128, 512])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_float32_logit_and_gradients_against_50_digits(case, dimensions):
+    for index, theta in enumerate(every_angle(case)):
+        for aligned in (False, True):
+            pair = pair_at(theta, dimensions, seed=index, aligned=aligned)
+            check_against_reference(case, *pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_half_precision_input_is_as_exact_as_its_rounding(case, dtype):
+    for index, theta in enumerate(every_angle(case)):
+        check_against_reference(case, *pair_at(theta, 128, seed=index, dtype=dtype))
+
+
+def check_against_reference(case, first, second):
+    logit, *gradients = logit_and_gradients(case.margin, first, second)
+    exact = reference.exact(first), reference.exact(second)
+    theta = reference.angle(*exact)
+    expected = case.expected(theta)
+    assert abs(logit.item() - float(expected)) <= 2e-7 * max(1, abs(float(expected)))
+    slope = reference.derivative(case.expected, theta)
+    for gradient, pair in zip(gradients, (exact, exact[::-1]), strict=True):
+        assert gradient.isfinite().all()
+        expected_gradient = [slope * value for value in reference.tangent(*pair)]
+        size = float(reference.norm(expected_gradient))
+        # float16 keeps no digit below its smallest subnormal number, 2 ** -24.
+        underflow = 2**-25 * math.sqrt(len(pair[0])) if first.dtype == torch.float16 else 0
+        error = reference.relative_error(gradient, expected_gradient) * (size or 1)
+        if theta >= 1e-6:
+            # Exactly at k pi / m the true gradient is 0; 1e-14 is theta's rounding times m^2.
+            assert error <= ROUNDING[first.dtype] * size + underflow + 1e-14
+            assert size < 1e-7 or gradient.abs().max() > 0, "a dead gradient"
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_continuous_and_decreasing_on_the_whole_half_circle(case):
+    values = case.margin(GRID)
+    steps = values.diff()
+    assert (steps <= 0).all()
+    # No jump: |d psi / d theta| <= m, and a step of the grid is pi / 20000.
+    assert steps.abs().max() <= 7 * math.pi / 20000
+
+
+@given(st.floats(1, 12), st.floats(0, 3), st.floats(0, 1.9), strategies.angles, strategies.angles)
+@settings(max_examples=200, deadline=None)
+def test_any_combination_decreases(m1, m2, m3, first, second):
+    low, high = sorted((first, second))
+    values = combined(torch.tensor([low, high], dtype=torch.float64), m1, m2, m3)
+    assert values.isfinite().all()
+    assert values[1] <= values[0] + 1e-12
+
+
+@pytest.mark.parametrize("m", [1, 1.35, 2, 4, 7])
+def test_psi_ends_at_the_papers_values(m):
+    ends = sphereface(torch.tensor([0.0, math.pi], dtype=torch.float64), m)
+    k = math.ceil(m) - 1
+    assert ends[0] == 1
+    assert ends[1].item() == pytest.approx((-1) ** k * math.cos(m * math.pi) - 2 * k, abs=1e-12)
+
+
+def test_the_combined_margin_holds_the_others():
+    assert torch.equal(combined(GRID, 3.0, 0.0, 0.0), sphereface(GRID, 3.0))
+    assert torch.equal(combined(GRID, 1.0, 0.5, 0.0), arcface(GRID, 0.5))
+    assert torch.allclose(combined(GRID, 1.0, 0.0, 0.35), cosface(GRID, 0.35), atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("beyond", "jump", "rises"),
+    [
+        # As measured on the peers' code at m = 0.5: the jump at pi - m, and whether psi rises.
+        ("decreasing", 0.0, False),
+        ("plain", 0.0, True),
+        ("linear", -0.117, False),
+        ("shifted", 0.0, False),
+        ("clamped", 0.0, False),
+        ("cosine", 0.122, True),
+    ],
+)
+def test_the_peers_variants_behave_as_theirs_do(beyond, jump, rises):
+    edge = math.pi - 0.5
+    around = torch.tensor([edge - 1e-9, edge + 1e-9], dtype=torch.float64)
+    assert arcface(around, 0.5, beyond=beyond).diff().item() == pytest.approx(jump, abs=1e-3)
+    assert (arcface(GRID, 0.5, beyond=beyond).diff() > 1e-12).any().item() == rises
+    before = GRID[edge > GRID]
+    assert torch.equal(arcface(before, 0.5, beyond=beyond), torch.cos(before + 0.5))
+
+
+def test_values_of_the_variants_past_the_edge():
+    theta, m = torch.tensor([3.0], dtype=torch.float64), 0.5
+    expected = {
+        "decreasing": -2 - math.cos(3.5),
+        "plain": math.cos(3.5),
+        "linear": math.cos(3.0) - 0.5 * math.sin(0.5),
+        "shifted": math.cos(3.0) - (1 - math.cos(0.5)),
+        "clamped": -1.0,
+        "cosine": math.cos(3.0),
+        "easy": math.cos(3.0),
+    }
+    assert set(expected) == set(ARCFACE_BEYOND)
+    for beyond, value in expected.items():
+        assert arcface(theta, m, beyond=beyond).item() == pytest.approx(value, abs=1e-14)
+        per_sample = arcface(theta, torch.tensor([m], dtype=torch.float64), beyond=beyond)
+        assert per_sample.item() == pytest.approx(value, abs=1e-14)
+
+
+def test_easy_margin_stops_at_a_right_angle():
+    theta = torch.tensor([1.5, 1.6])
+    assert torch.allclose(
+        arcface(theta, 0.5, beyond="easy"), torch.tensor([math.cos(2.0), math.cos(1.6)])
+    )
+
+
+def test_plain_sphereface_and_combined_are_bare_cosines():
+    assert torch.equal(sphereface(GRID, 1.35, beyond="plain"), torch.cos(1.35 * GRID))
+    assert torch.equal(
+        combined(GRID, 1.35, 0.2, 0.1, beyond="plain"), torch.cos(1.35 * GRID + 0.2) - 0.1
+    )
+
+
+def test_a_margin_of_its_own_for_each_sample():
+    theta = torch.tensor([0.3, 1.0, 2.9], dtype=torch.float64)
+    m = torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64)
+    for function in (sphereface, cosface, arcface):
+        margin = m if function is sphereface else m / 4
+        expected = [function(t, value.item()) for t, value in zip(theta, margin, strict=True)]
+        assert torch.allclose(function(theta, margin), torch.stack(expected), atol=1e-15)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_detached_keeps_the_value_and_takes_the_gradient_of_the_cosine(case):
+    theta = torch.tensor([0.2, 1.1, 2.8], dtype=torch.float64, requires_grad=True)
+    value = detached(case.margin)(theta)
+    assert torch.allclose(value, case.margin(theta), atol=1e-15)
+    (gradient,) = torch.autograd.grad(value.sum(), theta)
+    assert torch.allclose(gradient, -torch.sin(theta))
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_gradcheck_to_second_order(case):
+    theta = torch.tensor([0.1, 0.7, 1.3, 2.0, 2.9], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(case.margin, theta, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(case.margin, theta)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t: sphereface(t, 0.9), ValueError, r"m: expected a number in \[1, inf\), got 0.9"),
+        (lambda t: sphereface(t, math.nan), ValueError, "m: .*nan"),
+        (lambda t: sphereface(t, math.inf), ValueError, "m: .*inf"),
+        (lambda t: sphereface(t, "4"), TypeError, "m: expected a number, got '4' of type str"),
+        (lambda t: sphereface(t, True), TypeError, "m: expected a number, got True"),
+        (lambda t: sphereface(t, 4, beyond="up"), ValueError, "beyond: .*'plain', got 'up'"),
+        (lambda t: cosface(t, -0.1), ValueError, r"m: .*\[0, 2\), got -0.1"),
+        (
+            lambda t: arcface(t, 28.6),
+            ValueError,
+            "m: .*radians, got 28.6; degrees .*0.4992 radians",
+        ),
+        (lambda t: arcface(t, 0.5, beyond="x"), ValueError, "beyond: .*'easy', got 'x'"),
+        (lambda t: combined(t, 0.0, 0.1, 0.1), ValueError, "m1: expected a number above 0"),
+        (lambda t: combined(t, 1.0, 4.0, 0.1), ValueError, "m2: .*radians"),
+        (lambda t: combined(t, 1.0, 0.5, 2.0), ValueError, "m3: "),
+    ],
+)
+def test_bad_margins_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.zeros(1))

@@ -1,0 +1,349 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from angular_losses import arcface, margin_softmax_loss, sphereface
+from tests import reference
+from tests.cases import CASES, NAMES
+
+OPTIONS = [
+    {},
+    {"class_weight": torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)},
+    {"label_smoothing": 0.1},
+    {
+        "class_weight": torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64),
+        "label_smoothing": 0.3,
+    },
+]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def margin(theta):
+    return arcface(theta, 0.5)
+
+
+def batch(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    embeddings = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    weight = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    return embeddings, weight, torch.tensor([0, 1, -100, 3, 4, 1])
+
+
+def cross_entropy(embeddings, weight, labels, margin, scale, **options):
+    """The textbook way, in float64: acos, replace the target column, F.cross_entropy."""
+    cosine = F.normalize(embeddings) @ F.normalize(weight).T
+    column = labels.clamp(min=0)[:, None]
+    target = margin(torch.acos(cosine.gather(1, column)))
+    options["weight"] = options.pop("class_weight", None)
+    scale = scale[:, None] if isinstance(scale, torch.Tensor) else scale
+    return F.cross_entropy(scale * cosine.scatter(1, column, target), labels, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_equals_cross_entropy_on_margin_logits(case, options, reduction):
+    embeddings, weight, labels = batch()
+    results = []
+    for function in (margin_softmax_loss, cross_entropy):
+        loss = function(
+            embeddings,
+            weight,
+            labels,
+            margin=case.margin,
+            scale=8.0,
+            reduction=reduction,
+            **options,
+        )
+        results.append((loss, *torch.autograd.grad(loss.sum(), (embeddings, weight))))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_gradcheck_to_second_order(case, options, reduction):
+    embeddings, weight, labels = batch()
+
+    def loss(embeddings, weight):
+        return margin_softmax_loss(
+            embeddings,
+            weight,
+            labels,
+            margin=case.margin,
+            scale=4.0,
+            reduction=reduction,
+            **options,
+        )
+
+    assert torch.autograd.gradcheck(loss, (embeddings, weight))
+    assert torch.autograd.gradgradcheck(loss, (embeddings, weight))
+
+
+def test_gradcheck_of_a_scale_of_its_own_for_each_sample():
+    embeddings, weight, labels = batch()
+    scale = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(scale):
+        return margin_softmax_loss(
+            embeddings, weight, labels, margin=margin, scale=scale, label_smoothing=0.1
+        )
+
+    expected = cross_entropy(embeddings, weight, labels, margin, scale, label_smoothing=0.1)
+    assert torch.allclose(loss(scale), expected, rtol=1e-10)
+    assert torch.autograd.gradcheck(loss, scale)
+
+
+@pytest.mark.parametrize("dimensions", [2, 128, 512])
+@pytest.mark.parametrize("spread", [0.0, 0.03, 0.3, 3.0])
+def test_relative_error_in_float32_however_small_the_loss(dimensions, spread):
+    torch.manual_seed(dimensions)
+    weight = torch.randn(6, dimensions)
+    labels = torch.arange(6)
+    embeddings = (weight + spread * torch.randn(6, dimensions)) * torch.rand(6, 1)
+    losses = margin_softmax_loss(
+        embeddings, weight, labels, margin=margin, scale=64.0, reduction="none"
+    )
+    centres = [reference.exact(row) for row in weight]
+    for loss, embedding, label in zip(losses, embeddings, labels.tolist(), strict=True):
+        expected = reference.loss(
+            reference.exact(embedding), centres, label, lambda t: reference.arcface(t, 0.5), 64
+        )
+        assert float(abs(reference.mp.mpf(loss.item()) / expected - 1)) <= 1e-5
+
+
+def test_a_loss_of_1e_minus_30_keeps_its_digits_and_its_gradient():
+    # The loss is about exp(-64 - 5), where cross_entropy gives 0.
+    embeddings = torch.tensor([[1.0, 1e-3]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    labels = torch.tensor([0])
+
+    def flat(theta):
+        return torch.cos(theta) + 5 / 64
+
+    loss = margin_softmax_loss(embeddings, weight, labels, margin=flat, scale=64.0)
+    loss.backward()
+    theta = math.atan(embeddings[0, 1].item())
+    expected = math.exp(-64 * (math.sin(theta) + math.cos(theta)) - 5)
+    assert expected < 1e-30
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert embeddings.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_dtype_gives_float32_at_least(dtype):
+    embeddings, weight, labels = batch(dtype)
+    loss = margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0)
+    loss.backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert embeddings.grad.dtype == dtype
+    exact = margin_softmax_loss(
+        embeddings.double(), weight.double(), labels, margin=margin, scale=8.0
+    )
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(exact, weight)
+    assert torch.allclose(weight.grad, gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_embeddings_and_weight_may_differ_in_dtype():
+    embeddings, weight, labels = batch()
+    loss = margin_softmax_loss(embeddings.bfloat16(), weight, labels, margin=margin, scale=8.0)
+    assert loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_digit(dtype):
+    embeddings, weight, labels = batch(torch.float32)
+    plain = margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=64.0)
+    with torch.autocast("cpu", dtype=dtype):
+        under = margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=64.0)
+    assert under.dtype == torch.float32
+    assert torch.equal(under, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_parallel_embeddings_under_autocast_give_finite_gradients(dtype):
+    # Where copies of ArcFace return NaN: the cosine rounds to 1.
+    torch.manual_seed(0)
+    weight = torch.randn(10, 64, requires_grad=True)
+    embeddings = (weight.detach() * 3 + 1e-3 * torch.randn(10, 64)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = margin_softmax_loss(
+            embeddings, weight, torch.arange(10), margin=margin, scale=64.0, reduction="sum"
+        )
+    loss.backward()
+    assert embeddings.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert (weight.grad.norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", ["none", "all ignored"])
+def test_no_rows_to_learn_from_gives_0_with_zero_gradients(rows, reduction):
+    embeddings, weight, labels = batch(torch.float32)
+    if rows == "none":
+        embeddings, labels = embeddings[:0], labels[:0]
+    else:
+        labels = torch.full_like(labels, -100)
+    loss = margin_softmax_loss(
+        embeddings, weight, labels, margin=margin, scale=8.0, reduction=reduction
+    )
+    gradients = torch.autograd.grad(loss.sum(), (embeddings, weight))
+    assert loss.sum() == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+    assert loss.shape == (labels.shape if reduction == "none" else ())
+
+
+def test_one_class_leaves_nothing_to_tell_apart():
+    embeddings = torch.randn(3, 4, requires_grad=True)
+    loss = margin_softmax_loss(
+        embeddings, torch.randn(1, 4), torch.zeros(3).long(), margin=margin, scale=8.0
+    )
+    loss.backward()
+    assert loss == 0
+    assert (embeddings.grad == 0).all()
+
+
+def test_a_users_own_function_of_theta():
+    embeddings, weight, labels = batch()
+
+    def own(theta):
+        return torch.cos(theta) - 0.1 * theta**2
+
+    loss = margin_softmax_loss(embeddings, weight, labels, margin=own, scale=8.0)
+    assert torch.allclose(loss, cross_entropy(embeddings, weight, labels, own, 8.0))
+
+
+def test_per_sample_gradients_with_torch_func():
+    embeddings, weight, labels = batch(torch.float32)
+    labels = labels.clamp(min=0)
+
+    def one(embedding, label):
+        return margin_softmax_loss(
+            embedding[None], weight.detach(), label[None], margin=margin, scale=8.0
+        )
+
+    per_sample = torch.func.vmap(torch.func.grad(one))(embeddings.detach(), labels)
+    loss = margin_softmax_loss(
+        embeddings, weight, labels, margin=margin, scale=8.0, reduction="sum"
+    )
+    (expected,) = torch.autograd.grad(loss, embeddings)
+    assert torch.allclose(per_sample, expected, atol=1e-6)
+
+
+def test_one_compiled_graph_with_the_same_values_and_gradients():
+    embeddings, weight, labels = batch(torch.float32)
+
+    def loss(embeddings, weight, labels):
+        return margin_softmax_loss(
+            embeddings,
+            weight,
+            labels,
+            margin=lambda theta: sphereface(theta, 4),
+            scale=30.0,
+            label_smoothing=0.1,
+        )
+
+    compiled = torch.compile(loss, fullgraph=True)
+    results = []
+    for function in (loss, compiled):
+        value = function(embeddings, weight, labels)
+        results.append((value, *torch.autograd.grad(value, (embeddings, weight))))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.allclose(eager, traced, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError, match="labels: expected values in"):
+        compiled(embeddings, weight, labels + 5)
+
+
+def test_a_small_loss_survives_compilation():
+    weight = torch.eye(2)
+
+    def loss(embeddings):
+        return margin_softmax_loss(
+            embeddings, weight, torch.arange(2), margin=margin, scale=64.0, reduction="none"
+        )
+
+    compiled = torch.compile(loss, fullgraph=True)(torch.eye(2))
+    assert torch.allclose(compiled, torch.full((2,), math.exp(-64 * math.cos(0.5))), rtol=1e-5)
+
+
+@given(
+    st.integers(0, 2**31 - 1),
+    st.sampled_from(CASES),
+    st.floats(0.01, 128),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(-20, 20),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_nan_anywhere(seed, case, scale, dtype, exponent):
+    torch.manual_seed(seed)
+    exponent = max(-2, min(2, exponent)) if dtype == torch.float16 else exponent
+    embeddings = (torch.randn(4, 8) * 10.0**exponent).to(dtype)
+    embeddings[0] = 0
+    weight = torch.randn(3, 8).to(dtype)
+    weight[1] = embeddings[1]
+    weight[2] = -embeddings[2]
+    embeddings.requires_grad_()
+    weight.requires_grad_()
+    loss = margin_softmax_loss(
+        embeddings, weight, torch.tensor([0, 1, 2, 1]), margin=case.margin, scale=scale
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert loss >= 0
+    assert embeddings.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert (embeddings.grad[0] == 0).all()
+
+
+@given(st.integers(0, 2**31 - 1), st.sampled_from(CASES))
+@settings(max_examples=50, deadline=None)
+def test_symmetries(seed, case):
+    torch.manual_seed(seed)
+    embeddings, weight, labels = batch(seed=seed)
+
+    def loss(embeddings, weight, labels):
+        return margin_softmax_loss(
+            embeddings, weight, labels, margin=case.margin, scale=16.0, reduction="sum"
+        )
+
+    plain = loss(embeddings, weight, labels)
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    assert torch.allclose(loss(embeddings @ rotation, weight @ rotation, labels), plain)
+    assert torch.allclose(loss(embeddings * 7, weight * 0.3, labels), plain)
+    order = torch.randperm(5)
+    renamed = torch.where(labels >= 0, torch.argsort(order)[labels.clamp(min=0)], labels)
+    assert torch.allclose(loss(embeddings, weight[order], renamed), plain)
+    halves = [loss(embeddings[part], weight, labels[part]) for part in (slice(3), slice(3, 6))]
+    assert torch.allclose(sum(halves), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"margin": 0.5}, TypeError, "margin: expected a function of the target angle"),
+        ({"margin": lambda theta: 0.5}, TypeError, "margin: expected it to return a tensor"),
+        ({"margin": lambda theta: theta.sum()}, ValueError, r"margin: .*shape \(6,\), got \(\)"),
+        ({"scale": 0.0}, ValueError, "scale: expected a number above 0"),
+        ({"scale": -1.0}, ValueError, "scale: "),
+        ({"scale": math.inf}, ValueError, "scale: .*inf"),
+        ({"scale": "64"}, TypeError, "scale: expected a number, got '64'"),
+        ({"scale": torch.ones(5)}, ValueError, r"scale: expected shape \(6,\), got \(5,\)"),
+        ({"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none'"),
+        ({"class_weight": torch.ones(4)}, ValueError, r"class_weight: expected shape \(5,\)"),
+        ({"class_weight": [1.0]}, TypeError, "class_weight: expected a floating-point tensor"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: .*\[0, 1\)"),
+        ({"ignore_index": -1}, ValueError, "labels: .* or ignore_index -1, got -100"),
+    ],
+)
+def test_bad_options_are_named(change, error, message):
+    embeddings, weight, labels = batch()
+    with pytest.raises(error, match=message):
+        margin_softmax_loss(
+            embeddings, weight, labels, **({"margin": margin, "scale": 8.0} | change)
+        )
