@@ -1,0 +1,193 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+import angular_losses as al
+from tests.cases import CASES, NAMES
+
+
+def batch(dtype=torch.float32):
+    torch.manual_seed(0)
+    embeddings = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    return embeddings, torch.tensor([0, 1, 2, 3, 4, 1])
+
+
+@pytest.mark.parametrize("gradient", ["exact", "detached"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_a_module_is_state_and_one_call_of_the_function(case, gradient):
+    options = {
+        "class_weight": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]),
+        "label_smoothing": 0.1,
+        "ignore_index": 1,
+        "reduction": "sum",
+    }
+    module = case.loss(5, 8, gradient=gradient, **options)
+    embeddings, labels = batch()
+    margin = al.detached(case.margin) if gradient == "detached" else case.margin
+    expected = al.margin_softmax_loss(
+        embeddings, module.weight, labels, margin=margin, scale=module.scale, **options
+    )
+    loss = module(embeddings, labels)
+    assert torch.equal(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (embeddings, module.weight)),
+        torch.autograd.grad(expected, (embeddings, module.weight)),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_logits_are_scaled_cosines_without_a_margin(case):
+    module = case.loss(5, 8, scale=7.0)
+    embeddings, _ = batch()
+    logits = module.get_logits(embeddings)
+    expected = 7 * torch.cosine_similarity(embeddings[:, None], module.weight[None], dim=-1)
+    assert logits.shape == (6, 5)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.get_logits(embeddings), logits)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_state_survives_saving_copying_and_pickling(case):
+    module = case.loss(5, 8, schedule=al.LambdaAnnealing())
+    embeddings, labels = batch()
+    for _ in range(3):
+        module(embeddings, labels)
+    restored = case.loss(5, 8, schedule=al.LambdaAnnealing())
+    restored.load_state_dict(module.state_dict())
+    for twin in (restored, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(embeddings, labels), module(embeddings, labels))
+        module.schedule.step -= 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_learns_to_separate_classes(case):
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 3
+    points = torch.randn(60, 8) + 4 * torch.eye(8)[labels]
+    module = case.loss(3, 8, schedule=al.MarginWarmup(50))
+    network = torch.nn.Linear(8, 8)
+    optimiser = torch.optim.Adam([*network.parameters(), *module.parameters()], lr=0.02)
+    for _ in range(150):
+        optimiser.zero_grad()
+        module(network(points), labels).backward()
+        optimiser.step()
+    accuracy = (module.get_logits(network(points)).argmax(1) == labels).float().mean()
+    assert accuracy > 0.95
+
+
+def test_defaults_are_the_papers():
+    assert (al.SphereFaceLoss(2, 3).margin, al.SphereFaceLoss(2, 3).scale) == (4, 30.0)
+    assert (al.CosFaceLoss(2, 3).margin, al.CosFaceLoss(2, 3).scale) == (0.35, 64.0)
+    assert (al.ArcFaceLoss(2, 3).margin, al.ArcFaceLoss(2, 3).scale) == (0.5, 64.0)
+    combined = al.CombinedMarginLoss(2, 3)
+    assert (combined.m1, combined.m2, combined.m3, combined.scale) == (1.0, 0.3, 0.2, 64.0)
+
+
+def test_peers_variants_reach_the_margin():
+    theta = torch.tensor([3.0], dtype=torch.float64)
+    plain = al.ArcFaceLoss(2, 3, beyond="plain").margin_function()
+    assert plain(theta).item() == pytest.approx(math.cos(3.5))
+    plain = al.SphereFaceLoss(2, 3, beyond="plain").margin_function()
+    assert plain(theta).item() == pytest.approx(math.cos(12.0))
+    plain = al.CombinedMarginLoss(2, 3, 2.0, 0.1, 0.2, beyond="plain").margin_function()
+    assert plain(theta).item() == pytest.approx(math.cos(6.1) - 0.2)
+
+
+def test_a_new_loss_is_a_few_lines():
+    class QuadraticMargin(al.MarginLoss):
+        def target(self, theta, share):
+            return torch.cos(theta) - 0.1 * share * theta**2
+
+    module = QuadraticMargin(5, 8, scale=10.0)
+    embeddings, labels = batch()
+    expected = al.margin_softmax_loss(
+        embeddings,
+        module.weight,
+        labels,
+        margin=lambda theta: torch.cos(theta) - 0.1 * theta**2,
+        scale=10.0,
+    )
+    assert torch.equal(module(embeddings, labels), expected)
+
+
+def test_repr_tells_the_settings():
+    assert repr(al.ArcFaceLoss(5, 8)) == "ArcFaceLoss(5, 8, scale=64.0, margin=0.5)"
+    text = repr(al.SphereFaceLoss(5, 8, schedule=al.LambdaAnnealing(), reduction="sum"))
+    assert "reduction='sum'" in text
+    assert "LambdaAnnealing(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)" in text
+
+
+def test_weight_is_a_float32_parameter_of_about_unit_rows():
+    torch.manual_seed(0)
+    module = al.ArcFaceLoss(500, 256)
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    assert module.weight.shape == (500, 256)
+    assert module.weight.norm(dim=1).mean().item() == pytest.approx(1.0, abs=0.01)
+    assert al.ArcFaceLoss(2, 3, dtype=torch.float64).weight.dtype == torch.float64
+    assert al.ArcFaceLoss(2, 3, device="meta").weight.device.type == "meta"
+
+
+def test_class_weight_follows_the_module_and_its_state():
+    module = al.ArcFaceLoss(3, 4, class_weight=torch.tensor([1.0, 2.0, 3.0]))
+    assert "class_weight" in module.state_dict()
+    assert module.double().class_weight.dtype == torch.float64
+
+
+def test_one_compiled_graph_advances_the_schedule():
+    torch.manual_seed(0)
+    module = al.SphereFaceLoss(5, 8, schedule=al.LambdaAnnealing())
+    embeddings, labels = batch()
+    eager = [module(embeddings, labels).item() for _ in range(3)]
+    module.schedule.step.zero_()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert [compiled(embeddings, labels).item() for _ in range(3)] == pytest.approx(eager, rel=1e-6)
+    assert module.schedule.step == 3
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: al.ArcFaceLoss(0, 8), ValueError, "num_classes: expected at least 1, got 0"),
+        (lambda: al.ArcFaceLoss(5.0, 8), TypeError, "num_classes: expected an int, got 5.0"),
+        (lambda: al.ArcFaceLoss(5, -1), ValueError, "embedding_size: "),
+        (
+            lambda: al.ArcFaceLoss(5, 8, margin=28.6),
+            ValueError,
+            "margin: .*degrees are not accepted",
+        ),
+        (
+            lambda: al.ArcFaceLoss(5, 8, margin=torch.ones(1)),
+            TypeError,
+            "margin: expected a number",
+        ),
+        (lambda: al.ArcFaceLoss(5, 8, scale=0), ValueError, "scale: expected a number above 0"),
+        (lambda: al.ArcFaceLoss(5, 8, beyond="up"), ValueError, "beyond: "),
+        (
+            lambda: al.ArcFaceLoss(5, 8, gradient="no"),
+            ValueError,
+            "gradient: expected one of 'exact'",
+        ),
+        (lambda: al.ArcFaceLoss(5, 8, reduction="avg"), ValueError, "reduction: "),
+        (lambda: al.ArcFaceLoss(5, 8, schedule=1000), TypeError, "schedule: expected a Schedule"),
+        (lambda: al.ArcFaceLoss(5, 8, class_weight=torch.ones(4)), ValueError, "class_weight: "),
+        (lambda: al.ArcFaceLoss(5, 8, label_smoothing=-0.1), ValueError, "label_smoothing: "),
+        (lambda: al.SphereFaceLoss(5, 8, margin=0.5), ValueError, r"margin: .*\[1, inf\)"),
+        (lambda: al.SphereFaceLoss(5, 8, beyond="linear"), ValueError, "beyond: "),
+        (lambda: al.CosFaceLoss(5, 8, margin=2.0), ValueError, r"margin: .*\[0, 2\)"),
+        (lambda: al.CombinedMarginLoss(5, 8, m1=0), ValueError, "m1: "),
+        (lambda: al.CombinedMarginLoss(5, 8, m2=17.0), ValueError, "m2: .*degrees"),
+        (lambda: al.CombinedMarginLoss(5, 8, m3=-1), ValueError, "m3: "),
+        (lambda: al.CombinedMarginLoss(5, 8, beyond="x"), ValueError, "beyond: "),
+        (lambda: al.ArcFaceLoss(5, 8).get_logits(torch.ones(2, 3)), ValueError, "embeddings: .*8"),
+        (lambda: al.ArcFaceLoss(5, 8).get_logits([1.0]), TypeError, "embeddings: "),
+    ],
+)
+def test_bad_arguments_are_named(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
