@@ -17,7 +17,7 @@ lint: .venv/dev.done
 	$(BIN)/mypy
 
 bench: .venv/dev.done  ## accuracy beside pytorch-metric-learning
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python -m benchmarks.accuracy
 
 docs: .venv/docs.done  ## the site, in docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
