@@ -1,0 +1,1 @@
+"""HSADML on brain-tumour slices: classify meningioma, glioma and pituitary tumour by angle."""

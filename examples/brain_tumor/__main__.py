@@ -1,0 +1,258 @@
+"""The command line: python -m examples.brain_tumor."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import epochs_done
+from .errors import UserError
+from .evaluation import evaluate
+from .figures import plot_early
+from .phantoms import make_phantoms
+from .report import describe_result, write_report
+from .run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .settings import (
+    PRESETS,
+    Settings,
+    load_settings,
+    override_settings,
+    read_settings,
+    setting_fields,
+)
+from .slices import SliceSet, load_slices
+from .training import make_split, train
+
+PROGRAM = "python -m examples.brain_tumor"
+ARCHIVE = "https://figshare.com/articles/dataset/brain_tumor_dataset/1512427"
+EXAMPLES = f"""\
+examples:
+  {PROGRAM} demo
+      no data needed: makes phantoms, trains for a few minutes, evaluates
+  {PROGRAM} train --data data/figshare --out runs/paper --preset paper
+      the paper's training on the real slices
+  {PROGRAM} train --data data/figshare --out runs/patient --preset paper --split patient --epochs 40
+      a flag overrides the preset; here no patient stands on both sides
+  {PROGRAM} train --data data/figshare --out runs/paper --resume
+      continues an interrupted run with its own settings
+  {PROGRAM} evaluate runs/paper runs/patient --data data/figshare --out runs
+      a report in each run's folder, and a figure that compares their first steps
+
+data: Jun Cheng's brain tumor dataset, CC BY 4.0,
+  {ARCHIVE}
+  unpack its .mat files (1.mat to 3064.mat) and cvind.mat into one folder.
+
+Not a medical device."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: What follows the program's name; by default the process's own.
+
+    Returns:
+        0, 2 when the input is at fault, or 130 when interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {options.after_interrupt(options)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="HSADML: classify brain tumours in MRI slices by angular-margin embeddings.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_make_phantoms, _add_train, _add_evaluate):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "demo", help="make phantoms, train and evaluate: what `make example` runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder for its files (default: runs)"
+    )
+    parser.set_defaults(
+        run=lambda options: demo(options.out),
+        after_interrupt=lambda options: "the same command continues",
+    )
+
+
+def _add_make_phantoms(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "make-phantoms", help="write synthetic slices in the archive's own format"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the .mat files")
+    parser.add_argument("--count", type=int, default=600, help="slices (default: 600)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
+    parser.set_defaults(
+        run=_make_phantoms,
+        after_interrupt=lambda options: "the same command starts again",
+    )
+
+
+def _add_train(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "train",
+        help="train a network into a new run folder, or resume one",
+        epilog="A flag overrides the preset's value; the defaults in brackets are the presets'.",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of .mat slices")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="(default: quick)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out with its own settings"
+    )
+    _add_setting_flags(parser)
+    parser.set_defaults(run=_train, after_interrupt=_resume_train)
+
+
+def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    presets = {name: load_settings(name) for name in PRESETS}
+    groups: dict[str, Any] = {}
+    for table, field in setting_fields():
+        if table not in groups:
+            groups[table] = parser.add_argument_group(f"{table} settings")
+        defaults = {name: getattr(getattr(presets[name], table), field.name) for name in PRESETS}
+        described = ", ".join(f"{name}: {value}" for name, value in defaults.items())
+        form: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
+        if field.type is bool:
+            form = {"action": argparse.BooleanOptionalAction}
+        elif "choices" in field.metadata:
+            form = {"choices": field.metadata["choices"]}
+        groups[table].add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,  # so that only the flags given reach the overrides
+            help=f"{field.metadata['help']} [{described}]",
+            **form,
+        )
+
+
+def _add_evaluate(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser("evaluate", help="classify the test slices, write the reports")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of .mat slices")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        help="where comparison.png goes if there are several runs (default: this folder)",
+    )
+    parser.set_defaults(
+        run=_evaluate, after_interrupt=lambda options: "the same command starts again"
+    )
+
+
+def _make_phantoms(options: argparse.Namespace) -> None:
+    progress = sys.stderr.isatty()
+    make_phantoms(options.out, options.count, options.seed, options.size, progress)
+    print(f"{options.out}: {options.count} synthetic slices. Next:")
+    print(f"  {_command('train', '--data', options.out, '--out', 'runs/phantoms')}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    given = {
+        field.name: getattr(options, field.name)
+        for _, field in setting_fields()
+        if hasattr(options, field.name)
+    }
+    if options.resume:
+        settings = override_settings(read_settings(options.out / SETTINGS), given)
+    else:
+        refuse_existing(options.out)
+        settings = load_settings(options.preset, given)
+    weights = settings.network.weights
+    if weights and not Path(weights).is_file():
+        raise UserError(
+            f"{weights}: no such weights file; name MobileNet's with --weights FILE "
+            "(the README says where it is), or train from scratch with --weights ''"
+        )
+    slices = _load(options.data, settings)
+    train(settings, slices, make_split(settings.data, slices), options.out, options.resume)
+    print(f"{options.out}: trained. Next:")
+    print(f"  {_command('evaluate', options.out, '--data', options.data)}")
+
+
+def _resume_train(options: argparse.Namespace) -> str:
+    command = _command("train", "--data", options.data, "--out", options.out, "--resume")
+    return f"continue with: {command}"
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    for run in options.runs:
+        evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
+        report = write_report(run)
+        print(f"{run}\n\n{describe_result(run)}\n\nreport: {report}\n")
+    if len(options.runs) > 1:
+        options.out.mkdir(parents=True, exist_ok=True)
+        synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
+        plot_early(
+            options.out / "comparison.png",
+            {str(run): read_rows(run / STEPS) for run in options.runs},
+            f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
+        )
+        print(f"comparison of the first steps: {options.out / 'comparison.png'}")
+
+
+def demo(folder: Path, count: int = 600, overrides: Mapping[str, object] | None = None) -> None:
+    """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there.
+
+    Args:
+        folder: Where the phantoms and the run go.
+        count: Number of phantom slices.
+        overrides: Settings to change, by field name.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    data, run = folder / "phantoms", folder / "demo"
+    if len(list(data.glob("*.mat"))) != count:
+        print(f"{data}: making {count} synthetic slices (phantoms)")
+        make_phantoms(data, count, seed=0, progress=sys.stderr.isatty())
+    resume = (run / SETTINGS).is_file()
+    settings = read_settings(run / SETTINGS) if resume else load_settings("quick", overrides)
+    slices = _load(data, settings)
+    if resume and epochs_done(run) == settings.training.epochs:
+        print(f"{run}: finished before; evaluating it again. To start afresh, remove the folder.")
+    else:
+        print(f"{run}: {'resuming the training' if resume else 'training'} (preset quick)")
+        train(settings, slices, make_split(settings.data, slices), run, resume)
+    evaluate(run, slices)
+    report = write_report(run)
+    print(f"\n{describe_result(run)}\n\nreport and figures: {report}\nslices: {data}")
+    print(f"\nNext, the real slices ({ARCHIVE}, CC BY 4.0, Jun Cheng), unpacked into one folder:")
+    print(f"  {_command('train', '--data', 'FOLDER', '--out', folder / 'paper')} --preset paper")
+
+
+def _load(folder: Path, settings: Settings) -> SliceSet:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; the real slices are at {ARCHIVE} (CC BY 4.0, Jun Cheng), "
+            f"synthetic ones come from: {_command('make-phantoms', folder)}"
+        )
+    return load_slices(folder, settings.data.image_size, progress=sys.stderr.isatty())
+
+
+def _command(*arguments: str | Path) -> str:
+    return shlex.join([*PROGRAM.split(), *map(str, arguments)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""What changes while training, how it starts, and how it is written to disk and read back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from angular_losses import LambdaAnnealing, SphereFaceLoss
+
+from .errors import UserError
+from .mobilenet import EmbeddingNetwork, load_imagenet_weights
+from .run_folder import CHECKPOINT, replacing
+from .settings import LossSettings, NetworkSettings, Settings
+from .slices import CLASS_NAMES
+
+
+def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
+    """Return the network, untrained."""
+    return EmbeddingNetwork(
+        width=settings.width,
+        embedding_size=settings.embedding_size,
+        dropout=settings.dropout,
+        input_range=settings.input_range,
+    )
+
+
+def make_loss(settings: LossSettings, embedding_size: int) -> SphereFaceLoss:
+    """Return the paper's loss, equations (2) and (3)."""
+    schedule = LambdaAnnealing(
+        base=settings.annealing_base,
+        gamma=settings.annealing_gamma,
+        power=settings.annealing_power,
+        minimum=settings.annealing_minimum,
+    )
+    return SphereFaceLoss(
+        len(CLASS_NAMES),
+        embedding_size,
+        margin=settings.margin,
+        scale=settings.scale,
+        schedule=schedule if settings.annealing else None,
+    )
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """All that changes while training, which is all that a checkpoint holds.
+
+    Attributes:
+        network: The embedding network.
+        loss: The loss, with its class centres and its annealing.
+        optimiser: Adam on the parameters of both.
+        generator: On the CPU, for augmentation; order and dropout use torch's own.
+        epoch: How many are done.
+    """
+
+    network: EmbeddingNetwork
+    loss: SphereFaceLoss
+    optimiser: torch.optim.Adam
+    generator: torch.Generator
+    epoch: int = 0
+
+    @classmethod
+    def start(cls, settings: Settings, device: torch.device) -> "TrainingState":
+        """Return the state before the first step."""
+        torch.manual_seed(settings.training.seed)
+        network = make_network(settings.network)
+        if settings.network.weights:
+            load_imagenet_weights(network.backbone, Path(settings.network.weights))
+        network = network.to(device, memory_format=torch.channels_last)
+        loss = make_loss(settings.loss, settings.network.embedding_size).to(device)
+        # The class centres are the loss's own parameters: left out here, they would never move.
+        parameters = [*network.parameters(), *loss.parameters()]
+        optimiser = torch.optim.Adam(parameters, lr=settings.training.learning_rate)
+        generator = torch.Generator().manual_seed(settings.training.seed)
+        return cls(network, loss, optimiser, generator)
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint, or leave the last one as it was."""
+        device = self.loss.weight.device
+        contents = {
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        with replacing(folder / CHECKPOINT) as temporary:
+            torch.save(contents, temporary)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the last checkpoint."""
+        path = folder / CHECKPOINT
+        contents = read_checkpoint(path)
+        try:
+            self._load(contents)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: does not fit this run: {one_line(error)}") from None
+
+    def _load(self, contents: dict[str, Any]) -> None:
+        self.network.load_state_dict(contents["network"])
+        self.loss.load_state_dict(contents["loss"])
+        self.optimiser.load_state_dict(contents["optimiser"])
+        for parameter, moments in self.optimiser.state.items():
+            if moments["exp_avg"].shape != parameter.shape:  # torch itself does not look
+                raise ValueError("the optimiser's state has the shapes of another network")
+        self.generator.set_state(contents["generator"])
+        torch.set_rng_state(contents["random"])
+        device = self.loss.weight.device
+        if device.type == "cuda" and contents["device_random"] is not None:
+            torch.cuda.set_rng_state(contents["device_random"], device)
+        self.epoch = contents["epoch"]
+
+
+def load_network(folder: Path, settings: NetworkSettings) -> tuple[EmbeddingNetwork, int]:
+    """Return a run's network, in eval mode, and how many epochs it was trained for."""
+    path = folder / CHECKPOINT
+    contents = read_checkpoint(path)
+    network = make_network(settings)
+    try:
+        network.load_state_dict(contents["network"])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: does not fit the network: {one_line(error)}") from None
+    return network.eval(), contents["epoch"]
+
+
+def epochs_done(folder: Path) -> int:
+    """Return how many epochs a run has finished."""
+    path = folder / CHECKPOINT
+    return read_checkpoint(path)["epoch"] if path.exists() else 0
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it might contain."""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint: the first epoch was never finished")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        raise UserError(f"{path}: not readable as a checkpoint: {one_line(error)}") from None
+    if not isinstance(contents, dict) or type(contents.get("epoch")) is not int:
+        raise UserError(f"{path}: not a checkpoint of this program")
+    return contents
+
+
+def one_line(error: Exception) -> str:
+    """Return the start of an error's message without its line breaks."""
+    return " ".join(str(error).split())[:200]

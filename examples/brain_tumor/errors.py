@@ -1,0 +1,5 @@
+"""The one exception for faults a user can mend."""
+
+
+class UserError(Exception):
+    """Bad input: the message is one line that names the file (or setting) and the fault."""

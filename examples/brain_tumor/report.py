@@ -1,0 +1,154 @@
+"""A run's report.md, made from what its folder holds and from nothing else."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .figures import plot_confusion, plot_early, plot_loss
+from .run_folder import (
+    ENVIRONMENT,
+    EPOCHS,
+    METRICS,
+    SETTINGS,
+    SPLIT,
+    STEPS,
+    read_json,
+    read_rows,
+    write_text,
+)
+from .settings import read_settings
+
+REPORT = "report.md"
+COLUMNS = ["recall Me", "Gl", "Pt", "accuracy", "F1 Me", "Gl", "Pt", "macro", "micro", "MCC"]
+# Table 1 of the paper, by the split it belongs to.
+PAPER_ROWS = {
+    "paper": "70-30|95.85|99.76|99.28|98.69|.9719|.9964|.9841|.9841|.9869|.9796",
+    "paper-swapped": "30-70|89.00|97.01|97.99|95.47|.9104|.9667|.9687|.9486|.9547|.9289",
+}
+ARCHIVE_SIZE = 3064  # the paper's rows stand beside results on the whole archive only
+EARLY_STEPS = (1, 10, 50, 100, 200, 500)
+
+
+def write_report(run: Path) -> Path:
+    """Draw an evaluated run's figures and write its report.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The report's path.
+    """
+    split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
+    epochs, steps = read_rows(run / EPOCHS), read_rows(run / STEPS)
+    mark = "SYNTHETIC: " if split["synthetic"] else ""
+    plot_loss(run / "loss.png", epochs, f"{mark}training of {run.name}")
+    plot_confusion(run / "confusion.png", metrics["confusion"], f"{mark}test slices of {run.name}")
+    plot_early(run / "early.png", {run.name: steps}, f"{mark}first steps of {run.name}")
+    sections = [
+        f"# {mark}HSADML, run {run.name}",
+        "Not a medical device: for research and teaching, never for diagnosis.",
+        f"## {mark}Result",
+        describe_result(run),
+        "Recall (the paper's accuracy per class) and accuracy in percent. Like the paper's, the "
+        "numbers are cut off after the last digit, not rounded.",
+        "![confusion matrix](confusion.png)",
+        f"## {mark}The split",
+        f"{split['description']} {len(split['train'])} slices trained on, {len(split['test'])} "
+        f"tested. SHA-256 of the split: `{split['sha256']}`.",
+        f"## {mark}Training",
+        "![loss and training accuracy](loss.png)",
+        "The first steps: mean angle between embeddings and their class centres (radians; chance "
+        "is 1.57), gradient norm of the network, and lambda where the margin is annealed.",
+        _early_table(steps),
+        "![target angle and gradient norm of the first steps](early.png)",
+        "## Limits",
+        _limits(split["synthetic"]),
+        "## What was run",
+        _environment(run, epochs),
+        f"```toml\n{(run / SETTINGS).read_text(encoding='utf-8').strip()}\n```",
+    ]
+    write_text(run / REPORT, "\n\n".join(sections) + "\n")
+    return run / REPORT
+
+
+def describe_result(run: Path) -> str:
+    """Return an evaluated run's accuracy in a sentence and its metrics as a table."""
+    split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
+    settings = read_settings(run / SETTINGS)
+    low, high = (100 * bound for bound in metrics["accuracy_interval"])
+    rows = [["this run", *metrics_row(metrics)]]
+    count = len(split["train"]) + len(split["test"])
+    if not split["synthetic"] and settings.data.split in PAPER_ROWS and count == ARCHIVE_SIZE:
+        name, *cells = PAPER_ROWS[settings.data.split].split("|")
+        rows.append([f"the paper, Table 1, {name}", *cells])
+    sentence = (
+        f"{'SYNTHETIC slices, not patients. ' if split['synthetic'] else ''}"
+        f"1-NN on {len(split['test'])} held-out slices after {metrics['epoch']} of "
+        f"{settings.training.epochs} epochs: accuracy {100 * metrics['accuracy']:.1f} % "
+        f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
+    )
+    return f"{sentence}\n\n{_table(['', *COLUMNS], rows)}"
+
+
+def metrics_row(metrics: dict[str, Any]) -> list[str]:
+    """Return a row of the paper's tables: percentages, F1 and MCC, all truncated as it does."""
+    percentages = [*metrics["recall"], metrics["accuracy"]]
+    ratios = [*metrics["f1"], metrics["f1_macro"], metrics["f1_micro"], metrics["mcc"]]
+    return [
+        *(f"{_truncated(100 * value, 2):.2f}" for value in percentages),
+        *(f"{_truncated(value, 4):.4f}".replace("0.", ".", 1) for value in ratios),
+    ]
+
+
+def _truncated(value: float, digits: int) -> float:
+    # The small term keeps 0.29 * 100, which is 28.999999999999996, at 29.
+    return math.trunc(value * 10**digits + math.copysign(1e-7, value)) / 10**digits
+
+
+def _early_table(steps: list[dict[str, Any]]) -> str:
+    rows = []
+    for step in (step for step in EARLY_STEPS if step <= len(steps)):
+        row = steps[step - 1]
+        annealing = "none" if row["lambda"] is None else f"{row['lambda']:.1f}"
+        angle, norm = f"{row['mean_target_angle']:.3f}", f"{row['gradient_norm']:.3g}"
+        rows.append([str(step), f"{row['loss']:.3f}", angle, norm, annealing])
+    return _table(["step", "loss", "mean target angle", "gradient norm", "lambda"], rows)
+
+
+def _limits(synthetic: bool) -> str:
+    limits = [
+        "One seed of one split. Differences of a few slices are chance: compare the interval, and "
+        "several seeds and folds, before ranking anything.",
+        "The interval takes slices for independent. Slices of one patient are alike, so the true "
+        "uncertainty is larger.",
+        "Where slices of one patient stand on both sides, the accuracy says how well slices of "
+        "known patients are told apart. A clinic would see the patient split's, which is lower.",
+    ]
+    if synthetic:
+        limits.insert(
+            0,
+            "The slices are phantoms, drawn by a program from one averaged brain. They test "
+            "that the method runs and learns; they say nothing about real tumours.",
+        )
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _environment(run: Path, epochs: list[dict[str, Any]]) -> str:
+    seconds = sum(row["seconds"] for row in epochs)
+    speed = sum(row["images_per_second"] * row["seconds"] for row in epochs) / seconds
+    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    facts = {
+        "trained for": f"{time}, {len(epochs)} epochs, {speed:.0f} images/s",
+        **{name: str(value) for name, value in read_json(run / ENVIRONMENT).items()},
+    }
+    return _table(["", ""], [[name, value] for name, value in facts.items()])
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table, padded so that it reads well as plain text too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * max(width, 3) for width in widths], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    )

@@ -1,0 +1,201 @@
+"""The settings of a run: what they are, which values they take, and how presets and flags set them.
+
+A preset is a TOML file with one table per class below; a run folder keeps its own copy in the same
+form, so the file that says how a run was made can make it again.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from .errors import UserError
+
+PRESETS_FOLDER = Path(__file__).parent / "presets"
+PRESETS = ("quick", "paper")
+
+
+def _number(default: float, minimum: float, maximum: float, text: str) -> Any:  # noqa: ANN401
+    return dataclasses.field(
+        default=default, metadata={"help": text, "minimum": minimum, "maximum": maximum}
+    )
+
+
+def _choice(default: str, choices: tuple[str, ...], text: str) -> Any:  # noqa: ANN401
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _plain(default: bool | str, text: str) -> Any:  # noqa: ANN401
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which slices are trained on, and at what size."""
+
+    image_size: int = _number(224, 32, 1024, "side of the square images, in pixels")
+    split: str = _choice(
+        "paper",
+        ("paper", "paper-swapped", "patient"),
+        "paper: 70-30 by slice; paper-swapped: the same, 30-70; patient: no patient on both sides",
+    )
+    fold: int = _number(1, 1, 5, "the fold of patients held out by the patient split")
+    split_seed: int = _number(0, 0, 2**32 - 1, "seed of the split")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """MobileNet v1 and the output network on top of it."""
+
+    width: float = _number(1.0, 0.05, 2.0, "width multiplier of MobileNet v1")
+    embedding_size: int = _number(256, 2, 4096, "length of an embedding")
+    dropout: float = _number(0.2, 0.0, 0.9, "dropout in the output network")
+    input_range: str = _choice(
+        "imagenet",
+        ("imagenet", "unit"),
+        "what the network is fed: imagenet is [-1, 1], as its weights expect; unit is [0, 1]",
+    )
+    weights: str = _plain("", "safetensors file of ImageNet weights; empty: start from scratch")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationSettings:
+    """How training images are varied; the paper gives the kinds but no ranges."""
+
+    rotation_degrees: float = _number(15.0, 0.0, 180.0, "rotate by up to this, either way")
+    brightness: float = _number(0.2, 0.0, 0.9, "scale intensities by 1 plus or minus up to this")
+    zoom: float = _number(1.25, 1.0, 4.0, "zoom in by up to this factor")
+    flip: bool = _plain(True, "flip each axis with probability one half")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """SphereFace, and its annealing: lambda = max(minimum, base (1 + gamma t)^-power)."""
+
+    margin: float = _number(5.0, 1.0, 16.0, "m, the factor of the target angle")
+    scale: float = _number(30.0, 0.1, 1000.0, "s, the scale of the cosines")
+    annealing: bool = _plain(False, "blend the margin in: (lambda cos + psi) / (1 + lambda)")
+    annealing_base: float = _number(1000.0, 0.0, 1e9, "lambda at the first step")
+    annealing_gamma: float = _number(0.12, 0.0, 1e6, "how fast lambda falls with the step t")
+    annealing_power: float = _number(1.0, 0.0, 100.0, "exponent of the fall of lambda")
+    annealing_minimum: float = _number(5.0, 0.0, 1e9, "where lambda stops falling")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """The optimiser's loop."""
+
+    epochs: int = _number(275, 1, 100_000, "passes over the training slices")
+    batch_size: int = _number(32, 2, 65_536, "slices in a step")
+    learning_rate: float = _number(1e-4, 1e-9, 10.0, "Adam's learning rate at the start")
+    schedule: str = _choice(
+        "paper",
+        ("paper", "cosine"),
+        "paper: a tenth from epoch 125, a hundredth from 175; cosine: to zero at the last step",
+    )
+    precision: str = _choice(
+        "auto",
+        ("auto", "float32", "bfloat16"),
+        "of the network's arithmetic; auto: bfloat16 where the hardware multiplies it natively",
+    )
+    seed: int = _number(0, 0, 2**32 - 1, "seed of initialisation, order, augmentation and dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on besides the slices."""
+
+    data: DataSettings = DataSettings()
+    network: NetworkSettings = NetworkSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    loss: LossSettings = LossSettings()
+    training: TrainingSettings = TrainingSettings()
+
+
+def setting_fields() -> Iterator[tuple[str, dataclasses.Field]]:
+    """Yield the table's name and the field, for each setting; field names are unique."""
+    for table in dataclasses.fields(Settings):
+        for field in dataclasses.fields(table.type):
+            yield table.name, field
+
+
+def load_settings(preset: str, overrides: Mapping[str, object] | None = None) -> Settings:
+    """Read a preset by name and let `overrides`, keyed by field name, replace its values."""
+    return override_settings(read_settings(PRESETS_FOLDER / f"{preset}.toml"), overrides or {})
+
+
+def override_settings(settings: Settings, overrides: Mapping[str, object]) -> Settings:
+    """Return `settings` with the fields named in `overrides` replaced, checked like a preset."""
+    for table, field in setting_fields():
+        if field.name in overrides:
+            value = _checked(field, overrides[field.name], "--" + field.name.replace("_", "-"))
+            changed = dataclasses.replace(getattr(settings, table), **{field.name: value})
+            settings = dataclasses.replace(settings, **{table: changed})
+    return settings
+
+
+def read_settings(path: Path) -> Settings:
+    """Read a TOML file of settings; keys it leaves out keep their defaults (the paper's)."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not readable as settings: {error}") from None
+    known = {table.name: table.type for table in dataclasses.fields(Settings)}
+    for name, table in tables.items():
+        if name not in known:
+            raise UserError(f"{path}: unknown table {name!r}; the tables are {', '.join(known)}")
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {name} must be a table, not {table!r}")
+    return Settings(**{name: _read_table(path, known[name], name, tables[name]) for name in tables})
+
+
+def write_settings(settings: Settings) -> str:
+    """Return `settings` as TOML that `read_settings` reads back to an equal value."""
+    lines = []
+    for name, table in dataclasses.asdict(settings).items():
+        lines += ["", f"[{name}]"]
+        # JSON's spelling of a bool, a finite number or a string is TOML's too.
+        for key, value in table.items():
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def first_difference(settings: Settings, other: Settings) -> str | None:
+    """Return `table.key` of the first setting that differs, or None."""
+    for table, field in setting_fields():
+        if getattr(getattr(settings, table), field.name) != getattr(
+            getattr(other, table), field.name
+        ):
+            return f"{table}.{field.name}"
+    return None
+
+
+def _read_table(path: Path, table_class: type, name: str, table: dict[str, object]) -> Any:  # noqa: ANN401
+    fields = {field.name: field for field in dataclasses.fields(table_class)}
+    for key in table:
+        if key not in fields:
+            raise UserError(f"{path}: unknown key {name}.{key}; there are {', '.join(fields)}")
+    values = {key: _checked(fields[key], table[key], f"{path}: {name}.{key}") for key in table}
+    return table_class(**values)
+
+
+def _checked(field: dataclasses.Field, value: object, where: str) -> object:
+    """Return `value` as the field's type, or raises a UserError that starts with `where`."""
+    # bool is a subclass of int, and True is nobody's number of epochs.
+    accepted = (int, float) if field.type is float else (field.type,)
+    if type(value) not in accepted:
+        raise UserError(f"{where}: must be {field.type.__name__}, not {value!r}")
+    if "choices" in field.metadata and value not in field.metadata["choices"]:
+        raise UserError(f"{where}: must be one of {field.metadata['choices']}, not {value!r}")
+    if "minimum" in field.metadata:
+        minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
+        if not minimum <= value <= maximum:  # false for NaN too
+            raise UserError(f"{where}: must be from {minimum} to {maximum}, not {value!r}")
+    return field.type(value)
