@@ -72,7 +72,7 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
         tensor([1.0000e-08], dtype=torch.float64)
 
     References:
-        W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point
+        Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point
         Computation?", 2006, section 12.
     """
     dtype = _precise_dtype(first.device)

@@ -42,8 +42,8 @@ class MarginLoss(nn.Module, ABC):
     Remember to give the loss's parameters to the optimiser, beside those of the network.
 
     Args:
-        num_classes: C.
-        embedding_size: d.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
         scale: The scale s > 0 of the cosines.
         schedule: A :class:`LambdaAnnealing` or :class:`MarginWarmup`, advanced by each forward
             pass in training mode; by default the whole margin is in force from the start.
@@ -201,13 +201,23 @@ _DEFAULTS = {
 
 
 class NormalizedSoftmaxLoss(MarginLoss):
-    """Softmax on scaled cosines, no margin (NormFace, "Modified SoftMax").
+    r"""Softmax on scaled cosines, no margin (NormFace, "Modified SoftMax").
+
+    .. math:: L_i = -\log\frac{e^{s\cos\theta_{y_i}}}{\sum_j e^{s\cos\theta_j}}
 
     Args:
-        num_classes: C.
-        embedding_size: d.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
         scale: The scale s > 0; the default is the paper's temperature 0.05 as 1 / 0.05.
         **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or the scale is out of range.
 
     Example:
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
@@ -215,9 +225,9 @@ class NormalizedSoftmaxLoss(MarginLoss):
         torch.Size([])
 
     References:
-        F. Wang et al., "NormFace", ACM MM 2017, arXiv:1704.06369;
-        A. Zhai and H.-Y. Wu, "Classification is a Strong Baseline for Deep Metric Learning",
-        BMVC 2019, arXiv:1811.12649, eq. (2).
+        Wang et al., "NormFace", ACM MM 2017, arXiv:1704.06369;
+        Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning",
+        BMVC 2019, arXiv:1811.12649.
     """
 
     def __init__(
@@ -235,19 +245,30 @@ class NormalizedSoftmaxLoss(MarginLoss):
 
 
 class SphereFaceLoss(MarginLoss):
-    """SphereFace (A-Softmax) with normalised embeddings: the angle multiplied by the margin.
+    r"""SphereFace (A-Softmax) with normalised embeddings: the margin multiplies the target's angle.
 
     This is the form of HSADML, eq. (2)-(3), and of OpenSphere's hard feature normalisation: the
     scale takes the place of the embedding's length, which the first SphereFace kept.
 
+    .. math:: f = s\,\psi(\theta_{y}), \qquad
+        \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad k = \lfloor m\theta / \pi \rfloor
+
     Args:
-        num_classes: C.
-        embedding_size: d.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
         margin: m >= 1, any real number; 1 is no margin.
         scale: The scale s > 0.
         beyond: See :func:`angular_losses.margins.sphereface`.
         **options: See :class:`MarginLoss`; a margin of 3 or more trains more surely from scratch
             with ``schedule=LambdaAnnealing()``.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is below 1, or a size or the scale is out of range.
 
     Example:
         >>> loss = SphereFaceLoss(num_classes=10, embedding_size=64, margin=4)
@@ -255,7 +276,7 @@ class SphereFaceLoss(MarginLoss):
         torch.Size([])
 
     References:
-        W. Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063, eq. (7).
+        Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063, eq. (7).
     """
 
     def __init__(
@@ -279,14 +300,24 @@ class SphereFaceLoss(MarginLoss):
 
 
 class CosFaceLoss(MarginLoss):
-    """CosFace (AM-Softmax): the margin taken off the target's cosine.
+    r"""CosFace (AM-Softmax): the margin taken off the target's cosine.
+
+    .. math:: f = s\,(\cos\theta_{y} - m)
 
     Args:
-        num_classes: C.
-        embedding_size: d.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
         margin: m in [0, 2).
         scale: The scale s > 0.
         **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, 2), or a size or the scale is out of range.
 
     Example:
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
@@ -294,7 +325,7 @@ class CosFaceLoss(MarginLoss):
         torch.Size([])
 
     References:
-        H. Wang et al., "CosFace", CVPR 2018, arXiv:1801.09414, eq. (4).
+        Wang et al., "CosFace", CVPR 2018, arXiv:1801.09414, eq. (4).
     """
 
     def __init__(
@@ -314,15 +345,26 @@ class CosFaceLoss(MarginLoss):
 
 
 class ArcFaceLoss(MarginLoss):
-    """ArcFace (AAM-Softmax): the margin added to the target's angle.
+    r"""ArcFace (AAM-Softmax): the margin added to the target's angle.
+
+    .. math:: f = s\cos(\theta_{y} + m)
 
     Args:
-        num_classes: C.
-        embedding_size: d.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
         margin: m in radians, in [0, pi).
         scale: The scale s > 0.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
         **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, pi), as one in degrees is, or a size or the scale
+            is out of range.
 
     Example:
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
@@ -330,7 +372,7 @@ class ArcFaceLoss(MarginLoss):
         torch.Size([])
 
     References:
-        J. Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (3).
+        Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (3).
     """
 
     def __init__(
@@ -354,11 +396,13 @@ class ArcFaceLoss(MarginLoss):
 
 
 class CombinedMarginLoss(MarginLoss):
-    """The combined margin cos(m1 theta + m2) - m3.
+    r"""The combined margin cos(m1 theta + m2) - m3.
+
+    .. math:: f = s\,(\cos(m_1\theta_{y} + m_2) - m_3)
 
     Args:
-        num_classes: C.
-        embedding_size: d.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
         m1: Multiplicative margin, above 0.
         m2: Additive margin on the angle in radians, in [0, pi).
         m3: Additive margin on the cosine, in [0, 2).
@@ -366,13 +410,21 @@ class CombinedMarginLoss(MarginLoss):
         beyond: See :func:`angular_losses.margins.combined`.
         **options: See :class:`MarginLoss`.
 
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a margin, a size or the scale is out of range.
+
     Example:
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
 
     References:
-        J. Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4); the defaults are its CM1.
+        Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4); the defaults are its CM1.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") 
         tensor([ 1., -1., -7.])
 
     References:
-        W. Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017,
+        Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017,
         arXiv:1704.08063, eq. (7); eq. (3) of HSADML.
     """
     _check(checks.multiplicative_margin, m=m)
@@ -87,7 +87,7 @@ def cosface(theta: Tensor, m: float | Tensor) -> Tensor:
         tensor([0.6500])
 
     References:
-        H. Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018,
+        Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018,
         arXiv:1801.09414, eq. (4).
     """
     _check(checks.cosine_margin, m=m)
@@ -114,7 +114,7 @@ def arcface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> 
         tensor([ 0.8776, -1.1224])
 
     References:
-        J. Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition",
+        Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition",
         CVPR 2019, arXiv:1801.07698, eq. (3).
     """
     _check(checks.angular_margin, m=m)
@@ -153,7 +153,7 @@ def combined(
         tensor([0.4967])
 
     References:
-        J. Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4).
+        Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4).
     """
     _check(checks.positive, m1=m1)
     _check(checks.angular_margin, m2=m2)
@@ -181,7 +181,7 @@ def detached(margin: MarginFunction) -> MarginFunction:
         True
 
     References:
-        W. Liu et al., "SphereFace Revived: Unifying Hyperspherical Face Recognition", TPAMI 2022,
+        Liu et al., "SphereFace Revived: Unifying Hyperspherical Face Recognition", TPAMI 2022,
         arXiv:2109.05565, "characteristic gradient detachment".
     """
 

@@ -65,7 +65,7 @@ class LambdaAnnealing(Schedule):
         tensor(892.8571)
 
     References:
-        W. Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063; the defaults are those of the
+        Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063; the defaults are those of the
         authors' Caffe code, which counts its first step as 1.
     """
 
