@@ -9,8 +9,9 @@ import torch
 from angular_losses import LambdaAnnealing, SphereFaceLoss
 
 from .errors import UserError
+from .files import replacing
 from .mobilenet import EmbeddingNetwork, load_imagenet_weights
-from .run_folder import CHECKPOINT, replacing
+from .run_folder import CHECKPOINT
 from .settings import LossSettings, NetworkSettings, Settings
 from .slices import CLASS_NAMES
 

@@ -10,9 +10,11 @@ from statistics import NormalDist
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore_support
 from torch import Tensor
 
 from .checkpoint import load_network
+from .files import replacing
 from .mobilenet import EmbeddingNetwork
 from .run_folder import (
     EMBEDDINGS,
@@ -20,7 +22,6 @@ from .run_folder import (
     PREDICTIONS,
     SETTINGS,
     read_split,
-    replacing,
     write_json,
     write_text,
 )
@@ -109,22 +110,24 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, num_classes: int) -> np.n
 
 def compute_metrics(confusion: np.ndarray) -> Metrics:
     """Return everything that follows from the counts; a ratio without cases counts as 0."""
-    correct, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    total, hits = int(confusion.sum()), int(correct.sum())
-    f1 = 2 * correct / np.maximum(truth + predicted, 1)
-    # R_K: the covariance of truth and prediction over the product of their spreads.
-    covariance = hits * total - truth @ predicted
-    spread = math.sqrt(total**2 - truth @ truth) * math.sqrt(total**2 - predicted @ predicted)
+    truth, predicted = (
+        np.repeat(label.ravel(), confusion.ravel()) for label in np.indices(confusion.shape)
+    )
+    classes = range(len(confusion))
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        truth, predicted, labels=classes, zero_division=0
+    )
+    hits, total = int(confusion.trace()), int(confusion.sum())
     return Metrics(
         confusion=confusion.tolist(),
         accuracy=hits / total,
         accuracy_interval=wilson_interval(hits, total),
-        recall=(correct / np.maximum(truth, 1)).tolist(),
-        precision=(correct / np.maximum(predicted, 1)).tolist(),
+        recall=recall.tolist(),
+        precision=precision.tolist(),
         f1=f1.tolist(),
         f1_macro=float(f1.mean()),
-        f1_micro=hits / total,
-        mcc=float(covariance / spread) if spread else 0.0,
+        f1_micro=float(f1_score(truth, predicted, labels=classes, average="micro")),
+        mcc=float(matthews_corrcoef(truth, predicted)),
     )
 
 

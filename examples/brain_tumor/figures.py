@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .run_folder import replacing
+from .files import replacing
 from .slices import CLASS_NAMES
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.

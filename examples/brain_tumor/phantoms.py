@@ -8,6 +8,7 @@ the same way for every class, so that only the tumour and its place tell the cla
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from .anatomy import PLANES, SELLA, Anatomy, Head, slice_points, smooth_noise
 from .errors import UserError
+from .files import replacing
 
 MARKER_NAME = "SYNTHETIC.txt"
 MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing about patients.\n"
@@ -284,8 +286,14 @@ def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np
         ("tumorBorder", border.reshape(1, -1) + 1, "double", None),
         ("tumorMask", _fill(border, len(picture)).T, "logical", 1),
     )
-    unfinished = path.with_name(path.name + ".part")
-    with h5py.File(unfinished, "w", userblock_size=512) as file:
+    with replacing(path) as temporary:
+        _write_fields(temporary, fields)
+        with temporary.open("r+b") as file:
+            file.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
+
+
+def _write_fields(path: Path, fields: Iterable[tuple[str, np.ndarray, str, int | None]]) -> None:
+    with h5py.File(path, "w", userblock_size=512) as file:
         group = file.create_group("cjdata")
         group.attrs["MATLAB_class"] = np.bytes_("struct")
         for name, value, matlab_class, decode in fields:
@@ -294,6 +302,3 @@ def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np
             group[name].attrs["MATLAB_class"] = np.bytes_(matlab_class)
             if decode is not None:
                 group[name].attrs["MATLAB_int_decode"] = np.int32(decode)
-    with unfinished.open("r+b") as file:
-        file.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
-    unfinished.replace(path)

@@ -6,8 +6,6 @@ Training fills it, evaluation and the report read it, and nothing else has to be
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import sklearn
 import torch
 
 from .errors import UserError
+from .files import replacing
 from .settings import (
     Settings,
     first_difference,
@@ -33,17 +32,6 @@ CHECKPOINT = "checkpoint.pt"
 EMBEDDINGS = "embeddings.npy"
 PREDICTIONS = "predictions.csv"
 METRICS = "metrics.json"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, which takes its place if the block succeeds."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

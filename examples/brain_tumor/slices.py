@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError
+from .files import replacing
 from .matlab import FOLDS, read_folds, read_slice
 
 CLASS_NAMES = ("meningioma", "glioma", "pituitary")  # labels 0, 1, 2; the archive's 1, 2, 3
@@ -173,15 +174,10 @@ def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> dict[str, np.nda
 
 def write_cache(path: Path, key: str, decoded: dict[str, np.ndarray]) -> None:
     """Keep decoded slices; a full or read-only disk is no error, for a cache only saves time."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
-                np.savez(file, key=np.array(key), **decoded)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, key=np.array(key), **decoded)
 
 
 def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
