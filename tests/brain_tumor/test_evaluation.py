@@ -65,7 +65,7 @@ def test_absent_classes_count_as_nothing():
     metrics = compute_metrics(np.array([[5, 0, 0], [0, 4, 0], [0, 0, 0]]))
     assert metrics.recall == [1.0, 1.0, 0.0]
     assert metrics.f1 == [1.0, 1.0, 0.0]
-    assert (metrics.accuracy, metrics.mcc) == (1.0, 0.0)
+    assert (metrics.accuracy, metrics.mcc) == (1.0, 1.0)
 
 
 def test_wilson_interval_of_the_papers_counts():
