@@ -28,7 +28,7 @@ from .run_folder import (
 from .settings import read_settings
 from .slices import CLASS_NAMES, SliceSet, Split
 
-EMBEDDING_BATCH = 128  # slices; bounds the memory, changes no number
+EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
 
 
 @dataclasses.dataclass(frozen=True)

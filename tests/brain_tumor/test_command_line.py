@@ -1,0 +1,171 @@
+"""The command line: it explains itself, one line says what is wrong, and one run goes through."""
+
+import shlex
+
+import pytest
+import torch
+
+from examples.brain_tumor import __main__ as command_line
+from examples.brain_tumor import training
+from examples.brain_tumor.__main__ import demo, main
+from examples.brain_tumor.phantoms import make_phantoms
+from examples.brain_tumor.run_folder import read_rows
+from examples.brain_tumor.settings import read_settings, setting_fields
+
+SMALL = ["--image-size", "32", "--epochs", "2", "--batch-size", "8", "--embedding-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slices")
+    make_phantoms(folder, 30, seed=0, size=64, progress=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def fault(capsys, arguments):
+    """The one line that a faulty command prints."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def interrupt(monkeypatch, name="_finish_epoch"):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, name, stop)
+
+
+def test_train_evaluate_and_compare(phantoms, tmp_path, capsys):
+    runs = [tmp_path / "annealed", tmp_path / "bare"]
+    for run, flag in zip(runs, ("--annealing", "--no-annealing"), strict=True):
+        assert main(["train", "--data", str(phantoms), "--out", str(run), flag, *SMALL]) == 0
+    assert read_settings(runs[1] / "settings.toml").loss.annealing is False
+    command = capsys.readouterr().out.splitlines()[-1].strip()
+    assert shlex.split(command)[3:] == ["evaluate", str(runs[1]), "--data", str(phantoms)]
+
+    assert main(["evaluate", *map(str, runs), "--data", str(phantoms), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("SYNTHETIC slices, not patients") == 2
+    assert "| this run |" in printed
+    for run in runs:
+        report = (run / "report.md").read_text(encoding="utf-8")
+        assert report.startswith("# SYNTHETIC")
+        assert "the paper, Table" not in report
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_training_says_how_to_go_on(phantoms, tmp_path, capsys, monkeypatch):
+    arguments = ["train", "--data", str(phantoms), "--out", str(tmp_path / "a run"), *SMALL]
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        assert main(arguments) == 130
+    message = capsys.readouterr().err
+    assert message.startswith("interrupted; continue with: ")
+    resume = shlex.split(message.partition("with: ")[2])
+    assert resume[:3] == ["python", "-m", "examples.brain_tumor"]
+    assert main(resume[3:]) == 0
+    assert len(read_rows(tmp_path / "a run" / "log.jsonl")) == 2
+
+
+def test_demo_runs_resumes_and_evaluates_again(phantoms, tmp_path, capsys, monkeypatch):
+    overrides = {"image_size": 32, "epochs": 1, "embedding_size": 16}
+    (tmp_path / "phantoms").symlink_to(phantoms)
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path, 30, overrides)
+    demo(tmp_path, 30, overrides)
+    printed = capsys.readouterr().out
+    assert "resuming the training" in printed
+    assert "making" not in printed  # the slices were there
+    assert "| this run |" in printed
+    assert "--preset paper" in printed.splitlines()[-1]
+    assert str(tmp_path / "demo" / "report.md") in printed
+
+    checkpoint = (tmp_path / "demo" / "checkpoint.pt").read_bytes()
+    demo(tmp_path, 30, overrides)
+    assert "finished before" in capsys.readouterr().out
+    assert (tmp_path / "demo" / "checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_demo_makes_its_slices(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(command_line, "make_phantoms", lambda *a, **k: made.append((a, k)))
+    with pytest.raises(command_line.UserError, match="phantoms: no such folder"):
+        demo(tmp_path, 30)
+    ((folder, count), options), *_ = made
+    assert (folder, count, options["seed"]) == (tmp_path / "phantoms", 30, 0)
+
+
+def test_faults_are_one_line(phantoms, tmp_path, capsys):
+    run = tmp_path / "run"
+    train = ["train", "--data", phantoms, "--out", run, *SMALL]
+    message = fault(capsys, ["train", "--data", tmp_path / "absent", "--out", run])
+    assert "absent: no such folder" in message
+    assert "figshare.com" in message
+    assert "CC BY 4.0" in message
+    assert "no slices" in fault(capsys, ["train", "--data", tmp_path, "--out", run])
+    assert "--epochs: must be from 1" in fault(capsys, [*train, "--epochs", "0"])
+    assert "--margin: must be from 1.0" in fault(capsys, [*train, "--margin", "nan"])
+    message = fault(capsys, [*train, "--weights", tmp_path / "gone.safetensors"])
+    assert "gone.safetensors: no such weights file" in message
+    assert "settings.toml" in fault(capsys, [*train, "--resume"])
+    assert "settings.toml" in fault(capsys, ["evaluate", run, "--data", phantoms])
+    assert "count" in fault(capsys, ["make-phantoms", tmp_path / "none", "--count", "0"])
+    assert not run.exists()
+
+
+def test_nothing_is_overwritten(phantoms, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    message = fault(capsys, ["train", "--data", phantoms, "--out", tmp_path, *SMALL])
+    assert "already exists" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_faulty_slice_is_named(phantoms, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in phantoms.glob("*.mat"):
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "7.mat").write_bytes((data / "7.mat").read_bytes()[:3000])
+    message = fault(capsys, ["train", "--data", data, "--out", tmp_path / "run", *SMALL])
+    assert str(data / "7.mat") in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_settings_names_the_key(phantoms, tmp_path, capsys):
+    arguments = ["train", "--data", str(phantoms), "--out", str(tmp_path / "run"), *SMALL]
+    assert main(arguments) == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert "loss.margin differs" in fault(capsys, [*arguments, "--resume", "--margin", "3"])
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_help_shows_every_setting_and_both_presets_values(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for _, field in setting_fields():
+        assert "--" + field.name.replace("_", "-") in text
+    assert "paper: 275]" in text
+
+
+def test_help_names_the_commands_and_ends_with_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("make-phantoms", "train", "evaluate", "demo"):
+        assert f"\n    {command}" in text
+    assert text.index("examples:") > text.index("evaluate")
+    assert "CC BY 4.0" in text
