@@ -26,8 +26,8 @@ def augment(images: Tensor, settings: AugmentationSettings, generator: torch.Gen
     maps = affine_maps(
         angles=math.radians(settings.rotation_degrees) * (2 * angles - 1),
         zooms=1 + (settings.zoom - 1) * zooms,
-        flips_x=(flips_x < 0.5) & settings.flip,
-        flips_y=(flips_y < 0.5) & settings.flip,
+        flips_x=(flips_x < 0.5) & settings.flip_left_right,
+        flips_y=(flips_y < 0.5) & settings.flip_up_down,
     )
     grid = F.affine_grid(maps.to(images.device), list(images.shape), align_corners=False)
     moved = F.grid_sample(images.float(), grid, padding_mode="zeros", align_corners=False)

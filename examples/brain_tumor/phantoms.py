@@ -29,8 +29,8 @@ MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing 
 # The text that opens a .mat file; its platform marks the file as a phantom.
 HEADER = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
 
-CLASS_SHARES = (0.23, 0.47, 0.30)  # meningioma, glioma, pituitary: about the archive's
-SLICES_PER_PATIENT = 10
+CLASS_SHARES = (0.33, 0.37, 0.30)  # meningioma, glioma, pituitary
+SLICES_PER_PATIENT = 5  # of the archive 13; more patients teach more than more slices
 LEAST_PATIENTS = 5  # per class: one for each of five folds
 LEAST_AREA = 80.0  # mm^2 of tumour on a slice
 
@@ -79,7 +79,7 @@ def _meningioma(anatomy: Anatomy, generator: Generator) -> Tumour:
         roughness=generator.uniform(0.02, 0.07),
         intensity=_clipped_normal(generator, 0.64, 0.06, 0.52, 0.78),
         texture=0.03,
-        rim=generator.choice([math.inf, 0.6 * radius], p=[0.92, 0.08]),
+        rim=generator.choice([math.inf, 0.6 * radius], p=[0.96, 0.04]),
         oedema=generator.choice([0.0, 0.6 * radius], p=[0.6, 0.4]),
         dural_tail=bool(generator.random() < 0.6),
     )
@@ -87,7 +87,7 @@ def _meningioma(anatomy: Anatomy, generator: Generator) -> Tumour:
 
 def _glioma(anatomy: Anatomy, generator: Generator) -> Tumour:
     """In the white matter, irregular, most with a ring around a dark core, and oedema."""
-    kind = generator.choice(["ring", "solid", "not enhancing"], p=[0.74, 0.14, 0.12])
+    kind = generator.choice(["ring", "solid", "not enhancing"], p=[0.86, 0.06, 0.08])
     enhancing = kind != "not enhancing"
     place = anatomy.head.find("white matter", generator)
     return Tumour(
@@ -197,7 +197,7 @@ def make_phantoms(
 
     Args:
         folder: Where to; made if missing.
-        count: Number of slices, about ten to a patient.
+        count: Number of slices, about five to a patient.
         seed: Of all random numbers, 0 or more.
         size: Side of the square slices in pixels, at least 64.
         progress: Whether to show a progress bar.

@@ -76,7 +76,8 @@ def describe_result(run: Path) -> str:
     split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
     settings = read_settings(run / SETTINGS)
     low, high = (100 * bound for bound in metrics["accuracy_interval"])
-    rows = [["this run", *metrics_row(metrics)]]
+    ours = metrics_row(metrics)
+    rows = [["this run", *ours]]
     count = len(split["train"]) + len(split["test"])
     if not split["synthetic"] and settings.data.split in PAPER_ROWS and count == ARCHIVE_SIZE:
         name, *cells = PAPER_ROWS[settings.data.split].split("|")
@@ -84,7 +85,7 @@ def describe_result(run: Path) -> str:
     sentence = (
         f"{'SYNTHETIC slices, not patients. ' if split['synthetic'] else ''}"
         f"1-NN on {len(split['test'])} held-out slices after {metrics['epoch']} of "
-        f"{settings.training.epochs} epochs: accuracy {100 * metrics['accuracy']:.1f} % "
+        f"{settings.training.epochs} epochs: accuracy {ours[COLUMNS.index('accuracy')]} % "
         f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
     )
     return f"{sentence}\n\n{_table(['', *COLUMNS], rows)}"

@@ -72,7 +72,8 @@ class AugmentationSettings:
     rotation_degrees: float = _number(15.0, 0.0, 180.0, "rotate by up to this, either way")
     brightness: float = _number(0.2, 0.0, 0.9, "scale intensities by 1 plus or minus up to this")
     zoom: float = _number(1.25, 1.0, 4.0, "zoom in by up to this factor")
-    flip: bool = _plain(True, "flip each axis with probability one half")
+    flip_left_right: bool = _plain(True, "exchange left and right with probability one half")
+    flip_up_down: bool = _plain(True, "exchange top and bottom with probability one half")
 
 
 @dataclasses.dataclass(frozen=True)

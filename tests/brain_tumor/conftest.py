@@ -57,7 +57,8 @@ def tiny_settings():
             "embedding_size": 16,
             "batch_size": 7,
             "epochs": 2,
-            "flip": False,
+            "flip_left_right": False,
+            "flip_up_down": False,
             "rotation_degrees": 5.0,
         },
     )

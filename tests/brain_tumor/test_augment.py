@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from examples.brain_tumor.augment import affine_maps, augment
 from examples.brain_tumor.settings import AugmentationSettings
 
-OFF = {"rotation_degrees": 0.0, "brightness": 0.0, "zoom": 1.0, "flip": False}
+OFF = {
+    "rotation_degrees": 0.0,
+    "brightness": 0.0,
+    "zoom": 1.0,
+    "flip_left_right": False,
+    "flip_up_down": False,
+}
 COUNT, SIZE = 400, 48
 AXIS = torch.arange(SIZE) - (SIZE - 1) / 2  # pixels from the centre
 
@@ -62,7 +68,9 @@ def test_zoom_magnifies_within_its_range():
 
 def test_flips_are_independent_and_fair():
     images = torch.rand(SIZE, SIZE)
-    flipped = augment(images.expand(COUNT, 1, SIZE, SIZE), only(flip=True), seeded())[:, 0]
+    flipped = augment(
+        images.expand(COUNT, 1, SIZE, SIZE), only(flip_left_right=True, flip_up_down=True), seeded()
+    )[:, 0]
     counts = []
     for axes in ((), (0,), (1,), (0, 1)):
         same = (flipped - images.flip(axes)).abs().amax((1, 2)) < 1e-4
@@ -138,3 +146,13 @@ def test_float32_input_is_kept():
     before = images.clone()
     augment(images, AugmentationSettings(), seeded())
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(("name", "axis"), [("flip_left_right", 2), ("flip_up_down", 1)])
+def test_each_flip_exchanges_its_own_ends(name, axis):
+    images = torch.rand(COUNT, 1, SIZE, SIZE, generator=seeded())
+    flipped = augment(images, only(**{name: True}), seeded())
+    for before, after in zip(images, flipped, strict=True):
+        unchanged = torch.allclose(before, after, atol=1e-4)
+        assert unchanged or torch.allclose(before.flip(axis), after, atol=1e-4)
+    assert not torch.allclose(images, flipped, atol=1e-2)

@@ -41,7 +41,7 @@ def test_paper_preset_is_the_paper():
     assert training.schedule == "paper"
     augmentation = settings.augmentation
     assert (augmentation.rotation_degrees, augmentation.brightness) == (15.0, 0.2)
-    assert (augmentation.zoom, augmentation.flip) == (1.25, True)
+    assert (augmentation.zoom, augmentation.flip_up_down) == (1.25, True)
 
 
 def test_quick_preset_needs_no_download_and_holds_out_patients():
@@ -96,7 +96,7 @@ def test_written_settings_read_back_equal(tmp_path):
         ("[training]\nlearning_rate = 1" + "0" * 400, "training.learning_rate: must be from"),
         ("[training]\nschedule = 'linear'", "training.schedule: must be one of"),
         ("[training]\nschedule = 3", "training.schedule: must be str"),
-        ("[augmentation]\nflip = 1", "augmentation.flip: must be bool"),
+        ("[augmentation]\nflip_up_down = 1", "augmentation.flip_up_down: must be bool"),
         ("[loss]\nmargin = 0.5", "loss.margin: must be from 1.0"),
         ("[data]\nsplit = 'patients'", "data.split: must be one of"),
         ("[data\n", "not readable as settings"),
