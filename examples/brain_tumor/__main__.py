@@ -99,7 +99,7 @@ def _add_make_phantoms(commands: Any) -> None:  # noqa: ANN401
         "make-phantoms", help="write synthetic slices in the archive's own format"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the .mat files")
-    parser.add_argument("--count", type=int, default=1000, help="slices (default: 1000)")
+    parser.add_argument("--count", type=int, default=1200, help="slices (default: 1200)")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
     parser.set_defaults(
@@ -205,13 +205,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
         plot_early(
             options.out / "comparison.png",
-            {str(run): read_rows(run / STEPS) for run in options.runs},
+            {run.name: read_rows(run / STEPS) for run in options.runs},
             f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
         )
         print(f"comparison of the first steps: {options.out / 'comparison.png'}")
 
 
-def demo(folder: Path, count: int = 1000, overrides: Mapping[str, object] | None = None) -> None:
+def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None = None) -> None:
     """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there.
 
     Args:

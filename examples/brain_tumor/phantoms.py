@@ -30,7 +30,7 @@ MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing 
 HEADER = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
 
 CLASS_SHARES = (0.33, 0.37, 0.30)  # meningioma, glioma, pituitary
-SLICES_PER_PATIENT = 5  # of the archive 13; more patients teach more than more slices
+SLICES_PER_PATIENT = 4  # of the archive 13; more patients teach more than more slices
 LEAST_PATIENTS = 5  # per class: one for each of five folds
 LEAST_AREA = 80.0  # mm^2 of tumour on a slice
 
@@ -197,7 +197,7 @@ def make_phantoms(
 
     Args:
         folder: Where to; made if missing.
-        count: Number of slices, about five to a patient.
+        count: Number of slices, about four to a patient.
         seed: Of all random numbers, 0 or more.
         size: Side of the square slices in pixels, at least 64.
         progress: Whether to show a progress bar.

@@ -82,7 +82,7 @@ class LossSettings:
 
     margin: float = _number(5.0, 1.0, 16.0, "m, the factor of the target angle")
     scale: float = _number(30.0, 0.1, 1000.0, "s, the scale of the cosines")
-    annealing: bool = _plain(False, "blend the margin in: (lambda cos + psi) / (1 + lambda)")
+    annealing: bool = _plain(True, "blend the margin in: (lambda cos + psi) / (1 + lambda)")
     annealing_base: float = _number(1000.0, 0.0, 1e9, "lambda at the first step")
     annealing_gamma: float = _number(0.12, 0.0, 1e6, "how fast lambda falls with the step t")
     annealing_power: float = _number(1.0, 0.0, 100.0, "exponent of the fall of lambda")

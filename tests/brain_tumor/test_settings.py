@@ -35,7 +35,7 @@ def test_paper_preset_is_the_paper():
     assert (settings.network.width, settings.network.embedding_size) == (1.0, 256)
     assert (settings.network.dropout, settings.network.input_range) == (0.2, "imagenet")
     assert settings.network.weights.endswith("mobilenet_v1_1.0_224.safetensors")
-    assert (settings.loss.margin, settings.loss.scale, settings.loss.annealing) == (5, 30, False)
+    assert (settings.loss.margin, settings.loss.scale, settings.loss.annealing) == (5, 30, True)
     training = settings.training
     assert (training.epochs, training.batch_size, training.learning_rate) == (275, 32, 1e-4)
     assert training.schedule == "paper"
