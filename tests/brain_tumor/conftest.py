@@ -54,6 +54,8 @@ def tiny_settings():
         "quick",
         {
             "image_size": SIZE,
+            "width": 0.25,
+            "annealing_gamma": 0.12,
             "embedding_size": 16,
             "batch_size": 7,
             "epochs": 2,

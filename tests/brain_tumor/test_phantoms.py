@@ -146,7 +146,7 @@ def test_slices_are_upright_and_pituitary_tumours_lie_at_the_sella(head, plane, 
 
 def test_class_shares(folder):
     labels = [label for _, _, label, _, _ in read_all(folder)]
-    assert [labels.count(label) for label in (1.0, 2.0, 3.0)] == [8, 17, 11]
+    assert [labels.count(label) for label in (1.0, 2.0, 3.0)] == [12, 13, 11]
 
 
 def test_each_patient_has_one_class_and_several_slices(folder):
