@@ -31,9 +31,9 @@ def test_angle_and_gradient_against_50_digits(theta, dimensions, aligned):
         assert reference.relative_error(gradient, reference.tangent(*pair)) <= 1e-6
 
 
-@pytest.mark.parametrize("ratio", [3.0, -3.0])
+@pytest.mark.parametrize("ratio", [3.0, -3.0, 11.0, -11.0])
 def test_parallel_vectors_have_no_gradient_though_their_directions_round_apart(ratio):
-    first = torch.arange(1.0, 8.0)
+    first = torch.arange(1.0, 32.0)  # 1 to 7 would round alike
     theta, *gradients = angle_and_gradients(first, first * ratio)
     assert theta.item() == (0.0 if ratio > 0 else math.pi)
     for gradient in gradients:
