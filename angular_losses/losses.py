@@ -259,8 +259,8 @@ class SphereFaceLoss(MarginLoss):
         margin: m >= 1, any real number; 1 is no margin.
         scale: The scale s > 0.
         beyond: See :func:`angular_losses.margins.sphereface`.
-        **options: See :class:`MarginLoss`; a margin of 3 or more trains more surely from scratch
-            with ``schedule=LambdaAnnealing()``.
+        **options: See :class:`MarginLoss`. The paper trains with the margin annealed:
+            ``schedule=LambdaAnnealing()``.
 
     Shape:
         embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
