@@ -23,6 +23,8 @@ from .margins import combined as combined
 from .margins import cosface as cosface
 from .margins import detached as detached
 from .margins import sphereface as sphereface
+from .planner import Plan as Plan
+from .planner import plan as plan
 from .schedules import LambdaAnnealing as LambdaAnnealing
 from .schedules import MarginWarmup as MarginWarmup
 from .schedules import Schedule as Schedule
@@ -38,6 +40,7 @@ __all__ = [
     "MarginLoss",
     "MarginWarmup",
     "NormalizedSoftmaxLoss",
+    "Plan",
     "Schedule",
     "SphereFaceLoss",
     "angle_between",
@@ -46,6 +49,7 @@ __all__ = [
     "cosface",
     "detached",
     "margin_softmax_loss",
+    "plan",
     "sphereface",
     "target_angle",
 ]

@@ -107,12 +107,15 @@ def floating(
 
 def batch(
     embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None = None
-) -> None:
+) -> Tensor | None:
     """Raise unless embeddings (N, d), weight (C, d) and labels (N,) belong together.
 
     On the CPU a label out of range raises at once. On other devices, and under ``torch.compile``,
     it is asserted where the labels live, without a synchronisation. Inside a ``torch.func``
     transform label values cannot be read; the lookup of the class centre raises instead.
+
+    Returns:
+        Which labels are not ``ignore_index``, (N,); None where it is known that all are not.
 
     Raises:
         TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
@@ -135,22 +138,33 @@ def batch(
         raise ValueError(
             f"labels: expected device {embeddings.device}, that of embeddings, got {labels.device}"
         )
-    _label_range(labels, weight.shape[0], ignore_index)
+    return _kept(labels, weight.shape[0], ignore_index)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _label_range(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
+    readable = not (
+        torch.compiler.is_compiling()
+        or labels.device.type != "cpu"
+        or torch._C._functorch.is_functorch_wrapped_tensor(labels)
+    )
+    if readable and labels.numel() and (ignore_index is None or ignore_index < 0):
+        lowest, highest = labels.aminmax()
+        if lowest >= 0 and highest < num_classes:
+            return None
+    kept = None if ignore_index is None else labels != ignore_index
     inside = (labels >= 0) & (labels < num_classes)
-    if ignore_index is not None:
-        inside = inside | (labels == ignore_index)
+    if kept is not None:
+        inside = inside | ~kept
     ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
     message = f"labels: expected values in [0, {num_classes}){ignored}"
+    if readable and not inside.all():
+        raise ValueError(f"{message}, got {int(labels[~inside][0])}")
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         torch._assert_async(inside.all(), message)
-    elif not torch._C._functorch.is_functorch_wrapped_tensor(labels) and not inside.all():
-        raise ValueError(f"{message}, got {int(labels[~inside][0])}")
+    return kept
 
 
 def _describe(value: object) -> str:

@@ -8,6 +8,8 @@ and second derivatives that autograd takes through them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,15 +36,15 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    smallest = torch.finfo(vectors.dtype).tiny ** (7 / 8)
+    smallest = _smallest(vectors.dtype)
     vectors = vectors.to(dtype or vectors.dtype)
     # The direction does not depend on the length, so dividing by a constant first is exact, for
     # every derivative too, and no square can overflow or underflow.
-    largest = torch.linalg.vector_norm(vectors.detach(), torch.inf, dim=-1, keepdim=True)
+    largest = _largest(vectors.detach())
     is_zero = largest < smallest
     scaled = vectors * (1 / largest).masked_fill(is_zero, 0)
     # An error in the length would scale every cosine of the row: it gets the spare digits.
-    square = scaled.square().sum(-1, keepdim=True, dtype=_precise_dtype(vectors.device))
+    square = scaled.square().sum(-1, keepdim=True, dtype=precise_dtype(vectors.device))
     inverse = square.masked_fill(is_zero, 1).rsqrt().to(vectors.dtype)
     unit: Tensor = scaled * inverse
     return unit
@@ -75,11 +77,64 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
         Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point
         Computation?", 2006, section 12.
     """
-    dtype = _precise_dtype(first.device)
+    dtype = precise_dtype(first.device)
     u, v = directions(first, dtype), directions(second, dtype)
     apart, together = _length(u - v), _length(u + v)
     both_zero = apart + together == 0
     return 2 * torch.atan2(apart.masked_fill(both_zero, 1), together.masked_fill(both_zero, 1))
+
+
+def angle_and_tangent(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The angle of each pair of directions, and its gradient, for code that is its own autograd.
+
+    .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
+        t = r / |r|, \qquad
+        \frac{\partial\theta}{\partial u} = -t, \quad
+        \frac{\partial\theta}{\partial v} = \cos\theta\; t - \sin\theta\; u
+
+    As exact as :func:`angle_between`, in a third of its passes over (N, d), and with the same rules
+    for parallel pairs and zero vectors; the result carries no graph.
+
+    Args:
+        u: (N, d) directions in the working precision, or zero vectors.
+        v: (N, d) likewise.
+
+    Returns:
+        theta (N,), and the unit tangent t (N, d) at u towards v, zero where theta has no gradient.
+    """
+    cosine = torch.linalg.vecdot(u, v)
+    tangent = torch.addcmul(v, u, cosine[:, None], value=-1)
+    sine = torch.linalg.vector_norm(tangent, dim=1)
+    is_rounding = sine <= _resolution(u)
+    inverse = (1 / sine).masked_fill(is_rounding, 0)
+    theta = torch.atan2(sine.masked_fill(is_rounding, 0), cosine)
+    has_no_angle = is_rounding & (cosine == 0)
+    return theta.masked_fill(has_no_angle, math.pi / 2), tangent * inverse[:, None]
+
+
+def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+    """Write the :func:`directions` of vectors to ``out`` and return 1 / their length.
+
+    Args:
+        vectors: (N, d), floating point.
+        scratch: (N, d) in the dtype to work in; may be ``out``.
+        out: (N, d).
+
+    Returns:
+        (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
+    """
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
+    if vectors.device.type == "cpu" and _is_safe(length, vectors):  # elsewhere it would wait
+        inverse = length.reciprocal_()
+        torch.mul(vectors, inverse, out=out)
+        return inverse
+    largest = _largest(vectors).to(scratch.dtype)
+    inverse = (1 / largest).masked_fill_(largest < _smallest(vectors.dtype), 0)
+    torch.mul(vectors, inverse, out=scratch)
+    # The largest component is 1 now, or all are 0.
+    length = torch.linalg.vector_norm(scratch, dim=1, keepdim=True).clamp_(min=0.5)
+    torch.mul(scratch, 1 / length, out=out)
+    return inverse / length
 
 
 def target_angle(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -129,11 +184,35 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
 
 def _length(difference: Tensor) -> Tensor:
     """Euclidean length whose derivatives of every order are zero where it is only rounding."""
-    resolution = 8 * torch.finfo(difference.dtype).eps
     square = difference.square().sum(-1)
-    is_rounding = square <= resolution**2
+    is_rounding = square <= _resolution(difference) ** 2
     return square.masked_fill(is_rounding, 1).sqrt().masked_fill(is_rounding, 0)
 
 
-def _precise_dtype(device: torch.device) -> torch.dtype:
+def _largest(vectors: Tensor) -> Tensor:
+    """The largest magnitude of a component (..., 1): the infinity norm, which torch has slower."""
+    return torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
+
+
+def _is_safe(lengths: Tensor, vectors: Tensor) -> bool:
+    """Whether no vector counts as zero, and no square overflowed or vanished on the way."""
+    shortest, longest = (extreme.item() for extreme in lengths.aminmax())
+    limits = torch.finfo(lengths.dtype)
+    zero = _smallest(vectors.dtype) * float(vectors.shape[1]) ** 0.5
+    return bool(max(limits.tiny**0.4, zero) <= shortest and longest <= limits.max**0.4)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The largest component below which a vector counts as zero."""
+    tiny: float = torch.finfo(dtype).tiny
+    return math.exp(7 / 8 * math.log(tiny))
+
+
+def _resolution(vectors: Tensor) -> float:
+    """The length up to which a difference of two directions is only their rounding."""
+    return 8 * torch.finfo(vectors.dtype).eps
+
+
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: float64, but on Apple's MPS float32."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import checks, margins
 from .geometry import cosines
+from .planner import MODES
 from .schedules import Schedule
 from .softmax import margin_softmax_loss
 
@@ -26,6 +27,8 @@ class LossOptions(TypedDict, total=False):
     class_weight: Tensor | None
     label_smoothing: float
     ignore_index: int
+    mode: str
+    memory_budget: int | None
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -53,6 +56,10 @@ class MarginLoss(nn.Module, ABC):
         class_weight: (C,) weight of each class, as in ``nn.CrossEntropyLoss``; kept as a buffer.
         label_smoothing: In [0, 1), as in ``nn.CrossEntropyLoss``.
         ignore_index: Rows with this label have loss 0 and gradient 0.
+        mode: "auto", "dense", "stash" or "recompute": how the softmax is computed
+            (:func:`angular_losses.margin_softmax_loss`).
+        memory_budget: Bytes that may be used beyond embeddings, weight and their gradients; by
+            default as :func:`angular_losses.plan` says.
         device: Where to make ``weight``.
         dtype: The dtype of ``weight``.
 
@@ -77,6 +84,8 @@ class MarginLoss(nn.Module, ABC):
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        mode: str = "auto",
+        memory_budget: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,6 +95,9 @@ class MarginLoss(nn.Module, ABC):
         self.scale = checks.positive("scale", scale)
         checks.choice("gradient", gradient, ("exact", "detached"))
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        checks.choice("mode", mode, MODES)
+        if memory_budget is not None:
+            checks.positive_integer("memory_budget", memory_budget)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a Schedule, got {schedule!r}")
         if class_weight is not None:
@@ -96,6 +108,8 @@ class MarginLoss(nn.Module, ABC):
         self.reduction = reduction
         self.label_smoothing = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
         self.ignore_index = ignore_index
+        self.mode = mode
+        self.memory_budget = memory_budget
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
         self.weight = nn.Parameter(
@@ -119,12 +133,15 @@ class MarginLoss(nn.Module, ABC):
             (N,).
         """
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
         """The loss of a batch; see :func:`angular_losses.margin_softmax_loss`.
 
         Args:
             embeddings: (N, d), floating point.
             labels: (N,) integers in [0, C), or ``ignore_index``.
+            sample_weight: (N,) weight of each row, on top of that of its class.
 
         Returns:
             A scalar, or (N,) for reduction "none"; float32 at least.
@@ -141,8 +158,11 @@ class MarginLoss(nn.Module, ABC):
             scale=self.scale,
             reduction=self.reduction,
             class_weight=self.class_weight,
+            sample_weight=sample_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            mode=self.mode,
+            memory_budget=self.memory_budget,
         )
         if self.training and self.schedule is not None:
             self.schedule.advance()
@@ -196,6 +216,7 @@ _DEFAULTS = {
     "reduction": "mean",
     "label_smoothing": 0.0,
     "ignore_index": -100,
+    "mode": "auto",
     "beyond": "decreasing",
 }
 

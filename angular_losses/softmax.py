@@ -1,4 +1,8 @@
-"""The margin softmax: one loss for every margin, with the margin on the target logit alone."""
+"""The margin softmax: one loss for every margin, with the margin on the target logit alone.
+
+Each mode finds the same three numbers for every row, :class:`angular_losses.engine.Parts`; the loss
+is made of them here, once.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
+from .engine import Parts, margin_parts, working_dtype
 from .geometry import angle_between, cosines
 from .margins import MarginFunction
+from .planner import MODES, Plan, plan
+
+# With fewer classes the products cost little beside any network, and keep full precision under
+# autocast.
+FEW_CLASSES = 4096
 
 
 def margin_softmax_loss(
@@ -20,8 +30,11 @@ def margin_softmax_loss(
     scale: float | Tensor,
     reduction: str = "mean",
     class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    mode: str = "auto",
+    memory_budget: int | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy of scaled cosines, with a margin on the target's.
 
@@ -31,8 +44,13 @@ def margin_softmax_loss(
     In exact arithmetic this is ``F.cross_entropy(logits, labels)`` with ``logits = scale *
     cosines(embeddings, weight)`` whose target column is replaced by f. Here the loss keeps its
     relative precision (a few scale * eps) however small it is, where cross_entropy returns 0, and
-    the target's angle and gradient are exact at every angle (:func:`angle_between`). The products
-    run in float32 at least, under autocast too.
+    the target's angle and gradient are exact at every angle (:func:`angle_between`).
+
+    The modes differ in their rounding only. "stash" keeps one N x C matrix for the backward pass,
+    "recompute" one chunk of classes at a time; "dense" is plain PyTorch with several such matrices,
+    and alone has second derivatives and works inside ``torch.func``. The products run in float32 at
+    least, but in bfloat16 under autocast, unless the classes are few (up to 4096) or the mode is
+    "dense"; weight and gradients stay as they are.
 
     Args:
         embeddings: (N, d), floating point, of any finite length.
@@ -42,11 +60,17 @@ def margin_softmax_loss(
             target logits before scaling (N,): one of :mod:`angular_losses.margins`, such as
             ``lambda theta: arcface(theta, 0.5)``, or your own.
         scale: The scale s > 0, a float or an (N,) tensor.
-        reduction: "mean" (weighted by ``class_weight``, ignored rows left out), "sum" or "none".
+        reduction: "mean" (weighted by ``class_weight`` and ``sample_weight``, ignored rows left
+            out), "sum" or "none".
         class_weight: (C,) weight of each class, as in ``F.cross_entropy``.
+        sample_weight: (N,) weight of each row, on top of that of its class.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1), as in
             ``F.cross_entropy``.
         ignore_index: Rows with this label have loss 0 and gradient 0.
+        mode: "auto", "dense", "stash" or "recompute". "auto" is :func:`plan`'s choice of the last
+            two, but "dense" inside ``torch.func``.
+        memory_budget: Bytes that may be used beyond the arguments and their gradients; by default
+            as :func:`plan` says.
 
     Returns:
         A scalar, or (N,) for reduction "none"; float32, or float64 for float64 input. The mean
@@ -56,6 +80,8 @@ def margin_softmax_loss(
         TypeError: If a dtype is wrong, or ``margin`` is not a function of theta.
         ValueError: If a shape, a device, a label or an option is out of place; the message starts
             with the argument's name.
+        RuntimeError: In the backward pass, if a second derivative is asked of "stash" or
+            "recompute".
 
     Example:
         >>> from angular_losses import arcface
@@ -67,25 +93,89 @@ def margin_softmax_loss(
         >>> f"{loss.item():.3e}"
         '4.053e-25'
     """
-    checks.batch(embeddings, weight, labels, ignore_index)
-    _check_options(margin, scale, reduction, class_weight, label_smoothing, embeddings, weight)
-    kept = labels != ignore_index
-    labels = labels.long().where(kept, 0)
+    kept = checks.batch(embeddings, weight, labels, ignore_index)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    _check_tensors(embeddings, weight, margin, scale, class_weight, sample_weight)
+    chosen = _plan(embeddings, weight, mode, memory_budget)
+    labels = labels.long() if kept is None else labels.long().where(kept, 0)
+    dtype = working_dtype(embeddings, weight)
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
+    share = _class_share(weight, class_weight, dtype) if label_smoothing else None
     with torch.autocast(embeddings.device.type, enabled=False):
-        theta = angle_between(embeddings, weight.index_select(0, labels))
-        target = scale * _check_target(margin(theta), theta)
-        cosine = cosines(embeddings, weight)
-        loss = F.softplus(
-            _log_negatives(cosine, labels, scale, target.dtype) - target, threshold=50
-        )
-        row_weight = kept.to(loss.dtype)
+        parts = _parts(embeddings, weight, labels, scale, share, chosen)
+        target = scale * _check_target(margin(parts.theta), parts.theta)
+        loss = F.softplus(parts.log_negatives - target, threshold=50)
+        total = loss
+        row_weight = None if kept is None else kept.to(loss.dtype)
+        if sample_weight is not None:
+            row_weight = _product(sample_weight.to(loss.dtype), row_weight)
         if class_weight is not None:
-            row_weight = row_weight * class_weight.to(loss.dtype).index_select(0, labels)
-        total = loss * row_weight
-        if label_smoothing:
-            smooth = _uniform_cross_entropy(cosine, labels, scale, target, loss, class_weight)
-            total = (1 - label_smoothing) * total + label_smoothing * smooth * kept
-        return _reduce(total, row_weight, reduction).to(cosine.dtype)
+            of_class = class_weight.index_select(0, labels)
+            total = total * of_class
+        if share is not None:
+            smooth = _uniform_cross_entropy(parts, target, loss, labels, scale, share)
+            total = (1 - label_smoothing) * total + label_smoothing * smooth
+        if row_weight is not None:
+            total = total * row_weight
+        if class_weight is not None:
+            row_weight = _product(of_class, row_weight)
+        return _reduce(total, row_weight, reduction).to(dtype)
+
+
+def _plan(embeddings: Tensor, weight: Tensor, mode: str, memory_budget: int | None) -> Plan:
+    """:func:`plan` for these tensors, as autocast and torch.func have it."""
+    checks.choice("mode", mode, MODES)
+    is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+    if mode == "auto" and (is_transformed(embeddings) or is_transformed(weight)):
+        mode = "dense"
+    (num_rows, size), num_classes, device = embeddings.shape, weight.shape[0], weight.device
+    product_dtype = None
+    if (
+        num_classes > FEW_CLASSES
+        and working_dtype(embeddings, weight) == torch.float32
+        and torch.is_autocast_enabled(device.type)
+        and torch.get_autocast_dtype(device.type) != torch.float32
+    ):
+        product_dtype = torch.bfloat16  # for float16 too, whose range cannot hold E
+    return plan(
+        num_rows,
+        num_classes,
+        size,
+        dtype=weight.dtype,
+        product_dtype=product_dtype,
+        device=device,
+        mode=mode,
+        memory_budget=memory_budget,
+    )
+
+
+def _parts(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    share: Tensor | None,
+    chosen: Plan,
+) -> Parts:
+    """The angle, the negatives and the mean cosine, in the mode chosen."""
+    if chosen.mode != "dense":
+        return margin_parts(
+            embeddings,
+            weight,
+            labels,
+            row_scale=scale.expand(len(labels)) if isinstance(scale, Tensor) else None,
+            class_share=share,
+            scale=1.0 if isinstance(scale, Tensor) else float(scale),
+            chunk=chosen.chunk,
+            product_dtype=chosen.product_dtype,
+            stash=chosen.mode == "stash",
+        )
+    theta = angle_between(embeddings, weight.index_select(0, labels))
+    cosine = cosines(embeddings, weight)
+    mean_cosine = cosine.new_zeros(len(labels)) if share is None else cosine @ share
+    return Parts(theta, _log_negatives(cosine, labels, scale, theta.dtype), mean_cosine)
 
 
 def _log_negatives(
@@ -99,63 +189,69 @@ def _log_negatives(
     # The largest is subtracted from the cosines, not from the logits: that difference is nearly
     # exact, while scale * cosine would round to an ulp of 64 first. The target's own difference is
     # set to 0 before the exponential, which could overflow, and its term to 0 after it.
-    exponent = _column(scale) * (cosine - largest).scatter(1, column, 0.0)
+    by_row = scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
+    exponent = by_row * (cosine - largest).scatter(1, column, 0.0)
     summed = exponent.exp().scatter(1, column, 0.0).sum(1)
     return scale * largest[:, 0].to(dtype) + summed.to(dtype).log()
 
 
+def _class_share(weight: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The share of each class in the mean over classes, (C,)."""
+    even = weight.new_full((weight.shape[0],), 1 / weight.shape[0], dtype=dtype)
+    return even if class_weight is None else even * class_weight
+
+
 def _uniform_cross_entropy(
-    cosine: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
+    parts: Parts,
     target: Tensor,
     loss: Tensor,
-    class_weight: Tensor | None,
+    labels: Tensor,
+    scale: float | Tensor,
+    share: Tensor,
 ) -> Tensor:
-    """The cross-entropy against all classes alike, each by its class weight, divided by C: (N,)."""
-    logits = (_column(scale) * cosine).to(target.dtype).scatter(1, labels[:, None], target[:, None])
-    per_class = (target + loss)[:, None] - logits
-    if class_weight is not None:
-        per_class = per_class * class_weight.to(per_class.dtype)
-    return per_class.mean(1)
+    """The cross-entropy against all classes, each by its share: (N,)."""
+    own = share.index_select(0, labels)
+    mean_logit = scale * (parts.mean_cosine - own * parts.theta.cos()) + own * target
+    return share.sum() * (target + loss) - mean_logit
 
 
-def _reduce(total: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
+def _product(first: Tensor, second: Tensor | None) -> Tensor:
+    return first if second is None else first * second
+
+
+def _reduce(total: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return total
-    if reduction == "sum":
+    if reduction == "sum" or total.numel() == 0:
         return total.sum()
+    if row_weight is None:
+        return total.mean()
     denominator = row_weight.sum()
     return total.sum() / denominator.masked_fill(denominator == 0, 1)
 
 
-def _column(scale: float | Tensor) -> float | Tensor:
-    return scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
-
-
-def _check_options(
-    margin: object,
-    scale: object,
-    reduction: str,
-    class_weight: Tensor | None,
-    label_smoothing: float,
+def _check_tensors(
     embeddings: Tensor,
     weight: Tensor,
+    margin: object,
+    scale: object,
+    class_weight: Tensor | None,
+    sample_weight: Tensor | None,
 ) -> None:
     if not callable(margin):
         raise TypeError(
             "margin: expected a function of the target angle theta, such as "
             f"`lambda theta: arcface(theta, 0.5)`, got {margin!r}"
         )
-    if isinstance(scale, Tensor):
-        if scale.dim():
-            checks.floating("scale", scale, embeddings.shape[0], device=embeddings.device)
-    else:
+    (num_rows, _), device = embeddings.shape, embeddings.device
+    if not isinstance(scale, Tensor):
         checks.positive("scale", scale)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    elif scale.dim():
+        checks.floating("scale", scale, num_rows, device=device)
     if class_weight is not None:
-        checks.floating("class_weight", class_weight, weight.shape[0], device=embeddings.device)
+        checks.floating("class_weight", class_weight, weight.shape[0], device=device)
+    if sample_weight is not None:
+        checks.floating("sample_weight", sample_weight, num_rows, device=device)
 
 
 def _check_target(target: object, theta: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ ROOMS = {
     "checks": set(),
     "geometry": {"checks"},
     "margins": {"checks"},
-    "softmax": {"checks", "geometry", "margins"},
+    "kernels": set(),
+    "engine": {"geometry", "kernels"},
+    "planner": {"checks"},
+    "softmax": {"checks", "engine", "geometry", "margins", "planner"},
     "schedules": {"checks"},
-    "losses": {"checks", "geometry", "margins", "schedules", "softmax"},
+    "losses": {"checks", "geometry", "margins", "planner", "schedules", "softmax"},
 }
 OUTSIDE = {"torch", "typing_extensions", *sys.stdlib_module_names}
 

@@ -1,0 +1,131 @@
+"""The planner: which mode of the margin softmax suits a size of batch, and the memory it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+
+MODES = ("auto", "dense", "stash", "recompute")
+DEFAULT_BUDGET = 256 * 2**20
+SMALLEST_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch of one size is run; made by :func:`plan`, printed as a sentence.
+
+    Attributes:
+        mode: "dense", "stash" or "recompute".
+        chunk: How many classes are done at a time.
+        product_dtype: The dtype of the factors of the matrix products.
+        extra_bytes: The most memory taken beyond the arguments and their gradients, predicted.
+        gradient_bytes: The memory of those gradients.
+
+    Example:
+        >>> print(plan(512, 100_000, 512))
+        stash: chunks of 2048 classes, float32 products; 219 MiB beside 196 MiB of gradients
+    """
+
+    mode: str
+    chunk: int
+    product_dtype: torch.dtype
+    extra_bytes: int
+    gradient_bytes: int
+
+    def __str__(self) -> str:
+        dtype = str(self.product_dtype).removeprefix("torch.")
+        extra, gradients = (round(size / 2**20) for size in (self.extra_bytes, self.gradient_bytes))
+        return (
+            f"{self.mode}: chunks of {self.chunk} classes, {dtype} products; "
+            f"{extra} MiB beside {gradients} MiB of gradients"
+        )
+
+
+def plan(
+    num_rows: int,
+    num_classes: int,
+    embedding_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    product_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    mode: str = "auto",
+    memory_budget: int | None = None,
+) -> Plan:
+    """Choose mode and chunk for a size of batch, and predict the memory.
+
+    "auto" takes "stash", three matrix products, where what it keeps fits the budget, and otherwise
+    "recompute", four. Where not even that fits, chunks become smaller.
+
+    Args:
+        num_rows: The number of embeddings, N.
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        dtype: The dtype of embeddings and weight.
+        product_dtype: The dtype of the products where autocast sets another.
+        device: Where the tensors are.
+        mode: "auto", "dense", "stash" or "recompute".
+        memory_budget: Bytes that may be used beyond the arguments and their gradients; by default
+            256 MiB, or as much as the gradients take where that is more.
+
+    Returns:
+        A :class:`Plan`.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If a number is out of range, the mode unknown, or the budget too small for it.
+
+    Example:
+        >>> plan(128, 1_000_000, 256, memory_budget=64 * 2**20).mode
+        'recompute'
+    """
+    checks.choice("mode", mode, MODES)
+    working = torch.promote_types(dtype, torch.float32)
+    product = working if product_dtype is None else product_dtype
+    gradient_bytes = (num_rows + num_classes) * embedding_size * dtype.itemsize
+    budget = max(DEFAULT_BUDGET, gradient_bytes)
+    if memory_budget is not None:
+        budget = checks.positive_integer("memory_budget", memory_budget)
+
+    def extra(mode: str, chunk: int) -> int:
+        sizes = (num_rows, num_classes, embedding_size, chunk)
+        return _extra_bytes(mode, *sizes, working.itemsize, product.itemsize)
+
+    chunk = min(num_classes, _chunk(num_rows, torch.device(device)))
+    if mode == "auto":
+        mode = "stash" if extra("stash", chunk) <= budget else "recompute"
+    if mode == "dense":
+        chunk, product = num_classes, working
+    while mode != "dense" and extra(mode, chunk) > budget and chunk > SMALLEST_CHUNK:
+        chunk = max(SMALLEST_CHUNK, chunk // 2)
+    needed = extra(mode, chunk)
+    if memory_budget is not None and needed > budget:
+        raise ValueError(
+            f"memory_budget: expected at least {needed} bytes for mode {mode!r} with "
+            f"{num_rows} rows and {num_classes} classes, got {memory_budget}"
+        )
+    return Plan(mode, chunk, product, needed, gradient_bytes)
+
+
+def _chunk(num_rows: int, device: torch.device) -> int:
+    """Classes in a chunk: on the CPU what its cache holds, elsewhere work enough for a launch."""
+    if device.type == "cpu":
+        return 2048
+    return max(4096, min(65536, 2**24 // max(1, num_rows)) // 4096 * 4096)
+
+
+def _extra_bytes(
+    mode: str, rows: int, classes: int, size: int, chunk: int, working: int, product: int
+) -> int:
+    """The peak over forward and backward of what :mod:`.engine` and the dense mode allocate."""
+    if mode == "dense":
+        return (6 * rows * classes + 3 * classes * size) * working
+    of_rows = rows * size * (3 * 8 + 4 * working + product)
+    of_chunk = chunk * (rows * product + 2 * size * working)
+    if product != working:
+        of_chunk += chunk * (rows * (working + product) + 2 * size * product)
+    stash = rows * classes * product if mode == "stash" else 0
+    return of_rows + of_chunk + stash + classes * working
