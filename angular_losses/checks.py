@@ -144,11 +144,16 @@ def batch(
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether the tensor is inside ``torch.func.vmap``, ``grad`` or another such transform."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
     readable = not (
-        torch.compiler.is_compiling()
-        or labels.device.type != "cpu"
-        or torch._C._functorch.is_functorch_wrapped_tensor(labels)
+        torch.compiler.is_compiling() or labels.device.type != "cpu" or is_transformed(labels)
     )
     if readable and labels.numel() and (ignore_index is None or ignore_index < 0):
         lowest, highest = labels.aminmax()

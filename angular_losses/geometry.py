@@ -124,7 +124,7 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
     """
     length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
-    if vectors.device.type == "cpu" and _is_safe(length, vectors):  # elsewhere it would wait
+    if vectors.device.type == "cpu" and _is_safe(length, vectors):  # reading waits on others
         inverse = length.reciprocal_()
         torch.mul(vectors, inverse, out=out)
         return inverse
@@ -196,6 +196,8 @@ def _largest(vectors: Tensor) -> Tensor:
 
 def _is_safe(lengths: Tensor, vectors: Tensor) -> bool:
     """Whether no vector counts as zero, and no square overflowed or vanished on the way."""
+    if lengths.numel() == 0:
+        return True
     shortest, longest = (extreme.item() for extreme in lengths.aminmax())
     limits = torch.finfo(lengths.dtype)
     zero = _smallest(vectors.dtype) * float(vectors.shape[1]) ** 0.5

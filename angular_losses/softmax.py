@@ -127,8 +127,7 @@ def margin_softmax_loss(
 def _plan(embeddings: Tensor, weight: Tensor, mode: str, memory_budget: int | None) -> Plan:
     """:func:`plan` for these tensors, as autocast and torch.func have it."""
     checks.choice("mode", mode, MODES)
-    is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
-    if mode == "auto" and (is_transformed(embeddings) or is_transformed(weight)):
+    if mode == "auto" and (checks.is_transformed(embeddings) or checks.is_transformed(weight)):
         mode = "dense"
     (num_rows, size), num_classes, device = embeddings.shape, weight.shape[0], weight.device
     product_dtype = None

@@ -1,13 +1,16 @@
-"""One table of margins and losses; every test of a margin or a loss runs over it.
+"""One table of margins and losses, and one of modes; every test of one runs over it.
 
 A new loss is one more row.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import angular_losses as al
+from angular_losses import planner
 from tests import reference
 
 
@@ -59,3 +62,11 @@ CASES = [
     ),
 ]
 NAMES = [case.name for case in CASES]
+
+# Modes, each with a number of classes in a chunk; 2 leaves a ragged chunk where C is odd.
+MODES = [("dense", 2), ("stash", 2), ("stash", 2048), ("recompute", 2), ("recompute", 2048)]
+
+
+def in_chunks_of(size: int) -> AbstractContextManager[Any]:
+    """The planner chooses chunks of this size."""
+    return mock.patch.object(planner, "_chunk", return_value=size)

@@ -133,7 +133,7 @@ def test_cosines_promote_and_match_float64():
 
 
 def test_float32_fallback_of_devices_without_float64(monkeypatch):
-    monkeypatch.setattr("angular_losses.geometry._precise_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("angular_losses.geometry.precise_dtype", lambda device: torch.float32)
     for theta in (1e-4, 1e-2, 1.0, 3.0):
         first, second = pair_at(theta, 16, seed=1)
         computed, gradient, _ = angle_and_gradients(first, second)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from angular_losses import arcface, margin_softmax_loss, sphereface
 from tests import reference
-from tests.cases import CASES, NAMES
+from tests.cases import CASES, MODES, NAMES, in_chunks_of
 
 OPTIONS = [
     {},
@@ -46,19 +46,14 @@ def cross_entropy(embeddings, weight, labels, margin, scale, **options):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_equals_cross_entropy_on_margin_logits(case, options, reduction):
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_equals_cross_entropy_on_margin_logits(mode, chunk, case, options, reduction):
     embeddings, weight, labels = batch()
+    arguments = {"margin": case.margin, "scale": 8.0, "reduction": reduction, **options}
+    with in_chunks_of(chunk):
+        ours = margin_softmax_loss(embeddings, weight, labels, mode=mode, **arguments)
     results = []
-    for function in (margin_softmax_loss, cross_entropy):
-        loss = function(
-            embeddings,
-            weight,
-            labels,
-            margin=case.margin,
-            scale=8.0,
-            reduction=reduction,
-            **options,
-        )
+    for loss in (ours, cross_entropy(embeddings, weight, labels, **arguments)):
         results.append((loss, *torch.autograd.grad(loss.sum(), (embeddings, weight))))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -78,6 +73,7 @@ def test_gradcheck_to_second_order(case, options, reduction):
             margin=case.margin,
             scale=4.0,
             reduction=reduction,
+            mode="dense",
             **options,
         )
 
@@ -85,30 +81,69 @@ def test_gradcheck_to_second_order(case, options, reduction):
     assert torch.autograd.gradgradcheck(loss, (embeddings, weight))
 
 
-def test_gradcheck_of_a_scale_of_its_own_for_each_sample():
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_gradcheck_of_every_mode(mode, chunk, case, options):
     embeddings, weight, labels = batch()
     scale = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64, requires_grad=True)
 
-    def loss(scale):
-        return margin_softmax_loss(
-            embeddings, weight, labels, margin=margin, scale=scale, label_smoothing=0.1
-        )
+    def loss(embeddings, weight, scale):
+        with in_chunks_of(chunk):
+            return margin_softmax_loss(
+                embeddings, weight, labels, margin=case.margin, scale=scale, mode=mode, **options
+            )
 
+    assert torch.autograd.gradcheck(loss, (embeddings, weight, scale))
+    assert torch.autograd.gradcheck(loss, (embeddings, weight, scale[0]))
+
+
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_a_scale_of_its_own_for_each_sample(mode, chunk):
+    embeddings, weight, labels = batch()
+    scale = torch.tensor([1.0, 20.0, 300.0, 4.0, 50.0, 600.0], dtype=torch.float64)
+    with in_chunks_of(chunk):
+        loss = margin_softmax_loss(
+            embeddings, weight, labels, margin=margin, scale=scale, label_smoothing=0.1, mode=mode
+        )
     expected = cross_entropy(embeddings, weight, labels, margin, scale, label_smoothing=0.1)
-    assert torch.allclose(loss(scale), expected, rtol=1e-10)
-    assert torch.autograd.gradcheck(loss, scale)
+    assert torch.allclose(loss, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_sample_weights_multiply_and_average_like_class_weights(mode, chunk, reduction):
+    embeddings, weight, labels = batch()
+    options = {"margin": margin, "scale": 8.0, **OPTIONS[3]}
+    sample_weight = torch.tensor([1.0, 0.0, 5.0, 2.0, 0.5, 1.0])
+    with in_chunks_of(chunk):
+        loss = margin_softmax_loss(
+            embeddings,
+            weight,
+            labels,
+            sample_weight=sample_weight,
+            mode=mode,
+            reduction=reduction,
+            **options,
+        )
+    rows = cross_entropy(embeddings, weight, labels, reduction="none", **options) * sample_weight
+    share = (labels >= 0) * sample_weight * options["class_weight"][labels.clamp(min=0)]
+    expected = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / share.sum()}[reduction]
+    assert torch.allclose(loss, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dimensions", [2, 128, 512])
 @pytest.mark.parametrize("spread", [0.0, 0.03, 0.3, 3.0])
-def test_relative_error_in_float32_however_small_the_loss(dimensions, spread):
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_relative_error_in_float32_however_small_the_loss(mode, chunk, dimensions, spread):
     torch.manual_seed(dimensions)
     weight = torch.randn(6, dimensions)
     labels = torch.arange(6)
     embeddings = (weight + spread * torch.randn(6, dimensions)) * torch.rand(6, 1)
-    losses = margin_softmax_loss(
-        embeddings, weight, labels, margin=margin, scale=64.0, reduction="none"
-    )
+    with in_chunks_of(chunk):
+        losses = margin_softmax_loss(
+            embeddings, weight, labels, margin=margin, scale=64.0, reduction="none", mode=mode
+        )
     centres = [reference.exact(row) for row in weight]
     for loss, embedding, label in zip(losses, embeddings, labels.tolist(), strict=True):
         expected = reference.loss(
@@ -117,7 +152,8 @@ def test_relative_error_in_float32_however_small_the_loss(dimensions, spread):
         assert float(abs(reference.mp.mpf(loss.item()) / expected - 1)) <= 1e-5
 
 
-def test_a_loss_of_1e_minus_30_keeps_its_digits_and_its_gradient():
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_a_loss_of_1e_minus_30_keeps_its_digits_and_its_gradient(mode, chunk):
     # The loss is about exp(-64 - 5), where cross_entropy gives 0.
     embeddings = torch.tensor([[1.0, 1e-3]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
@@ -126,7 +162,8 @@ def test_a_loss_of_1e_minus_30_keeps_its_digits_and_its_gradient():
     def flat(theta):
         return torch.cos(theta) + 5 / 64
 
-    loss = margin_softmax_loss(embeddings, weight, labels, margin=flat, scale=64.0)
+    with in_chunks_of(chunk):
+        loss = margin_softmax_loss(embeddings, weight, labels, margin=flat, scale=64.0, mode=mode)
     loss.backward()
     theta = math.atan(embeddings[0, 1].item())
     expected = math.exp(-64 * (math.sin(theta) + math.cos(theta)) - 5)
@@ -184,14 +221,15 @@ def test_parallel_embeddings_under_autocast_give_finite_gradients(dtype):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", ["none", "all ignored"])
-def test_no_rows_to_learn_from_gives_0_with_zero_gradients(rows, reduction):
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_no_rows_to_learn_from_gives_0_with_zero_gradients(mode, rows, reduction):
     embeddings, weight, labels = batch(torch.float32)
     if rows == "none":
         embeddings, labels = embeddings[:0], labels[:0]
     else:
         labels = torch.full_like(labels, -100)
     loss = margin_softmax_loss(
-        embeddings, weight, labels, margin=margin, scale=8.0, reduction=reduction
+        embeddings, weight, labels, margin=margin, scale=8.0, reduction=reduction, mode=mode
     )
     gradients = torch.autograd.grad(loss.sum(), (embeddings, weight))
     assert loss.sum() == 0
@@ -199,14 +237,24 @@ def test_no_rows_to_learn_from_gives_0_with_zero_gradients(rows, reduction):
     assert loss.shape == (labels.shape if reduction == "none" else ())
 
 
-def test_one_class_leaves_nothing_to_tell_apart():
-    embeddings = torch.randn(3, 4, requires_grad=True)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("scale", [8.0, 100.0])
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_one_class_leaves_nothing_to_tell_apart(mode, scale, smoothing):
+    embeddings, weight = torch.randn(3, 4, requires_grad=True), torch.randn(1, 4).requires_grad_()
     loss = margin_softmax_loss(
-        embeddings, torch.randn(1, 4), torch.zeros(3).long(), margin=margin, scale=8.0
+        embeddings,
+        weight,
+        torch.zeros(3).long(),
+        margin=margin,
+        scale=scale,
+        label_smoothing=smoothing,
+        mode=mode,
     )
     loss.backward()
-    assert loss == 0
-    assert (embeddings.grad == 0).all()
+    assert loss.abs() <= 1e-5 * smoothing * scale
+    assert embeddings.grad.abs().max() <= 1e-5 * smoothing * scale
+    assert weight.grad.abs().max() <= 1e-5 * smoothing * scale
 
 
 def test_a_users_own_function_of_theta():
@@ -273,14 +321,15 @@ def test_a_small_loss_survives_compilation():
 
 
 @given(
+    st.sampled_from(MODES),
     st.integers(0, 2**31 - 1),
     st.sampled_from(CASES),
-    st.floats(0.01, 128),
+    st.floats(0.01, 1000),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.integers(-20, 20),
 )
-@settings(max_examples=150, deadline=None)
-def test_no_nan_anywhere(seed, case, scale, dtype, exponent):
+@settings(max_examples=200, deadline=None)
+def test_no_nan_anywhere(mode, seed, case, scale, dtype, exponent):
     torch.manual_seed(seed)
     exponent = max(-2, min(2, exponent)) if dtype == torch.float16 else exponent
     embeddings = (torch.randn(4, 8) * 10.0**exponent).to(dtype)
@@ -290,9 +339,15 @@ def test_no_nan_anywhere(seed, case, scale, dtype, exponent):
     weight[2] = -embeddings[2]
     embeddings.requires_grad_()
     weight.requires_grad_()
-    loss = margin_softmax_loss(
-        embeddings, weight, torch.tensor([0, 1, 2, 1]), margin=case.margin, scale=scale
-    )
+    with in_chunks_of(mode[1]):
+        loss = margin_softmax_loss(
+            embeddings,
+            weight,
+            torch.tensor([0, 1, 2, 1]),
+            margin=case.margin,
+            scale=scale,
+            mode=mode[0],
+        )
     loss.backward()
     assert loss.isfinite()
     assert loss >= 0
@@ -337,6 +392,10 @@ def test_symmetries(seed, case):
         ({"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none'"),
         ({"class_weight": torch.ones(4)}, ValueError, r"class_weight: expected shape \(5,\)"),
         ({"class_weight": [1.0]}, TypeError, "class_weight: expected a floating-point tensor"),
+        ({"sample_weight": torch.ones(5)}, ValueError, r"sample_weight: expected shape \(6,\)"),
+        ({"mode": "fast"}, ValueError, "mode: expected one of 'auto', 'dense', 'stash', 'rec"),
+        ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),
+        ({"memory_budget": 100}, ValueError, "memory_budget: expected at least .*, got 100"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: .*\[0, 1\)"),
         ({"ignore_index": -1}, ValueError, "labels: .* or ignore_index -1, got -100"),
     ],
