@@ -152,10 +152,15 @@ class _Chunks:
         _multiply(centres, self._scaled, out=logits)
         if len(self.spans) == 1:
             return logits.scatter_(0, self._labels[None], -torch.inf)
-        own = (self._labels - span.start)[None]
-        row = own.clamp(0, logits.shape[0] - 1)
-        present = logits.gather(0, row)
-        return logits.scatter_(0, row, present.masked_fill_(row == own, -torch.inf))
+        row, is_here = self.own(span)
+        present = logits.gather(0, row[None])
+        return logits.scatter_(0, row[None], present.masked_fill_(is_here, -torch.inf))
+
+    def own(self, span: slice) -> tuple[Tensor, Tensor]:
+        """The place of each row's target in a chunk (N,), and whether it is there at all (N,)."""
+        own = self._labels - span.start
+        row = own.clamp(0, span.stop - span.start - 1)
+        return row, row == own
 
     def exponentials(
         self, span: slice, centres: Tensor, shift: Tensor | None, out: Tensor | None = None
@@ -300,6 +305,9 @@ def _backward(
         chunks.size, unit.shape[1], dtype=unit.dtype if exact else product_dtype
     )
     scratch = unit.new_empty(chunks.size, unit.shape[1])
+    sine, cosine = theta.sin().to(unit.dtype), theta.cos().to(unit.dtype)
+    towards = (cosine[:, None] * tangent).addcmul_(unit, sine[:, None], value=-1)
+    towards *= turned * inverse.index_select(0, labels)
     grad_weight = torch.empty_like(weight)
     for index, span in enumerate(chunks.spans):
         unit_centres, factor = chunks.unit_centres(span), push
@@ -319,12 +327,12 @@ def _backward(
         radial = torch.mul(pushed, unit_centres, out=scratch[:size]).sum(1, keepdim=True)
         torch.mul(pushed, inverse[span], out=turned_only)
         turned_only.addcmul_(unit_centres, radial.mul_(inverse[span]), value=-1)
-        if turned_only is not gradient:
+        if turned_only is not gradient:  # the target's part too, before it is rounded
+            row, is_here = chunks.own(span)
+            turned_only.index_add_(0, row, towards * is_here[:, None])
             gradient.copy_(turned_only)
-    sine, cosine = theta.sin().to(unit.dtype), theta.cos().to(unit.dtype)
-    towards = (cosine[:, None] * tangent).addcmul_(unit, sine[:, None], value=-1)
-    towards *= turned * inverse.index_select(0, labels)
-    grad_weight.index_add_(0, labels, towards.to(weight.dtype))
+    if weight.dtype == unit.dtype:
+        grad_weight.index_add_(0, labels, towards)
     return grad_embeddings, grad_weight, grad_scale
 
 
