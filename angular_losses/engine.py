@@ -114,7 +114,8 @@ class _Chunks:
         self.size = min(chunk, num_classes)
         starts = range(0, num_classes, self.size)
         self.spans = [slice(start, min(start + self.size, num_classes)) for start in starts]
-        self._weight, self._inverse, self._labels = weight, inverse, labels
+        self.weight, self.inverse, self.labels = weight, inverse, labels
+        self.product_dtype = product_dtype
         self._scaled = (unit * scales).to(product_dtype).T
         self._centres = unit.new_empty(self.size, size, dtype=product_dtype)
         self._exponentials = unit.new_empty(self.size, unit.shape[0], dtype=product_dtype)
@@ -127,15 +128,15 @@ class _Chunks:
 
     def first_centres(self, span: slice) -> Tensor:
         """The directions of a chunk of centres (K, d), to multiply; finds their inverse lengths."""
-        weight = self._weight[span]
+        weight = self.weight[span]
         centres = self._centres[: weight.shape[0]]
-        self._inverse[span] = normalize(weight, self._unit[: weight.shape[0]], out=centres)
+        self.inverse[span] = normalize(weight, self._unit[: weight.shape[0]], out=centres)
         return centres
 
     def unit_centres(self, span: slice) -> Tensor:
         """The same directions in the working dtype, from the inverse lengths."""
-        weight = self._weight[span]
-        return torch.mul(weight, self._inverse[span], out=self._unit[: weight.shape[0]])
+        weight = self.weight[span]
+        return torch.mul(weight, self.inverse[span], out=self._unit[: weight.shape[0]])
 
     def centres(self, unit_centres: Tensor) -> Tensor:
         """Those to multiply again."""
@@ -144,21 +145,21 @@ class _Chunks:
         return self._centres[: unit_centres.shape[0]].copy_(unit_centres)
 
     def logits(self, span: slice, centres: Tensor, out: Tensor | None = None) -> Tensor:
-        """s cos of a chunk (K, N) in the working dtype; -inf for the target of a row that is here.
+        """S cos of a chunk (K, N) in the working dtype; -inf for the target of a row that is here.
 
         In ``out``, where E is to be kept, if that has the working dtype.
         """
         logits = self._logits[: centres.shape[0]] if out is None or self._is_reduced else out
         _multiply(centres, self._scaled, out=logits)
         if len(self.spans) == 1:
-            return logits.scatter_(0, self._labels[None], -torch.inf)
+            return logits.scatter_(0, self.labels[None], -torch.inf)
         row, is_here = self.own(span)
         present = logits.gather(0, row[None])
         return logits.scatter_(0, row[None], present.masked_fill_(is_here, -torch.inf))
 
     def own(self, span: slice) -> tuple[Tensor, Tensor]:
         """The place of each row's target in a chunk (N,), and whether it is there at all (N,)."""
-        own = self._labels - span.start
+        own = self.labels - span.start
         row = own.clamp(0, span.stop - span.start - 1)
         return row, row == own
 
@@ -291,49 +292,77 @@ def _backward(
         grad_embeddings = torch.mul(along, inverse_of_rows, out=torch.empty_like(embeddings))
     if needed[2]:
         grad_scale = scale * grad_log_negatives * (pull * unit).sum(1)
-    if not needed[1]:
-        return grad_embeddings, grad_weight, grad_scale
+    if needed[1]:
+        chunks = _Chunks(weight, inverse, unit, labels, scales, chunk, product_dtype)
+        last = None if bounded else shifts[-1]
+        log_total = log_negatives if last is None else log_negatives - last
+        over_total = (-log_total).exp().masked_fill_(log_negatives == -torch.inf, 0)
+        push = unit * (pulled * over_total.to(unit.dtype)[:, None])
+        sine, cosine = (part.to(unit.dtype)[:, None] for part in (theta.sin(), theta.cos()))
+        towards = (cosine * tangent).addcmul_(unit, sine, value=-1)
+        towards *= turned * inverse.index_select(0, labels)
+        mean_push = None if class_share is None else grad_mean_cosine @ unit
+        grad_weight = _weight_gradient(
+            chunks, push, towards, stashed, shifts, last, class_share, mean_push
+        )
+    return grad_embeddings, grad_weight, grad_scale
 
-    chunks = _Chunks(weight, inverse, unit, labels, scales, chunk, product_dtype)
-    last = None if bounded else shifts[-1]
-    log_total = log_negatives if last is None else log_negatives - last
-    over_total = (-log_total).exp().masked_fill_(log_negatives == -torch.inf, 0)
-    push = unit * (pulled * over_total.to(unit.dtype)[:, None])
-    # A sum over rows stays in the working dtype where the device, and what follows, allow it.
-    exact = weight.is_cuda or weight.dtype != unit.dtype or class_share is not None
-    buffer = unit.new_empty(
-        chunks.size, unit.shape[1], dtype=unit.dtype if exact else product_dtype
+
+def _weight_gradient(
+    chunks: _Chunks,
+    push: Tensor,
+    towards: Tensor,
+    stashed: Tensor,
+    shifts: Tensor,
+    last: Tensor | None,
+    class_share: Tensor | None,
+    mean_push: Tensor | None,
+) -> Tensor:
+    """The gradient of the weight, (C, d), from E and what each row pushes its negatives with.
+
+    Args:
+        chunks: The classes.
+        push: (N, d), to be multiplied with E relative to ``last``.
+        towards: (N, d), the gradients of the targets' centres through their angles.
+        stashed: (C, N) E, each chunk's relative to its own of the ``shifts``; or (0, N).
+        shifts: (number of chunks, N), or (0, N) where nothing was subtracted.
+        last: (N,) the last of them.
+        class_share: (C,), or None.
+        mean_push: (d,), what the mean cosine pushes each class with, by its share.
+    """
+    weight, inverse, dtype = chunks.weight, chunks.inverse, push.dtype
+    gradient = torch.empty_like(weight)
+    # Sums over the rows stay in the working dtype where the device, and what follows, allow it.
+    exact = weight.is_cuda or weight.dtype != dtype or class_share is not None
+    buffer = weight.new_empty(
+        chunks.size, weight.shape[1], dtype=dtype if exact else chunks.product_dtype
     )
-    scratch = unit.new_empty(chunks.size, unit.shape[1])
-    sine, cosine = theta.sin().to(unit.dtype), theta.cos().to(unit.dtype)
-    towards = (cosine[:, None] * tangent).addcmul_(unit, sine[:, None], value=-1)
-    towards *= turned * inverse.index_select(0, labels)
-    grad_weight = torch.empty_like(weight)
+    scratch = torch.empty_like(buffer, dtype=dtype)
     for index, span in enumerate(chunks.spans):
         unit_centres, factor = chunks.unit_centres(span), push
-        if not stashed.shape[0]:
-            exponentials, _ = chunks.exponentials(span, chunks.centres(unit_centres), last)
-        else:
+        if stashed.shape[0]:
             exponentials = stashed[span]
-            if last is not None:  # these are relative to the maximum of their own time
+            if last is not None:
                 factor = push * (shifts[index] - last).exp()[:, None]
-        gradient, size = grad_weight[span], unit_centres.shape[0]
-        pushed = gradient if gradient.dtype == buffer.dtype else buffer[:size]
-        turned_only = gradient if gradient.dtype == unit.dtype else pushed
-        _multiply(exponentials, factor.to(product_dtype), out=pushed)
-        if class_share is not None:
-            pushed.addr_(class_share[span], grad_mean_cosine @ unit)
+        else:
+            exponentials, _ = chunks.exponentials(span, chunks.centres(unit_centres), last)
+        result, size = gradient[span], unit_centres.shape[0]
+        pushed = result if weight.dtype == buffer.dtype else buffer[:size]
+        tangential = result if weight.dtype == dtype else pushed
+        _multiply(exponentials, factor.to(chunks.product_dtype), out=pushed)
+        if class_share is not None and mean_push is not None:
+            pushed.addr_(class_share[span], mean_push)
         # A centre's length does not matter: its gradient has no component along it.
         radial = torch.mul(pushed, unit_centres, out=scratch[:size]).sum(1, keepdim=True)
-        torch.mul(pushed, inverse[span], out=turned_only)
-        turned_only.addcmul_(unit_centres, radial.mul_(inverse[span]), value=-1)
-        if turned_only is not gradient:  # the target's part too, before it is rounded
+        torch.mul(pushed, inverse[span], out=tangential)
+        tangential.addcmul_(unit_centres, radial.mul_(inverse[span]), value=-1)
+        if tangential is not result:  # the target's part too, before it is rounded
             row, is_here = chunks.own(span)
-            turned_only.index_add_(0, row, towards * is_here[:, None])
-            gradient.copy_(turned_only)
-    if weight.dtype == unit.dtype:
-        grad_weight.index_add_(0, labels, towards)
-    return grad_embeddings, grad_weight, grad_scale
+            tangential.index_add_(0, row, towards * is_here[:, None])
+            result.copy_(tangential)
+    if weight.dtype == dtype:
+        gradient.index_add_(0, chunks.labels, towards)
+    return gradient
 
 
 def _target(precise_unit: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,10 @@ def plan(
         'recompute'
     """
     checks.choice("mode", mode, MODES)
+    if num_rows != 0:  # an empty batch is one too
+        checks.positive_integer("num_rows", num_rows)
+    checks.positive_integer("num_classes", num_classes)
+    checks.positive_integer("embedding_size", embedding_size)
     working = torch.promote_types(dtype, torch.float32)
     product = working if product_dtype is None else product_dtype
     gradient_bytes = (num_rows + num_classes) * embedding_size * dtype.itemsize
@@ -91,8 +95,7 @@ def plan(
         budget = checks.positive_integer("memory_budget", memory_budget)
 
     def extra(mode: str, chunk: int) -> int:
-        sizes = (num_rows, num_classes, embedding_size, chunk)
-        return _extra_bytes(mode, *sizes, working.itemsize, product.itemsize)
+        return _extra_bytes(mode, num_rows, num_classes, embedding_size, chunk, dtype, product)
 
     chunk = min(num_classes, _chunk(num_rows, torch.device(device)))
     if mode == "auto":
@@ -118,14 +121,23 @@ def _chunk(num_rows: int, device: torch.device) -> int:
 
 
 def _extra_bytes(
-    mode: str, rows: int, classes: int, size: int, chunk: int, working: int, product: int
+    mode: str,
+    rows: int,
+    classes: int,
+    size: int,
+    chunk: int,
+    dtype: torch.dtype,
+    product_dtype: torch.dtype,
 ) -> int:
-    """The peak over forward and backward of what :mod:`.engine` and the dense mode allocate."""
+    """The peak over forward and backward of what the modes allocate, as measured."""
+    working, product = torch.promote_types(dtype, torch.float32).itemsize, product_dtype.itemsize
     if mode == "dense":
-        return (6 * rows * classes + 3 * classes * size) * working
-    of_rows = rows * size * (3 * 8 + 4 * working + product)
-    of_chunk = chunk * (rows * product + 2 * size * working)
+        return (4 * rows * classes + classes * size) * working + 7 * 8 * rows * size
+    # In the chunk: E, the centres and a scratch; more where their dtype is not the working one.
+    in_chunk = chunk * (rows * product + 2 * size * working)
     if product != working:
-        of_chunk += chunk * (rows * (working + product) + 2 * size * product)
-    stash = rows * classes * product if mode == "stash" else 0
-    return of_rows + of_chunk + stash + classes * working
+        in_chunk += chunk * (rows * (working + product) + 2 * size * product)
+    if dtype.itemsize != working:
+        in_chunk += chunk * size * working
+    kept = rows * classes * product if mode == "stash" else 0
+    return kept + in_chunk + (11 * rows * size + classes) * working

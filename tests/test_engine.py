@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
 from angular_losses import ArcFaceLoss, arcface, engine, margin_softmax_loss
 from angular_losses.engine import margin_parts
 from tests.cases import in_chunks_of
+from tests.profiling import matrix_products, peak_bytes
 
 CHUNKED = ["stash", "recompute"]
 
@@ -201,42 +201,25 @@ def test_nothing_is_read_back_from_the_device(mode, scale, options, monkeypatch)
     assert weight.grad.shape == weight.shape
 
 
-@contextlib.contextmanager
-def profiled(found):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield
-    found["products"] = sum(
-        event.name in ("aten::mm", "aten::addmm_") for event in profiler.events()
-    )
-    allocated = highest = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            highest = max(highest, allocated)
-    found["peak"] = highest
-
-
 @pytest.mark.parametrize(
     ("mode", "products"), [("stash", 3), ("recompute", 4)], ids=["stash", "recompute"]
 )
 def test_as_many_products_as_promised(mode, products):
     embeddings, weight, labels = batch(16, 64, 8)
-    found = {}
 
     def step():
-        with in_chunks_of(16), profiled(found):
+        with in_chunks_of(16):
             loss = margin_softmax_loss(
                 embeddings, weight, labels, margin=margin, scale=8.0, mode=mode
             )
-            if loss.requires_grad:
-                loss.backward()
-        return found["products"] / 4
+        if loss.requires_grad:
+            loss.backward()
 
-    assert step() == products
+    assert matrix_products(step) == 4 * products
     weight.requires_grad_(False)
-    assert step() == 2
+    assert matrix_products(step) == 4 * 2
     with torch.no_grad():
-        assert step() == 1
+        assert matrix_products(step) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,14 +227,18 @@ def test_as_many_products_as_promised(mode, products):
 def test_memory_is_the_gradient_and_what_the_mode_says(mode, dtype):
     num_rows, num_classes, size = 128, 20_000, 32
     embeddings, weight, labels = batch(num_rows, num_classes, size)
-    found = {}
-    with in_chunks_of(512), profiled(found), torch.autocast("cpu", dtype, dtype != torch.float32):
-        loss = margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0, mode=mode)
+
+    def step():
+        with in_chunks_of(512), torch.autocast("cpu", dtype, dtype != torch.float32):
+            loss = margin_softmax_loss(
+                embeddings, weight, labels, margin=margin, scale=8.0, mode=mode
+            )
         loss.backward()
+
     gradient, kept = num_classes * size * 4, num_rows * num_classes * dtype.itemsize
     expected = gradient + (kept if mode == "stash" else 0)
-    assert found["peak"] >= expected
-    assert found["peak"] <= 1.05 * expected + 2**20  # the workspace of a chunk of 512
+    workspace = 2**20  # of a chunk of 512
+    assert expected <= peak_bytes(step) <= 1.05 * expected + workspace
 
 
 def tensors_of_operator(dtype=torch.float32, scale=30.0, by_row=False, shares=True):

@@ -1,0 +1,112 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import angular_losses as al
+from tests.profiling import peak_bytes
+
+MEBIBYTE = 2**20
+
+
+def test_auto_keeps_what_fits_and_else_computes_it_again():
+    kept = 512 * 100_000 * 4
+    assert al.plan(512, 100_000, 512).mode == "stash"
+    assert al.plan(512, 100_000, 512, memory_budget=kept + 64 * MEBIBYTE).mode == "stash"
+    assert al.plan(512, 100_000, 512, memory_budget=kept).mode == "recompute"
+    assert al.plan(4096, 1_000_000, 64).mode == "recompute"
+    half = al.plan(512, 100_000, 512, product_dtype=torch.bfloat16, memory_budget=kept)
+    assert half.mode == "stash"
+    assert half.product_dtype == torch.bfloat16
+
+
+def test_a_small_budget_makes_small_chunks():
+    roomy = al.plan(512, 100_000, 512, mode="recompute")
+    tight = al.plan(512, 100_000, 512, memory_budget=16 * MEBIBYTE)
+    assert tight.chunk < roomy.chunk
+    assert tight.extra_bytes <= 16 * MEBIBYTE < roomy.extra_bytes
+
+
+def test_memory_of_recompute_does_not_grow_with_classes():
+    few, many = (al.plan(128, classes, 256, mode="recompute") for classes in (10_000, 2_000_000))
+    assert many.extra_bytes - few.extra_bytes <= 4 * 2_000_000  # the centres' inverse lengths
+
+
+@given(
+    st.integers(0, 5000),
+    st.integers(1, 3_000_000),
+    st.integers(1, 2048),
+    st.sampled_from(["auto", "stash", "recompute", "dense"]),
+    st.integers(1, 2**36),
+)
+def test_a_plan_keeps_to_its_budget_or_says_what_it_needs(rows, classes, size, mode, budget):
+    try:
+        chosen = al.plan(rows, classes, size, mode=mode, memory_budget=budget)
+    except ValueError as error:
+        needed = int(str(error).split("at least ")[1].split()[0])
+        assert needed > budget
+        again = al.plan(rows, classes, size, mode=mode, memory_budget=needed)
+        assert again.extra_bytes <= needed
+    else:
+        assert chosen.extra_bytes <= budget
+        assert 1 <= chosen.chunk <= classes
+
+
+@pytest.mark.parametrize("sizes", [(128, 20_000, 64), (256, 5000, 256), (512, 3000, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_predicted_memory_is_what_is_allocated(mode, dtype, sizes):
+    num_rows, num_classes, size = sizes
+    embeddings = torch.randn(num_rows, size, dtype=dtype, requires_grad=True)
+    loss = al.ArcFaceLoss(num_classes, size, mode=mode, dtype=dtype)
+    labels = torch.randint(num_classes, (num_rows,))
+    chosen = al.plan(num_rows, num_classes, size, dtype=dtype, mode=mode)
+    measured = peak_bytes(lambda: loss(embeddings, labels).backward())
+    assert measured == pytest.approx(chosen.extra_bytes + chosen.gradient_bytes, rel=0.15)
+
+
+def test_a_loss_follows_its_budget():
+    embeddings, labels = torch.randn(256, 32), torch.randint(20_000, (256,))
+    embeddings.requires_grad_()
+    peaks = {}
+    for budget in (None, 8 * MEBIBYTE):
+        loss = al.ArcFaceLoss(20_000, 32, memory_budget=budget)
+        peaks[budget] = peak_bytes(lambda loss=loss: loss(embeddings, labels).backward())
+    gradients = (20_000 + 256) * 32 * 4
+    assert peaks[None] > gradients + 256 * 20_000 * 4
+    assert peaks[8 * MEBIBYTE] < gradients + 8.5 * MEBIBYTE
+
+
+def test_prints_as_a_sentence():
+    text = str(al.plan(512, 100_000, 512))
+    assert text.startswith("stash: chunks of 2048 classes, float32 products; ")
+    assert "196 MiB of gradients" in text
+    assert "dense" in str(al.plan(2, 3, 4, mode="dense"))
+
+
+def test_a_plan_is_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        al.plan(2, 3, 4).chunk = 1
+
+
+def test_launches_are_worth_their_while_on_other_devices():
+    assert al.plan(256, 1_000_000, 512, device="cuda").chunk > 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mode": "fast"}, ValueError, "mode: expected one of 'auto', 'dense'"),
+        ({"memory_budget": 1.5}, TypeError, "memory_budget: expected an int, got 1.5"),
+        ({"memory_budget": 1}, ValueError, "memory_budget: expected at least .* bytes for mode"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+        ({"num_rows": -1}, ValueError, "num_rows: "),
+        ({"embedding_size": 2.0}, TypeError, "embedding_size: expected an int"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    sizes = {"num_rows": 2, "num_classes": 3, "embedding_size": 4}
+    with pytest.raises(error, match=message):
+        al.plan(**(sizes | arguments))
