@@ -156,7 +156,7 @@ def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor 
         torch.compiler.is_compiling() or labels.device.type != "cpu" or is_transformed(labels)
     )
     if readable and labels.numel() and (ignore_index is None or ignore_index < 0):
-        lowest, highest = labels.aminmax()
+        lowest, highest = (extreme.item() for extreme in labels.aminmax())
         if lowest >= 0 and highest < num_classes:
             return None
     kept = None if ignore_index is None else labels != ignore_index

@@ -94,7 +94,7 @@ def margin_parts(
 
 def working_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of sums and of products in full precision: float32, or float64 if either is."""
-    return torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
 class _Chunks:
@@ -195,10 +195,7 @@ def _forward(
     differentiate: bool,
 ) -> tuple[Tensor, ...]:
     """The three parts, and what the backward pass needs: the outputs of the operator."""
-    precise_unit = torch.empty_like(embeddings, dtype=precise_dtype(embeddings.device))
-    inverse_of_rows = normalize(embeddings, precise_unit, out=precise_unit)
-    unit = precise_unit.to(working_dtype(embeddings, weight))
-    theta, tangent = _target(precise_unit, weight, labels)
+    unit, inverse_of_rows, theta, tangent = _rows(embeddings, weight, labels)
     inverse = unit.new_empty(weight.shape[0], 1)
     scales, bounded = _scales(scale, row_scale, unit.dtype)
     chunks = _Chunks(weight, inverse, unit, labels, scales, chunk, product_dtype)
@@ -245,7 +242,7 @@ def _forward(
         mean_cosine,
         unit,
         inverse_of_rows,
-        tangent.to(unit.dtype),
+        tangent,
         inverse,
         pull,
         mean_direction,
@@ -365,11 +362,17 @@ def _weight_gradient(
     return gradient
 
 
-def _target(precise_unit: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's angle (N,), and the unit tangent (N, d) at the embedding towards its centre."""
-    unit = torch.empty_like(precise_unit)
-    normalize(weight.index_select(0, labels), unit, out=unit)
-    return angle_and_tangent(precise_unit, unit)
+def _rows(
+    embeddings: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Directions (N, d), inverse lengths (N, 1), target angles (N,) and unit tangents (N, d)."""
+    dtype = working_dtype(embeddings, weight)
+    unit = torch.empty_like(embeddings, dtype=precise_dtype(embeddings.device))
+    own = torch.empty_like(unit)
+    inverse = normalize(embeddings, unit, out=unit)
+    normalize(weight.index_select(0, labels), own, out=own)
+    theta, tangent = angle_and_tangent(unit, own)
+    return unit.to(dtype), inverse, theta, tangent.to(dtype)
 
 
 def _scales(

@@ -1,0 +1,154 @@
+"""What is measured: one training step (forward and backward) of each way to compute the loss.
+
+Every builder takes the same embeddings (N, d), class centres (C, d), labels (N,) and whether the
+products are in bfloat16, and returns the step as a function without arguments.
+"""
+
+import functools
+import math
+import os
+import time
+
+import torch
+from pytorch_metric_learning import losses as pml
+from torch.nn import functional as F
+
+import angular_losses as al
+
+SCALE = 64.0
+OURS = {
+    "ArcFace": functools.partial(al.ArcFaceLoss, margin=0.5, scale=SCALE),
+    "SphereFace": functools.partial(al.SphereFaceLoss, margin=4, scale=SCALE),
+    "CosFace": functools.partial(al.CosFaceLoss, margin=0.35, scale=SCALE),
+}
+PML = {
+    "ArcFace": functools.partial(pml.ArcFaceLoss, margin=math.degrees(0.5), scale=SCALE),
+    "SphereFace": functools.partial(pml.SphereFaceLoss, margin=4, scale=SCALE),
+    "CosFace": functools.partial(pml.CosFaceLoss, margin=0.35, scale=SCALE),
+}
+# With these the memory of one step is used again by the next, as CUDA's allocator does it. By
+# default each step gets pages that the system has to clear first, which costs all candidates time
+# and depends on the machine more than on them.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+def products(embeddings, weight, labels, bfloat16):
+    """The floor: the three matrix products of a step, nothing else, into memory kept for them."""
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    x, w = embeddings.detach().to(dtype), weight.detach().to(dtype)
+    logits, dx, dw = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
+
+    def step():
+        torch.mm(x, w.T, out=logits)
+        torch.mm(logits, w, out=dx)
+        torch.mm(logits.T, x, out=dw)
+
+    return step
+
+
+def with_backward(loss_of):
+    """A builder from a function of the tensors that returns the loss."""
+
+    @functools.wraps(loss_of)
+    def build(embeddings, weight, labels, bfloat16):
+        embeddings = embeddings.detach().requires_grad_()
+        weight = weight.detach().requires_grad_()
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, bfloat16):
+                loss = loss_of(embeddings, weight, labels)
+            loss.backward()
+            embeddings.grad = weight.grad = None
+
+        return step
+
+    return build
+
+
+@with_backward
+def naive(embeddings, weight, labels):
+    logits = F.linear(F.normalize(embeddings), F.normalize(weight)) * SCALE
+    return F.cross_entropy(logits, labels)
+
+
+@with_backward
+def linear_cross_entropy(embeddings, weight, labels):
+    return F.linear_cross_entropy(
+        F.normalize(embeddings) * SCALE,
+        F.normalize(weight),
+        labels,
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+
+
+def of_module(make, parameter):
+    """A builder from a function of C and d that makes a loss module, and its parameter's name."""
+
+    def build(embeddings, weight, labels, bfloat16):
+        loss = make(*weight.shape)
+        setattr(
+            loss,
+            parameter,
+            torch.nn.Parameter(weight.T.contiguous() if parameter == "W" else weight),
+        )
+        embeddings = embeddings.detach().requires_grad_()
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, bfloat16):
+                value = loss(embeddings, labels)
+            value.backward()
+            embeddings.grad = getattr(loss, parameter).grad = None
+
+        return step
+
+    return build
+
+
+FLOOR = "three products"
+NAIVE = "cross_entropy"
+CANDIDATES = {
+    FLOOR: products,
+    NAIVE: naive,
+    "linear_cross_entropy": linear_cross_entropy,
+    **{f"PML {name}": of_module(make, "W") for name, make in PML.items()},
+    **{
+        f"{name}, {mode}": of_module(functools.partial(make, mode=mode, device="meta"), "weight")
+        for name, make in OURS.items()
+        for mode in ("auto", "stash", "recompute")
+    },
+}
+
+
+def inputs(num_rows, num_classes, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(num_rows, size, generator=generator)
+    weight = torch.randn(num_classes, size, generator=generator)
+    return embeddings, weight, torch.randint(num_classes, (num_rows,), generator=generator)
+
+
+def steps_of(names, num_rows, size, num_classes, bfloat16=False):
+    """The step of each candidate, all on the same tensors."""
+    tensors = inputs(num_rows, num_classes, size)
+    return {name: CANDIDATES[name](*tensors, bfloat16) for name in names}
+
+
+def process_seconds(step, least=0.02):
+    """CPU seconds of the process for one step: as many steps as take ``least`` seconds or one."""
+    steps, started = 0, time.process_time()
+    while True:
+        step()
+        steps += 1
+        spent = time.process_time() - started
+        if spent >= least:
+            return spent / steps
+
+
+def machine():
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "allocator keeps its pages": all(
+            os.environ.get(key) == ALLOCATOR[key] for key in ALLOCATOR
+        ),
+    }
