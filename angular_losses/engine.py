@@ -391,14 +391,15 @@ def _multiply(first: Tensor, second: Tensor, *, out: Tensor, accumulate: bool = 
             out.addmm_(first, second)
         else:
             torch.mm(first, second, out=out)
-        return
-    # On CUDA the sums stay in float32; the CPU rounds each product to the dtype of its factors.
-    is_wide = first.is_cuda
-    product = torch.mm(first, second, out.dtype) if is_wide else torch.mm(first, second)
-    if accumulate:
-        out += product
+    elif first.is_cuda:  # its sums are in float32, and stay there
+        if accumulate:
+            torch.addmm(out, first, second, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(first, second, out_dtype=out.dtype, out=out)
+    elif accumulate:  # the CPU rounds each product to the dtype of its factors
+        out += torch.mm(first, second)
     else:
-        out.copy_(product)
+        out.copy_(torch.mm(first, second))
 
 
 def _without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:

@@ -123,18 +123,18 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
     Returns:
         (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
     """
-    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
-    if vectors.device.type == "cpu" and _is_safe(length, vectors):  # reading waits on others
-        inverse = length.reciprocal_()
-        torch.mul(vectors, inverse, out=out)
-        return inverse
+    if vectors.device.type == "cpu":  # elsewhere the test would wait for the device
+        length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
+        if _is_safe(length, vectors):
+            torch.mul(vectors, length.reciprocal_(), out=out)
+            return length
     largest = _largest(vectors).to(scratch.dtype)
-    inverse = (1 / largest).masked_fill_(largest < _smallest(vectors.dtype), 0)
+    inverse = largest.reciprocal().masked_fill_(largest < _smallest(vectors.dtype), 0)
     torch.mul(vectors, inverse, out=scratch)
     # The largest component is 1 now, or all are 0.
-    length = torch.linalg.vector_norm(scratch, dim=1, keepdim=True).clamp_(min=0.5)
-    torch.mul(scratch, 1 / length, out=out)
-    return inverse / length
+    again = torch.linalg.vector_norm(scratch, dim=1, keepdim=True).clamp_(min=0.5).reciprocal_()
+    torch.mul(scratch, again, out=out)
+    return inverse.mul_(again)
 
 
 def target_angle(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def _is_safe(lengths: Tensor, vectors: Tensor) -> bool:
     shortest, longest = (extreme.item() for extreme in lengths.aminmax())
     limits = torch.finfo(lengths.dtype)
     zero = _smallest(vectors.dtype) * float(vectors.shape[1]) ** 0.5
-    return bool(max(limits.tiny**0.4, zero) <= shortest and longest <= limits.max**0.4)
+    return bool(max(limits.tiny**0.4, zero) <= shortest and longest <= limits.max)
 
 
 def _smallest(dtype: torch.dtype) -> float:

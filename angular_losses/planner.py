@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from . import checks
 
 MODES = ("auto", "dense", "stash", "recompute")
 DEFAULT_BUDGET = 256 * 2**20
+# A chunk smaller than this is slow, and one smaller than that is hopeless.
+SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
 
 
@@ -97,13 +100,16 @@ def plan(
     def extra(mode: str, chunk: int) -> int:
         return _extra_bytes(mode, num_rows, num_classes, embedding_size, chunk, dtype, product)
 
-    chunk = min(num_classes, _chunk(num_rows, torch.device(device)))
+    largest = min(num_classes, _chunk(num_rows, torch.device(device)))
+    chunk = num_classes if mode == "dense" else largest
     if mode == "auto":
-        mode = "stash" if extra("stash", chunk) <= budget else "recompute"
+        fast = _fitting(lambda chunk: extra("stash", chunk), budget, largest, SMALLEST_FAST_CHUNK)
+        fits = extra("stash", fast) <= budget
+        mode, chunk = ("stash", fast) if fits else ("recompute", largest)
+    if memory_budget is not None and mode != "dense":
+        chunk = _fitting(lambda chunk: extra(mode, chunk), budget, chunk, SMALLEST_CHUNK)
     if mode == "dense":
-        chunk, product = num_classes, working
-    while mode != "dense" and extra(mode, chunk) > budget and chunk > SMALLEST_CHUNK:
-        chunk = max(SMALLEST_CHUNK, chunk // 2)
+        product = working
     needed = extra(mode, chunk)
     if memory_budget is not None and needed > budget:
         raise ValueError(
@@ -111,6 +117,13 @@ def plan(
             f"{num_rows} rows and {num_classes} classes, got {memory_budget}"
         )
     return Plan(mode, chunk, product, needed, gradient_bytes)
+
+
+def _fitting(extra: Callable[[int], int], budget: int, chunk: int, least: int) -> int:
+    """The largest chunk that fits the budget, or the least allowed."""
+    while extra(chunk) > budget and chunk > least:
+        chunk = max(least, chunk // 2)
+    return chunk
 
 
 def _chunk(num_rows: int, device: torch.device) -> int:

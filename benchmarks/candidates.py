@@ -73,9 +73,11 @@ def naive(embeddings, weight, labels):
 
 @with_backward
 def linear_cross_entropy(embeddings, weight, labels):
+    # Its chunks are not known to autocast.
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
     return F.linear_cross_entropy(
-        F.normalize(embeddings) * SCALE,
-        F.normalize(weight),
+        (F.normalize(embeddings) * SCALE).to(dtype),
+        F.normalize(weight).to(dtype),
         labels,
         options=torch.nn.LinearCrossEntropyOptions(),
     )

@@ -29,6 +29,17 @@ def test_a_small_budget_makes_small_chunks():
     assert tight.extra_bytes <= 16 * MEBIBYTE < roomy.extra_bytes
 
 
+def test_a_mode_asked_for_keeps_its_chunk_unless_a_budget_is_given():
+    assert al.plan(4096, 1_000_000, 512, mode="stash").chunk == 2048
+    assert al.plan(4096, 1_000_000, 512, mode="recompute").chunk == 2048
+
+
+def test_auto_makes_the_chunk_smaller_before_it_gives_up_stash():
+    on_gpu = al.plan(256, 100_000, 512, device="cuda", product_dtype=torch.bfloat16)
+    assert on_gpu.mode == "stash"
+    assert on_gpu.chunk >= 1024
+
+
 def test_memory_of_recompute_does_not_grow_with_classes():
     few, many = (al.plan(128, classes, 256, mode="recompute") for classes in (10_000, 2_000_000))
     assert many.extra_bytes - few.extra_bytes <= 4 * 2_000_000  # the centres' inverse lengths

@@ -356,6 +356,39 @@ def test_no_nan_anywhere(mode, seed, case, scale, dtype, exponent):
     assert (embeddings.grad[0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        *((torch.float32, length) for length in (1e-45, 1e-34, 1e-30, 1e-20, 1e20, 1e30, 1e37)),
+        *((torch.float64, length) for length in (1e-320, 1e-200, 1e200, 1e300)),
+        *((torch.bfloat16, length) for length in (1e-34, 1e-30, 1e30, 1e37)),
+        *((torch.float16, length) for length in (6e-8, 1e-4, 3e-4, 6e4)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_every_mode_takes_the_same_lengths_for_zero(mode, dtype, length):
+    embeddings, weight, labels = batch(torch.float64)
+    with torch.no_grad():
+        for tensor in (embeddings, weight):
+            tensor /= tensor.abs().amax(1, keepdim=True)
+        embeddings[0] *= length
+        weight[1] *= length
+    results = []
+    for used in ("dense", mode):
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in (embeddings, weight)]
+        with in_chunks_of(2):
+            loss = margin_softmax_loss(
+                *tensors, labels, margin=margin, scale=8.0, mode=used, reduction="none"
+            )
+        results.append((loss, *torch.autograd.grad(loss.sum(), tensors)))
+    tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
+    for dense, chunked in zip(*results, strict=True):
+        assert torch.equal(dense.isfinite(), chunked.isfinite())  # float16 may overflow
+        dense, chunked = (value.nan_to_num().double() for value in (dense, chunked))
+        largest = dense.abs().amax(-1, keepdim=True)
+        assert ((dense - chunked).abs() <= tolerance * largest).all()
+
+
 @given(st.integers(0, 2**31 - 1), st.sampled_from(CASES))
 @settings(max_examples=50, deadline=None)
 def test_symmetries(seed, case):
