@@ -16,8 +16,9 @@ lint: .venv/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev.done  ## accuracy beside pytorch-metric-learning
+bench: .venv/dev.done  ## accuracy, then time and memory, beside peers
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.engine
 
 docs: .venv/docs.done  ## the site, in docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build

@@ -22,7 +22,9 @@ chunk of E and its part of the gradient are contiguous.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -117,6 +119,7 @@ class _Chunks:
         self.weight, self.inverse, self.labels = weight, inverse, labels
         self.product_dtype = product_dtype
         self._scaled = (unit * scales).to(product_dtype).T
+        self._kernels = _kernels_for(weight.device, product_dtype)
         self._centres = unit.new_empty(self.size, size, dtype=product_dtype)
         self._exponentials = unit.new_empty(self.size, unit.shape[0], dtype=product_dtype)
         # The same memory again where the products are done in the working dtype.
@@ -145,7 +148,7 @@ class _Chunks:
         return self._centres[: unit_centres.shape[0]].copy_(unit_centres)
 
     def logits(self, span: slice, centres: Tensor, out: Tensor | None = None) -> Tensor:
-        """S cos of a chunk (K, N) in the working dtype; -inf for the target of a row that is here.
+        """The logits of a chunk (K, N) in the working dtype; -inf for each target that is in it.
 
         In ``out``, where E is to be kept, if that has the working dtype.
         """
@@ -167,7 +170,13 @@ class _Chunks:
         self, span: slice, centres: Tensor, shift: Tensor | None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """E of a chunk (K, N), to multiply, and its sums over the classes (N,)."""
-        return self.exponentiate(self.logits(span, centres, out), shift, out)
+        if self._kernels is None:
+            return self.exponentiate(self.logits(span, centres, out), shift, out)
+        out = self._exponentials[: centres.shape[0]] if out is None else out
+        sums = self._kernels.exponentials(
+            centres, self._scaled.T, self.labels, span.start, shift, out
+        )
+        return out, sums
 
     def exponentiate(
         self, logits: Tensor, shift: Tensor | None, out: Tensor | None = None
@@ -367,12 +376,24 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Directions (N, d), inverse lengths (N, 1), target angles (N,) and unit tangents (N, d)."""
     dtype = working_dtype(embeddings, weight)
-    unit = torch.empty_like(embeddings, dtype=precise_dtype(embeddings.device))
+    unit = embeddings.new_empty(embeddings.shape, dtype=precise_dtype(embeddings.device))
     own = torch.empty_like(unit)
     inverse = normalize(embeddings, unit, out=unit)
     normalize(weight.index_select(0, labels), own, out=own)
     theta, tangent = angle_and_tangent(unit, own)
     return unit.to(dtype), inverse, theta, tangent.to(dtype)
+
+
+@functools.cache
+def _kernels_for(device: torch.device, product_dtype: torch.dtype) -> ModuleType | None:
+    """The module of Triton kernels, where there is Triton and a device that it suits."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.suits(device, product_dtype) else None
 
 
 def _scales(

@@ -92,8 +92,8 @@ def angle_and_tangent(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         \frac{\partial\theta}{\partial u} = -t, \quad
         \frac{\partial\theta}{\partial v} = \cos\theta\; t - \sin\theta\; u
 
-    As exact as :func:`angle_between`, in a third of its passes over (N, d), and with the same rules
-    for parallel pairs and zero vectors; the result carries no graph.
+    As exact as :func:`angle_between`, in fewer passes over (N, d), and with the same rules for
+    parallel pairs and zero vectors; the result carries no graph.
 
     Args:
         u: (N, d) directions in the working precision, or zero vectors.

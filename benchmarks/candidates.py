@@ -29,7 +29,7 @@ PML = {
 # With these the memory of one step is used again by the next, as CUDA's allocator does it. By
 # default each step gets pages that the system has to clear first, which costs all candidates time
 # and depends on the machine more than on them.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+ALLOCATOR = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}"}
 
 
 def products(embeddings, weight, labels, bfloat16):

@@ -84,7 +84,7 @@ def speed():
             check=True,
         )
         found = json.loads(output.read_text())["benchmarks"]
-    return {benchmark["params"]["name"]: benchmark["extra_info"] for benchmark in found}
+    return {benchmark["params"]["case"]: benchmark["extra_info"] for benchmark in found}
 
 
 def memory(candidate, sizes, bfloat16=False):

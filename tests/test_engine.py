@@ -143,6 +143,29 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(mode, frozen):
     assert torch.equal(tensors[other].grad, both[other == "weight"])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", CHUNKED)
+def test_any_strides(mode, compiled):
+    plain = batch(6, 9, 4)
+    transposed = [tensor.detach().T.contiguous().T.requires_grad_() for tensor in plain[:2]]
+    assert not any(tensor.is_contiguous() for tensor in transposed)
+    expected = results(*plain, scale=8.0, mode=mode)
+
+    def loss(embeddings, weight):
+        return margin_softmax_loss(
+            embeddings, weight, plain[2], margin=margin, scale=8.0, mode=mode
+        )
+
+    if compiled:
+        torch.compiler.reset()
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with in_chunks_of(4):
+        value = loss(*transposed)
+    found = (value.detach(), *torch.autograd.grad(value, transposed))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("scale", [30.0, 100.0])
 @pytest.mark.parametrize("mode", CHUNKED)
 def test_bit_identical_twice(mode, scale):

@@ -16,7 +16,7 @@ ROOMS = {
     "checks": set(),
     "geometry": {"checks"},
     "margins": {"checks"},
-    "kernels": set(),
+    "kernels": {"triton"},  # of the world outside; the engine opens this room only on CUDA
     "engine": {"geometry", "kernels"},
     "planner": {"checks"},
     "softmax": {"checks", "engine", "geometry", "margins", "planner"},
