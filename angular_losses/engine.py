@@ -22,14 +22,13 @@ chunk of E and its part of the gradient are contiguous.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .geometry import angle_and_tangent, normalize, precise_dtype
 
 # Up to this scale exp(s cos), its sums over classes and their inverses stay inside float32
@@ -119,7 +118,7 @@ class _Chunks:
         self.weight, self.inverse, self.labels = weight, inverse, labels
         self.product_dtype = product_dtype
         self._scaled = (unit * scales).to(product_dtype).T
-        self._kernels = _kernels_for(weight.device, product_dtype)
+        self._has_kernel = kernels.is_available(weight.device, product_dtype)
         self._centres = unit.new_empty(self.size, size, dtype=product_dtype)
         self._exponentials = unit.new_empty(self.size, unit.shape[0], dtype=product_dtype)
         # The same memory again where the products are done in the working dtype.
@@ -170,13 +169,11 @@ class _Chunks:
         self, span: slice, centres: Tensor, shift: Tensor | None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """E of a chunk (K, N), to multiply, and its sums over the classes (N,)."""
-        if self._kernels is None:
+        if not self._has_kernel:
             return self.exponentiate(self.logits(span, centres, out), shift, out)
         out = self._exponentials[: centres.shape[0]] if out is None else out
-        sums = self._kernels.exponentials(
-            centres, self._scaled.T, self.labels, span.start, shift, out
-        )
-        return out, sums
+        columns = self._scaled.T
+        return out, kernels.exponentials(centres, columns, self.labels, span.start, shift, out)
 
     def exponentiate(
         self, logits: Tensor, shift: Tensor | None, out: Tensor | None = None
@@ -382,18 +379,6 @@ def _rows(
     normalize(weight.index_select(0, labels), own, out=own)
     theta, tangent = angle_and_tangent(unit, own)
     return unit.to(dtype), inverse, theta, tangent.to(dtype)
-
-
-@functools.cache
-def _kernels_for(device: torch.device, product_dtype: torch.dtype) -> ModuleType | None:
-    """The module of Triton kernels, where there is Triton and a device that it suits."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import kernels
-    except ImportError:
-        return None
-    return kernels if kernels.suits(device, product_dtype) else None
 
 
 def _scales(

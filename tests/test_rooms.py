@@ -16,7 +16,7 @@ ROOMS = {
     "checks": set(),
     "geometry": {"checks"},
     "margins": {"checks"},
-    "kernels": {"triton"},  # of the world outside; the engine opens this room only on CUDA
+    "kernels": {"triton"},  # of the world outside, and fetched only when used
     "engine": {"geometry", "kernels"},
     "planner": {"checks"},
     "softmax": {"checks", "engine", "geometry", "margins", "planner"},
