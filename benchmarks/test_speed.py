@@ -26,8 +26,9 @@ OURS = [
     for mode in ("stash", "recompute")
 ]
 PEERS = ["PML ArcFace", "PML SphereFace", "PML CosFace", NAIVE, "linear_cross_entropy"]
-ONCE = {"1M": PEERS, "100k": ["linear_cross_entropy"], "100k bfloat16": ["linear_cross_entropy"]}
-NEVER = {"1M": ["linear_cross_entropy"]}  # two minutes a step
+ONCE = {"100k": ["linear_cross_entropy"], "100k bfloat16": ["linear_cross_entropy"]}
+# Beside the peers, which take 5 GB each, the machine would run out of memory and measure that.
+NEVER = {"1M": [*PEERS, "CosFace, stash", "CosFace, recompute"]}
 
 
 @pytest.mark.parametrize("case", CASES)
