@@ -13,4 +13,4 @@ autodoc_typehints = "none"  # the docstrings say more: shapes, ranges, units
 nitpicky = False
 html_theme = "furo"
 html_title = f"angular_losses {release}"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "engine_results.md"]
