@@ -173,7 +173,8 @@ def picture(results):
         )
         panels[1, column].set_xlabel(label)
     panels[0, 0].set(ylabel="CPU seconds of a training step", title=f"N = 128, d = {SIZE}, float32")
-    panels[1, 0].set(ylabel="memory of a training step, MB")
+    # Below some megabytes a step fits into what the one before it left.
+    panels[1, 0].set(ylabel="memory of a training step, MB", ylim=(3, None))
     panels[0, 1].set(title=f"C = 10,000, d = {SIZE}, float32")
     panels[1, 0].legend(frameon=False, fontsize=8)
     for axes in panels.flat:
