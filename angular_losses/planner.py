@@ -61,7 +61,8 @@ def plan(
     """Choose mode and chunk for a size of batch, and predict the memory.
 
     "auto" takes "stash", three matrix products, where what it keeps fits the budget, and otherwise
-    "recompute", four. Where not even that fits, chunks become smaller.
+    "recompute", four. Chunks become smaller where that makes "stash" fit, or where a
+    ``memory_budget`` is given that they have to fit.
 
     Args:
         num_rows: The number of embeddings, N.

@@ -136,15 +136,9 @@ def tables(results):
             "| | time | memory beyond the gradient of weight |",
             "|---|---|---|",
         ]
-        for candidate, ratio in case["ratios"].items():
+        for candidate in dict.fromkeys([*case["ratios"], *case["bytes"]]):
             if candidate != case["floor"]:
-                taken = case["bytes"].get(candidate)
-                beyond = (
-                    "" if taken is None else f"{(taken - case['gradient bytes']) / 1e6:,.0f} MB"
-                )
-                rounds = case["rounds"][candidate]
-                single = " (one step)" if rounds == 1 else ""
-                lines.append(f"| {candidate} | {ratio:.2f}{single} | {beyond} |")
+                lines.append(f"| {candidate} | {' | '.join(cells(case, candidate))} |")
         lines.append("")
     versions = results["machine"]
     lines.append(
@@ -152,6 +146,15 @@ def tables(results):
         f"{versions['python']}, {versions['threads']} threads, {versions['cpu']}."
     )
     return "\n".join(lines) + "\n"
+
+
+def cells(case, candidate):
+    """The time of a candidate and its memory, as far as they were measured."""
+    ratio, taken = case["ratios"].get(candidate), case["bytes"].get(candidate)
+    once = " (one step)" if case["rounds"].get(candidate) == 1 else ""
+    time = "not timed" if ratio is None else f"{ratio:.2f}{once}"
+    memory = "" if taken is None else f"{(taken - case['gradient bytes']) / 1e6:,.0f} MB"
+    return time, memory
 
 
 def picture(results):

@@ -37,6 +37,7 @@ import torch
 from torch.nn import functional as F
 
 import angular_losses as al
+from benchmarks.candidates import products
 
 ROWS, CLASSES, SIZE = [256, 1024, 4096], [10_000, 100_000, 1_000_000, 2_000_000], 512
 CHECKED = [(256, 20_000), (1000, 50_021), (4097, 600_011)]  # the last: more than 2^31 cosines
@@ -72,16 +73,7 @@ LOSSES = {
 
 
 def three_products(embeddings, weight, labels, bfloat16):
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    x, w = embeddings.detach().to(dtype), weight.detach().to(dtype)
-    logits, dx, dw = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
-
-    def run():
-        torch.mm(x, w.T, out=logits)
-        torch.mm(logits, w, out=dx)
-        torch.mm(logits.T, x, out=dw)
-
-    return run, ()
+    return products(embeddings, weight, labels, bfloat16), ()
 
 
 def step(loss_of, parameters, bfloat16):

@@ -40,6 +40,35 @@ def test_a_module_is_state_and_one_call_of_the_function(case, gradient):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_sample_weights_reach_the_loss(reduction):
+    module = al.ArcFaceLoss(5, 8, reduction=reduction)
+    embeddings, labels = batch()
+    sample_weight = torch.tensor([1.0, 0.0, 5.0, 2.0, 0.5, 1.0])
+    rows = al.ArcFaceLoss(5, 8, reduction="none")
+    rows.weight = module.weight
+    expected = rows(embeddings, labels) * sample_weight
+    if reduction == "mean":
+        expected = expected.sum() / sample_weight.sum()
+    assert torch.allclose(module(embeddings, labels, sample_weight), expected)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_mode_and_budget_reach_the_softmax(mode):
+    module = al.ArcFaceLoss(5, 8, mode=mode, memory_budget=10**6)
+    embeddings, labels = batch()
+    (gradient,) = torch.autograd.grad(module(embeddings, labels), embeddings, create_graph=True)
+    if mode == "dense":
+        gradient.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="mode='dense'"):
+            gradient.sum().backward()
+    module.memory_budget = 1
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least .*, got 1"):
+        module(embeddings, labels)
+    assert f"mode='{mode}'" in repr(module)
+
+
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_logits_are_scaled_cosines_without_a_margin(case):
     module = case.loss(5, 8, scale=7.0)
@@ -177,6 +206,9 @@ def test_one_compiled_graph_advances_the_schedule():
         (lambda: al.ArcFaceLoss(5, 8, schedule=1000), TypeError, "schedule: expected a Schedule"),
         (lambda: al.ArcFaceLoss(5, 8, class_weight=torch.ones(4)), ValueError, "class_weight: "),
         (lambda: al.ArcFaceLoss(5, 8, label_smoothing=-0.1), ValueError, "label_smoothing: "),
+        (lambda: al.ArcFaceLoss(5, 8, mode="fast"), ValueError, "mode: expected one of 'auto'"),
+        (lambda: al.ArcFaceLoss(5, 8, memory_budget=0), ValueError, "memory_budget: "),
+        (lambda: al.ArcFaceLoss(5, 8, memory_budget=1e9), TypeError, "memory_budget: .* an int"),
         (lambda: al.SphereFaceLoss(5, 8, margin=0.5), ValueError, r"margin: .*\[1, inf\)"),
         (lambda: al.SphereFaceLoss(5, 8, beyond="linear"), ValueError, "beyond: "),
         (lambda: al.CosFaceLoss(5, 8, margin=2.0), ValueError, r"margin: .*\[0, 2\)"),

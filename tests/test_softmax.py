@@ -267,6 +267,26 @@ def test_a_users_own_function_of_theta():
     assert torch.allclose(loss, cross_entropy(embeddings, weight, labels, own, 8.0))
 
 
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_a_margin_of_its_own_for_each_sample(mode, chunk):
+    embeddings, weight, labels = batch()
+    margins = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64)
+
+    def own(theta):
+        return arcface(theta, margins)
+
+    with in_chunks_of(chunk):
+        loss = margin_softmax_loss(embeddings, weight, labels, margin=own, scale=8.0, mode=mode)
+    results = []
+    expected = cross_entropy(
+        embeddings, weight, labels, lambda theta: own(theta[:, 0])[:, None], 8.0
+    )
+    for value in (loss, expected):
+        results.append((value, *torch.autograd.grad(value, (embeddings, weight))))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_per_sample_gradients_with_torch_func():
     embeddings, weight, labels = batch(torch.float32)
     labels = labels.clamp(min=0)
