@@ -17,6 +17,7 @@ import torch
 from pytorch_metric_learning import losses as pml
 
 import angular_losses as al
+from angular_losses.engine import margin_parts
 from tests import reference
 from tests.strategies import pair_at
 
@@ -81,8 +82,11 @@ def main():
 
 
 def ours(margin):
+    """Our target logit before scaling, from the angle that the losses compute by default."""
+    options = {"row_scale": None, "class_share": None, "scale": 64.0, "chunk": 2048}
+    options |= {"product_dtype": torch.float32, "stash": True}
     return lambda embeddings, weight: margin(
-        al.target_angle(embeddings, weight, torch.arange(len(weight)))
+        margin_parts(embeddings, weight, torch.arange(len(weight)), **options).theta
     )
 
 
