@@ -55,7 +55,7 @@ def draw_errors(axes):
     axes.set(
         xlabel="target angle θ",
         ylabel="relative error of the gradient (median)",
-        title="ArcFace's gradient in float32 (x: the share that is NaN or zero)",
+        title="ArcFace's gradient, float32 (x: NaN or zero)",
         ylim=(1e-9, 8),
     )
     axes.legend(frameon=False, fontsize=8, loc="center left")

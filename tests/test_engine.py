@@ -264,8 +264,27 @@ def test_memory_is_the_gradient_and_what_the_mode_says(mode, dtype):
     assert expected <= peak_bytes(step) <= 1.05 * expected + workspace
 
 
-def tensors_of_operator(dtype=torch.float32, scale=30.0, by_row=False, shares=True):
+def test_an_evaluation_keeps_nothing():
+    embeddings, weight, labels = batch(128, 20_000, 32)
+
+    def step():
+        with in_chunks_of(512):
+            margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0, mode="stash")
+
+    workspace = 2**20
+    assert peak_bytes(step) >= 128 * 20_000 * 4
+    with torch.no_grad():
+        assert peak_bytes(step) <= workspace
+
+
+def tensors_of_operator(
+    dtype=torch.float32, scale=30.0, by_row=False, shares=True, transposed=False
+):
     embeddings, weight, labels = batch(dtype=dtype)
+    if transposed:
+        embeddings, weight = (
+            tensor.detach().T.contiguous().T.requires_grad_() for tensor in (embeddings, weight)
+        )
     row_scale = torch.rand(6, dtype=dtype).add(1).requires_grad_() if by_row else None
     class_share = torch.rand(9, dtype=dtype) if shares else None
     return embeddings, weight, labels, row_scale, class_share, scale, 4, dtype
@@ -278,10 +297,13 @@ def tensors_of_operator(dtype=torch.float32, scale=30.0, by_row=False, shares=Tr
         tensors_of_operator(),
         tensors_of_operator(torch.float64, 100.0, shares=False),
         tensors_of_operator(by_row=True),
+        tensors_of_operator(transposed=True),
     ],
 )
 def test_operators_are_well_formed(arguments, stash):
     torch.library.opcheck(engine._forward_operator, (*arguments, stash, True))
+    evaluation = (*arguments, False, False)
+    torch.library.opcheck(engine._forward_operator, evaluation, test_utils="test_faketensor")
     outputs = engine._forward_operator(*arguments, stash, True)
     detached = [tensor.detach() for tensor in outputs]
     gradients = [torch.randn_like(part) for part in detached[:3]]
