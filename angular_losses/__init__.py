@@ -10,19 +10,39 @@ Shapes throughout: embeddings (N, d), class centres ``weight`` (C, d), labels (N
 radians.
 """
 
+from .adaptive import AdaCosLoss as AdaCosLoss
+from .adaptive import AdaFaceLoss as AdaFaceLoss
+from .adaptive import ElasticFaceLoss as ElasticFaceLoss
+from .adaptive import KappaFaceLoss as KappaFaceLoss
+from .adaptive import MagFaceLoss as MagFaceLoss
+from .adaptive import ldam_margins as ldam_margins
+from .adaptive import power_law_margins as power_law_margins
+from .base import MarginLoss as MarginLoss
+from .binary import P2SGradLoss as P2SGradLoss
+from .binary import SphereFace2Loss as SphereFace2Loss
+from .binary import UniFaceLoss as UniFaceLoss
 from .geometry import angle_between as angle_between
 from .geometry import target_angle as target_angle
 from .losses import ArcFaceLoss as ArcFaceLoss
 from .losses import CombinedMarginLoss as CombinedMarginLoss
 from .losses import CosFaceLoss as CosFaceLoss
-from .losses import MarginLoss as MarginLoss
+from .losses import LiArcFaceLoss as LiArcFaceLoss
 from .losses import NormalizedSoftmaxLoss as NormalizedSoftmaxLoss
-from .losses import SphereFaceLoss as SphereFaceLoss
+from .losses import SubCenterArcFaceLoss as SubCenterArcFaceLoss
 from .margins import arcface as arcface
 from .margins import combined as combined
 from .margins import cosface as cosface
 from .margins import detached as detached
 from .margins import sphereface as sphereface
+from .mining import CircleLoss as CircleLoss
+from .mining import CurricularFaceLoss as CurricularFaceLoss
+from .mining import InterTopKLoss as InterTopKLoss
+from .mining import MVSoftmaxLoss as MVSoftmaxLoss
+from .mining import NPCFaceLoss as NPCFaceLoss
+from .multiplicative import LSoftmaxLoss as LSoftmaxLoss
+from .multiplicative import SphereFaceLoss as SphereFaceLoss
+from .multiplicative import SphereFaceRLoss as SphereFaceRLoss
+from .one_vs_rest import one_vs_rest_loss as one_vs_rest_loss
 from .planner import Plan as Plan
 from .planner import plan as plan
 from .schedules import LambdaAnnealing as LambdaAnnealing
@@ -33,23 +53,43 @@ from .softmax import margin_softmax_loss as margin_softmax_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaCosLoss",
+    "AdaFaceLoss",
     "ArcFaceLoss",
+    "CircleLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
+    "CurricularFaceLoss",
+    "ElasticFaceLoss",
+    "InterTopKLoss",
+    "KappaFaceLoss",
+    "LSoftmaxLoss",
     "LambdaAnnealing",
+    "LiArcFaceLoss",
+    "MVSoftmaxLoss",
+    "MagFaceLoss",
     "MarginLoss",
     "MarginWarmup",
+    "NPCFaceLoss",
     "NormalizedSoftmaxLoss",
+    "P2SGradLoss",
     "Plan",
     "Schedule",
+    "SphereFace2Loss",
     "SphereFaceLoss",
+    "SphereFaceRLoss",
+    "SubCenterArcFaceLoss",
+    "UniFaceLoss",
     "angle_between",
     "arcface",
     "combined",
     "cosface",
     "detached",
+    "ldam_margins",
     "margin_softmax_loss",
+    "one_vs_rest_loss",
     "plan",
+    "power_law_margins",
     "sphereface",
     "target_angle",
 ]

@@ -60,6 +60,11 @@ def cosine_margin(name: str, value: object) -> float:
     return number(name, value, 0.0, 2.0)
 
 
+def share(name: str, value: object) -> float:
+    """Return ``value`` as a float when it is in [0, 1]. Raises as :func:`number`."""
+    return 1.0 if value == 1 else number(name, value, 0.0, 1.0)
+
+
 def positive_integer(name: str, value: object) -> int:
     """Return ``value`` when it is an int of at least 1.
 
@@ -105,10 +110,34 @@ def floating(
         )
 
 
+def class_counts(name: str, value: object, num_classes: int | None = None) -> Tensor:
+    """Return the number of samples of each class (C,), all at least 1, as float32.
+
+    Raises:
+        TypeError: If ``value`` is not a tensor.
+        ValueError: If its shape is another, or a class has no sample.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor (C,), got {_describe(value)}")
+    if value.dim() != 1 or value.numel() == 0 or num_classes not in (None, len(value)):
+        expected = "C" if num_classes is None else num_classes
+        raise ValueError(f"{name}: expected shape ({expected},), got {tuple(value.shape)}")
+    smallest = value.min().item()
+    if not smallest >= 1:
+        raise ValueError(f"{name}: expected at least 1 sample of each class, got {smallest}")
+    return value.detach().float()
+
+
 def batch(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None = None
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int | None = None,
+    sub_centers: int = 1,
 ) -> Tensor | None:
     """Raise unless embeddings (N, d), weight (C, d) and labels (N,) belong together.
+
+    With sub-centres the weight is (C * sub_centers, d).
 
     On the CPU a label out of range raises at once. On other devices, and under ``torch.compile``,
     it is asserted where the labels live, without a synchronisation. Inside a ``torch.func``
@@ -138,7 +167,11 @@ def batch(
         raise ValueError(
             f"labels: expected device {embeddings.device}, that of embeddings, got {labels.device}"
         )
-    return _kept(labels, weight.shape[0], ignore_index)
+    if weight.shape[0] % sub_centers:
+        raise ValueError(
+            f"weight: expected a multiple of sub_centers {sub_centers} rows, got {weight.shape[0]}"
+        )
+    return _kept(labels, weight.shape[0] // sub_centers, ignore_index)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -137,15 +137,18 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
     return inverse.mul_(again)
 
 
-def target_angle(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def target_angle(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int = 1
+) -> Tensor:
     r"""The angle between each embedding and the centre of its class.
 
     .. math:: \theta_i = \angle(x_i, w_{y_i})
 
     Args:
         embeddings: (N, d), floating point, of any finite length.
-        weight: (C, d) class centres, floating point.
+        weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
         labels: (N,) integers in [0, C).
+        sub_centers: The number of centres of a class; the nearest counts.
 
     Returns:
         theta (N,) in radians, in [0, pi], float64 (float32 on devices without float64); see
@@ -160,8 +163,40 @@ def target_angle(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         >>> target_angle(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), weight, torch.tensor([0, 1]))
         tensor([0.0000, 0.7854], dtype=torch.float64)
     """
-    checks.batch(embeddings, weight, labels)
-    return angle_between(embeddings, weight.index_select(0, labels.long()))
+    checks.batch(embeddings, weight, labels, sub_centers=sub_centers)
+    own = nearest_sub_centers(embeddings, weight, labels.long(), sub_centers)
+    return angle_between(embeddings, weight.index_select(0, own))
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """The lengths of vectors (N, d): (N,) in float64 (float32 on MPS); at 0 their gradient is 0."""
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=precise_dtype(vectors.device))
+    return length
+
+
+def nearest_sub_centers(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int
+) -> Tensor:
+    """The row of each target's nearest centre, where a class has several; without a graph.
+
+    Args:
+        embeddings: (N, d), floating point.
+        weight: (C * sub_centers, d); sub-centre k of class c is row c * sub_centers + k.
+        labels: (N,) int64 in [0, C).
+        sub_centers: The number of centres of a class.
+
+    Returns:
+        (N,) int64, rows of the weight.
+    """
+    if sub_centers == 1:
+        return labels
+    first = labels * sub_centers
+    rows = first[:, None] + torch.arange(sub_centers, device=labels.device)
+    centres = weight.detach().index_select(0, rows.flatten()).view(*rows.shape, weight.shape[1])
+    dtype = precise_dtype(embeddings.device)
+    unit = directions(embeddings.detach(), dtype)[:, None]
+    nearest: Tensor = torch.linalg.vecdot(unit, directions(centres, dtype)).argmax(1)
+    return first + nearest
 
 
 def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:

@@ -1,224 +1,18 @@
-"""Losses: modules that own the class centres; each adds its defaults and its margin, no more."""
+"""Losses with a margin added to the angle or the cosine: their defaults and margin, no more."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import checks, margins
-from .geometry import cosines
-from .planner import MODES
-from .schedules import Schedule
-from .softmax import margin_softmax_loss
+from . import checks, margins, negatives
+from .base import LossOptions, MarginLoss, Target
+from .softmax import NegativeFunction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class LossOptions(TypedDict, total=False):
-    """The keyword arguments that every loss takes; :class:`MarginLoss` describes them."""
-
-    schedule: Schedule | None
-    gradient: str
-    reduction: str
-    class_weight: Tensor | None
-    label_smoothing: float
-    ignore_index: int
-    mode: str
-    memory_budget: int | None
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class MarginLoss(nn.Module, ABC):
-    """What all margin losses share: class centres, a scale, and the margin softmax.
-
-    A new loss derives from this class, keeps its margin in ``__init__`` and defines ``target``::
-
-        class QuadraticMargin(MarginLoss):
-            def target(self, theta, share):
-                return torch.cos(theta) - 0.1 * share * theta**2
-
-    Remember to give the loss's parameters to the optimiser, beside those of the network.
-
-    Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        scale: The scale s > 0 of the cosines.
-        schedule: A :class:`LambdaAnnealing` or :class:`MarginWarmup`, advanced by each forward
-            pass in training mode; by default the whole margin is in force from the start.
-        gradient: "exact", or "detached": the margin moves the logit but is not differentiated
-            (:func:`angular_losses.margins.detached`), as insightface and OpenSphere train.
-        reduction: "mean", "sum" or "none".
-        class_weight: (C,) weight of each class, as in ``nn.CrossEntropyLoss``; kept as a buffer.
-        label_smoothing: In [0, 1), as in ``nn.CrossEntropyLoss``.
-        ignore_index: Rows with this label have loss 0 and gradient 0.
-        mode: "auto", "dense", "stash" or "recompute": how the softmax is computed
-            (:func:`angular_losses.margin_softmax_loss`).
-        memory_budget: Bytes that may be used beyond embeddings, weight and their gradients; by
-            default as :func:`angular_losses.plan` says.
-        device: Where to make ``weight``.
-        dtype: The dtype of ``weight``.
-
-    Attributes:
-        weight: (C, d) parameter, the class centres; only their directions enter the loss. Drawn
-            from a normal distribution with standard deviation d ** -0.5, so of length about 1.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range; the message starts with its name.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        scale: float,
-        *,
-        schedule: Schedule | None = None,
-        gradient: str = "exact",
-        reduction: str = "mean",
-        class_weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        mode: str = "auto",
-        memory_budget: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_classes = checks.positive_integer("num_classes", num_classes)
-        self.embedding_size = checks.positive_integer("embedding_size", embedding_size)
-        self.scale = checks.positive("scale", scale)
-        checks.choice("gradient", gradient, ("exact", "detached"))
-        checks.choice("reduction", reduction, ("mean", "sum", "none"))
-        checks.choice("mode", mode, MODES)
-        if memory_budget is not None:
-            checks.positive_integer("memory_budget", memory_budget)
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule: expected a Schedule, got {schedule!r}")
-        if class_weight is not None:
-            checks.floating("class_weight", class_weight, num_classes)
-            class_weight = class_weight.detach().to(device=device)
-        self.schedule = schedule
-        self.gradient = gradient
-        self.reduction = reduction
-        self.label_smoothing = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-        self.ignore_index = ignore_index
-        self.mode = mode
-        self.memory_budget = memory_budget
-        self.class_weight: Tensor | None
-        self.register_buffer("class_weight", class_weight)
-        self.weight = nn.Parameter(
-            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the class centres anew."""
-        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
-
-    @abstractmethod
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
-        """The target logits before scaling.
-
-        Args:
-            theta: Target angles (N,) in radians, float64.
-            share: How much of the margin is in force, in [0, 1]; 1 without a warm-up.
-
-        Returns:
-            (N,).
-        """
-
-    def forward(
-        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        """The loss of a batch; see :func:`angular_losses.margin_softmax_loss`.
-
-        Args:
-            embeddings: (N, d), floating point.
-            labels: (N,) integers in [0, C), or ``ignore_index``.
-            sample_weight: (N,) weight of each row, on top of that of its class.
-
-        Returns:
-            A scalar, or (N,) for reduction "none"; float32 at least.
-
-        Raises:
-            TypeError: If a dtype is wrong.
-            ValueError: If a shape, a device or a label is out of place.
-        """
-        loss = margin_softmax_loss(
-            embeddings,
-            self.weight,
-            labels,
-            margin=self.margin_function(),
-            scale=self.scale,
-            reduction=self.reduction,
-            class_weight=self.class_weight,
-            sample_weight=sample_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            mode=self.mode,
-            memory_budget=self.memory_budget,
-        )
-        if self.training and self.schedule is not None:
-            self.schedule.advance()
-        return loss
-
-    def margin_function(self) -> margins.MarginFunction:
-        """The margin now in force, schedule and gradient mode included, as a function of theta."""
-
-        def margin(theta: Tensor) -> Tensor:
-            if self.schedule is None:
-                return self.target(theta, 1.0)
-            scheduled: Tensor = self.schedule(self.target, theta)
-            return scheduled
-
-        return margins.detached(margin) if self.gradient == "detached" else margin
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Scale times cosine for every class, without a margin: what to use for inference.
-
-        Args:
-            embeddings: (N, d), floating point.
-
-        Returns:
-            (N, C), float32 at least.
-
-        Raises:
-            TypeError: If the embeddings are not floating-point.
-            ValueError: If their shape or device does not fit ``weight``.
-        """
-        checks.floating(
-            "embeddings", embeddings, "N", self.embedding_size, device=self.weight.device
-        )
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return self.scale * cosines(embeddings, self.weight)
-
-    def extra_repr(self) -> str:
-        """The settings, with options left at their defaults left out."""
-        settings = (
-            f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if not name.startswith("_")
-            and name not in _SHOWN_FIRST
-            and value != _DEFAULTS.get(name)
-        )
-        return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])
-
-
-_SHOWN_FIRST = ("training", "num_classes", "embedding_size")
-_DEFAULTS = {
-    "gradient": "exact",
-    "reduction": "mean",
-    "label_smoothing": 0.0,
-    "ignore_index": -100,
-    "mode": "auto",
-    "beyond": "decreasing",
-}
 
 
 class NormalizedSoftmaxLoss(MarginLoss):
@@ -265,61 +59,6 @@ class NormalizedSoftmaxLoss(MarginLoss):
         return torch.cos(theta)
 
 
-class SphereFaceLoss(MarginLoss):
-    r"""SphereFace (A-Softmax) with normalised embeddings: the margin multiplies the target's angle.
-
-    This is the form of HSADML, eq. (2)-(3), and of OpenSphere's hard feature normalisation: the
-    scale takes the place of the embedding's length, which the first SphereFace kept.
-
-    .. math:: f = s\,\psi(\theta_{y}), \qquad
-        \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad k = \lfloor m\theta / \pi \rfloor
-
-    Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        margin: m >= 1, any real number; 1 is no margin.
-        scale: The scale s > 0.
-        beyond: See :func:`angular_losses.margins.sphereface`.
-        **options: See :class:`MarginLoss`. The paper trains with the margin annealed:
-            ``schedule=LambdaAnnealing()``.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is below 1, or a size or the scale is out of range.
-
-    Example:
-        >>> loss = SphereFaceLoss(num_classes=10, embedding_size=64, margin=4)
-        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
-        torch.Size([])
-
-    References:
-        Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063, eq. (7).
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        margin: float = 4,
-        scale: float = 30.0,
-        *,
-        beyond: str = "decreasing",
-        **options: Unpack[LossOptions],
-    ) -> None:
-        super().__init__(num_classes, embedding_size, scale, **options)
-        checks.choice("beyond", beyond, margins.SPHEREFACE_BEYOND)
-        self.margin = checks.multiplicative_margin("margin", margin)
-        self.beyond = beyond
-
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
-        """psi(theta) of the share of the margin in force."""
-        return margins.sphereface(theta, 1 + share * (self.margin - 1), beyond=self.beyond)
-
-
 class CosFaceLoss(MarginLoss):
     r"""CosFace (AM-Softmax): the margin taken off the target's cosine.
 
@@ -328,7 +67,7 @@ class CosFaceLoss(MarginLoss):
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
-        margin: m in [0, 2).
+        margin: m in [0, 2), or one for each class (C,), such as :func:`ldam_margins`.
         scale: The scale s > 0.
         **options: See :class:`MarginLoss`.
 
@@ -353,16 +92,18 @@ class CosFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.35,
+        margin: float | Tensor = 0.35,
         scale: float = 64.0,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        self.margin = checks.cosine_margin("margin", margin)
+        device = options.get("device")
+        self.margin = self.of_classes("margin", margin, checks.cosine_margin, device)
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta) less the share of the margin in force."""
-        return margins.cosface(theta, share * self.margin)
+        margin = margins.of_rows(self.margin, labels)
+        return lambda theta, share: margins.cosface(theta, share * margin)
 
 
 class ArcFaceLoss(MarginLoss):
@@ -373,7 +114,8 @@ class ArcFaceLoss(MarginLoss):
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
-        margin: m in radians, in [0, pi).
+        margin: m in radians, in [0, pi), or one for each class (C,), such as
+            :func:`power_law_margins`.
         scale: The scale s > 0.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
         **options: See :class:`MarginLoss`.
@@ -400,7 +142,7 @@ class ArcFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.5,
+        margin: float | Tensor = 0.5,
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",
@@ -408,12 +150,114 @@ class ArcFaceLoss(MarginLoss):
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
         checks.choice("beyond", beyond, margins.ARCFACE_BEYOND)
-        self.margin = checks.angular_margin("margin", margin)
+        device = options.get("device")
+        self.margin = self.of_classes("margin", margin, checks.angular_margin, device)
         self.beyond = beyond
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta + the share of the margin in force), unrolled."""
-        return margins.arcface(theta, share * self.margin, beyond=self.beyond)
+        margin = margins.of_rows(self.margin, labels)
+        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+
+
+class SubCenterArcFaceLoss(ArcFaceLoss):
+    r"""Sub-centre ArcFace: ArcFace with K centres a class, for noisy labels.
+
+    .. math:: f = s\cos(\theta_{y} + m), \qquad \theta_j = \min_k \angle(x, w_{jk})
+
+    A class's clean images gather at one of its centres and the wrongly labelled ones at others.
+    Any other loss does the same with ``sub_centers``.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in radians, in [0, pi), or one for each class (C,).
+        scale: The scale s > 0.
+        beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
+        **options: See :class:`MarginLoss`; ``sub_centers``, K, is 3 by default.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
+
+    Example:
+        >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss.weight.shape
+        torch.Size([30, 64])
+
+    References:
+        Deng et al., "Sub-center ArcFace: Boosting Face Recognition by Large-Scale Noisy Web
+        Faces", ECCV 2020.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | Tensor = 0.5,
+        scale: float = 64.0,
+        *,
+        beyond: str = "decreasing",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        options.setdefault("sub_centers", 3)
+        super().__init__(num_classes, embedding_size, margin, scale, beyond=beyond, **options)
+
+
+class LiArcFaceLoss(MarginLoss):
+    r"""Li-ArcFace (AirFace): logits linear in the angle, the margin added to the target's.
+
+    .. math:: f = s\,\frac{\pi - 2(\theta_y + m)}{\pi}, \qquad
+        z_j = s\,\frac{\pi - 2\theta_j}{\pi}
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in radians, in [0, pi). The paper's value could not be checked; code that
+            follows it has 0.40, 0.42 and 0.45.
+        scale: The scale s > 0.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
+
+    Example:
+        >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
+        workshops 2019, arXiv:1907.12256.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.45,
+        scale: float = 64.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.margin = checks.angular_margin("margin", margin)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """The line through the angle and the share of the margin in force."""
+        return margins.linear_angle(theta, share * self.margin)
+
+    def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
+        """The same line, without a margin."""
+        return lambda cosine, target: negatives.linear_angle(cosine)
 
 
 class CombinedMarginLoss(MarginLoss):

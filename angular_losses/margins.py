@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -192,6 +192,37 @@ def detached(margin: MarginFunction) -> MarginFunction:
     return with_gradient_of_cosine
 
 
+def linear_angle(theta: Tensor, m: float | Tensor) -> Tensor:
+    r"""Li-ArcFace: a logit linear in the angle, :math:`(\pi - 2(\theta + m)) / \pi`.
+
+    Args:
+        theta: Target angle in radians, in [0, pi].
+        m: Additive margin on the angle in radians, in [0, pi), a float or a tensor.
+
+    Returns:
+        The target logit before scaling, shaped like theta.
+
+    Raises:
+        TypeError: If m is neither a number nor a tensor.
+        ValueError: If m (a float) is outside [0, pi).
+
+    Example:
+        >>> linear_angle(torch.tensor([0.0, torch.pi]), 0.0)
+        tensor([ 1., -1.])
+
+    References:
+        Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
+        workshops 2019, arXiv:1907.12256.
+    """
+    _check(checks.angular_margin, m=m)
+    return 1 - 2 / math.pi * (theta + m)
+
+
+def of_rows(margin: float | Tensor, labels: Tensor) -> float | Tensor:
+    """The margin of each row (N,), from one for all or one for each class (C,)."""
+    return margin.index_select(0, labels) if isinstance(margin, Tensor) else margin
+
+
 def _unrolled_cosine(phi: Tensor) -> Tensor:
     """(-1)^k cos(phi) - 2k with k = floor(phi / pi): the cosine, falling for ever.
 
@@ -228,6 +259,19 @@ _BEYOND: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
 
 SPHEREFACE_BEYOND = ("decreasing", "plain")
 ARCFACE_BEYOND = ("decreasing", *_BEYOND)
+
+
+class Additive(NamedTuple):
+    """A margin that is added to the angle or taken off the cosine, and the check of its size."""
+
+    function: Callable[[Tensor, float | Tensor], Tensor]
+    check: Callable[[str, object], float]
+
+
+ADDITIVE = {
+    "arc": Additive(arcface, checks.angular_margin),
+    "cos": Additive(cosface, checks.cosine_margin),
+}
 
 
 def _check(check: Callable[[str, object], float], **margin: float | Tensor) -> None:

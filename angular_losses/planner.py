@@ -14,6 +14,8 @@ DEFAULT_BUDGET = 256 * 2**20
 # A chunk smaller than this is slow, and one smaller than that is hopeless.
 SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
+# Copies of a chunk's cosines that a function of negatives and its derivative take.
+REWEIGHTING = 6
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def plan(
     device: torch.device | str = "cpu",
     mode: str = "auto",
     memory_budget: int | None = None,
+    reweighted: bool = False,
 ) -> Plan:
     """Choose mode and chunk for a size of batch, and predict the memory.
 
@@ -74,6 +77,7 @@ def plan(
         mode: "auto", "dense", "stash" or "recompute".
         memory_budget: Bytes that may be used beyond the arguments and their gradients; by default
             256 MiB, or as much as the gradients take where that is more.
+        reweighted: Whether a function reweights the negatives, which takes more for each chunk.
 
     Returns:
         A :class:`Plan`.
@@ -99,7 +103,11 @@ def plan(
         budget = checks.positive_integer("memory_budget", memory_budget)
 
     def extra(mode: str, chunk: int) -> int:
-        return _extra_bytes(mode, num_rows, num_classes, embedding_size, chunk, dtype, product)
+        extra_bytes = _extra_bytes(
+            mode, num_rows, num_classes, embedding_size, chunk, dtype, product
+        )
+        per_chunk = 0 if mode == "dense" else chunk * num_rows * working.itemsize
+        return extra_bytes + (REWEIGHTING * per_chunk if reweighted else 0)
 
     largest = min(num_classes, _chunk(num_rows, torch.device(device)))
     chunk = num_classes if mode == "dense" else largest

@@ -85,8 +85,8 @@ class LambdaAnnealing(Schedule):
     def forward(self, target: Callable[[Tensor, float | Tensor], Tensor], theta: Tensor) -> Tensor:
         """See :class:`Schedule`."""
         share = 1 / (1 + self.value())
-        cosine = torch.cos(theta)
-        return cosine + share * (target(theta, 1.0) - cosine)
+        plain = target(theta, 0.0)
+        return plain + share * (target(theta, 1.0) - plain)
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -1,24 +1,26 @@
 """The margin softmax: one loss for every margin, with the margin on the target logit alone.
 
-Each mode finds the same three numbers for every row, :class:`angular_losses.engine.Parts`; the loss
-is made of them here, once.
+Each mode finds the same three numbers for every row, :class:`angular_losses.operators.Parts`; the
+loss is made of them here, once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
-from .engine import Parts, margin_parts, working_dtype
-from .geometry import angle_between, cosines
+from . import checks, modes
+from .chunks import PLAIN, Rule
+from .engine import working_dtype
+from .geometry import angle_between, nearest_sub_centers
 from .margins import MarginFunction
-from .planner import MODES, Plan, plan
+from .reductions import check_weights, reduce
 
-# With fewer classes the products cost little beside any network, and keep full precision under
-# autocast.
-FEW_CLASSES = 4096
+NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def margin_softmax_loss(
@@ -28,6 +30,10 @@ def margin_softmax_loss(
     *,
     margin: MarginFunction,
     scale: float | Tensor,
+    negatives: NegativeFunction | None = None,
+    sub_centers: int = 1,
+    normalize_weight: bool = True,
+    penalty: Tensor | None = None,
     reduction: str = "mean",
     class_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -60,6 +66,16 @@ def margin_softmax_loss(
             target logits before scaling (N,): one of :mod:`angular_losses.margins`, such as
             ``lambda theta: arcface(theta, 0.5)``, or your own.
         scale: The scale s > 0, a float or an (N,) tensor.
+        negatives: A function that reweights the other classes: from some of their cosines (K, N)
+            and the target logits before scaling (N,), without a graph, to what takes the place of
+            those cosines (K, N): one of :mod:`angular_losses.negatives`, or your own. It must
+            treat every cosine by itself and have a finite derivative. By default the cosines stay
+            as they are.
+        sub_centers: The number of centres of a class, K. ``weight`` is (C * K, d) then, with
+            sub-centre k of class c in row c * K + k, and a class's angle is that of its nearest.
+        normalize_weight: Whether centres enter the other classes' logits by direction alone. If
+            False their lengths are factors of the cosines, and ``margin`` has to do the same.
+        penalty: (N,) added to the loss of each row before its weights.
         reduction: "mean" (weighted by ``class_weight`` and ``sample_weight``, ignored rows left
             out), "sum" or "none".
         class_weight: (C,) weight of each class, as in ``F.cross_entropy``.
@@ -93,164 +109,114 @@ def margin_softmax_loss(
         >>> f"{loss.item():.3e}"
         '4.053e-25'
     """
-    kept = checks.batch(embeddings, weight, labels, ignore_index)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    rule = _rule(negatives, sub_centers, normalize_weight, scale)
+    kept = checks.batch(embeddings, weight, labels, ignore_index, sub_centers)
+    num_classes = weight.shape[0] // sub_centers
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    _check_tensors(embeddings, weight, margin, scale, class_weight, sample_weight)
-    chosen = _plan(embeddings, weight, mode, memory_budget)
+    check_weights(embeddings, num_classes, reduction, class_weight, sample_weight, penalty)
+    _check_margin(margin, scale, embeddings)
+    chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
     labels = labels.long() if kept is None else labels.long().where(kept, 0)
     dtype = working_dtype(embeddings, weight)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
-    share = _class_share(weight, class_weight, dtype) if label_smoothing else None
+    share = _class_share(weight, num_classes, class_weight, dtype) if label_smoothing else None
     with torch.autocast(embeddings.device.type, enabled=False):
-        parts = _parts(embeddings, weight, labels, scale, share, chosen)
-        target = scale * _check_target(margin(parts.theta), parts.theta)
-        loss = F.softplus(parts.log_negatives - target, threshold=50)
-        total = loss
-        row_weight = None if kept is None else kept.to(loss.dtype)
-        if sample_weight is not None:
-            row_weight = _product(sample_weight.to(loss.dtype), row_weight)
-        if class_weight is not None:
-            of_class = class_weight.index_select(0, labels)
-            total = total * of_class
-        if share is not None:
-            smooth = _uniform_cross_entropy(parts, target, loss, labels, scale, share)
-            total = (1 - label_smoothing) * total + label_smoothing * smooth
-        if row_weight is not None:
-            total = total * row_weight
-        if class_weight is not None:
-            row_weight = _product(of_class, row_weight)
-        return _reduce(total, row_weight, reduction).to(dtype)
-
-
-def _plan(embeddings: Tensor, weight: Tensor, mode: str, memory_budget: int | None) -> Plan:
-    """:func:`plan` for these tensors, as autocast and torch.func have it."""
-    checks.choice("mode", mode, MODES)
-    if mode == "auto" and (checks.is_transformed(embeddings) or checks.is_transformed(weight)):
-        mode = "dense"
-    (num_rows, size), num_classes, device = embeddings.shape, weight.shape[0], weight.device
-    product_dtype = None
-    if (
-        num_classes > FEW_CLASSES
-        and working_dtype(embeddings, weight) == torch.float32
-        and torch.is_autocast_enabled(device.type)
-        and torch.get_autocast_dtype(device.type) != torch.float32
-    ):
-        product_dtype = torch.bfloat16  # for float16 too, whose range cannot hold E
-    return plan(
-        num_rows,
-        num_classes,
-        size,
-        dtype=weight.dtype,
-        product_dtype=product_dtype,
-        device=device,
-        mode=mode,
-        memory_budget=memory_budget,
-    )
-
-
-def _parts(
-    embeddings: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    share: Tensor | None,
-    chosen: Plan,
-) -> Parts:
-    """The angle, the negatives and the mean cosine, in the mode chosen."""
-    if chosen.mode != "dense":
-        return margin_parts(
+        own = nearest_sub_centers(embeddings, weight, labels, sub_centers)
+        before = _target_before(embeddings, weight, own, margin, dtype) if negatives else None
+        parts = modes.parts(
             embeddings,
             weight,
-            labels,
-            row_scale=scale.expand(len(labels)) if isinstance(scale, Tensor) else None,
-            class_share=share,
-            scale=1.0 if isinstance(scale, Tensor) else float(scale),
-            chunk=chosen.chunk,
-            product_dtype=chosen.product_dtype,
-            stash=chosen.mode == "stash",
+            own,
+            chosen,
+            scale=scale,
+            class_share=share if rule == PLAIN else None,
+            rule=rule,
+            target=before,
         )
-    theta = angle_between(embeddings, weight.index_select(0, labels))
-    cosine = cosines(embeddings, weight)
-    mean_cosine = cosine.new_zeros(len(labels)) if share is None else cosine @ share
-    return Parts(theta, _log_negatives(cosine, labels, scale, theta.dtype), mean_cosine)
+        target = scale * _check_target(margin(parts.theta), parts.theta)
+        loss = F.softplus(parts.negatives - target, threshold=50)
+        total = loss
+        of_class = None if class_weight is None else class_weight.index_select(0, labels)
+        if of_class is not None:
+            total = total * of_class
+        if share is not None:
+            share_of_own = share.index_select(0, labels)
+            if rule == PLAIN:
+                others = parts.mean_cosine - share_of_own * parts.theta.cos()
+            else:  # not a sum of cosines
+                summed = rule._replace(summed=True)
+                others = modes.parts(
+                    embeddings, weight, own, chosen, class_share=share, rule=summed, target=before
+                ).negatives
+            mean_logit = scale * others + share_of_own * target
+            smooth = share.sum() * (target + loss) - mean_logit
+            total = (1 - label_smoothing) * total + label_smoothing * smooth
+        if penalty is not None:
+            penalty = penalty.to(total.dtype)
+            total = total + (penalty if of_class is None else of_class * penalty)
+        return reduce(
+            total, reduction, of_class=of_class, sample_weight=sample_weight, kept=kept
+        ).to(dtype)
 
 
-def _log_negatives(
-    cosine: Tensor, labels: Tensor, scale: float | Tensor, dtype: torch.dtype
+@torch.no_grad()
+def _target_before(
+    embeddings: Tensor, weight: Tensor, own: Tensor, margin: MarginFunction, dtype: torch.dtype
 ) -> Tensor:
-    """Log of the sum over j != y of exp(scale cos_j): (N,), the log itself in ``dtype``."""
-    if cosine.shape[1] == 1:
-        return cosine.new_full(cosine.shape[:1], -torch.inf, dtype=dtype)
-    column = labels[:, None]
-    largest = cosine.detach().scatter(1, column, -torch.inf).amax(1, keepdim=True)
-    # The largest is subtracted from the cosines, not from the logits: that difference is nearly
-    # exact, while scale * cosine would round to an ulp of 64 first. The target's own difference is
-    # set to 0 before the exponential, which could overflow, and its term to 0 after it.
-    by_row = scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
-    exponent = by_row * (cosine - largest).scatter(1, column, 0.0)
-    summed = exponent.exp().scatter(1, column, 0.0).sum(1)
-    return scale * largest[:, 0].to(dtype) + summed.to(dtype).log()
+    """The target logits before scaling (N,), for the negatives to be compared with."""
+    theta = angle_between(embeddings, weight.index_select(0, own))
+    return _check_target(margin(theta), theta).to(dtype)
 
 
-def _class_share(weight: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _class_share(
+    weight: Tensor, num_classes: int, class_weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The share of each class in the mean over classes, (C,)."""
-    even = weight.new_full((weight.shape[0],), 1 / weight.shape[0], dtype=dtype)
+    even = weight.new_full((num_classes,), 1 / num_classes, dtype=dtype)
     return even if class_weight is None else even * class_weight
 
 
-def _uniform_cross_entropy(
-    parts: Parts,
-    target: Tensor,
-    loss: Tensor,
-    labels: Tensor,
+def _rule(
+    negatives: NegativeFunction | None,
+    sub_centers: int,
+    normalize_weight: bool,
     scale: float | Tensor,
-    share: Tensor,
-) -> Tensor:
-    """The cross-entropy against all classes, each by its share: (N,)."""
-    own = share.index_select(0, labels)
-    mean_logit = scale * (parts.mean_cosine - own * parts.theta.cos()) + own * target
-    return share.sum() * (target + loss) - mean_logit
+) -> Rule:
+    checks.positive_integer("sub_centers", sub_centers)
+    if negatives is None:
+        return Rule(sub_centers=sub_centers, keep_lengths=not normalize_weight)
+    if not callable(negatives):
+        raise TypeError(
+            "negatives: expected a function of cosines (K, N) and target logits (N,), "
+            f"got {negatives!r}"
+        )
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scale: expected one without a gradient, beside a function of negatives")
+
+    def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert target is not None
+        found = negatives(cosine, target)
+        if not isinstance(found, Tensor) or found.shape != cosine.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+            raise ValueError(
+                f"negatives: expected it to return shape {tuple(cosine.shape)}, got {got}"
+            )
+        return found
+
+    return Rule(terms, sub_centers=sub_centers, keep_lengths=not normalize_weight)
 
 
-def _product(first: Tensor, second: Tensor | None) -> Tensor:
-    return first if second is None else first * second
-
-
-def _reduce(total: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
-    if reduction == "none":
-        return total
-    if reduction == "sum" or total.numel() == 0:
-        return total.sum()
-    if row_weight is None:
-        return total.mean()
-    denominator = row_weight.sum()
-    return total.sum() / denominator.masked_fill(denominator == 0, 1)
-
-
-def _check_tensors(
-    embeddings: Tensor,
-    weight: Tensor,
-    margin: object,
-    scale: object,
-    class_weight: Tensor | None,
-    sample_weight: Tensor | None,
-) -> None:
+def _check_margin(margin: object, scale: object, embeddings: Tensor) -> None:
     if not callable(margin):
         raise TypeError(
             "margin: expected a function of the target angle theta, such as "
             f"`lambda theta: arcface(theta, 0.5)`, got {margin!r}"
         )
-    (num_rows, _), device = embeddings.shape, embeddings.device
     if not isinstance(scale, Tensor):
         checks.positive("scale", scale)
     elif scale.dim():
-        checks.floating("scale", scale, num_rows, device=device)
-    if class_weight is not None:
-        checks.floating("class_weight", class_weight, weight.shape[0], device=device)
-    if sample_weight is not None:
-        checks.floating("sample_weight", sample_weight, num_rows, device=device)
+        checks.floating("scale", scale, embeddings.shape[0], device=embeddings.device)
 
 
 def _check_target(target: object, theta: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from angular_losses import ArcFaceLoss, arcface, engine, margin_softmax_loss
-from angular_losses.engine import margin_parts
+from angular_losses import ArcFaceLoss, arcface, engine, margin_softmax_loss, operators
+from angular_losses.operators import margin_parts
 from tests.cases import in_chunks_of
 from tests.profiling import matrix_products, peak_bytes
 
@@ -184,7 +184,7 @@ def test_a_failed_allocation_leaves_the_gradients_as_they_were(mode):
     with in_chunks_of(2):
         loss(embeddings, labels).backward()
     before = [embeddings.grad.clone(), loss.weight.grad.clone()]
-    multiply, calls = engine._multiply, []
+    multiply, calls = engine.multiply, []
 
     def fails_half_way(*arguments, **options):
         calls.append(1)
@@ -195,7 +195,7 @@ def test_a_failed_allocation_leaves_the_gradients_as_they_were(mode):
     with in_chunks_of(2):
         second = loss(embeddings, labels)
     with (
-        mock.patch.object(engine, "_multiply", fails_half_way),
+        mock.patch.object(engine, "multiply", fails_half_way),
         pytest.raises(torch.OutOfMemoryError),
     ):
         second.backward()
@@ -301,16 +301,16 @@ def tensors_of_operator(
     ],
 )
 def test_operators_are_well_formed(arguments, stash):
-    torch.library.opcheck(engine._forward_operator, (*arguments, stash, True))
+    torch.library.opcheck(operators._forward_operator, (*arguments, stash, True))
     evaluation = (*arguments, False, False)
-    torch.library.opcheck(engine._forward_operator, evaluation, test_utils="test_faketensor")
-    outputs = engine._forward_operator(*arguments, stash, True)
+    torch.library.opcheck(operators._forward_operator, evaluation, test_utils="test_faketensor")
+    outputs = operators._forward_operator(*arguments, stash, True)
     detached = [tensor.detach() for tensor in outputs]
     gradients = [torch.randn_like(part) for part in detached[:3]]
-    saved = [*arguments[:5], *detached[:2], *detached[3:]]
+    saved = [*arguments[:5], *detached[:2], *detached[3:-1]]
     backward = (*gradients, *saved, *arguments[5:], [True, True, arguments[3] is not None])
     torch.library.opcheck(
-        engine._backward_operator,
+        operators._backward_operator,
         backward,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
@@ -340,7 +340,7 @@ def test_one_compiled_graph_for_every_mode(mode, dynamic):
 
 def test_compiled_second_derivative_is_refused_too():
     embeddings, weight, labels = batch()
-    parts = engine._forward_operator(
+    parts = operators._forward_operator(
         embeddings, weight, labels, None, None, 8.0, 4, torch.float32, True, True
     )
     (gradient,) = torch.autograd.grad(parts[1].sum(), embeddings, create_graph=True)

@@ -120,11 +120,12 @@ def test_defaults_are_the_papers():
 
 def test_peers_variants_reach_the_margin():
     theta = torch.tensor([3.0], dtype=torch.float64)
-    plain = al.ArcFaceLoss(2, 3, beyond="plain").margin_function()
+    batch = torch.ones(1, 3), torch.tensor([0])
+    plain = al.ArcFaceLoss(2, 3, beyond="plain").margin_function(*batch)
     assert plain(theta).item() == pytest.approx(math.cos(3.5))
-    plain = al.SphereFaceLoss(2, 3, beyond="plain").margin_function()
+    plain = al.SphereFaceLoss(2, 3, beyond="plain").margin_function(*batch)
     assert plain(theta).item() == pytest.approx(math.cos(12.0))
-    plain = al.CombinedMarginLoss(2, 3, 2.0, 0.1, 0.2, beyond="plain").margin_function()
+    plain = al.CombinedMarginLoss(2, 3, 2.0, 0.1, 0.2, beyond="plain").margin_function(*batch)
     assert plain(theta).item() == pytest.approx(math.cos(6.1) - 0.2)
 
 
@@ -191,7 +192,7 @@ def test_one_compiled_graph_advances_the_schedule():
             "margin: .*degrees are not accepted",
         ),
         (
-            lambda: al.ArcFaceLoss(5, 8, margin=torch.ones(1)),
+            lambda: al.ArcFaceLoss(5, 8, margin="0.5"),
             TypeError,
             "margin: expected a number",
         ),

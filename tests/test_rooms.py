@@ -17,11 +17,23 @@ ROOMS = {
     "geometry": {"checks"},
     "margins": {"checks"},
     "kernels": {"triton"},  # of the world outside, and fetched only when used
-    "engine": {"geometry", "kernels"},
+    "chunks": {"geometry", "kernels"},
+    "engine": {"chunks", "geometry"},
+    "operators": {"chunks", "engine", "geometry"},
     "planner": {"checks"},
-    "softmax": {"checks", "engine", "geometry", "margins", "planner"},
+    "modes": {"checks", "chunks", "engine", "geometry", "operators", "planner"},
+    "reductions": {"checks"},
+    "softmax": {"checks", "chunks", "engine", "geometry", "margins", "modes", "reductions"},
+    "one_vs_rest": {"checks", "chunks", "engine", "geometry", "margins", "modes", "reductions"},
+    "negatives": {"geometry"},
     "schedules": {"checks"},
-    "losses": {"checks", "geometry", "margins", "planner", "schedules", "softmax"},
+    "ranks": set(),
+    "base": {"checks", "geometry", "margins", "planner", "reductions", "schedules", "softmax"},
+    "losses": {"base", "checks", "margins", "negatives", "softmax"},
+    "multiplicative": {"base", "checks", "geometry", "margins", "negatives", "softmax"},
+    "adaptive": {"base", "checks", "chunks", "geometry", "margins", "modes", "ranks"},
+    "mining": {"base", "checks", "geometry", "margins", "negatives", "ranks", "softmax"},
+    "binary": {"base", "checks", "one_vs_rest"},
 }
 OUTSIDE = {"torch", "typing_extensions", *sys.stdlib_module_names}
 

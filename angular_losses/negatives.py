@@ -1,0 +1,295 @@
+r"""Negatives: plain functions that reweight the cosines of the other classes.
+
+Each takes some cosines (K classes, N rows) and the target logits before scaling (N,), and returns
+what takes the place of the cosines before scaling (K, N). Each cosine is treated by itself, so a
+loss can be computed in chunks of classes and no more than a chunk is ever held. Every function has
+a finite derivative everywhere. A function of your own works wherever one of these does::
+
+    margin_softmax_loss(
+        embeddings, weight, labels, scale=64.0,
+        margin=lambda theta: arcface(theta, 0.5),
+        negatives=lambda cosine, target: mv_softmax(cosine, target, 0.2),
+    )
+
+A negative is *hard* where its cosine is above the target's logit, margin included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .geometry import directions
+
+# Between these no square root of 1 - c^2 and no acos has a derivative above 1e3.
+_LARGEST_COSINE = 1 - 5e-7
+
+
+def curricularface(cosine: Tensor, target: Tensor, t: float | Tensor) -> Tensor:
+    r"""CurricularFace: a hard negative is weighted by its cosine, from easy to hard as t grows.
+
+    .. math:: N(c) = c\,(t + c) \text{ where hard, else } c
+
+    Args:
+        cosine: (K, N).
+        target: (N,) the target logits before scaling.
+        t: The running mean of the target cosines, a float or a tensor.
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> curricularface(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.1)
+        tensor([[0.2000],
+                [0.4200]])
+
+    References:
+        Huang et al., "CurricularFace", CVPR 2020, arXiv:2004.00288.
+    """
+    return torch.where(cosine > target, cosine * (t + cosine), cosine)
+
+
+def mv_softmax(
+    cosine: Tensor, target: Tensor, t: float | Tensor, *, adaptive: bool = True
+) -> Tensor:
+    r"""MV-Softmax: a mis-classified (hard) negative is emphasised.
+
+    .. math:: c + t\,(c + 1) \text{ where hard (adaptive)}, \qquad
+        c + t \text{ where hard (fixed)}
+
+    Args:
+        cosine: (K, N).
+        target: (N,) the target logits before scaling.
+        t: The emphasis t >= 0; 0 is none. FaceX-Zoo's ``mv_weight`` is 1 + t.
+        adaptive: Whether the emphasis grows with the cosine.
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> mv_softmax(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.5)
+        tensor([[0.2000],
+                [1.4000]])
+
+    References:
+        Wang et al., "Mis-classified Vector Guided Softmax Loss for Face Recognition",
+        AAAI 2020, arXiv:1912.00833.
+    """
+    emphasis = t * (cosine + 1) if adaptive else t
+    return torch.where(cosine > target, cosine + emphasis, cosine)
+
+
+def npcface(cosine: Tensor, target: Tensor, t: float = 1.1, a: float = 0.2) -> Tensor:
+    r"""NPCFace: a hard negative is stretched and raised.
+
+    .. math:: t\,c + a \text{ where hard, else } c
+
+    Args:
+        cosine: (K, N).
+        target: (N,) the target logits before scaling.
+        t: The factor.
+        a: The offset.
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> npcface(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]))
+        tensor([[0.2000],
+                [0.8600]])
+
+    References:
+        Zeng et al., "NPCFace: Negative-Positive Collaborative Training for Large-scale Face
+        Recognition", 2020, arXiv:2007.10172.
+    """
+    return torch.where(cosine > target, t * cosine + a, cosine)
+
+
+def circle(cosine: Tensor, m: float) -> Tensor:
+    r"""Circle loss: each negative at its own pace, faster the nearer it is.
+
+    .. math:: [c + m]_+\,(c - m)
+
+    with the first factor taken as a constant by the gradient, as the paper has it.
+
+    Args:
+        cosine: (K, N).
+        m: The relaxation m in (0, 1).
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> circle(torch.tensor([[-0.5], [0.75]]), 0.25)
+        tensor([[-0.0000],
+                [0.5000]])
+
+    References:
+        Sun et al., "Circle Loss", CVPR 2020, arXiv:2002.10857, eq. (5)-(8).
+    """
+    return F.relu(cosine.detach() + m) * (cosine - m)
+
+
+def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: bool = True) -> Tensor:
+    r"""Inter-top-k: the nearest negatives are brought nearer still by a penalty.
+
+    .. math:: \cos(\theta - m) \text{ (angular) or } c + m,
+        \quad \text{where } c \ge \text{threshold}
+
+    Args:
+        cosine: (K, N).
+        threshold: (N,) the k-th largest cosine of a negative: :func:`nearest`.
+        m: The penalty: radians (angular), or on the cosine.
+        angular: Whether it is taken off the angle.
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> nearest_penalty(torch.tensor([[0.2], [0.6]]), torch.tensor([0.6]), 0.1, angular=False)
+        tensor([[0.2000],
+                [0.7000]])
+
+    References:
+        Zhao et al., "Multi-query Multi-head Attention Pooling and Inter-topK Penalty for Speaker
+        Verification", ICASSP 2022, arXiv:2110.05042.
+    """
+    nearer = cosine + m
+    if angular:
+        inside = cosine.clamp(-_LARGEST_COSINE, _LARGEST_COSINE)
+        nearer = math.cos(m) * cosine + math.sin(m) * (1 - inside.square()).sqrt()
+    return torch.where(cosine >= threshold, nearer, cosine)
+
+
+def linear_angle(cosine: Tensor) -> Tensor:
+    r"""Li-ArcFace: a logit linear in the angle, :math:`(\pi - 2\theta) / \pi`.
+
+    Args:
+        cosine: (K, N).
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> linear_angle(torch.tensor([[0.0], [0.5]]))
+        tensor([[0.0000],
+                [0.3333]])
+
+    References:
+        Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
+        workshops 2019, arXiv:1907.12256.
+    """
+    theta = torch.acos(cosine.clamp(-_LARGEST_COSINE, _LARGEST_COSINE))
+    return 1 - 2 / math.pi * theta
+
+
+def divided_angle(cosine: Tensor, m: float) -> Tensor:
+    r"""SphereFace-R v2: the margin on the other side, :math:`\cos(\theta / m)`.
+
+    Args:
+        cosine: (K, N).
+        m: The margin m >= 1.
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> divided_angle(torch.tensor([[0.0]]), 2.0)
+        tensor([[0.7071]])
+
+    References:
+        Liu et al., "SphereFace Revived", TPAMI 2022, arXiv:2109.05565.
+    """
+    return torch.cos(torch.acos(cosine.clamp(-_LARGEST_COSINE, _LARGEST_COSINE)) / m)
+
+
+@torch.no_grad()
+def nearest(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    k: int = 1,
+    *,
+    sub_centers: int = 1,
+    chunk: int = 2048,
+) -> Tensor:
+    """The cosines of the k nearest other classes, in chunks of classes; without a graph.
+
+    Args:
+        embeddings: (N, d), floating point.
+        weight: (C, d) class centres; with sub-centres (C * sub_centers, d).
+        labels: (N,) int64 in [0, C).
+        k: How many; at most C - 1.
+        sub_centers: The number of centres of a class.
+        chunk: The number of classes in a chunk.
+
+    Returns:
+        (N, k), the largest first, float32, or float64 when either input is float64.
+
+    Example:
+        >>> nearest(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([1]))
+        tensor([[0.6000]])
+    """
+    found: Tensor | None = None
+    for cosine in _others(embeddings, weight, labels, sub_centers, chunk):
+        cosine = cosine if found is None else torch.cat([found, cosine])
+        found = cosine.topk(min(k, len(cosine)), 0).values
+    assert found is not None
+    return found.T
+
+
+@torch.no_grad()
+def mean_above(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    threshold: Tensor,
+    *,
+    sub_centers: int = 1,
+    chunk: int = 2048,
+) -> Tensor:
+    """The mean cosine of the other classes above a threshold, in chunks; without a graph.
+
+    Args:
+        embeddings: (N, d), floating point.
+        weight: (C, d) class centres; with sub-centres (C * sub_centers, d).
+        labels: (N,) int64 in [0, C).
+        threshold: (N,) cosines.
+        sub_centers: The number of centres of a class.
+        chunk: The number of classes in a chunk.
+
+    Returns:
+        (N,), 0 where no class is above; float32, or float64 when either input is float64.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])
+        >>> mean_above(weight[:1], weight, torch.tensor([0]), torch.tensor([0.5]))
+        tensor([0.7000])
+    """
+    total, count = 0.0 * threshold, 0.0 * threshold
+    for cosine in _others(embeddings, weight, labels, sub_centers, chunk):
+        above = cosine > threshold
+        total += cosine.where(above, 0).sum(0)
+        count += above.sum(0)
+    return total / count.clamp(min=1)
+
+
+def _others(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int, chunk: int
+) -> Iterator[Tensor]:
+    """The cosines of each chunk's classes (K, N), -2 for the target's own."""
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    unit = directions(embeddings, dtype)
+    for start in range(0, weight.shape[0] // sub_centers, chunk):
+        rows = slice(start * sub_centers, (start + chunk) * sub_centers)
+        with torch.autocast(unit.device.type, enabled=False):
+            cosine = directions(weight[rows], dtype) @ unit.T
+        cosine = cosine.view(-1, sub_centers, len(labels)).amax(1)
+        own = labels - start
+        row = own.clamp(0, len(cosine) - 1)
+        present = cosine.gather(0, row[None]).masked_fill(row == own, -2.0)
+        yield cosine.scatter(0, row[None], present)

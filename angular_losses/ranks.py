@@ -1,0 +1,48 @@
+"""Statistics over all processes of a training run, where torch.distributed is initialised."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor over the processes; the tensor itself where there is one process."""
+    if not _are_several():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest over the processes of a number each."""
+    if not _are_several():
+        return value
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
+def mean(values: Tensor, kept: Tensor | None) -> Tensor:
+    """The mean of the rows (N,) that are kept, over all processes; NaN where there is none."""
+    weights = torch.ones_like(values) if kept is None else kept.to(values.dtype)
+    summed = total(torch.stack([values.where(weights > 0, 0).sum(), weights.sum()]))
+    return summed[0] / summed[1]
+
+
+def mean_and_deviation(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation (unbiased) of the rows kept, over all processes.
+
+    The deviation is NaN where there are fewer than two rows, as the mean is where there is none.
+    """
+    weights = torch.ones_like(values) if kept is None else kept.to(values.dtype)
+    centre = mean(values, kept)
+    square = ((values - centre).square() * weights).where(weights > 0, 0).sum()
+    summed = total(torch.stack([square, weights.sum()]))
+    return centre, (summed[0] / (summed[1] - 1).clamp(min=0)).sqrt()
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,221 @@
+"""Every loss of the family against its paper's formula, in every mode, with every option."""
+
+import copy
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import angular_losses as al
+from tests import papers
+from tests.cases import MODES, in_chunks_of
+from tests.family import CLASSES, FAMILY, NAMES
+from tests.strategies import seeds
+
+SIZE = 6
+every_loss = pytest.mark.parametrize("row", FAMILY, ids=NAMES)
+
+
+def batch(num_rows=9, dtype=torch.float64, seed=0):
+    """Embeddings that lean towards their classes, whose angles are of all sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (num_rows,), generator=generator)
+    embeddings = torch.randn(num_rows, SIZE, generator=generator, dtype=torch.float64)
+    return embeddings.to(dtype).requires_grad_(), labels
+
+
+def built(row, seed=0, **options):
+    torch.manual_seed(seed)
+    loss = row.build(CLASSES, SIZE, dtype=torch.float64, **options)
+    return loss.eval()
+
+
+def towards(loss, embeddings, labels):
+    """The batch moved nearer to the class centres, so that no target angle is near pi."""
+    own = loss.weight.detach().view(CLASSES, -1, SIZE)[labels, 0]
+    return (embeddings + 2.0 * own).detach().requires_grad_()
+
+
+def variables(loss):
+    return list(loss.parameters())
+
+
+@every_loss
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_values_and_gradients_are_the_papers(row, mode, chunk):
+    loss = built(row, reduction="none", mode=mode)
+    embeddings, labels = batch()
+    embeddings = towards(loss, embeddings, labels)
+    mine, theirs = [embeddings, *variables(loss)], [embeddings, *variables(loss)]
+    with in_chunks_of(chunk):
+        found = loss(embeddings, labels)
+        gradients = torch.autograd.grad(found.square().sum(), mine)
+    expected = row.paper(loss, embeddings, loss.weight, labels)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    for ours, paper in zip(
+        gradients, torch.autograd.grad(expected.square().sum(), theirs), strict=True
+    ):
+        assert torch.allclose(ours, paper, rtol=1e-7, atol=1e-7 * paper.abs().max().item())
+    assert any(gradient.abs().max() > 1e-6 for gradient in gradients)
+
+
+@pytest.mark.parametrize("row", [row for row in FAMILY if row.exact], ids=lambda row: row.name)
+@pytest.mark.parametrize(("mode", "chunk"), [("dense", 2), ("stash", 2), ("recompute", 2)])
+def test_gradcheck(row, mode, chunk):
+    loss = built(row, mode=mode)
+    embeddings, labels = batch(4, seed=3)
+    embeddings = towards(loss, embeddings, labels)
+    parameters = dict(loss.named_parameters())
+
+    def function(embeddings, *values):
+        given_parameters = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(loss, given_parameters, (embeddings, labels))
+
+    inputs = (embeddings, *(p.detach().clone().requires_grad_() for p in parameters.values()))
+    with in_chunks_of(chunk):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=mode != "dense")
+        if mode == "dense":
+            assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4, fast_mode=True)
+
+
+@every_loss
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=seeds,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(["parallel", "opposite", "zero", "long", "short", "mixed"]),
+    mode=st.sampled_from(["dense", "stash", "recompute"]),
+    train=st.booleans(),
+)
+def test_no_input_gives_nan(row, seed, dtype, kind, mode, train):
+    torch.manual_seed(seed)
+    loss = row.build(CLASSES, SIZE, mode=mode).train(train)
+    embeddings, labels = batch(seed=seed)
+    own = loss.weight.detach().double().view(CLASSES, -1, SIZE)[labels, 0]
+    with torch.no_grad():
+        length = {"long": 1e4, "short": 1e-4, "zero": 0.0}.get(kind, 1.0)
+        embeddings *= length
+        if kind in ("parallel", "mixed"):
+            embeddings[:5] = 3 * own[:5]
+        if kind in ("opposite", "mixed"):
+            embeddings[3:] = -2 * own[3:]
+    embeddings = embeddings.detach().to(dtype).requires_grad_()
+    with in_chunks_of(3):
+        value = loss(embeddings, labels)
+        value.backward()
+    assert value.isfinite()
+    assert value.dtype == torch.float32
+    assert embeddings.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
+    assert all(buffer.isfinite().all() for buffer in loss.buffers())
+
+
+@every_loss
+def test_modes_agree_with_every_option(row):
+    options = {
+        "class_weight": torch.rand(CLASSES, dtype=torch.float64) + 0.5,
+        "ignore_index": -1,
+        **({"label_smoothing": 0.2} if row.smoothing else {}),
+    }
+    sample_weight = torch.rand(9, dtype=torch.float64)
+    for reduction in ("mean", "sum", "none"):
+        results = []
+        for mode, chunk in MODES:
+            loss = built(row, mode=mode, reduction=reduction, **options)
+            embeddings, labels = batch()
+            labels[2] = -1
+            with in_chunks_of(chunk):
+                value = loss(embeddings, labels, sample_weight)
+                gradients = torch.autograd.grad(value.sum(), [embeddings, *variables(loss)])
+            assert gradients[0][2].count_nonzero() == 0
+            results.append((value, *gradients))
+        for other in results[1:]:
+            for one, two in zip(results[0], other, strict=True):
+                assert torch.allclose(one, two, rtol=1e-9, atol=1e-11)
+
+
+@every_loss
+def test_smoothing_and_weights_are_those_of_cross_entropy(row):
+    if not row.smoothing:
+        with pytest.raises(ValueError, match="label_smoothing: expected 0"):
+            row.build(CLASSES, SIZE, label_smoothing=0.1)
+        return
+    class_weight = torch.rand(CLASSES, dtype=torch.float64) + 0.5
+    loss = built(row, reduction="none", label_smoothing=0.3, class_weight=class_weight)
+    embeddings, labels = batch()
+    embeddings = towards(loss, embeddings, labels)
+    smoothed = functools.partial(
+        F.cross_entropy, weight=class_weight, label_smoothing=0.3, reduction="none"
+    )
+    with mock.patch.object(papers, "cross_entropy", smoothed):
+        expected = row.paper(loss, embeddings, loss.weight, labels)
+    if row.name in ("MagFace", "SphereFace-R-soft"):  # the row's weight is that of its penalty too
+        penalty = loss.penalty(embeddings)
+        expected = expected + penalty * (class_weight[labels] - 1)
+    assert torch.allclose(loss(embeddings, labels), expected, rtol=1e-9)
+
+
+@every_loss
+def test_mean_is_weighted_by_classes(row):
+    embeddings, labels = batch()
+    class_weight = torch.rand(CLASSES, dtype=torch.float64) + 0.5
+    rows, of_rows = built(row, reduction="none")(embeddings, labels), class_weight[labels]
+    weighted = built(row, class_weight=class_weight)(embeddings, labels)
+    assert torch.allclose(weighted, (rows * of_rows).sum() / of_rows.sum())
+
+
+@every_loss
+def test_two_labels_are_a_weighted_pair_of_batches(row):
+    embeddings, labels = batch()
+    others = (labels + 1 + torch.arange(9) % 3) % CLASSES
+    lam = torch.linspace(0, 1, 9, dtype=torch.float64)
+    rows = built(row, reduction="none")
+    expected = lam * rows(embeddings, labels) + (1 - lam) * rows(embeddings, others)
+    found = rows(embeddings, labels, other_labels=others, lam=lam)
+    assert torch.allclose(found, expected)
+    assert torch.allclose(
+        built(row)(embeddings, labels, other_labels=others, lam=lam), expected.mean()
+    )
+    one = built(row)(embeddings, labels, other_labels=others, lam=0.3)
+    expected = 0.3 * rows(embeddings, labels) + 0.7 * rows(embeddings, others)
+    assert torch.allclose(one, expected.mean())
+
+
+@every_loss
+def test_state_is_saved_restored_and_untouched_in_eval(row):
+    torch.manual_seed(0)
+    loss = row.build(CLASSES, SIZE, dtype=torch.float64).train()
+    for step in range(3):
+        loss(*batch(seed=step))
+    twin = row.build(CLASSES, SIZE, dtype=torch.float64)
+    twin.load_state_dict(loss.state_dict())
+    state = copy.deepcopy(loss.state_dict())
+    embeddings, labels = batch(seed=7)
+    assert torch.equal(twin.eval()(embeddings, labels), loss.eval()(embeddings, labels))
+    for name, value in loss.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@every_loss
+def test_logits_are_those_of_inference(row):
+    loss = built(row)
+    embeddings, _ = batch()
+    logits = loss.get_logits(embeddings)
+    assert logits.shape == (9, CLASSES)
+    centres = loss.weight.view(CLASSES, -1, SIZE)
+    cosine = torch.cosine_similarity(embeddings[:, None, None], centres, dim=-1).amax(2)
+    assert torch.equal(logits.argmax(1), cosine.argmax(1)) or not loss.normalize_weight
+
+
+def test_every_loss_has_a_row():
+    tested = {type(row.build(CLASSES, SIZE)) for row in FAMILY}
+    public = {
+        value
+        for value in vars(al).values()
+        if isinstance(value, type) and issubclass(value, al.MarginLoss)
+    }
+    assert public - tested - {al.MarginLoss} == {al.CombinedMarginLoss}  # in cases.py
