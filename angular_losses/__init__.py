@@ -21,6 +21,7 @@ from .base import MarginLoss as MarginLoss
 from .binary import P2SGradLoss as P2SGradLoss
 from .binary import SphereFace2Loss as SphereFace2Loss
 from .binary import UniFaceLoss as UniFaceLoss
+from .catalogue import available as available
 from .geometry import angle_between as angle_between
 from .geometry import target_angle as target_angle
 from .losses import ArcFaceLoss as ArcFaceLoss
@@ -49,6 +50,8 @@ from .schedules import LambdaAnnealing as LambdaAnnealing
 from .schedules import MarginWarmup as MarginWarmup
 from .schedules import Schedule as Schedule
 from .softmax import margin_softmax_loss as margin_softmax_loss
+from .training import parameter_groups as parameter_groups
+from .training import suggest_scale as suggest_scale
 
 __version__ = "0.1.0"
 
@@ -82,14 +85,17 @@ __all__ = [
     "UniFaceLoss",
     "angle_between",
     "arcface",
+    "available",
     "combined",
     "cosface",
     "detached",
     "ldam_margins",
     "margin_softmax_loss",
     "one_vs_rest_loss",
+    "parameter_groups",
     "plan",
     "power_law_margins",
     "sphereface",
+    "suggest_scale",
     "target_angle",
 ]

@@ -47,7 +47,7 @@ class AdaCosLoss(MarginLoss):
 
     Example:
         >>> AdaCosLoss(num_classes=1001, embedding_size=64, dynamic=False).scale
-        tensor(9.7691)
+        tensor(9.7690)
 
     References:
         Zhang et al., "AdaCos: Adaptively Scaling Cosine Logits for Effectively Learning Deep Face
@@ -55,6 +55,7 @@ class AdaCosLoss(MarginLoss):
     """
 
     scale: Tensor
+    scale_decides = False  # as it is when the base class looks
 
     def __init__(
         self,
@@ -425,6 +426,15 @@ class KappaFaceLoss(MarginLoss):
         weights = unit.new_ones(len(labels)) if kept is None else kept.to(unit.dtype)
         self.direction_sums.index_add_(0, labels, unit * weights[:, None])
         self.seen.index_add_(0, labels, weights)
+
+    def extend_buffers(self, num_new: int) -> None:
+        """New classes count as the rarest, with the largest margin, until the counts are set."""
+        super().extend_buffers(num_new)
+        rarest = self.class_counts.min().expand(num_new)
+        self.class_counts = torch.cat([self.class_counts, rarest])
+        self.seen = torch.cat([self.seen, torch.zeros_like(rarest)])
+        nothing = self.direction_sums.new_zeros(num_new, self.embedding_size)
+        self.direction_sums = torch.cat([self.direction_sums, nothing])
 
     @torch.no_grad()
     def update_margins(self) -> None:

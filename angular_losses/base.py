@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, margins
-from .geometry import cosines, lengths
+from .geometry import cosines, directions, lengths
 from .planner import MODES
 from .reductions import REDUCTIONS
 from .schedules import Schedule
@@ -17,6 +19,9 @@ from .softmax import NegativeFunction, margin_softmax_loss
 
 if TYPE_CHECKING:
     pass
+
+# Forward passes in training mode without a change of the weight; more than most accumulate over.
+FORGOTTEN_AFTER = 64
 
 Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 
@@ -99,6 +104,8 @@ class MarginLoss(nn.Module):
 
     # Whether only the directions of the centres count, and not their lengths.
     normalize_weight = True
+    # Whether the scale is all that makes logits of cosines, with a softmax after it.
+    scale_decides = True
 
     def __init__(
         self,
@@ -145,6 +152,10 @@ class MarginLoss(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(num_classes * sub_centers, embedding_size, device=device, dtype=dtype)
         )
+        self._watch: tuple[int, Tensor] | None = None
+        self._unchanged = 0
+        if self.scale_decides:
+            self._warn_of_small_scale(scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -233,6 +244,8 @@ class MarginLoss(nn.Module):
             loss = self._mixed(embeddings, labels, sample_weight, other_labels, lam)
         if self.training and self.schedule is not None:
             self.schedule.advance()
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            self._warn_if_forgotten()
         return loss
 
     def batch_loss(
@@ -338,6 +351,56 @@ class MarginLoss(nn.Module):
                 scale = scale.to(cosine.dtype).reshape(-1, 1)
             return scale * cosine
 
+    @torch.no_grad()
+    def extend(self, num_new: int, init: Tensor | None = None) -> None:
+        """Add classes to a trained loss; those it has keep their centres and their numbers.
+
+        ``weight`` becomes a new parameter, so make a new optimiser, or give it this one. Of what is
+        kept for each class, new classes have weight 1 and the largest of the margins.
+
+        Args:
+            num_new: How many classes are added.
+            init: (num_new, d) the directions of their centres, such as the mean embedding of each
+                class (its sub-centres all start near it), floating point; drawn at random by
+                default. They are given the mean length of the centres there are.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If one is out of range or has the wrong shape. Nothing is changed then.
+
+        Example:
+            >>> from angular_losses import ArcFaceLoss
+            >>> loss = ArcFaceLoss(10, 64)
+            >>> loss.extend(2)
+            >>> loss.get_logits(torch.randn(1, 64)).shape
+            torch.Size([1, 12])
+        """
+        checks.positive_integer("num_new", num_new)
+        old, each = self.weight, self.sub_centers
+        drawn = torch.randn(num_new * each, self.embedding_size, dtype=torch.float32)
+        new = directions(drawn.to(old.device))
+        if init is not None:
+            checks.floating("init", init, num_new, self.embedding_size)
+            given = directions(init.detach().to(old.device, torch.float32))
+            # Sub-centres at one place would stay together.
+            apart = 0.0 if each == 1 else 0.1
+            new = directions(given.repeat_interleave(each, 0) + apart * new)
+        new = new * lengths(old).mean().to(new.dtype)
+        self.extend_buffers(num_new)
+        self.weight = nn.Parameter(
+            torch.cat([old, new.to(old.dtype)]), requires_grad=old.requires_grad
+        )
+        self.num_classes += num_new
+        self._watch, self._unchanged = None, 0
+
+    def extend_buffers(self, num_new: int) -> None:
+        """Make room for new classes in what is kept for each class."""
+        for name, fill in (("class_weight", 1.0), ("margin", None)):
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                last = buffer.max() if fill is None else buffer.new_tensor(fill)
+                setattr(self, name, torch.cat([buffer, last.expand(num_new)]))
+
     def extra_repr(self) -> str:
         """The settings, with options left at their defaults left out."""
         settings = (
@@ -348,6 +411,39 @@ class MarginLoss(nn.Module):
             and value != _DEFAULTS.get(name)
         )
         return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])
+
+    def _warn_of_small_scale(self, scale: float) -> None:
+        """Warn if even embeddings on their centres would be far from sure of their class."""
+        if self.num_classes < 2:
+            return
+        # CosFace, eq. (6): the smallest scale for probability 0.9 with the best of all centres.
+        share = (self.num_classes - 1) / self.num_classes
+        least = share * math.log(9 * (self.num_classes - 1))
+        if scale < least:
+            warnings.warn(
+                f"scale: {scale:g} is small for {self.num_classes} classes: with less than "
+                f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
+                stacklevel=4,
+            )
+
+    def _warn_if_forgotten(self) -> None:
+        """Warn, once, if training goes on but no optimiser has touched the class centres."""
+        if self._unchanged < 0 or not (self.training and self.weight.requires_grad):
+            return
+        version = self.weight._version
+        if self._watch is None:
+            self._watch = version, self.weight.detach()[:1].clone()
+        self._unchanged = -1 if self._watch[0] != version else self._unchanged + 1
+        if self._unchanged < FORGOTTEN_AFTER:
+            return
+        self._unchanged = -1  # says it once
+        if torch.equal(self._watch[1], self.weight.detach()[:1]):  # .data is not counted
+            warnings.warn(
+                f"weight: the class centres have not changed in {FORGOTTEN_AFTER} forward passes "
+                "in training mode; does the optimiser hold the loss's parameters? See "
+                "parameter_groups",
+                stacklevel=3,
+            )
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
         return checks.batch(embeddings, self.weight, labels, self.ignore_index, self.sub_centers)
@@ -392,4 +488,5 @@ _DEFAULTS = {
     "ignore_index": -100,
     "mode": "auto",
     "beyond": "decreasing",
+    "scale_decides": True,
 }

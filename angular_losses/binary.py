@@ -60,6 +60,8 @@ class SphereFace2Loss(MarginLoss):
         ICLR 2022, arXiv:2108.01513; the defaults are those of OpenSphere, its authors' code.
     """
 
+    scale_decides = False
+
     def __init__(
         self,
         num_classes: int,
@@ -158,6 +160,8 @@ class UniFaceLoss(MarginLoss):
         Zhou et al., "UniFace: Unified Cross-Entropy Loss for Deep Face Recognition", ICCV 2023.
     """
 
+    scale_decides = False
+
     def __init__(
         self,
         num_classes: int,
@@ -225,6 +229,10 @@ class P2SGradLoss(MarginLoss):
         Zhang et al., "P2SGrad: Refined Gradients for Optimizing Deep Face Models", CVPR 2019,
         arXiv:1905.02479, eq. (11).
     """
+
+    scale_decides = False
+
+    scale_decides = False
 
     def __init__(
         self, num_classes: int, embedding_size: int, **options: Unpack[LossOptions]

@@ -62,8 +62,8 @@ class SphereFaceLoss(MarginLoss):
         beyond: str = "decreasing",
         **options: Unpack[LossOptions],
     ) -> None:
+        self.scale_decides = scale is not None
         super().__init__(num_classes, embedding_size, 1.0 if scale is None else scale, **options)
-        self.keeps_length = scale is None
         checks.choice("beyond", beyond, margins.SPHEREFACE_BEYOND)
         self.margin = checks.multiplicative_margin("margin", margin)
         self.beyond = beyond
@@ -74,7 +74,7 @@ class SphereFaceLoss(MarginLoss):
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
         """The scale, or the lengths of the embeddings (N,)."""
-        return lengths(embeddings) if self.keeps_length else self.scale
+        return self.scale if self.scale_decides else lengths(embeddings)
 
 
 class SphereFaceRLoss(MarginLoss):
@@ -97,7 +97,7 @@ class SphereFaceRLoss(MarginLoss):
         normalization: "hard" or "soft".
         t: The weight of the soft normalisation; OpenSphere's default. Whether the paper's power of
             the difference is 1, as in that code, could not be checked.
-        **options: See :class:`MarginLoss`.
+        **options: See :class:`MarginLoss`; for "v2" no ``schedule``.
 
     Shape:
         embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
@@ -134,6 +134,11 @@ class SphereFaceRLoss(MarginLoss):
         checks.choice("normalization", normalization, ("hard", "soft"))
         self.margin = checks.multiplicative_margin("margin", margin)
         self.kind, self.normalization = kind, normalization
+        if kind == "v2" and self.schedule is not None:
+            raise ValueError(
+                f"schedule: expected None for v2, whose margin is not the target's, "
+                f"got {self.schedule!r}"
+            )
         self.t = checks.number("t", t, 0.0)
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
@@ -199,6 +204,7 @@ class LSoftmaxLoss(MarginLoss):
     """
 
     normalize_weight = False
+    scale_decides = False
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ ROOMS = {
     "adaptive": {"base", "checks", "chunks", "geometry", "margins", "modes", "ranks"},
     "mining": {"base", "checks", "geometry", "margins", "negatives", "ranks", "softmax"},
     "binary": {"base", "checks", "one_vs_rest"},
+    "catalogue": {"base", "adaptive", "binary", "losses", "mining", "multiplicative"},
+    "training": {"base", "checks"},
 }
 OUTSIDE = {"torch", "typing_extensions", *sys.stdlib_module_names}
 

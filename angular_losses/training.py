@@ -1,0 +1,119 @@
+"""What a training run has to set up right: the scale, and who learns the class centres."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from . import checks
+from .base import MarginLoss
+
+
+def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
+    r"""The scale with which an embedding half-way to its centre reaches a probability.
+
+    .. math:: s = \frac{1}{\cos(\pi/4)}\,\log\frac{(C - 1)\,p}{1 - p}
+
+    With all other classes at right angles, a target at 45 degrees then has probability p, where the
+    softmax is steep. For p = 1/2 this is AdaCos's fixed scale, :math:`\sqrt 2\,\log(C - 1)`. A
+    margin moves the target back, so the usual scales (30 to 64) are larger.
+
+    Args:
+        num_classes: The number of classes, C >= 3.
+        target_probability: p in (0, 1).
+
+    Returns:
+        The scale s, at least 1.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> round(suggest_scale(1000), 2), round(suggest_scale(1_000_000, 0.9), 2)
+        (9.77, 22.65)
+
+    References:
+        Zhang et al., "AdaCos", CVPR 2019, arXiv:1905.00292, section 3.
+    """
+    checks.positive_integer("num_classes", num_classes)
+    if num_classes < 3:
+        raise ValueError(f"num_classes: expected at least 3, got {num_classes}")
+    probability = checks.positive(
+        "target_probability", checks.number("target_probability", target_probability, 0.0, 1.0)
+    )
+    odds = probability / (1 - probability)
+    return max(1.0, math.sqrt(2) * math.log((num_classes - 1) * odds))
+
+
+def parameter_groups(
+    *modules: nn.Module, lr: float, weight_decay: float = 0.0, lr_of_losses: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser, with the class centres in one of their own.
+
+    Centres that the optimiser does not hold never move, and the network fits random directions.
+    Weight decay does nothing to their directions but shrinks their lengths, and so makes every
+    further step turn them more: the group of the losses has none.
+
+    Args:
+        *modules: The network and the loss or losses, in any order; a loss may be inside of another
+            module. A parameter that is in several counts once.
+        lr: The learning rate.
+        weight_decay: That of the network.
+        lr_of_losses: The learning rate of centres and biases; ``lr`` by default.
+
+    Returns:
+        Two groups: what is not in a loss, and what is.
+
+    Raises:
+        TypeError: If one of the modules is none.
+        ValueError: If there is no loss of this package among them, or a number is below 0.
+
+    Example:
+        >>> import torch
+        >>> from angular_losses import ArcFaceLoss
+        >>> network, loss = torch.nn.Linear(8, 4), ArcFaceLoss(10, 4)
+        >>> optimiser = torch.optim.SGD(
+        ...     parameter_groups(network, loss, lr=0.1, weight_decay=5e-4), momentum=0.9
+        ... )
+        >>> [(len(group["params"]), group["weight_decay"]) for group in optimiser.param_groups]
+        [(2, 0.0005), (1, 0.0)]
+    """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules: expected torch.nn.Modules, got {module!r}")
+    checks.number("lr", lr, 0.0)
+    checks.number("weight_decay", weight_decay, 0.0)
+    if lr_of_losses is not None:
+        checks.number("lr_of_losses", lr_of_losses, 0.0)
+    of_losses = _unique(
+        parameter
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, MarginLoss)
+        for parameter in part.parameters()
+    )
+    if not of_losses:
+        raise ValueError("modules: expected a loss of this package among them, got none")
+    held = {id(parameter) for parameter in of_losses}
+    others = _unique(
+        parameter
+        for module in modules
+        for parameter in module.parameters()
+        if id(parameter) not in held
+    )
+    return [
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
+        {
+            "params": of_losses,
+            "lr": lr if lr_of_losses is None else lr_of_losses,
+            "weight_decay": 0.0,
+        },
+    ]
+
+
+def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return list({id(parameter): parameter for parameter in parameters}.values())

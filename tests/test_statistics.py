@@ -1,0 +1,241 @@
+"""Running statistics against the papers' updates: in training, in eval, over processes."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import angular_losses as al
+from tests import papers
+from tests.cases import in_chunks_of
+
+SIZE, CLASSES = 6, 7
+
+
+def batch(num_rows=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = 2 * torch.randn(num_rows, SIZE, generator=generator, dtype=torch.float64)
+    return embeddings, torch.randint(CLASSES, (num_rows,), generator=generator)
+
+
+def built(cls, *arguments, **options):
+    torch.manual_seed(0)
+    return cls(CLASSES, SIZE, *arguments, dtype=torch.float64, **options)
+
+
+def cosine_of_targets(loss, embeddings, labels):
+    cosine = papers.cosines(embeddings, loss.weight.detach())
+    return papers.at_labels(cosine, labels)
+
+
+def test_curricular_t():
+    loss, t = built(al.CurricularFaceLoss, momentum=0.2), torch.tensor(0.0)
+    for seed in range(3):
+        embeddings, labels = batch(seed=seed)
+        t = papers.curricularface_t(t, cosine_of_targets(loss, embeddings, labels), 0.2)
+        value = loss(embeddings, labels)
+        assert loss.t.item() == pytest.approx(t.item(), rel=1e-6)
+        rows = papers.curricularface(
+            embeddings, loss.weight, labels, margin=0.5, scale=64.0, t=loss.t.double()
+        )
+        assert torch.allclose(value, rows.mean())
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_curricular_backward_uses_the_t_of_its_own_forward(mode):
+    """As in gradient accumulation over several forward passes, or with checkpointing."""
+    loss = built(al.CurricularFaceLoss, momentum=0.9, mode=mode)
+    embeddings, labels = batch()
+    with in_chunks_of(2):
+        first = loss(embeddings.requires_grad_(), labels)
+        (alone,) = torch.autograd.grad(first, embeddings, retain_graph=True)
+        loss(*batch(seed=1))
+        (later,) = torch.autograd.grad(first, embeddings)
+    assert torch.equal(alone, later)
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_a_hard_negative_is_one_by_the_margin_of_its_own_forward(mode):
+    loss = built(al.MVSoftmaxLoss, mode=mode, schedule=al.MarginWarmup(2))
+    embeddings, labels = batch()
+    with in_chunks_of(2):
+        first = loss(embeddings.requires_grad_(), labels)
+        (alone,) = torch.autograd.grad(first, embeddings, retain_graph=True)
+        loss(*batch(seed=1))
+        (later,) = torch.autograd.grad(first, embeddings)
+    assert torch.equal(alone, later)
+
+
+def test_adaface_statistics():
+    loss = built(al.AdaFaceLoss, momentum=0.3)
+    mean, std = torch.tensor(20.0), torch.tensor(100.0)
+    for seed in range(3):
+        embeddings, labels = batch(seed=seed)
+        mean, std = papers.adaface_statistics(mean, std, embeddings, 0.3, clip=(1e-3, 100.0))
+        loss(embeddings, labels)
+        assert loss.mean.item() == pytest.approx(mean.item(), rel=1e-6)
+        assert loss.deviation.item() == pytest.approx(std.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "deviation"), [(0, 100.0), (1, 100.0)])
+def test_adaface_takes_batches_of_one_and_none(num_rows, deviation):
+    loss = built(al.AdaFaceLoss, momentum=0.5)
+    value = loss(*batch(num_rows))
+    assert value.isfinite()
+    assert loss.deviation.item() == deviation
+    assert (loss.mean.item() == 20.0) == (num_rows == 0)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash"])
+def test_adacos_scale(mode):
+    loss = built(al.AdaCosLoss, mode=mode)
+    scale = papers.adacos_fixed_scale(CLASSES)
+    assert loss.scale.item() == pytest.approx(scale)
+    for seed in range(3):
+        embeddings, labels = batch(seed=seed)
+        cosine = papers.cosines(embeddings, loss.weight.detach())
+        scale = papers.adacos_scale(scale, cosine, labels)
+        value = loss(embeddings, labels)
+        assert loss.scale.item() == pytest.approx(scale.item(), rel=1e-6)
+        rows = papers.adacos(embeddings, loss.weight, labels, scale=loss.scale.double())
+        assert torch.allclose(value, rows.mean())
+
+
+def test_adacos_fixed_stays():
+    loss = built(al.AdaCosLoss, dynamic=False)
+    loss(*batch())
+    assert loss.scale.item() == pytest.approx(papers.adacos_fixed_scale(CLASSES))
+
+
+def test_elastic_draws_are_normal_and_plus_gives_the_furthest_the_largest():
+    theta = torch.linspace(0.1, 1.0, 20000, dtype=torch.float64)
+    labels = torch.zeros(20000, dtype=torch.int64)
+    loss = al.ElasticFaceLoss(3, 4, kind="cos", deviation=0.05)
+    drawn = theta.cos() - loss.margin_function(torch.ones(20000, 4), labels)(theta)
+    assert drawn.mean().item() == pytest.approx(0.35, abs=2e-3)
+    assert drawn.std().item() == pytest.approx(0.05, rel=0.03)
+    plus = al.ElasticFaceLoss(3, 4, kind="cos", plus=True, deviation=0.05)
+    order = torch.randperm(50)
+    shuffled = theta[:50][order]
+    margin = plus.margin_function(torch.ones(50, 4), labels[:50])
+    torch.manual_seed(3)
+    draws = torch.randn(50) * 0.05 + 0.35
+    torch.manual_seed(3)
+    margin = plus.margin_function(torch.ones(50, 4), labels[:50])
+    expected = papers.elasticface_plus_margins(draws, shuffled.cos())
+    assert torch.allclose(shuffled.cos() - margin(shuffled), expected.double(), atol=1e-6)
+
+
+def test_kappaface_margins_after_an_epoch():
+    counts = torch.tensor([50.0, 9.0, 30.0, 30.0, 20.0, 10.0, 15.0])
+    loss = built(al.KappaFaceLoss, counts)
+    assert torch.allclose(loss.margin, torch.full((CLASSES,), 0.8))
+    rows, labels = torch.randn(40, SIZE, dtype=torch.float64), torch.arange(40) % CLASSES
+    rows += torch.eye(CLASSES, SIZE, dtype=torch.float64)[labels] * labels[:, None]
+    for part in range(0, 40, 8):
+        loss(rows[part : part + 8], labels[part : part + 8])
+    loss.update_margins()
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    kappa = papers.kappaface_concentration(unit, labels, CLASSES)
+    expected = papers.kappaface_margins(kappa, counts, margin=0.8, temperature=0.4, gamma=0.7)
+    assert torch.allclose(loss.margin.double(), expected, atol=1e-5)
+    assert loss.seen.sum() == 0
+    assert loss.direction_sums.count_nonzero() == 0
+
+
+def test_kappaface_gives_classes_it_has_not_seen_a_margin():
+    loss = built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0))
+    loss(batch()[0], torch.zeros(9, dtype=torch.int64))
+    loss.update_margins()
+    assert loss.margin.isfinite().all()
+    assert (loss.margin > 0).all()
+    loss.update_margins()  # nothing seen at all
+    assert loss.margin.isfinite().all()
+
+
+def test_margins_of_counts():
+    counts = torch.tensor([3, 1000, 20, 20])
+    assert torch.allclose(
+        al.ldam_margins(counts, 0.4).double(), papers.ldam_margins(counts, max_margin=0.4)
+    )
+    a, b = papers.landmark_coefficients(counts, low=0.1, high=0.6, power=0.5)
+    assert torch.allclose(
+        al.power_law_margins(counts, (0.1, 0.6), 0.5).double(),
+        papers.landmark_margins(counts, a=a, b=b, power=0.5),
+        atol=1e-7,
+    )
+    assert torch.allclose(al.power_law_margins(torch.tensor([7, 7])), torch.full((2,), 0.275))
+
+
+STATEFUL = {
+    "curricular": lambda **options: built(al.CurricularFaceLoss, momentum=0.3, **options),
+    "adaface": lambda **options: built(al.AdaFaceLoss, momentum=0.3, **options),
+    "adacos": lambda **options: built(al.AdaCosLoss, **options),
+    "kappaface": lambda **options: built(
+        al.KappaFaceLoss, torch.arange(1.0, CLASSES + 1), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_ignored_rows_count_for_nothing(name):
+    loss, reference = STATEFUL[name](ignore_index=-1), STATEFUL[name]()
+    embeddings, labels = batch()
+    labels[::3] = -1
+    loss(embeddings, labels)
+    reference(embeddings[labels >= 0], labels[labels >= 0])
+    for key, value in loss.state_dict().items():
+        assert torch.allclose(value, reference.state_dict()[key], rtol=1e-6), key
+    before = {key: value.clone() for key, value in loss.state_dict().items()}
+    loss(embeddings, torch.full_like(labels, -1))
+    for key, value in loss.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_bad_input_changes_nothing(name):
+    loss = STATEFUL[name]()
+    before = {key: value.clone() for key, value in loss.state_dict().items()}
+    embeddings, labels = batch()
+    with pytest.raises(ValueError, match="labels: "):
+        loss(embeddings, labels + CLASSES)
+    for key, value in loss.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def _run(rank, world_size, port, path):
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    states = {}
+    for name, build in STATEFUL.items():
+        loss = build()
+        for seed in range(2):
+            embeddings, labels = batch(10, seed)
+            mine = slice(0, 7) if rank == 0 else slice(7, 10)  # of different sizes
+            loss(embeddings[mine], labels[mine])
+        if name == "kappaface":
+            loss.update_margins()
+        states[name] = loss.state_dict()
+    torch.save(states, f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_their_statistics(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run, (2, port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, build in STATEFUL.items():
+        loss = build()
+        for seed in range(2):
+            loss(*batch(10, seed))
+        if name == "kappaface":
+            loss.update_margins()
+        for key, value in loss.state_dict().items():
+            assert torch.equal(first[name][key], second[name][key]), (name, key)
+            if name != "adacos":  # whose median is the mean of the processes' medians
+                assert torch.allclose(first[name][key], value, rtol=1e-5), (name, key)

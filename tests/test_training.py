@@ -1,0 +1,288 @@
+"""What people trip over: forgotten parameters, small scales, weight decay, export, new classes."""
+
+import warnings
+
+import pytest
+import torch
+
+import angular_losses as al
+from angular_losses.base import FORGOTTEN_AFTER
+from tests.family import FAMILY, NAMES
+
+
+def batch(seed=0, num_classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(12, 8, generator=generator)
+    return embeddings.requires_grad_(), torch.randint(num_classes, (12,), generator=generator)
+
+
+class TestScale:
+    def test_suggested_scale_gives_the_probability_it_promises(self):
+        for num_classes in (3, 1000, 10**6):
+            for probability in (0.5, 0.9, 0.99):
+                scale = al.suggest_scale(num_classes, probability)
+                cosine = torch.full((num_classes,), 0.0, dtype=torch.float64)
+                cosine[0] = 0.5**0.5
+                found = (scale * cosine).softmax(0)[0].item()
+                assert found == pytest.approx(probability, rel=1e-9) or scale == 1.0
+
+    def test_adacos_starts_from_it(self):
+        assert al.AdaCosLoss(500, 4).scale.item() == pytest.approx(al.suggest_scale(500))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((2,), "num_classes: expected at least 3"),
+            ((10, 0.0), "target_probability: expected a number above 0"),
+            ((10, 1.0), r"target_probability: expected a number in \[0, 1\)"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            al.suggest_scale(*arguments)
+
+    def test_a_scale_too_small_for_the_classes_is_warned_of(self):
+        with pytest.warns(UserWarning, match=r"scale: 8 is small for 100000 classes.*13\.7"):
+            al.ArcFaceLoss(100_000, 1, scale=8.0)
+        al.ArcFaceLoss(100_000, 1, scale=14.0)
+        al.SphereFaceLoss(100_000, 1, scale=None)
+        al.P2SGradLoss(100_000, 1)
+
+    def test_the_warning_is_right_about_the_best_of_all_centres(self):
+        """On a regular simplex, where the others' cosine is -1 / (C - 1)."""
+        num_classes = 50
+        least = 49 / 50 * torch.tensor(9.0 * 49).log().item()
+        others = torch.full((num_classes - 1,), -1 / (num_classes - 1))
+        cosine = torch.cat([torch.ones(1), others])
+        assert (least * cosine).softmax(0)[0].item() == pytest.approx(0.9, abs=1e-6)
+
+
+class TestForgottenParameters:
+    @staticmethod
+    def train(loss, network, optimiser, steps, *, accumulate=1):
+        for step in range(steps):
+            points, labels = batch(step)
+            loss(network(points), labels).backward()
+            if (step + 1) % accumulate == 0:
+                optimiser.step()
+                optimiser.zero_grad()
+
+    def test_a_warning_says_so_once(self):
+        loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+        self.train(loss, network, optimiser, FORGOTTEN_AFTER - 1)
+        with pytest.warns(UserWarning, match=r"weight: .*parameter_groups"):
+            self.train(loss, network, optimiser, 1)
+        self.train(loss, network, optimiser, 2 * FORGOTTEN_AFTER)
+
+    @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+    def test_no_warning_where_the_centres_learn(self, optimiser):
+        loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        groups = al.parameter_groups(network, loss, lr=1e-6)
+        self.train(loss, network, optimiser(groups), 2 * FORGOTTEN_AFTER, accumulate=16)
+
+    def test_no_warning_where_they_are_changed_unseen_by_autograd(self):
+        loss = al.ArcFaceLoss(5, 8)
+        for step in range(2 * FORGOTTEN_AFTER):
+            loss(*batch(step))
+            loss.weight.data = loss.weight.data * 1.01
+
+    @pytest.mark.parametrize("quiet", ["eval", "frozen", "no graph"])
+    def test_no_warning_where_they_are_not_meant_to_learn(self, quiet):
+        loss = al.ArcFaceLoss(5, 8).train(quiet != "eval")
+        loss.weight.requires_grad_(quiet != "frozen")
+        for step in range(2 * FORGOTTEN_AFTER):
+            with torch.set_grad_enabled(quiet != "no graph"):
+                loss(*batch(step))
+
+
+class TestParameterGroups:
+    def test_every_parameter_is_in_one_group(self):
+        network, loss = torch.nn.Linear(4, 8), al.SphereFace2Loss(5, 8)
+        both = torch.nn.ModuleDict({"network": network, "loss": loss})
+        for modules in ((network, loss), (both,), (loss, both, network)):
+            first, second = al.parameter_groups(
+                *modules, lr=0.1, weight_decay=0.5, lr_of_losses=1.0
+            )
+            assert {id(p) for p in first["params"]} == {id(p) for p in network.parameters()}
+            assert {id(p) for p in second["params"]} == {id(p) for p in loss.parameters()}
+            assert len(first["params"]) == len(second["params"]) == 2
+            assert (first["lr"], first["weight_decay"]) == (0.1, 0.5)
+            assert (second["lr"], second["weight_decay"]) == (1.0, 0.0)
+
+    def test_the_network_decays_and_the_centres_do_not(self):
+        network, loss = torch.nn.Linear(4, 8), al.ArcFaceLoss(5, 8)
+        groups = al.parameter_groups(network, loss, lr=0.1, weight_decay=0.5)
+        weights = [network.weight, loss.weight]
+        before = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        torch.optim.SGD(groups).step()
+        assert torch.allclose(network.weight, 0.95 * before[0])
+        assert torch.equal(loss.weight, before[1])
+
+    @pytest.mark.parametrize(
+        ("modules", "options", "error", "message"),
+        [
+            (([],), {}, TypeError, "modules: expected torch.nn.Modules"),
+            ((torch.nn.Linear(2, 2),), {}, ValueError, "modules: expected a loss"),
+            ((al.ArcFaceLoss(3, 2),), {"lr": -1.0}, ValueError, "lr: "),
+            ((al.ArcFaceLoss(3, 2),), {"weight_decay": -1.0}, ValueError, "weight_decay: "),
+            ((al.ArcFaceLoss(3, 2),), {"lr_of_losses": "1"}, TypeError, "lr_of_losses: "),
+        ],
+    )
+    def test_bad_arguments_are_named(self, modules, options, error, message):
+        with pytest.raises(error, match=message):
+            al.parameter_groups(*modules, **{"lr": 0.1, **options})
+
+
+every_loss = pytest.mark.parametrize("row", FAMILY, ids=NAMES)
+
+
+class TestExtend:
+    @every_loss
+    def test_old_classes_keep_their_numbers_and_new_ones_train(self, row):
+        loss = row.build(7, 8)
+        embeddings, labels = batch(num_classes=7)
+        before, old = loss.get_logits(embeddings), loss.weight.detach().clone()
+        loss.extend(2)
+        assert loss.num_classes == 9
+        assert torch.equal(loss.weight[: len(old)], old)
+        assert loss.weight.requires_grad
+        after = loss.get_logits(embeddings)
+        assert after.shape == (12, 9)
+        assert torch.allclose(after[:, :7], before, atol=1e-5)
+        value = loss(embeddings, torch.cat([labels[:-2], torch.tensor([7, 8])]))
+        value.backward()
+        assert value.isfinite()
+        assert loss.weight.grad[len(old) :].abs().max() > 0
+        assert loss.state_dict().keys() == row.build(7, 8).state_dict().keys()
+
+    @pytest.mark.parametrize("sub_centers", [1, 3])
+    def test_new_classes_start_where_they_are_told(self, sub_centers):
+        loss = al.ArcFaceLoss(7, 64, sub_centers=sub_centers, class_weight=torch.rand(7))
+        with torch.no_grad():
+            loss.weight *= 3
+        means = torch.randn(2, 64)
+        loss.extend(2, init=means)
+        assert torch.equal(loss.class_weight[7:], torch.ones(2))
+        new = loss.weight.view(9, sub_centers, 64)[7:]
+        cosine = torch.cosine_similarity(new, means[:, None], dim=-1)
+        assert cosine.min() > (0.98 if sub_centers > 1 else 0.99999)
+        assert new.norm(dim=-1).mean().item() == pytest.approx(3.0, rel=0.05)
+        if sub_centers > 1:
+            assert not torch.equal(new[:, 0], new[:, 1])
+
+    def test_margins_of_classes_grow_too(self):
+        loss = al.CosFaceLoss(3, 4, margin=al.ldam_margins(torch.tensor([9, 90, 900])))
+        loss.extend(1)
+        assert loss.margin.shape == (4,)
+        assert loss.margin[3] == loss.margin[:3].max()
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ((0,), ValueError, "num_new: expected at least 1"),
+            ((1.5,), TypeError, "num_new: expected an int"),
+            ((2, torch.ones(1, 8)), ValueError, r"init: expected shape \(2, 8\), got \(1, 8\)"),
+            ((2, "mean"), TypeError, "init: expected a floating-point tensor"),
+        ],
+    )
+    def test_bad_arguments_change_nothing(self, arguments, error, message):
+        loss = al.ArcFaceLoss(3, 8)
+        weight = loss.weight
+        with pytest.raises(error, match=message):
+            loss.extend(*arguments)
+        assert loss.weight is weight
+        assert loss.num_classes == 3
+
+
+class Head(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.network, self.loss = torch.nn.Linear(4, 8), loss
+
+    def forward(self, points):
+        return self.loss.get_logits(self.network(points))
+
+
+EXPORTED = [al.ArcFaceLoss(5, 8), al.SubCenterArcFaceLoss(5, 8), al.LSoftmaxLoss(5, 8)]
+
+
+class TestExport:
+    @pytest.mark.parametrize("loss", EXPORTED, ids=lambda loss: type(loss).__name__)
+    def test_torch_export_for_any_batch(self, loss):
+        head = Head(loss).eval()
+        shapes = ({0: torch.export.Dim("rows")},)
+        program = torch.export.export(head, (torch.randn(3, 4),), dynamic_shapes=shapes).module()
+        for num_rows in (2, 5):
+            points = torch.randn(num_rows, 4)
+            assert torch.allclose(program(points), head(points), atol=1e-5)
+
+    # torch's exporter and its dependencies warn of one another
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+    @pytest.mark.parametrize("loss", EXPORTED, ids=lambda loss: type(loss).__name__)
+    def test_onnx_for_any_batch(self, loss, tmp_path):
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        head = Head(loss).eval()
+        shapes = ({0: torch.export.Dim("rows")},)
+        program = torch.onnx.export(
+            head, (torch.randn(3, 4),), dynamic_shapes=shapes, dynamo=True, verbose=False
+        )
+        path = tmp_path / "head.onnx"
+        program.save(path)
+        session = runtime.InferenceSession(path)
+        for num_rows in (2, 5):
+            points = torch.randn(num_rows, 4)
+            (found,) = session.run(None, {session.get_inputs()[0].name: points.numpy()})
+            assert torch.allclose(torch.from_numpy(found), head(points), atol=1e-5)
+
+
+class TestMixedPrecision:
+    @every_loss
+    def test_autocast_changes_neither_loss_nor_dtypes(self, row):
+        torch.manual_seed(0)
+        loss = row.build(7, 8).eval()
+        network = torch.nn.Linear(8, 8)
+        points, labels = batch(num_classes=7)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            embeddings = network(points)
+            value = loss(embeddings, labels)
+        assert embeddings.dtype == torch.bfloat16
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, loss(embeddings.float(), labels), rtol=1e-5)
+        value.backward()
+        assert loss.weight.dtype == loss.weight.grad.dtype == torch.float32
+
+    @pytest.mark.parametrize("row", FAMILY, ids=NAMES)
+    def test_a_gradient_scaler_scales_and_finds_nothing_infinite(self, row):
+        torch.manual_seed(0)
+        loss = row.build(7, 8)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        optimiser = torch.optim.SGD(loss.parameters(), lr=0.01)
+        before = loss.weight.detach().clone()
+        scaler.scale(loss(*batch(num_classes=7))).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**16
+        assert not torch.equal(loss.weight, before)
+
+
+def test_available_lists_every_loss_with_a_line():
+    listed = al.available()
+    assert list(listed) == sorted(listed)
+    public = {
+        name
+        for name, value in vars(al).items()
+        if isinstance(value, type) and issubclass(value, al.MarginLoss)
+    }
+    assert set(listed) == public - {"MarginLoss"}
+    assert all(line.endswith(".") and 20 < len(line) < 100 for line in listed.values())
+
+
+def test_no_loss_warns_with_its_defaults():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for row in FAMILY:
+            row.build(7, 8)
