@@ -215,7 +215,7 @@ def nearest(
     k: int = 1,
     *,
     sub_centers: int = 1,
-    chunk: int = 2048,
+    chunk: int = 1024,
 ) -> Tensor:
     """The cosines of the k nearest other classes, in chunks of classes; without a graph.
 
@@ -225,7 +225,7 @@ def nearest(
         labels: (N,) int64 in [0, C).
         k: How many; at most C - 1.
         sub_centers: The number of centres of a class.
-        chunk: The number of classes in a chunk.
+        chunk: The number of centres in a chunk.
 
     Returns:
         (N, k), the largest first, float32, or float64 when either input is float64.
@@ -250,7 +250,7 @@ def mean_above(
     threshold: Tensor,
     *,
     sub_centers: int = 1,
-    chunk: int = 2048,
+    chunk: int = 1024,
 ) -> Tensor:
     """The mean cosine of the other classes above a threshold, in chunks; without a graph.
 
@@ -260,7 +260,7 @@ def mean_above(
         labels: (N,) int64 in [0, C).
         threshold: (N,) cosines.
         sub_centers: The number of centres of a class.
-        chunk: The number of classes in a chunk.
+        chunk: The number of centres in a chunk.
 
     Returns:
         (N,), 0 where no class is above; float32, or float64 when either input is float64.
@@ -284,6 +284,7 @@ def _others(
     """The cosines of each chunk's classes (K, N), -2 for the target's own."""
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
     unit = directions(embeddings, dtype)
+    chunk = max(1, chunk // sub_centers)
     for start in range(0, weight.shape[0] // sub_centers, chunk):
         rows = slice(start * sub_centers, (start + chunk) * sub_centers)
         with torch.autocast(unit.device.type, enabled=False):

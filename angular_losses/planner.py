@@ -15,7 +15,7 @@ DEFAULT_BUDGET = 256 * 2**20
 SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
 # Copies of a chunk's cosines that a function of negatives and its derivative take.
-REWEIGHTING = 6
+REWEIGHTING = 12
 
 
 @dataclass(frozen=True)

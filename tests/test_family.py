@@ -14,6 +14,7 @@ import angular_losses as al
 from tests import papers
 from tests.cases import MODES, in_chunks_of
 from tests.family import CLASSES, FAMILY, NAMES
+from tests.profiling import peak_bytes
 from tests.strategies import seeds
 
 SIZE = 6
@@ -219,3 +220,33 @@ def test_every_loss_has_a_row():
         if isinstance(value, type) and issubclass(value, al.MarginLoss)
     }
     assert public - tested - {al.MarginLoss} == {al.CombinedMarginLoss}  # in cases.py
+
+
+PROFILED = (
+    "ArcFace",
+    "SubCenterArcFace",
+    "CurricularFace",
+    "Li-ArcFace",
+    "InterTopK-arc",
+    "UniFace",
+)
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_memory_is_that_of_the_plan_and_not_of_the_logits(name):
+    num_classes, num_rows = 20_000, 64
+    loss = FAMILY[NAMES.index(name)].build(num_classes, 16, mode="recompute")
+    embeddings = torch.randn(num_rows, 16, requires_grad=True)
+    labels = torch.randint(num_classes, (num_rows,))
+
+    def step():
+        loss.weight.grad = embeddings.grad = None
+        loss(embeddings, labels).backward()
+
+    with in_chunks_of(512):
+        predicted = al.plan(num_rows, len(loss.weight), 16, mode="recompute", reweighted=True)
+        loss(embeddings, labels).backward()
+        loss.weight.grad = embeddings.grad = None
+        taken = peak_bytes(step) - predicted.gradient_bytes
+    assert taken < 1.1 * predicted.extra_bytes
+    assert taken < 0.5 * num_rows * num_classes * 4
