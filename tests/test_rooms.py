@@ -36,6 +36,16 @@ ROOMS = {
     "binary": {"base", "checks", "one_vs_rest"},
     "catalogue": {"base", "adaptive", "binary", "losses", "mining", "multiplicative"},
     "training": {"base", "checks"},
+    "packing": {"checks"},
+    "measures": {"checks", "geometry", "margins", "packing"},
+    "plots": {"checks", "margins", "measures", "matplotlib"},
+    "diagnostics": {
+        *("base", "checks", "geometry", "measures", "packing", "plots", "ranks", "matplotlib"),
+    },
+    "checkpoints": {"checks"},
+    "metric_learning": {
+        *("checks", "geometry", "margins", "softmax", "pytorch_metric_learning"),
+    },
 }
 OUTSIDE = {"torch", "typing_extensions", *sys.stdlib_module_names}
 
