@@ -1,5 +1,6 @@
 """Every loss of the family against its paper's formula, in every mode, with every option."""
 
+import contextlib
 import copy
 import functools
 from unittest import mock
@@ -250,3 +251,44 @@ def test_memory_is_that_of_the_plan_and_not_of_the_logits(name):
         taken = peak_bytes(step) - predicted.gradient_bytes
     assert taken < 1.1 * predicted.extra_bytes
     assert taken < 0.5 * num_rows * num_classes * 4
+
+
+@every_loss
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_nothing_is_read_back_from_the_device(row, mode, train, monkeypatch):
+    # The meta device has no values: whatever reads one, as a synchronisation does, fails there.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    loss = row.build(CLASSES, SIZE, mode=mode).to("meta").train(train)
+    embeddings = torch.empty(5, SIZE, device="meta", requires_grad=True)
+    with in_chunks_of(3):
+        loss(embeddings, torch.empty(5, dtype=torch.int64, device="meta")).backward()
+    assert embeddings.grad.shape == embeddings.shape
+
+
+COMPILED = ("SphereFace-annealed", "SubCenterArcFace", "CurricularFace", "UniFace")
+
+
+# The compiler looks at .grad of what crosses a gap in the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("mode", ["dense", "stash"])
+def test_compiled_losses_train_alike(name, mode):
+    torch.compiler.reset()
+    row = FAMILY[NAMES.index(name)]
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        loss = row.build(CLASSES, SIZE, mode=mode, dtype=torch.float64)
+        # Without a rule for the negatives, or densely, there is no gap in the graph.
+        whole = mode == "dense" or name == "SphereFace-annealed"
+        step = torch.compile(loss, backend="aot_eager", fullgraph=whole) if compiled else loss
+        optimiser = torch.optim.SGD(loss.parameters(), lr=0.1)
+        for seed in range(3):
+            value = step(*batch(seed=seed))
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+        losses.append(value.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
