@@ -133,7 +133,9 @@ FAMILY = [
     fixed("L-Softmax", al.LSoftmaxLoss, papers.large_margin_softmax, **MARGIN),
     fixed(
         "L-Softmax-annealed",
-        with_defaults(al.LSoftmaxLoss, schedule=al.LambdaAnnealing(base=3.0, minimum=3.0)),
+        lambda *sizes, **options: al.LSoftmaxLoss(  # a schedule belongs to one loss
+            *sizes, **{"schedule": al.LambdaAnnealing(base=3.0, minimum=3.0), **options}
+        ),
         papers.large_margin_softmax,
         annealing=3.0,
         **MARGIN,
