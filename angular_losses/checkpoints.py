@@ -24,8 +24,8 @@ def from_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             or ``loss.`` and other keys may be there.
 
     Returns:
-        {"weight": (C, d)}, a copy, for ``load_state_dict``. A loss with buffers of its own, such
-        as a schedule's, loads it with ``strict=False``.
+        A dict of ``weight`` (C, d), a copy, for ``load_state_dict``. A loss with buffers of its
+        own, such as a schedule's, loads it with ``strict=False``.
 
     Raises:
         TypeError: If ``W`` is not a floating-point tensor.
@@ -47,7 +47,7 @@ def to_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state_dict: One with one key ``weight``, (C, d), floating point, and perhaps a prefix.
 
     Returns:
-        {"W": (d, C)}, a copy.
+        A dict of ``W`` (d, C), a copy.
 
     Raises:
         TypeError: If ``weight`` is not a floating-point tensor.
@@ -68,7 +68,7 @@ def from_insightface(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, T
             its ``checkpoint_gpu_{rank}.pt`` holds as ``state_dict_softmax_fc``.
 
     Returns:
-        {"weight": (C, d)}, a copy on the device of rank 0.
+        A dict of ``weight`` (C, d), a copy on the device of rank 0.
 
     Raises:
         TypeError: If a ``weight`` is not a floating-point tensor.
@@ -106,8 +106,8 @@ def to_insightface(state_dict: Mapping[str, Tensor], num_ranks: int) -> list[dic
         num_ranks: The number of ranks, up to C.
 
     Returns:
-        For each rank {"weight": (num_local, d)}, copies: the classes are split as PartialFC_V2
-        does it, C // num_ranks of them and one more on the first C % num_ranks ranks.
+        For each rank a dict of ``weight`` (num_local, d), copies: the classes are split as
+        PartialFC_V2 does it, C // num_ranks of them and one more on the first C % num_ranks ranks.
 
     Raises:
         TypeError: If ``weight`` is not a floating-point tensor, or ``num_ranks`` not an int.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import directions
+from .geometry import directions, normalize
 
 # Between these no square root of 1 - c^2 and no acos has a derivative above 1e3.
 _LARGEST_COSINE = 1 - 5e-7
@@ -287,8 +287,10 @@ def _others(
     chunk = max(1, chunk // sub_centers)
     for start in range(0, weight.shape[0] // sub_centers, chunk):
         rows = slice(start * sub_centers, (start + chunk) * sub_centers)
+        centres = torch.empty_like(weight[rows], dtype=dtype)
+        normalize(weight[rows], centres, out=centres)
         with torch.autocast(unit.device.type, enabled=False):
-            cosine = directions(weight[rows], dtype) @ unit.T
+            cosine = centres @ unit.T
         cosine = cosine.view(-1, sub_centers, len(labels)).amax(1)
         own = labels - start
         row = own.clamp(0, len(cosine) - 1)

@@ -294,3 +294,13 @@ def test_compiled_losses_train_alike(name, mode):
             optimiser.step()
         losses.append(value.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_a_second_derivative_is_refused_and_not_wrong(name, mode):
+    loss = built(FAMILY[NAMES.index(name)], mode=mode)
+    embeddings, labels = batch()
+    (gradient,) = torch.autograd.grad(loss(embeddings, labels), embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="mode='dense'"):
+        gradient.square().sum().backward()
