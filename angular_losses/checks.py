@@ -62,7 +62,9 @@ def cosine_margin(name: str, value: object) -> float:
 
 def share(name: str, value: object) -> float:
     """Return ``value`` as a float when it is in [0, 1]. Raises as :func:`number`."""
-    return 1.0 if value == 1 else number(name, value, 0.0, 1.0)
+    if not 0 <= number(name, value, -math.inf) <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def positive_integer(name: str, value: object) -> int:

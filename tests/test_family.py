@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import angular_losses as al
 from tests import papers
 from tests.cases import MODES, in_chunks_of
-from tests.family import CLASSES, FAMILY, NAMES
+from tests.family import CLASSES, COUNTS, FAMILY, NAMES
 from tests.profiling import peak_bytes
 from tests.strategies import seeds
 
@@ -267,6 +267,123 @@ def test_nothing_is_read_back_from_the_device(row, mode, train, monkeypatch):
     with in_chunks_of(3):
         loss(embeddings, torch.empty(5, dtype=torch.int64, device="meta")).backward()
     assert embeddings.grad.shape == embeddings.shape
+
+
+def test_a_budget_counts_what_reweighting_takes():
+    embeddings, labels = torch.randn(64, 16), torch.randint(20_000, (64,))
+    al.ArcFaceLoss(20_000, 16, memory_budget=300_000)(embeddings, labels)
+    al.CurricularFaceLoss(20_000, 16, memory_budget=400_000)(embeddings, labels)
+    with pytest.raises(ValueError, match="memory_budget: expected at least 346240 bytes"):
+        al.CurricularFaceLoss(20_000, 16, memory_budget=300_000)(embeddings, labels)
+
+
+def softmax(**options):
+    settings = {"margin": torch.cos, "scale": 8.0, **options}
+    return al.margin_softmax_loss(torch.randn(4, 3), torch.randn(6, 3), torch.arange(4), **settings)
+
+
+def one_vs_rest(**options):
+    settings = {"positive": torch.cos, "negative": lambda cosine, bias: cosine, **options}
+    return al.one_vs_rest_loss(torch.randn(4, 3), torch.randn(6, 3), torch.arange(4), **settings)
+
+
+def mixed(**options):
+    return al.ArcFaceLoss(6, 3)(torch.randn(4, 3), torch.arange(4), **options)
+
+
+OTHERS = torch.arange(4) + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: softmax(negatives=3), TypeError, "negatives: expected a function"),
+        (
+            lambda: softmax(negatives=lambda cosine, target: cosine[0]),
+            ValueError,
+            r"negatives: expected it to return shape \(6, 4\), got \(4,\)",
+        ),
+        (
+            lambda: softmax(negatives=lambda cosine, target: None),
+            ValueError,
+            r"negatives: expected it to return shape .*, got None",
+        ),
+        (
+            lambda: softmax(
+                negatives=lambda cosine, target: cosine,
+                scale=torch.ones(4, requires_grad=True),
+            ),
+            ValueError,
+            "scale: expected one without a gradient",
+        ),
+        (lambda: softmax(sub_centers=0), ValueError, "sub_centers: expected at least 1"),
+        (lambda: softmax(sub_centers=4), ValueError, "weight: expected a multiple of sub_centers"),
+        (lambda: softmax(sub_centers=2), ValueError, r"labels: expected values in \[0, 3\)"),
+        (lambda: softmax(penalty=torch.ones(3)), ValueError, r"penalty: expected shape \(4,\)"),
+        (lambda: one_vs_rest(positive=1), TypeError, "positive: expected a function"),
+        (lambda: one_vs_rest(negative=None), TypeError, "negative: expected a function"),
+        (lambda: one_vs_rest(bias=torch.ones(2)), ValueError, "bias: expected a tensor of one"),
+        (lambda: one_vs_rest(bias=1.0), ValueError, "bias: expected a tensor of one"),
+        (lambda: one_vs_rest(reduction="max"), ValueError, "reduction: "),
+        (lambda: mixed(other_labels=OTHERS), ValueError, "lam: expected it beside"),
+        (lambda: mixed(lam=0.5), ValueError, "other_labels: expected it beside"),
+        (lambda: mixed(other_labels=OTHERS, lam=1.5), ValueError, r"lam: .*\[0, 1\], got 1\.5"),
+        (lambda: mixed(other_labels=OTHERS[:2], lam=0.5), ValueError, "labels: expected shape"),
+        (lambda: mixed(other_labels=OTHERS + 5, lam=0.5), ValueError, "labels: expected values"),
+        (lambda: mixed(other_labels=OTHERS, lam=torch.ones(3)), ValueError, "lam: expected shape"),
+        (
+            lambda: mixed(other_labels=OTHERS, lam=0.5, sample_weight=torch.ones(3)),
+            ValueError,
+            "sample_weight: expected shape",
+        ),
+        (lambda: al.ArcFaceLoss(5, 8, sub_centers=0), ValueError, "sub_centers: "),
+        (
+            lambda: al.ArcFaceLoss(5, 8, margin=torch.ones(4)),
+            ValueError,
+            r"margin: expected shape \(5,\)",
+        ),
+        (
+            lambda: al.ArcFaceLoss(5, 8, margin=28.6 * torch.ones(5)),
+            ValueError,
+            "margin: .*degrees are not accepted",
+        ),
+        (lambda: al.LSoftmaxLoss(5, 8, sub_centers=2), ValueError, "sub_centers: expected 1"),
+        (lambda: al.SphereFaceRLoss(5, 8, kind="v3"), ValueError, "kind: expected one of"),
+        (lambda: al.SphereFaceRLoss(5, 8, normalization="x"), ValueError, "normalization: "),
+        (
+            lambda: al.SphereFaceRLoss(5, 8, kind="v2", schedule=al.MarginWarmup(5)),
+            ValueError,
+            "schedule: expected None",
+        ),
+        (
+            lambda: al.CircleLoss(5, 8, schedule=al.MarginWarmup(5)),
+            ValueError,
+            "schedule: expected None",
+        ),
+        (lambda: al.AdaCosLoss(2, 8), ValueError, "num_classes: expected at least 3"),
+        (lambda: al.AdaFaceLoss(5, 8, h=0), ValueError, "h: expected a number above 0"),
+        (lambda: al.AdaFaceLoss(5, 8, momentum=1.1), ValueError, "momentum: "),
+        (lambda: al.MagFaceLoss(5, 8, length_bounds=(9, 3)), ValueError, "length_bounds: .*lower"),
+        (lambda: al.MagFaceLoss(5, 8, margin_bounds=(25, 45)), ValueError, "margin_bounds: .*deg"),
+        (lambda: al.MagFaceLoss(5, 8, length_bounds=3), ValueError, "length_bounds: .*two numbers"),
+        (lambda: al.ElasticFaceLoss(5, 8, kind="sphere"), ValueError, "kind: "),
+        (lambda: al.ElasticFaceLoss(5, 8, deviation=-1), ValueError, "deviation: "),
+        (lambda: al.KappaFaceLoss(5, 8, torch.ones(4)), ValueError, "class_counts: expected shape"),
+        (lambda: al.KappaFaceLoss(5, 8, [1] * 5), TypeError, "class_counts: expected a tensor"),
+        (lambda: al.KappaFaceLoss(2, 8, torch.tensor([3, 0])), ValueError, "class_counts: .*1 s"),
+        (lambda: al.InterTopKLoss(5, 8, k=5), ValueError, "k: expected fewer than num_classes 5"),
+        (lambda: al.MVSoftmaxLoss(5, 8, t=-0.1), ValueError, "t: "),
+        (lambda: al.NPCFaceLoss(5, 8, mask_margin=28.6), ValueError, "mask_margin: .*degrees"),
+        (lambda: al.SphereFace2Loss(5, 8, balance=1.0), ValueError, "balance: "),
+        (lambda: al.SphereFace2Loss(1, 8), ValueError, "num_classes: expected at least 2"),
+        (lambda: al.ldam_margins(torch.tensor([])), ValueError, "class_counts: expected shape"),
+        (lambda: al.power_law_margins(COUNTS, (0.5, 0.1)), ValueError, "bounds: .*lower first"),
+        (lambda: al.power_law_margins(COUNTS, power=0), ValueError, "power: "),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 COMPILED = ("SphereFace-annealed", "SubCenterArcFace", "CurricularFace", "UniFace")
