@@ -62,9 +62,10 @@ def cosine_margin(name: str, value: object) -> float:
 
 def share(name: str, value: object) -> float:
     """Return ``value`` as a float when it is in [0, 1]. Raises as :func:`number`."""
-    if not 0 <= number(name, value, -math.inf) <= 1:
+    found = number(name, value, -math.inf)
+    if not 0 <= found <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return found
 
 
 def positive_integer(name: str, value: object) -> int:

@@ -184,6 +184,9 @@ def test_two_labels_are_a_weighted_pair_of_batches(row):
     assert torch.allclose(
         built(row)(embeddings, labels, other_labels=others, lam=lam), expected.mean()
     )
+    sample_weight = torch.rand(9, dtype=torch.float64)
+    weighted = built(row)(embeddings, labels, sample_weight, other_labels=others, lam=lam)
+    assert torch.allclose(weighted, (expected * sample_weight).sum() / sample_weight.sum())
     one = built(row)(embeddings, labels, other_labels=others, lam=0.3)
     expected = 0.3 * rows(embeddings, labels) + 0.7 * rows(embeddings, others)
     assert torch.allclose(one, expected.mean())
