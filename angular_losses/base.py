@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     pass
 
 # Forward passes in training mode without a change of the weight; more than most accumulate over.
-FORGOTTEN_AFTER = 64
+FORGOTTEN_AFTER = 20
 
 Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 

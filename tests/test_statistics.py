@@ -49,10 +49,10 @@ def test_curricular_backward_uses_the_t_of_its_own_forward(mode):
     loss = built(al.CurricularFaceLoss, momentum=0.9, mode=mode)
     embeddings, labels = batch()
     with in_chunks_of(2):
-        first = loss(embeddings.requires_grad_(), labels)
-        (alone,) = torch.autograd.grad(first, embeddings, retain_graph=True)
+        first = loss(embeddings, labels)
+        (alone,) = torch.autograd.grad(first, loss.weight, retain_graph=True)
         loss(*batch(seed=1))
-        (later,) = torch.autograd.grad(first, embeddings)
+        (later,) = torch.autograd.grad(first, loss.weight)
     assert torch.equal(alone, later)
 
 
@@ -61,10 +61,10 @@ def test_a_hard_negative_is_one_by_the_margin_of_its_own_forward(mode):
     loss = built(al.MVSoftmaxLoss, mode=mode, schedule=al.MarginWarmup(2))
     embeddings, labels = batch()
     with in_chunks_of(2):
-        first = loss(embeddings.requires_grad_(), labels)
-        (alone,) = torch.autograd.grad(first, embeddings, retain_graph=True)
+        first = loss(embeddings, labels)
+        (alone,) = torch.autograd.grad(first, loss.weight, retain_graph=True)
         loss(*batch(seed=1))
-        (later,) = torch.autograd.grad(first, embeddings)
+        (later,) = torch.autograd.grad(first, loss.weight)
     assert torch.equal(alone, later)
 
 

@@ -87,6 +87,14 @@ class TestForgottenParameters:
             loss(*batch(step))
             loss.weight.data = loss.weight.data * 1.01
 
+    def test_new_classes_are_watched_anew(self):
+        loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        optimiser = torch.optim.SGD(al.parameter_groups(network, loss, lr=0.1))
+        self.train(loss, network, optimiser, 3)
+        loss.extend(2)
+        with pytest.warns(UserWarning, match="weight: "):
+            self.train(loss, network, optimiser, FORGOTTEN_AFTER)
+
     @pytest.mark.parametrize("quiet", ["eval", "frozen", "no graph"])
     def test_no_warning_where_they_are_not_meant_to_learn(self, quiet):
         loss = al.ArcFaceLoss(5, 8).train(quiet != "eval")
