@@ -44,19 +44,6 @@ def test_curricular_t():
 
 
 @pytest.mark.parametrize("mode", ["stash", "recompute"])
-def test_curricular_backward_uses_the_t_of_its_own_forward(mode):
-    """As in gradient accumulation over several forward passes, or with checkpointing."""
-    loss = built(al.CurricularFaceLoss, momentum=0.9, mode=mode)
-    embeddings, labels = batch()
-    with in_chunks_of(2):
-        first = loss(embeddings, labels)
-        (alone,) = torch.autograd.grad(first, loss.weight, retain_graph=True)
-        loss(*batch(seed=1))
-        (later,) = torch.autograd.grad(first, loss.weight)
-    assert torch.equal(alone, later)
-
-
-@pytest.mark.parametrize("mode", ["stash", "recompute"])
 def test_a_hard_negative_is_one_by_the_margin_of_its_own_forward(mode):
     loss = built(al.MVSoftmaxLoss, mode=mode, schedule=al.MarginWarmup(2))
     embeddings, labels = batch()
@@ -109,6 +96,16 @@ def test_adacos_fixed_stays():
     assert loss.scale.item() == pytest.approx(papers.adacos_fixed_scale(CLASSES))
 
 
+def test_adacos_scale_stays_above_1():
+    loss = al.AdaCosLoss(3, 2)
+    with torch.no_grad():
+        angle = torch.arange(3) * 2 * torch.pi / 3
+        loss.weight.copy_(torch.stack([angle.cos(), angle.sin()], 1))
+        loss.scale.fill_(30.0)
+    loss(loss.weight.detach(), torch.arange(3))  # all others' cosines are -1/2
+    assert loss.scale == 1.0
+
+
 def test_elastic_draws_are_normal_and_plus_gives_the_furthest_the_largest():
     theta = torch.linspace(0.1, 1.0, 20000, dtype=torch.float64)
     labels = torch.zeros(20000, dtype=torch.int64)
@@ -146,11 +143,13 @@ def test_kappaface_margins_after_an_epoch():
 
 
 def test_kappaface_gives_classes_it_has_not_seen_a_margin():
-    loss = built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0))
-    loss(batch()[0], torch.zeros(9, dtype=torch.int64))
+    loss = built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0), gamma=1.0)
+    embeddings, labels = batch(40)
+    loss(embeddings, labels % 5)
     loss.update_margins()
     assert loss.margin.isfinite().all()
-    assert (loss.margin > 0).all()
+    assert torch.allclose(loss.margin[5:], torch.full((2,), 0.4))  # of middling concentration
+    assert not torch.isclose(loss.margin[:5], torch.tensor(0.4)).any()
     loss.update_margins()  # nothing seen at all
     assert loss.margin.isfinite().all()
 
@@ -177,6 +176,19 @@ STATEFUL = {
         al.KappaFaceLoss, torch.arange(1.0, CLASSES + 1), **options
     ),
 }
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_a_backward_pass_uses_the_statistics_of_its_own_forward(name, mode):
+    """As in gradient accumulation over several forward passes."""
+    loss = STATEFUL[name](mode=mode)
+    with in_chunks_of(2):
+        first = loss(*batch())
+        (alone,) = torch.autograd.grad(first, loss.weight, retain_graph=True)
+        loss(*batch(seed=1))
+        (later,) = torch.autograd.grad(first, loss.weight)
+    assert torch.equal(alone, later)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
