@@ -234,8 +234,8 @@ class MarginLoss(nn.Module):
             TypeError: If a dtype is wrong.
             ValueError: If a shape, a device or a label is out of place.
         """
+        kept = self._check(embeddings, labels)  # before anything is looked up or updated
         if self.training and type(self).observe is not MarginLoss.observe:
-            kept = self._check(embeddings, labels)  # before anything is updated
             with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
                 self.observe(embeddings.detach(), self.known(labels), kept)
         if other_labels is None and lam is None:

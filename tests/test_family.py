@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import angular_losses as al
 from tests import papers
 from tests.cases import MODES, in_chunks_of
-from tests.family import CLASSES, COUNTS, FAMILY, NAMES
+from tests.family import CLASSES, COUNTS, FAMILY, NAMES, with_defaults
 from tests.profiling import peak_bytes
 from tests.strategies import seeds
 
@@ -284,6 +284,26 @@ def test_a_budget_counts_what_reweighting_takes():
         al.CurricularFaceLoss(20_000, 16, memory_budget=300_000)(embeddings, labels)
 
 
+@every_loss
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, y: (x, y + CLASSES), ValueError, r"labels: expected values in \[0, 7\)"),
+        (lambda x, y: (x, -1 - y), ValueError, r"labels: expected values in \[0, 7\)"),
+        (lambda x, y: (x, y.double()), TypeError, "labels: expected an integer tensor"),
+        (lambda x, y: (x, y.tolist()), TypeError, "labels: expected an integer tensor"),
+        (lambda x, y: (x, y[:-1]), ValueError, r"labels: expected shape \(9,\)"),
+        (lambda x, y: (x[:, :-1], y), ValueError, r"(embeddings|weight): expected shape"),
+        (lambda x, y: (x[0], y), ValueError, "embeddings: expected shape"),
+        (lambda x, y: (x.long(), y), TypeError, "embeddings: expected a floating-point tensor"),
+    ],
+)
+def test_a_bad_batch_is_named_before_anything_else_fails(row, change, error, message):
+    loss = built(row).train()
+    with pytest.raises(error, match=message):
+        loss(*change(*batch()))
+
+
 def softmax(**options):
     settings = {"margin": torch.cos, "scale": 8.0, **options}
     return al.margin_softmax_loss(torch.randn(4, 3), torch.randn(6, 3), torch.arange(4), **settings)
@@ -428,3 +448,29 @@ def test_a_second_derivative_is_refused_and_not_wrong(name, mode):
     (gradient,) = torch.autograd.grad(loss(embeddings, labels), embeddings, create_graph=True)
     with pytest.raises(RuntimeError, match="mode='dense'"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        al.UniFaceLoss,
+        with_defaults(al.SphereFace2Loss, kind="A"),
+        with_defaults(al.MVSoftmaxLoss, kind="cos"),
+        al.LiArcFaceLoss,
+        al.ElasticFaceLoss,
+        al.ArcFaceLoss,
+    ],
+)
+def test_a_warm_up_starts_without_a_margin_and_ends_with_all_of_it(build):
+    embeddings, labels = batch()
+    torch.manual_seed(0)
+    warm = build(CLASSES, SIZE, schedule=al.MarginWarmup(4), dtype=torch.float64).eval()
+    plain, whole = build(CLASSES, SIZE, margin=0.0), build(CLASSES, SIZE)
+    for other in (plain, whole):
+        other.double().eval().weight = warm.weight
+        if hasattr(other, "bias"):
+            other.bias = warm.bias
+    assert torch.allclose(warm(embeddings, labels), plain(embeddings, labels))
+    warm.schedule.step += 4
+    assert torch.allclose(warm(embeddings, labels), whole(embeddings, labels))
+    assert not torch.allclose(plain(embeddings, labels), whole(embeddings, labels))
