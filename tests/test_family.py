@@ -474,3 +474,35 @@ def test_a_warm_up_starts_without_a_margin_and_ends_with_all_of_it(build):
     warm.schedule.step += 4
     assert torch.allclose(warm(embeddings, labels), whole(embeddings, labels))
     assert not torch.allclose(plain(embeddings, labels), whole(embeddings, labels))
+
+
+REDUCED = ("SubCenterArcFace", "CurricularFace", "MV-arc-adaptive", "UniFace", "L-Softmax")
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+@pytest.mark.parametrize("name", REDUCED)
+def test_many_classes_in_bfloat16(name, mode):
+    """Products in bfloat16 under autocast, or of a bfloat16 weight in float32."""
+    torch.manual_seed(0)
+    loss = FAMILY[NAMES.index(name)].build(5000, 64, mode=mode).eval()
+    embeddings, labels = torch.randn(32, 64), torch.randint(5000, (32,))
+
+    def results(loss, embeddings):
+        embeddings = embeddings.detach().requires_grad_()
+        with in_chunks_of(512):
+            value = loss(embeddings, labels)
+        return value, *torch.autograd.grad(value, (embeddings, loss.weight))
+
+    exact = results(loss, embeddings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = results(loss, embeddings)
+    for found, expected in zip(under, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() / expected.norm() < 2e-2
+    assert (under[2] - exact[2]).norm() / exact[2].norm() > 1e-5  # bfloat16 was used
+    rounded = copy.deepcopy(loss).bfloat16()
+    exact = results(copy.deepcopy(rounded).float(), embeddings)
+    halved = results(rounded, embeddings)
+    assert halved[2].dtype == torch.bfloat16
+    for found, expected in zip(halved, exact, strict=True):
+        assert (found.float() - expected).norm() / expected.norm() < 5e-3
