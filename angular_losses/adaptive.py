@@ -70,8 +70,14 @@ class AdaCosLoss(MarginLoss):
             raise ValueError(f"num_classes: expected at least 3 for AdaCos, got {num_classes}")
         self.dynamic = dynamic
         del self.scale
-        fixed = math.sqrt(2) * math.log(num_classes - 1)
-        self.register_buffer("scale", torch.tensor(fixed, device=options.get("device")))
+        fixed = torch.tensor(_fixed_scale(num_classes), device=options.get("device"))
+        self.register_buffer("scale", fixed)
+
+    def extend_buffers(self, num_new: int) -> None:
+        """A fixed scale is that of all classes; a dynamic one finds its way."""
+        super().extend_buffers(num_new)
+        if not self.dynamic:
+            self.scale.fill_(_fixed_scale(self.num_classes + num_new))
 
     def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
         """Make the scale that of this batch."""
@@ -525,6 +531,10 @@ def power_law_margins(
     span = powers.max() - powers.min()
     place = torch.where(span > 0, (powers - powers.min()) / span, 0.5)
     return (low + (high - low) * place).float()
+
+
+def _fixed_scale(num_classes: int) -> float:
+    return math.sqrt(2) * math.log(num_classes - 1)
 
 
 def _pair(

@@ -71,9 +71,10 @@ class Terms:
         if not self.differentiate:
             return weights
         if self.bias is None or self.bias_slope is None:
-            return torch.autograd.grad(self._terms, self._cosines, weights, materialize_grads=True)[
-                0
-            ]
+            (slopes,) = torch.autograd.grad(
+                self._terms, (self._cosines,), weights, materialize_grads=True
+            )
+            return slopes
         slopes, of_bias = torch.autograd.grad(
             self._terms, (self._cosines, self.bias), weights, materialize_grads=True
         )

@@ -181,6 +181,11 @@ class TestExtend:
         if sub_centers > 1:
             assert not torch.equal(new[:, 0], new[:, 1])
 
+    def test_adacos_fixed_scale_is_that_of_all_classes(self):
+        loss = al.AdaCosLoss(50, 4, dynamic=False)
+        loss.extend(50)
+        assert loss.scale.item() == pytest.approx(al.suggest_scale(100))
+
     def test_margins_of_classes_grow_too(self):
         loss = al.CosFaceLoss(3, 4, margin=al.ldam_margins(torch.tensor([9, 90, 900])))
         loss.extend(1)
