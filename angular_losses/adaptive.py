@@ -156,7 +156,7 @@ class AdaFaceLoss(MarginLoss):
 
     References:
         Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022,
-        arXiv:2204.00964, eq. (13)-(18).
+        arXiv:2204.00964, eq. (18), whose brackets its author corrected.
     """
 
     mean: Tensor

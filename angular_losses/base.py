@@ -126,6 +126,9 @@ class MarginLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        cls = type(self)
+        if cls.target is MarginLoss.target and cls.row_target is MarginLoss.row_target:
+            raise TypeError(f"{cls.__name__}: expected a loss that defines target or row_target")
         self.num_classes = checks.positive_integer("num_classes", num_classes)
         self.embedding_size = checks.positive_integer("embedding_size", embedding_size)
         self.scale: float | Tensor = checks.positive("scale", scale)
@@ -172,7 +175,7 @@ class MarginLoss(nn.Module):
         Returns:
             (N,).
         """
-        raise NotImplementedError(f"{type(self).__name__} defines neither target nor row_target")
+        raise NotImplementedError(f"{type(self).__name__} defines row_target instead")
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The function that :meth:`target` is by default, for margins that differ between rows.
@@ -416,7 +419,7 @@ class MarginLoss(nn.Module):
         """Warn if even embeddings on their centres would be far from sure of their class."""
         if self.num_classes < 2:
             return
-        # CosFace, eq. (6): the smallest scale for probability 0.9 with the best of all centres.
+        # CosFace's bound: the smallest scale for probability 0.9 with the best of all centres.
         share = (self.num_classes - 1) / self.num_classes
         least = share * math.log(9 * (self.num_classes - 1))
         if scale < least:

@@ -440,7 +440,7 @@ class LargeMarginSoftmaxLoss(_ClassificationLoss):
         torch.Size([])
 
     References:
-        Liu et al., "Large-Margin Softmax Loss", ICML 2016, arXiv:1612.02295, eq. (4)-(6).
+        Liu et al., "Large-Margin Softmax Loss", ICML 2016, arXiv:1612.02295, eq. (6).
     """
 
     normalize_weight = False

@@ -262,7 +262,7 @@ class CircleLoss(MarginLoss):
 
     References:
         Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization",
-        CVPR 2020, arXiv:2002.10857, eq. (5)-(8); the defaults are those of its face recognition.
+        CVPR 2020, arXiv:2002.10857, eq. (5)-(8); the defaults are FaceX-Zoo's.
     """
 
     def __init__(

@@ -200,7 +200,7 @@ class LSoftmaxLoss(MarginLoss):
 
     References:
         Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016,
-        arXiv:1612.02295, eq. (4)-(6).
+        arXiv:1612.02295, eq. (6).
     """
 
     normalize_weight = False

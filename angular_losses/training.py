@@ -37,7 +37,7 @@ def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
         (9.77, 22.65)
 
     References:
-        Zhang et al., "AdaCos", CVPR 2019, arXiv:1905.00292, section 3.
+        Zhang et al., "AdaCos", CVPR 2019, arXiv:1905.00292.
     """
     checks.positive_integer("num_classes", num_classes)
     if num_classes < 3:

@@ -1,4 +1,4 @@
-"""The losses as their papers print them: naive float64 functions, independent of the package.
+"""The losses as their papers define them: naive float64 functions, independent of the package.
 
 Every loss takes ``embeddings`` (N, d), ``weight`` (C, d), both unnormalised, and ``labels`` (N,),
 and returns the N losses before any reduction; autograd differentiates it, and what the authors

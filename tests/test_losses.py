@@ -146,6 +146,15 @@ def test_a_new_loss_is_a_few_lines():
     assert torch.equal(module(embeddings, labels), expected)
 
 
+def test_a_loss_without_a_target_is_refused_at_once():
+    class Incomplete(al.MarginLoss):
+        pass
+
+    for cls in (Incomplete, al.MarginLoss):
+        with pytest.raises(TypeError, match=f"{cls.__name__}: expected a loss that defines target"):
+            cls(5, 8, 10.0)
+
+
 def test_repr_tells_the_settings():
     assert repr(al.ArcFaceLoss(5, 8)) == "ArcFaceLoss(5, 8, scale=64.0, margin=0.5)"
     text = repr(al.SphereFaceLoss(5, 8, schedule=al.LambdaAnnealing(), reduction="sum"))
