@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from angular_losses import LambdaAnnealing, SphereFaceLoss
+from torch import nn
 
 from .errors import UserError
 from .files import replacing
 from .mobilenet import EmbeddingNetwork, load_imagenet_weights
+from .objectives import make_loss
 from .run_folder import CHECKPOINT
-from .settings import LossSettings, NetworkSettings, Settings
-from .slices import CLASS_NAMES
+from .settings import NetworkSettings, Settings
 
 
 def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
@@ -26,37 +25,20 @@ def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
     )
 
 
-def make_loss(settings: LossSettings, embedding_size: int) -> SphereFaceLoss:
-    """Return the paper's loss, equations (2) and (3)."""
-    schedule = LambdaAnnealing(
-        base=settings.annealing_base,
-        gamma=settings.annealing_gamma,
-        power=settings.annealing_power,
-        minimum=settings.annealing_minimum,
-    )
-    return SphereFaceLoss(
-        len(CLASS_NAMES),
-        embedding_size,
-        margin=settings.margin,
-        scale=settings.scale,
-        schedule=schedule if settings.annealing else None,
-    )
-
-
 @dataclasses.dataclass
 class TrainingState:
     """All that changes while training, which is all that a checkpoint holds.
 
     Attributes:
         network: The embedding network.
-        loss: The loss, with its class centres and its annealing.
+        loss: The loss, with its class centres and its annealing, if it has them.
         optimiser: Adam on the parameters of both.
         generator: On the CPU, for augmentation; order and dropout use torch's own.
         epoch: How many are done.
     """
 
     network: EmbeddingNetwork
-    loss: SphereFaceLoss
+    loss: nn.Module
     optimiser: torch.optim.Adam
     generator: torch.Generator
     epoch: int = 0
@@ -72,13 +54,19 @@ class TrainingState:
         loss = make_loss(settings.loss, settings.network.embedding_size).to(device)
         # The class centres are the loss's own parameters: left out here, they would never move.
         parameters = [*network.parameters(), *loss.parameters()]
-        optimiser = torch.optim.Adam(parameters, lr=settings.training.learning_rate)
+        rate = settings.training.learning_rate
+        optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
         generator = torch.Generator().manual_seed(settings.training.seed)
         return cls(network, loss, optimiser, generator)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.network.parameters()).device
+
     def save(self, folder: Path) -> None:
         """Write the checkpoint, or leave the last one as it was."""
-        device = self.loss.weight.device
+        device = self.device
         contents = {
             "epoch": self.epoch,
             "network": self.network.state_dict(),
@@ -109,7 +97,7 @@ class TrainingState:
                 raise ValueError("the optimiser's state has the shapes of another network")
         self.generator.set_state(contents["generator"])
         torch.set_rng_state(contents["random"])
-        device = self.loss.weight.device
+        device = self.device
         if device.type == "cuda" and contents["device_random"] is not None:
             torch.cuda.set_rng_state(contents["device_random"], device)
         self.epoch = contents["epoch"]
@@ -125,6 +113,17 @@ def load_network(folder: Path, settings: NetworkSettings) -> tuple[EmbeddingNetw
     except (AttributeError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: does not fit the network: {one_line(error)}") from None
     return network.eval(), contents["epoch"]
+
+
+def load_loss(folder: Path, settings: Settings) -> nn.Module:
+    """Return a run's loss, with the class centres it was trained to."""
+    path = folder / CHECKPOINT
+    loss = make_loss(settings.loss, settings.network.embedding_size)
+    try:
+        loss.load_state_dict(read_checkpoint(path)["loss"])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: does not fit the loss: {one_line(error)}") from None
+    return loss.eval()
 
 
 def epochs_done(folder: Path) -> int:

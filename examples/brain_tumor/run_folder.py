@@ -6,15 +6,22 @@ Training fills it, evaluation and the report read it, and nothing else has to be
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 import numpy as np
 import sklearn
 import torch
 
 from .errors import UserError
-from .files import replacing
+from .files import PARTIAL, replacing
 from .settings import (
     Settings,
     first_difference,
@@ -59,6 +66,26 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder meanwhile; a killed process lets go of it.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: a new run's folder must be empty.
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is training this run") from None
+        yield
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the JSON lines of a log."""
     try:
@@ -76,8 +103,14 @@ def keep_rows(path: Path, count: int) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise a UserError if a new run's folder holds anything already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raise a UserError if a new run's folder holds anything already.
+
+    A split file alone does not count: settings are written last, and until then no run began.
+    """
+    unborn = {SPLIT, SPLIT + PARTIAL, SETTINGS + PARTIAL}
+    if folder.exists() and (
+        not folder.is_dir() or any(path.name not in unborn for path in folder.iterdir())
+    ):
         raise UserError(f"{folder}: already exists; continue it with --resume or name another")
 
 

@@ -20,6 +20,10 @@ from .errors import UserError
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("quick", "paper")
+LOSSES = (
+    *("sphereface", "softmax", "modified-softmax", "triplet"),  # the paper's
+    *("cosface", "arcface", "subcenter-arcface"),
+)
 
 
 def _number(default: float, minimum: float, maximum: float, text: str) -> Any:  # noqa: ANN401
@@ -43,8 +47,9 @@ class DataSettings:
     image_size: int = _number(224, 32, 1024, "side of the square images, in pixels")
     split: str = _choice(
         "paper",
-        ("paper", "paper-swapped", "patient"),
-        "paper: 70-30 by slice; paper-swapped: the same, 30-70; patient: no patient on both sides",
+        ("paper", "paper-swapped", "patient", "patient-swapped"),
+        "paper: 70-30 by slice; patient: no patient on both sides, tested on one fold of five; "
+        "-swapped: the same with the sides exchanged",
     )
     fold: int = _number(1, 1, 5, "the fold of patients held out by the patient split")
     split_seed: int = _number(0, 0, 2**32 - 1, "seed of the split")
@@ -78,9 +83,16 @@ class AugmentationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """SphereFace, and its annealing: lambda = max(minimum, base (1 + gamma t)^-power)."""
+    """The loss, and its annealing: lambda = max(minimum, base (1 + gamma t)^-power)."""
 
-    margin: float = _number(5.0, 1.0, 16.0, "m, the factor of the target angle")
+    loss: str = _choice("sphereface", LOSSES, "what is minimised")
+    margin: float = _number(
+        5.0,
+        0.0,
+        16.0,
+        "m: a factor of the target angle (sphereface), radians (arcface), a cosine (cosface) or a "
+        "squared distance (triplet)",
+    )
     scale: float = _number(30.0, 0.1, 1000.0, "s, the scale of the cosines")
     annealing: bool = _plain(True, "blend the margin in: (lambda cos + psi) / (1 + lambda)")
     annealing_base: float = _number(1000.0, 0.0, 1e9, "lambda at the first step")

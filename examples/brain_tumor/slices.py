@@ -219,13 +219,14 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
     )
 
 
-def patient_split(slices: SliceSet, fold: int, seed: int) -> Split:
+def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) -> Split:
     """Split patient by patient: test on one fold of patients, train on the other four.
 
     Args:
         slices: The slices; where they come without folds, their patients are dealt to folds.
         fold: The fold to test on, 1 to 5.
         seed: Decides how patients are dealt; the archive's own folds do not depend on it.
+        swap: Exchange the sides: train on the one fold and test on the other four.
 
     Raises:
         UserError: The fold is empty, has all slices of a class, or shares a patient with another.
@@ -243,13 +244,14 @@ def patient_split(slices: SliceSet, fold: int, seed: int) -> Split:
     shared = patients_on_both_sides(slices.patients, test)
     if shared:
         raise UserError(f"split patient: patient {min(shared)} is in fold {fold} and in another")
+    test = ~test if swap else test
     return Split(
         train=(~test).nonzero()[:, 0],
         test=test.nonzero()[:, 0],
-        name="patient",
+        name="patient-swapped" if swap else "patient",
         description=(
-            f"By patient: tested on fold {fold} of {FOLDS}, {origin}; no patient id has slices on "
-            "both sides."
+            f"By patient: {'trained' if swap else 'tested'} on fold {fold} of {FOLDS}, {origin}; "
+            "no patient id has slices on both sides."
         ),
     )
 

@@ -1,7 +1,7 @@
 """The training loop: Adam on the network and on the loss's class centres, a checkpoint an epoch.
 
 A checkpoint holds all that changes, random states included, so a resumed run ends where an
-uninterrupted one does (bit for bit on a CPU).
+uninterrupted one does (bit for bit on a CPU, with as many threads).
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from angular_losses import target_angle
@@ -29,6 +29,7 @@ from .run_folder import (
     check_resumable,
     describe_environment,
     keep_rows,
+    locked,
     start_run,
     write_json,
 )
@@ -37,6 +38,7 @@ from .slices import SliceSet, Split, paper_split, patient_split
 
 LOGGED_STEPS = 500  # enough to show how the angles settle, with and without annealing
 BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done rarely
+SAVING_SHARE = 0.1  # of the time at most goes into checkpoints: an epoch may take half a second
 MEASURES = ("loss", "accuracy", "mean_target_angle", "gradient_norm", "lambda")
 
 
@@ -55,6 +57,11 @@ def train(
     Raises:
         UserError: The folder holds another run, a file does not fit, or the loss diverged.
     """
+    with locked(out):
+        _train(settings, slices, split, out, resume)
+
+
+def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(settings.training.precision, device)
     images, labels = slices.images[split.train].to(device), slices.labels[split.train].to(device)
@@ -68,6 +75,7 @@ def train(
     write_json(out / ENVIRONMENT, describe_environment(device, precision))
 
     epochs = settings.training.epochs
+    save = _Saver(state, out)
     with tqdm(
         total=epochs * len(batches),
         initial=state.epoch * len(batches),
@@ -80,15 +88,17 @@ def train(
             steps = _train_epoch(state, settings, shuffled, len(batches), precision, bar)
             seconds = time.perf_counter() - started
             summary = _finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
+            save(last=state.epoch == epochs)
             if bar.disable:
                 print(_progress_line(summary, epochs), file=sys.stderr, flush=True)
 
 
 def make_split(settings: DataSettings, slices: SliceSet) -> Split:
     """Return the split that the settings ask for."""
-    if settings.split == "patient":
-        return patient_split(slices, settings.fold, settings.split_seed)
-    return paper_split(slices, settings.split_seed, swap=settings.split == "paper-swapped")
+    name, _, swapped = settings.split.partition("-")
+    if name == "patient":
+        return patient_split(slices, settings.fold, settings.split_seed, swap=bool(swapped))
+    return paper_split(slices, settings.split_seed, swap=bool(swapped))
 
 
 def learning_rate(settings: TrainingSettings, epoch: float) -> float:
@@ -105,7 +115,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
@@ -123,6 +134,22 @@ def _restore(state: TrainingState, out: Path, steps_per_epoch: int) -> None:
         state.restore(out)
     keep_rows(out / EPOCHS, state.epoch)
     keep_rows(out / STEPS, min(state.epoch * steps_per_epoch, LOGGED_STEPS))
+
+
+class _Saver:
+    """Saves after the first epoch, after the last, and between them as SAVING_SHARE allows."""
+
+    def __init__(self, state: TrainingState, out: Path) -> None:
+        self.state = state
+        self.out = out
+        self.due = -math.inf
+
+    def __call__(self, last: bool) -> None:
+        started = time.monotonic()
+        if last or started >= self.due:
+            self.state.save(self.out)
+            ended = time.monotonic()
+            self.due = ended + (ended - started) / SAVING_SHARE
 
 
 def _shuffled(
@@ -154,9 +181,9 @@ def _train_epoch(
         steps.append(_train_step(state, images, labels, precision))
         bar.update()
         if step % BAR_INTERVAL == 0 and not bar.disable:
-            loss, accuracy, *_ = torch.stack(steps[-BAR_INTERVAL:]).mean(0).tolist()
+            loss = torch.stack(steps[-BAR_INTERVAL:]).mean(0)[0].item()
             bar.set_description(f"epoch {state.epoch + 1}/{settings.training.epochs}")
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}")
     return torch.stack(steps).cpu()
 
 
@@ -173,19 +200,27 @@ def _train_step(
     state.optimiser.zero_grad()
     loss.backward()
     with torch.no_grad():
-        # Without the margin: the answer that the class centres give.
-        accuracy = (state.loss.get_logits(embeddings).argmax(1) == labels).float().mean()
-        angle = target_angle(embeddings, state.loss.weight, labels).mean()
+        accuracy, angle = _beside_centres(state.loss, embeddings, labels)
     norm = torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters()])
     state.optimiser.step()
     return torch.stack([x.detach().double() for x in (loss, accuracy, angle, norm, annealing)])
 
 
+def _beside_centres(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the share that the class centres classify, without a margin, and the mean angle."""
+    if loss.weight is None:
+        return embeddings.new_tensor(math.nan), embeddings.new_tensor(math.nan)
+    accuracy = (loss.get_logits(embeddings).argmax(1) == labels).float().mean()
+    sub_centers = getattr(loss, "sub_centers", 1)
+    return accuracy, target_angle(embeddings, loss.weight, labels, sub_centers=sub_centers).mean()
+
+
 def _finish_epoch(
     state: TrainingState, steps: Tensor, out: Path, seconds: float, images_per_second: float
 ) -> dict[str, Any]:
-    """Log the epoch, save the state and return the log's line."""
-    if not steps[:, :-1].isfinite().all():  # the last, lambda, is NaN without annealing
+    """Log the epoch and return the log's line."""
+    measured = [MEASURES.index(name) for name in ("loss", "gradient_norm")]
+    if not steps[:, measured].isfinite().all():  # the others are NaN where a loss has none
         raise UserError(
             f"{out}: the loss diverged in epoch {state.epoch + 1}; "
             "use a lower --learning-rate or turn on --annealing"
@@ -202,7 +237,6 @@ def _finish_epoch(
     # The logs come first: resuming drops a line too many, but could not invent one.
     append_rows(out / STEPS, [_named(step) for step in steps[: LOGGED_STEPS - logged]])
     append_rows(out / EPOCHS, [summary])
-    state.save(out)
     return summary
 
 
@@ -213,8 +247,9 @@ def _named(measures: Tensor) -> dict[str, float | None]:
 
 def _progress_line(summary: dict[str, Any], epochs: int) -> str:
     left = (epochs - summary["epoch"]) * summary["seconds"]
+    accuracy = "" if summary["accuracy"] is None else f"  accuracy {summary['accuracy']:.3f}"
     return (
-        f"epoch {summary['epoch']}/{epochs}  loss {summary['loss']:.3f}  "
-        f"accuracy {summary['accuracy']:.3f}  {summary['images_per_second']:.0f} images/s  "
+        f"epoch {summary['epoch']}/{epochs}  loss {summary['loss']:.3f}{accuracy}  "
+        f"{summary['images_per_second']:.0f} images/s  "
         f"about {left / 60:.1f} min left"
     )

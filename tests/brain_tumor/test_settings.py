@@ -97,7 +97,7 @@ def test_written_settings_read_back_equal(tmp_path):
         ("[training]\nschedule = 'linear'", "training.schedule: must be one of"),
         ("[training]\nschedule = 3", "training.schedule: must be str"),
         ("[augmentation]\nflip_up_down = 1", "augmentation.flip_up_down: must be bool"),
-        ("[loss]\nmargin = 0.5", "loss.margin: must be from 1.0"),
+        ("[loss]\nmargin = -0.5", "loss.margin: must be from 0.0"),
         ("[data]\nsplit = 'patients'", "data.split: must be one of"),
         ("[data\n", "not readable as settings"),
     ],

@@ -9,6 +9,7 @@ import torch
 from examples.brain_tumor import training
 from examples.brain_tumor.checkpoint import TrainingState
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.run_folder import locked
 from examples.brain_tumor.settings import load_settings, override_settings, read_settings
 from examples.brain_tumor.training import batch_bounds, choose_precision, learning_rate, train
 
@@ -261,11 +262,22 @@ def test_batches_never_hold_one_slice():
         batch_bounds(1, 4)
 
 
-def test_precision_is_as_asked_or_as_the_hardware_multiplies():
+def test_precision_is_as_asked():
     assert choose_precision("bfloat16", CPU) is torch.bfloat16
     assert choose_precision("float32", CPU) is torch.float32
-    native = torch.cpu.get_capabilities().get("amx_bf16", False)
-    assert choose_precision("auto", CPU) is (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+    ],
+)
+def test_precision_follows_the_hardware(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_precision("auto", CPU) is precision
 
 
 def test_bfloat16_trains(tmp_path, tiny_settings, blobs, blob_split):
@@ -276,3 +288,61 @@ def test_bfloat16_trains(tmp_path, tiny_settings, blobs, blob_split):
     assert (
         json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bfloat16"
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin"),
+    [
+        *(("softmax", 0.0), ("modified-softmax", 0.0), ("triplet", 0.2)),
+        *(("cosface", 0.35), ("arcface", 0.5), ("subcenter-arcface", 0.5)),
+    ],
+)
+def test_every_loss_trains(tmp_path, tiny_settings, blobs, blob_split, loss, margin):
+    still = {"rotation_degrees": 0.0, "zoom": 1.0, "brightness": 0.0, "batch_size": 15}
+    changed = {"loss": loss, "margin": margin, "epochs": 12, "learning_rate": 3e-3, **still}
+    settings = override_settings(tiny_settings, changed)
+    train(settings, blobs, blob_split, tmp_path / "run")
+    log = rows(tmp_path / "run" / "log.jsonl")
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert (log[0]["accuracy"] is None) == (loss == "triplet")
+
+
+def test_a_margin_of_another_loss_is_refused_before_anything_is_written(
+    tmp_path, tiny_settings, blobs, blob_split
+):
+    settings = override_settings(tiny_settings, {"loss": "cosface", "margin": 5.0})
+    with pytest.raises(UserError, match=r"--margin 5.0: .* cosface .* CosFace's is 0.35"):
+        train(settings, blobs, blob_split, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_saving_takes_a_bounded_share_of_the_time(monkeypatch, tmp_path):
+    """A clock of its own: an epoch takes 1 s, a save 0.5 s, so the next is due 5 s later."""
+    now, saved = [0.0], []
+
+    class State:
+        def save(self, out):
+            saved.append(now[0])
+            now[0] += 0.5
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    save = training._Saver(State(), tmp_path)
+    for epoch in range(12):
+        now[0] += 1
+        save(last=epoch == 11)
+    assert saved == [1.0, 6.5, 12.0, 13.5]
+
+
+def test_two_processes_do_not_train_one_run(tmp_path, tiny_settings, blobs, blob_split):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        train(tiny_settings, blobs, blob_split, tmp_path / "run")
+    train(tiny_settings, blobs, blob_split, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_it_began_can_begin(
+    tmp_path, tiny_settings, blobs, blob_split
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "split.json").write_text("{")
+    (tmp_path / "run" / "settings.toml.partial").write_text("[da")
+    train(tiny_settings, blobs, blob_split, tmp_path / "run")
