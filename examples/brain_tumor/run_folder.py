@@ -37,7 +37,9 @@ EPOCHS = "log.jsonl"
 STEPS = "steps.jsonl"
 CHECKPOINT = "checkpoint.pt"
 EMBEDDINGS = "embeddings.npy"
+ANGLES = "angles.npy"
 PREDICTIONS = "predictions.csv"
+MIRRORED_PREDICTIONS = "predictions_mirrored.csv"
 METRICS = "metrics.json"
 
 
