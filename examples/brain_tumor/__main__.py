@@ -12,7 +12,9 @@ from .errors import UserError
 from .evaluation import evaluate
 from .figures import plot_early
 from .phantoms import make_phantoms
+from .plan import BUDGETS
 from .report import describe_result, write_report
+from .reproduction import default_jobs, run_plan
 from .run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
 from .settings import (
     PRESETS,
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_make_phantoms, _add_train, _add_evaluate):
+    for add in (_add_demo, _add_make_phantoms, _add_train, _add_evaluate, _add_reproduce):
         add(commands)
     return parser
 
@@ -160,6 +162,36 @@ def _add_evaluate(commands: Any) -> None:  # noqa: ANN401
     )
 
 
+def _add_reproduce(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "reproduce",
+        help="train all that the paper's tables and figures need, and write the report",
+        epilog="The same command continues what was cut off, and leaves alone what is finished.",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of .mat slices")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="ImageNet weights of MobileNet v1, safetensors; without: from scratch",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the reproduction's folder")
+    parser.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        default="small",
+        help="small: an hour of two CPU cores; paper: 275 epochs at 224 pixels (default: small)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=default_jobs(),
+        help="trainings side by side (default: one a GPU or, without one, a core)",
+    )
+    parser.set_defaults(
+        run=_reproduce, after_interrupt=lambda options: "the same command continues"
+    )
+
+
 def _make_phantoms(options: argparse.Namespace) -> None:
     progress = sys.stderr.isatty()
     make_phantoms(options.out, options.count, options.seed, options.size, progress)
@@ -239,6 +271,15 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
     print(f"\n{describe_result(run)}\n\nreport and figures: {report}\nslices: {data}")
     print(f"\nNext, the real slices ({ARCHIVE}, CC BY 4.0, Jun Cheng), unpacked into one folder:")
     print(f"  {_command('train', '--data', 'FOLDER', '--out', folder / 'paper')} --preset paper")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    if options.jobs < 1:
+        raise UserError(f"--jobs: must be at least 1, not {options.jobs}")
+    budget = BUDGETS[options.budget]
+    failures = run_plan(options.data, options.weights, options.out, budget, options.jobs)
+    if failures:
+        raise UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
 
 
 def _load(folder: Path, settings: Settings) -> SliceSet:

@@ -1,0 +1,241 @@
+"""Running a plan: each run in its own folder, several side by side, going on where it was cut off.
+
+A reproduction's folder holds all that its report is made of:
+
+    reproduction.json   budget, data and weights (with their sums), versions
+    slices.csv          number, class, patient and fold of every slice
+    sessions.jsonl      when it ran, on what, and what failed
+    runs/NAME/          a run's folder, see run_folder.py
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import epochs_done
+from .errors import UserError
+from .evaluation import evaluate
+from .files import PARTIAL
+from .plan import Budget, Run, plan_runs
+from .run_folder import (
+    METRICS,
+    SETTINGS,
+    append_rows,
+    describe_environment,
+    locked,
+    read_json,
+    write_json,
+    write_text,
+)
+from .slices import CLASS_NAMES, SliceSet, load_slices
+from .training import choose_precision, make_split, train
+
+REPRODUCTION = "reproduction.json"
+SLICES = "slices.csv"
+SESSIONS = "sessions.jsonl"
+RUNS = "runs"
+
+
+def run_plan(data: Path, weights: Path | None, out: Path, budget: Budget, jobs: int) -> list[str]:
+    """Train and evaluate what a reproduction lacks; finished runs are left as they are.
+
+    Args:
+        data: Folder of .mat slices.
+        weights: ImageNet weights, or None to train from scratch.
+        out: The reproduction's folder; new, or of the same data, weights and budget.
+        budget: How much is spent.
+        jobs: Runs side by side. Each has its share of the cores or, if there are GPUs, one of them.
+
+    Returns:
+        A line for each run that failed.
+
+    Raises:
+        UserError: The folder holds another reproduction, or the data are at fault.
+    """
+    with locked(out):
+        slices = load_slices(data, budget.image_size, progress=sys.stderr.isatty())
+        _begin(out, _describe(slices, weights, budget), slices)
+        runs = plan_runs(budget, weights)
+        left = [run for run in runs if not is_finished(out / RUNS / run.name, run)]
+        print(f"{out}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
+        for size in {run.settings.data.image_size for run in left}:  # once, not in every process
+            load_slices(data, size, progress=sys.stderr.isatty())
+        started, failures = time.time(), list[str]()
+        try:
+            for failure in _work(data, out, left, jobs):
+                failures.append(failure)
+        finally:
+            _log_session(out, started, jobs, failures)
+    return failures
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Return whether a run was trained to its end and evaluated."""
+    if not (folder / METRICS).is_file():
+        return False
+    return read_json(folder / METRICS)["epoch"] == run.settings.training.epochs
+
+
+def complete_run(folder: Path, run: Run, slices: SliceSet) -> float:
+    """Train a run, or go on with it, evaluate it, and return its accuracy."""
+    begun = (folder / SETTINGS).is_file()
+    if not begun or epochs_done(folder) < run.settings.training.epochs:
+        split = make_split(run.settings.data, slices)
+        train(run.settings, slices, split, folder, resume=begun)
+    return evaluate(folder, slices).accuracy
+
+
+def default_jobs() -> int:
+    """Return the number of GPUs or, without one, of cores: one thread each wastes none."""
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def _work(data: Path, out: Path, runs: Sequence[Run], jobs: int) -> Iterator[str]:
+    """Complete the runs and yield a line for each that fails."""
+    started = time.monotonic()
+    with _pool(jobs, out) as pool:
+        tasks = {pool.submit(_task, data, out / RUNS / run.name, run): run for run in runs}
+        for done, task in enumerate(as_completed(tasks), 1):
+            left = (time.monotonic() - started) / done * (len(runs) - done)
+            failure, line = _outcome(task, tasks[task])
+            print(f"[{done}/{len(runs)}] {line}; about {left / 60:.0f} min left", flush=True)
+            if failure:
+                yield line
+
+
+def _outcome(task: Future, run: Run) -> tuple[bool, str]:
+    try:
+        accuracy, seconds = task.result()
+    except UserError as error:
+        return True, f"{run.name}: {error}"
+    return False, f"{run.name}: {100 * accuracy:.2f} % in {seconds / 60:.1f} min"
+
+
+@contextmanager
+def _pool(jobs: int, out: Path) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes end at once when the block fails, or this process dies."""
+    context = get_context("spawn")
+    stop, places = context.Event(), context.SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
+    logs = out / "logs"
+    logs.mkdir(exist_ok=True)
+    arguments = (stop, places, jobs, os.getpid(), logs)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_start_process, initargs=arguments)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            f"{out}: a process died, perhaps for want of memory; the same command goes on, and "
+            "with a smaller --jobs needs less"
+        ) from None
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_process(stop: Any, places: Any, jobs: int, parent: int, logs: Path) -> None:  # noqa: ANN401
+    place = places.get()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    threading.Thread(target=_watch, args=(stop, parent), daemon=True).start()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+    sys.stderr = (logs / f"{place}.log").open("a", buffering=1, encoding="utf-8")
+
+
+def _watch(stop: Any, parent: int) -> None:  # noqa: ANN401
+    while not stop.wait(1.0):
+        if os.getppid() != parent:
+            break
+    os._exit(1)
+
+
+def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
+    started = time.monotonic()
+    accuracy = complete_run(folder, run, _load(data, run.settings.data.image_size))
+    return accuracy, time.monotonic() - started
+
+
+@lru_cache(maxsize=2)
+def _load(data: Path, image_size: int) -> SliceSet:
+    return load_slices(data, image_size, progress=False)
+
+
+def _begin(out: Path, description: dict[str, Any], slices: SliceSet) -> None:
+    """Write what a new folder is for, or check that it is for the same."""
+    path = out / REPRODUCTION
+    if path.is_file():
+        stored = read_json(path)
+        for key, value in description.items():
+            if stored.get(key) != value:
+                raise UserError(
+                    f"{path}: {key} is {stored.get(key)!r} there and {value!r} now; "
+                    "a reproduction goes on with its own data, weights and budget"
+                )
+        return
+    unborn = {RUNS, SLICES, SLICES + PARTIAL, REPRODUCTION + PARTIAL}
+    if out.exists() and any(entry.name not in unborn for entry in out.iterdir()):
+        raise UserError(f"{out}: holds something else; name an empty folder")
+    (out / RUNS).mkdir(parents=True, exist_ok=True)
+    write_text(out / SLICES, _slice_table(slices))
+    write_json(path, description)
+
+
+def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[str, Any]:
+    if weights and not weights.is_file():
+        raise UserError(f"{weights}: no such weights file")
+    return {
+        # Through JSON and back, a tuple is a list.
+        "budget": {**dataclasses.asdict(budget), "lengths": list(budget.lengths)},
+        "synthetic": slices.synthetic,
+        "slices": len(slices.numbers),
+        "slices_sha256": hashlib.sha256(_slice_table(slices).encode()).hexdigest(),
+        "images_sha256": hashlib.sha256(slices.images.numpy().tobytes()).hexdigest(),
+        "weights": weights.name if weights else "",
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else "",
+    }
+
+
+def _slice_table(slices: SliceSet) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["slice", "class", "patient", "fold"])
+    folds = [""] * len(slices.numbers) if slices.folds is None else slices.folds.tolist()
+    for number, label, patient, fold in zip(
+        slices.numbers, slices.labels.tolist(), slices.patients, folds, strict=True
+    ):
+        writer.writerow([number, CLASS_NAMES[label], patient, fold])
+    return table.getvalue()
+
+
+def _log_session(out: Path, started: float, jobs: int, failures: list[str]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    session = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "jobs": jobs,
+        "cores": os.cpu_count(),
+        "failures": failures,
+        **describe_environment(device, choose_precision("auto", device)),
+    }
+    append_rows(out / SESSIONS, [session])
