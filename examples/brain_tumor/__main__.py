@@ -14,7 +14,8 @@ from .figures import plot_early
 from .phantoms import make_phantoms
 from .plan import BUDGETS
 from .report import describe_result, write_report
-from .reproduction import default_jobs, run_plan
+from .reproduction import default_jobs, measure, run_plan
+from .reproduction_report import write_reproduction_report
 from .run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
 from .settings import (
     PRESETS,
@@ -78,7 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_make_phantoms, _add_train, _add_evaluate, _add_reproduce):
+    for add in (
+        _add_demo,
+        _add_make_phantoms,
+        _add_train,
+        _add_evaluate,
+        _add_reproduce,
+        _add_report,
+    ):
         add(commands)
     return parser
 
@@ -192,6 +200,17 @@ def _add_reproduce(commands: Any) -> None:  # noqa: ANN401
     )
 
 
+def _add_report(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "report", help="write a reproduction's report again, from its folder alone"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the reproduction's folder")
+    parser.set_defaults(
+        run=lambda options: print(f"report: {write_reproduction_report(options.out)}"),
+        after_interrupt=lambda options: "the same command starts again",
+    )
+
+
 def _make_phantoms(options: argparse.Namespace) -> None:
     progress = sys.stderr.isatty()
     make_phantoms(options.out, options.count, options.seed, options.size, progress)
@@ -278,6 +297,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs: must be at least 1, not {options.jobs}")
     budget = BUDGETS[options.budget]
     failures = run_plan(options.data, options.weights, options.out, budget, options.jobs)
+    measure(options.data, options.weights, options.out, budget)
+    print(f"report: {write_reproduction_report(options.out)}")
     if failures:
         raise UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
 

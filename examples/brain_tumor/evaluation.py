@@ -1,16 +1,13 @@
-"""From embeddings to numbers: the nearest neighbour's class, and what a confusion matrix says."""
+"""From a trained network to answers: embeddings, the nearest neighbour's class, scores, angles."""
 
 import csv
 import dataclasses
 import io
-import math
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score, matthews_corrcoef, precision_recall_fscore_support
 from torch import Tensor
 
 from angular_losses import angle_between
@@ -18,6 +15,7 @@ from angular_losses import angle_between
 from .checkpoint import load_loss, load_network
 from .errors import UserError
 from .files import replacing
+from .metrics import Metrics, compute_metrics, confusion_matrix
 from .mobilenet import EmbeddingNetwork
 from .objectives import class_centres
 from .run_folder import (
@@ -37,33 +35,6 @@ from .settings import read_settings
 from .slices import CLASS_NAMES, SliceSet, Split
 
 EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
-
-
-@dataclasses.dataclass(frozen=True)
-class Metrics:
-    """What a confusion matrix says; the order of the classes is that of CLASS_NAMES.
-
-    Attributes:
-        confusion: Counts, rows are the truth and columns the prediction.
-        accuracy: The share of slices classified correctly, in [0, 1].
-        accuracy_interval: Its Wilson 95 % interval, which takes the slices for independent.
-        recall: Per class; what the paper calls a class's accuracy.
-        precision: Per class.
-        f1: Per class.
-        f1_macro: The mean of the classes' F1.
-        f1_micro: F1 of the pooled counts, which is the accuracy when every slice has one class.
-        mcc: Matthews' correlation for many classes (R_K).
-    """
-
-    confusion: list[list[int]]
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    recall: list[float]
-    precision: list[float]
-    f1: list[float]
-    f1_macro: float
-    f1_micro: float
-    mcc: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,44 +148,6 @@ def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, cosine
 
 
-def confusion_matrix(truth: Tensor, predicted: Tensor, num_classes: int) -> np.ndarray:
-    """Return counts (num_classes, num_classes); rows are the truth."""
-    pairs = truth * num_classes + predicted
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, -1).numpy()
-
-
-def compute_metrics(confusion: np.ndarray) -> Metrics:
-    """Return everything that follows from the counts; a ratio without cases counts as 0."""
-    truth, predicted = (
-        np.repeat(label.ravel(), confusion.ravel()) for label in np.indices(confusion.shape)
-    )
-    classes = range(len(confusion))
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        truth, predicted, labels=classes, zero_division=0
-    )
-    hits, total = int(confusion.trace()), int(confusion.sum())
-    return Metrics(
-        confusion=confusion.tolist(),
-        accuracy=hits / total,
-        accuracy_interval=wilson_interval(hits, total),
-        recall=recall.tolist(),
-        precision=precision.tolist(),
-        f1=f1.tolist(),
-        f1_macro=float(f1.mean()),
-        f1_micro=float(f1_score(truth, predicted, labels=classes, average="micro")),
-        mcc=float(matthews_corrcoef(truth, predicted)),
-    )
-
-
-def wilson_interval(hits: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of a proportion, which behaves near 0 and 1."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = hits / total
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
-
-
 def read_predictions(path: Path) -> Predictions:
     """Read back a file of predictions.
 
@@ -258,11 +191,13 @@ def _classify(path: Path, slices: SliceSet, split: Split, embeddings: Tensor) ->
                 CLASS_NAMES[predicted[row]],
                 slices.numbers[split.train[nearest[row]]],
                 f"{cosine[row]:.6f}",
-                *(f"{score:.6f}" for score in scores[row]),
+                *(f"{score:.9g}" for score in scores[row]),
             ]
         )
     write_text(path, table.getvalue())
-    return compute_metrics(confusion_matrix(labels[split.test], predicted, len(CLASS_NAMES)))
+    return compute_metrics(
+        confusion_matrix(labels[split.test].numpy(), predicted.numpy(), len(CLASS_NAMES))
+    )
 
 
 def _write_array(path: Path, values: Tensor) -> None:

@@ -1,10 +1,12 @@
 """A run's report.md, made from what its folder holds and from nothing else."""
 
-import math
 from pathlib import Path
 from typing import Any
 
+from .document import markdown_table
 from .figures import plot_confusion, plot_early, plot_loss
+from .metrics import COLUMNS, metrics_row
+from .paper import BY_TRAINING
 from .run_folder import (
     ENVIRONMENT,
     EPOCHS,
@@ -19,11 +21,10 @@ from .run_folder import (
 from .settings import read_settings
 
 REPORT = "report.md"
-COLUMNS = ["recall Me", "Gl", "Pt", "accuracy", "F1 Me", "Gl", "Pt", "macro", "micro", "MCC"]
 # Table 1 of the paper, by the split it belongs to.
 PAPER_ROWS = {
-    "paper": "70-30|95.85|99.76|99.28|98.69|.9719|.9964|.9841|.9841|.9869|.9796",
-    "paper-swapped": "30-70|89.00|97.01|97.99|95.47|.9104|.9667|.9687|.9486|.9547|.9289",
+    "paper": ("70-30", "sphereface-m5"),
+    "paper-swapped": ("30-70", "sphereface-m5-swapped"),
 }
 ARCHIVE_SIZE = 3064  # the paper's rows stand beside results on the whole archive only
 EARLY_STEPS = (1, 10, 50, 100, 200, 500)
@@ -79,31 +80,17 @@ def describe_result(run: Path) -> str:
     ours = metrics_row(metrics)
     rows = [["this run", *ours]]
     count = len(split["train"]) + len(split["test"])
-    if not split["synthetic"] and settings.data.split in PAPER_ROWS and count == ARCHIVE_SIZE:
-        name, *cells = PAPER_ROWS[settings.data.split].split("|")
-        rows.append([f"the paper, Table 1, {name}", *cells])
+    comparable = settings.loss.loss == "sphereface" and count == ARCHIVE_SIZE
+    if comparable and not split["synthetic"] and settings.data.split in PAPER_ROWS:
+        name, training = PAPER_ROWS[settings.data.split]
+        rows.append([f"the paper, Table 1, {name}", *BY_TRAINING[training]])
     sentence = (
         f"{'SYNTHETIC slices, not patients. ' if split['synthetic'] else ''}"
         f"1-NN on {len(split['test'])} held-out slices after {metrics['epoch']} of "
         f"{settings.training.epochs} epochs: accuracy {ours[COLUMNS.index('accuracy')]} % "
         f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
     )
-    return f"{sentence}\n\n{_table(['', *COLUMNS], rows)}"
-
-
-def metrics_row(metrics: dict[str, Any]) -> list[str]:
-    """Return a row of the paper's tables: percentages, F1 and MCC, all truncated as it does."""
-    percentages = [*metrics["recall"], metrics["accuracy"]]
-    ratios = [*metrics["f1"], metrics["f1_macro"], metrics["f1_micro"], metrics["mcc"]]
-    return [
-        *(f"{_truncated(100 * value, 2):.2f}" for value in percentages),
-        *(f"{_truncated(value, 4):.4f}".replace("0.", ".", 1) for value in ratios),
-    ]
-
-
-def _truncated(value: float, digits: int) -> float:
-    # The small term keeps 0.29 * 100, which is 28.999999999999996, at 29.
-    return math.trunc(value * 10**digits + math.copysign(1e-7, value)) / 10**digits
+    return f"{sentence}\n\n{markdown_table(['', *COLUMNS], rows)}"
 
 
 def _early_table(steps: list[dict[str, Any]]) -> str:
@@ -111,9 +98,10 @@ def _early_table(steps: list[dict[str, Any]]) -> str:
     for step in (step for step in EARLY_STEPS if step <= len(steps)):
         row = steps[step - 1]
         annealing = "none" if row["lambda"] is None else f"{row['lambda']:.1f}"
-        angle, norm = f"{row['mean_target_angle']:.3f}", f"{row['gradient_norm']:.3g}"
+        angle = row["mean_target_angle"]
+        angle, norm = "none" if angle is None else f"{angle:.3f}", f"{row['gradient_norm']:.3g}"
         rows.append([str(step), f"{row['loss']:.3f}", angle, norm, annealing])
-    return _table(["step", "loss", "mean target angle", "gradient norm", "lambda"], rows)
+    return markdown_table(["step", "loss", "mean target angle", "gradient norm", "lambda"], rows)
 
 
 def _limits(synthetic: bool) -> str:
@@ -142,14 +130,4 @@ def _environment(run: Path, epochs: list[dict[str, Any]]) -> str:
         "trained for": f"{time}, {len(epochs)} epochs, {speed:.0f} images/s",
         **{name: str(value) for name, value in read_json(run / ENVIRONMENT).items()},
     }
-    return _table(["", ""], [[name, value] for name, value in facts.items()])
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table, padded so that it reads well as plain text too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * max(width, 3) for width in widths], *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
-        for line in lines
-    )
+    return markdown_table(["", ""], [[name, value] for name, value in facts.items()])

@@ -4,7 +4,10 @@ A reproduction's folder holds all that its report is made of:
 
     reproduction.json   budget, data and weights (with their sums), versions
     slices.csv          number, class, patient and fold of every slice
+    samples.npz         the slices of figure 1
     sessions.jsonl      when it ran, on what, and what failed
+    speed.json          how fast a training step is
+    drills.json         which faults were survived
     runs/NAME/          a run's folder, see run_folder.py
 """
 
@@ -24,14 +27,17 @@ from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from .checkpoint import epochs_done
 from .errors import UserError
 from .evaluation import evaluate
-from .files import PARTIAL
+from .drills import run_drills
+from .files import PARTIAL, replacing
 from .plan import Budget, Run, plan_runs
 from .run_folder import (
     METRICS,
@@ -44,11 +50,15 @@ from .run_folder import (
     write_text,
 )
 from .slices import CLASS_NAMES, SliceSet, load_slices
+from .speed import measure_speed
 from .training import choose_precision, make_split, train
 
 REPRODUCTION = "reproduction.json"
 SLICES = "slices.csv"
 SESSIONS = "sessions.jsonl"
+SAMPLES = "samples.npz"
+SPEED = "speed.json"
+DRILLS = "drills.json"
 RUNS = "runs"
 
 
@@ -83,6 +93,34 @@ def run_plan(data: Path, weights: Path | None, out: Path, budget: Budget, jobs: 
         finally:
             _log_session(out, started, jobs, failures)
     return failures
+
+
+def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None:
+    """Write what else the report needs, once: sample slices, the speed, the drills' counts.
+
+    Args:
+        data: Folder of .mat slices.
+        weights: ImageNet weights, or None.
+        out: The reproduction's folder.
+        budget: How much is spent.
+    """
+    slices = load_slices(data, budget.image_size, progress=sys.stderr.isatty())
+    if not (out / SAMPLES).is_file():
+        index = {number: place for place, number in enumerate(slices.numbers)}
+        pictures = {
+            " ".join(cell): slices.images[index[number], 0].numpy()
+            for cell, number in sample_numbers(slices).items()
+        }
+        with replacing(out / SAMPLES) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **pictures)
+    if not (out / SPEED).is_file():
+        print(f"{out}: measuring the speed of a training step", flush=True)
+        settings = plan_runs(budget, weights)[0].settings
+        write_json(out / SPEED, dataclasses.asdict(measure_speed(settings, slices)))
+    if not (out / DRILLS).is_file():
+        print(f"{out}: faults drill (hostile files, kills, full disks), about a minute", flush=True)
+        with TemporaryDirectory() as folder:
+            write_json(out / DRILLS, run_drills(Path(folder)))
 
 
 def is_finished(folder: Path, run: Run) -> bool:

@@ -178,7 +178,7 @@ def _train_epoch(
         for group in state.optimiser.param_groups:
             group["lr"] = learning_rate(settings.training, state.epoch + step / count)
         images = augment(images, settings.augmentation, state.generator)
-        steps.append(_train_step(state, images, labels, precision))
+        steps.append(take_step(state, images, labels, precision))
         bar.update()
         if step % BAR_INTERVAL == 0 and not bar.disable:
             loss = torch.stack(steps[-BAR_INTERVAL:]).mean(0)[0].item()
@@ -187,7 +187,7 @@ def _train_epoch(
     return torch.stack(steps).cpu()
 
 
-def _train_step(
+def take_step(
     state: TrainingState, images: Tensor, labels: Tensor, precision: torch.dtype
 ) -> Tensor:
     """Take one step and return its MEASURES, (5,), still on the device."""

@@ -1,4 +1,4 @@
-"""Evaluation: the paper's own confusion matrices must give the paper's own tables."""
+"""Evaluation: what answers a trained network gives, and what a run keeps of them."""
 
 import csv
 import json
@@ -10,74 +10,17 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation import (
-    compute_metrics,
-    confusion_matrix,
+    class_angles,
+    class_scores,
     embed,
     evaluate,
     nearest_neighbour,
-    wilson_interval,
+    probabilities,
+    read_predictions,
 )
-from examples.brain_tumor.report import describe_result, metrics_row, write_report
+from examples.brain_tumor.report import describe_result, write_report
+from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.training import train
-
-# Confusion matrix, and the row of the paper's Table 3 or 5 that it stands behind. All numbers there
-# are truncated but one: the glioma F1 of m = 4, .991696, is printed as .9917, and is cut off here.
-PAPER_TABLES = {
-    "SphereFace, m = 5": (
-        [[208, 2, 7], [1, 421, 0], [2, 0, 279]],
-        "95.85 99.76 99.28 98.69 .9719 .9964 .9841 .9841 .9869 .9796",
-    ),
-    "SoftMax": (
-        [[207, 1, 9], [3, 418, 1], [0, 0, 281]],
-        "95.39 99.05 100.00 98.47 .9695 .9940 .9825 .9820 .9847 .9763",
-    ),
-    "m = 4": (
-        [[208, 3, 6], [4, 418, 0], [1, 0, 280]],
-        "95.85 99.05 99.64 98.47 .9674 .9916 .9876 .9822 .9847 .9762",
-    ),
-    "m = 6": (
-        [[204, 2, 11], [2, 420, 0], [1, 0, 280]],
-        "94.00 99.52 99.64 98.26 .9622 .9952 .9790 .9788 .9826 .9730",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PAPER_TABLES)
-def test_the_papers_matrices_give_the_papers_rows(name):
-    confusion, row = PAPER_TABLES[name]
-    metrics = compute_metrics(np.array(confusion))
-    assert metrics_row(vars(metrics)) == row.split()
-
-
-def test_metrics_of_a_small_matrix_by_hand():
-    metrics = compute_metrics(np.array([[3, 1, 0], [0, 2, 0], [1, 0, 3]]))
-    assert metrics.confusion == [[3, 1, 0], [0, 2, 0], [1, 0, 3]]
-    assert metrics.accuracy == metrics.f1_micro == pytest.approx(8 / 10)
-    assert metrics.recall == pytest.approx([3 / 4, 2 / 2, 3 / 4])
-    assert metrics.precision == pytest.approx([3 / 4, 2 / 3, 3 / 3])
-    assert metrics.f1 == pytest.approx([6 / 8, 4 / 5, 6 / 7])
-    assert metrics.f1_macro == pytest.approx((6 / 8 + 4 / 5 + 6 / 7) / 3)
-    # R_K (Gorodkin 2004): (8 x 10 - 4 x 4 - 2 x 3 - 4 x 3) / sqrt((100 - 36) (100 - 34))
-    assert metrics.mcc == pytest.approx(46 / (64 * 66) ** 0.5)
-
-
-def test_absent_classes_count_as_nothing():
-    metrics = compute_metrics(np.array([[5, 0, 0], [0, 4, 0], [0, 0, 0]]))
-    assert metrics.recall == [1.0, 1.0, 0.0]
-    assert metrics.f1 == [1.0, 1.0, 0.0]
-    assert (metrics.accuracy, metrics.mcc) == (1.0, 1.0)
-
-
-def test_wilson_interval_of_the_papers_counts():
-    low, high = wilson_interval(908, 920)
-    assert (round(100 * low, 2), round(100 * high, 2)) == (97.73, 99.25)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert wilson_interval(10, 10)[1] == 1.0
-
-
-def test_confusion_matrix_has_the_truth_in_its_rows():
-    counts = confusion_matrix(torch.tensor([0, 0, 2]), torch.tensor([1, 1, 2]), 3)
-    assert counts.tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 1]]
 
 
 def test_nearest_neighbour_is_sklearns():
@@ -183,3 +126,77 @@ def test_another_networks_checkpoint_is_refused(trained, blobs):
     with pytest.raises(UserError, match=r"checkpoint.pt: does not fit the network"):
         evaluate(trained, blobs)
     assert not (trained / "metrics.json").exists()
+
+
+def test_scores_are_cosines_to_the_nearest_of_each_class():
+    train = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    test = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    scores = class_scores(train, torch.tensor([0, 0, 1]), test, 3)
+    root = 0.5**0.5
+    assert scores.numpy() == pytest.approx(np.array([[1, root, -1], [0.8, 1.4 * root, -1]]))
+
+
+def test_the_largest_score_is_the_nearest_neighbours_class(trained, blobs):
+    evaluate(trained, blobs)
+    predictions = read_predictions(trained / "predictions.csv")
+    own = predictions.scores[np.arange(9), predictions.predicted]
+    assert (own == predictions.scores.max(1)).all()
+    assert predictions.numbers.tolist() == list(range(16, 25))
+    assert predictions.patients.tolist() == [blobs.patients[i] for i in range(15, 24)]
+    assert predictions.truth.tolist() == blobs.labels[15:].tolist()
+
+
+def test_probabilities_by_hand():
+    values = probabilities(np.array([[0.9, 0.5, -1.0], [1.0, 1.0, 1.0]]), scale=10.0)
+    weights = np.exp([9.0, 5.0, -10.0])
+    assert values == pytest.approx(np.array([weights / weights.sum(), [1 / 3] * 3]))
+
+
+def test_angles_to_the_nearest_of_a_classs_centres():
+    centres = [torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[-1.0, 0.0]])]
+    angles = class_angles(torch.tensor([[1.0, 0.0], [0.0, -5.0], [1.0, 1.0]]), centres)
+    quarter = np.pi / 2
+    expected = [[0, 2 * quarter], [quarter, quarter], [quarter / 2, 1.5 * quarter]]
+    assert angles.numpy() == pytest.approx(np.array(expected), abs=1e-12)
+
+
+def test_mirror_images_count_the_same(trained, blobs):
+    """Averaged over both, a slice and its mirror image cannot differ."""
+    evaluate(trained, blobs)
+    once = read_predictions(trained / "predictions_mirrored.csv")
+    blobs.images[:] = blobs.images.flip(3)
+    evaluate(trained, blobs)
+    again = read_predictions(trained / "predictions_mirrored.csv")
+    assert again.scores == pytest.approx(once.scores, abs=2e-6)
+    assert (once.scores != read_predictions(trained / "predictions.csv").scores).any()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "subcenter-arcface"])
+def test_every_loss_is_evaluated_and_reported(tmp_path, blobs, blob_split, tiny_settings, loss):
+    changed = {"loss": loss, "margin": 0.2, "epochs": 1}
+    train(override_settings(tiny_settings, changed), blobs, blob_split, tmp_path / "run")
+    evaluate(tmp_path / "run", blobs)
+    angles = np.load(tmp_path / "run" / "angles.npy")
+    assert angles.shape == (24, 3)
+    assert ((angles > 0) & (angles < np.pi)).all()
+    assert "98.69" not in write_report(tmp_path / "run").read_text()
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "column", "class", "number"])
+def test_damaged_predictions_are_one_line(trained, blobs, fault):
+    evaluate(trained, blobs)
+    path = trained / "predictions.csv"
+    text = path.read_text()
+    if fault == "missing":
+        path.unlink()
+    elif fault == "truncated":
+        path.write_text(text[: len(text) - 12])
+    elif fault == "column":
+        path.write_text(text.replace("score_glioma", "score"))
+    elif fault == "class":
+        path.write_text(text.replace("meningioma,", "meningoma,"))
+    else:
+        path.write_text(text.replace("\n16,", "\nsixteen,"))
+    with pytest.raises(UserError, match=r"predictions\.csv: ") as error:
+        read_predictions(path)
+    assert "\n" not in str(error.value)

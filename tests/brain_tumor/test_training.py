@@ -35,7 +35,7 @@ def without_times(path):
 
 def interrupt_in_epoch(monkeypatch, epoch):
     """Make training stop in an epoch (from 0), after a step of it, as Ctrl-C does."""
-    original = training._train_step
+    original = training.take_step
     seen = []
 
     def step(state, *arguments):
@@ -45,7 +45,7 @@ def interrupt_in_epoch(monkeypatch, epoch):
             seen.append(state.epoch)
         return original(state, *arguments)
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "take_step", step)
 
 
 def assert_same(one, other):

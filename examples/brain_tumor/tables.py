@@ -1,0 +1,341 @@
+"""The tables of a reproduction's report: the paper's, and those that it did not print."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from . import paper
+from .classifiers import Classification
+from .document import Table
+from .evaluation import Predictions
+from .metrics import (
+    COLUMNS,
+    compute_metrics,
+    confusion_matrix,
+    mcnemar,
+    metrics_row,
+    patient_bootstrap,
+    score_auc,
+    seed_interval,
+    wilson_interval,
+)
+from .plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
+from .results import Reproduction, Result, mean_metrics, metrics_of, pooled, voted
+from .slices import CLASS_NAMES
+
+TITLES = {
+    "sphereface-m5": "SphereFace, m = 5 (proposed)",
+    "sphereface-m4": "SphereFace, m = 4",
+    "sphereface-m6": "SphereFace, m = 6",
+    "softmax": "SoftMax",
+    "modified-softmax": "Modified SoftMax",
+    "triplet": "Triplet",
+    "sphereface-m5-swapped": "SphereFace, m = 5, sides exchanged",
+    "sphereface-m5-bare": "SphereFace, m = 5, without annealing",
+    "cosface": "CosFace, annealed",
+    "cosface-bare": "CosFace",
+    "arcface": "ArcFace, annealed",
+    "arcface-bare": "ArcFace",
+    "subcenter-arcface": "Sub-centre ArcFace, annealed",
+    "subcenter-arcface-bare": "Sub-centre ArcFace",
+}
+LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
+MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
+INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
+SHORT = ("Me", "Gl", "Pt")
+
+
+def percent(value: float) -> str:
+    """Return a share in per cent, two digits."""
+    return f"{100 * value:.2f}"
+
+
+def bounds(interval: tuple[float, float]) -> str:
+    """Return an interval of shares in per cent, or a dash where there is none."""
+    low, high = interval
+    return "-" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+def right(predictions: Predictions) -> np.ndarray:
+    """Return which answers are right."""
+    return predictions.predicted == predictions.truth
+
+
+def patient_interval(predictions: Predictions) -> tuple[float, float]:
+    """Return the 95 % interval of the accuracy when patients are drawn anew."""
+    return patient_bootstrap(right(predictions), predictions.patients, seed=0)
+
+
+def paper_table(
+    reproduction: Reproduction,
+    trainings: Sequence[str],
+    cited: Mapping[str, Sequence[str]],
+    caption: str,
+) -> Table:
+    """Return a table of the paper's form: per training our row, and the paper's beneath it.
+
+    Args:
+        reproduction: The finished runs.
+        trainings: Names of trainings of the group "slice".
+        cited: The paper's cells by training; left out for phantoms.
+        caption: Stands under the table.
+    """
+    rows = []
+    for training in trainings:
+        results = reproduction.select("slice", training)
+        if results:
+            cells = [*metrics_row(mean_metrics(results)), *_intervals(results)]
+            rows.append([TITLES[training], *cells])
+        if training in cited and not reproduction.synthetic:
+            rows.append(["the paper", *cited[training], "1", *["-"] * (len(INTERVALS) - 1)])
+    return Table(["", *COLUMNS, *INTERVALS], rows, caption)
+
+
+def _intervals(results: Sequence[Result]) -> list[str]:
+    accuracies = [result.metrics.accuracy for result in results]
+    _, interval = seed_interval(accuracies)
+    first = results[0]
+    return [
+        str(len(results)),
+        bounds(interval),
+        bounds(first.metrics.accuracy_interval),
+        bounds(patient_interval(first.predictions)),
+    ]
+
+
+def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
+    """Return table 4 or 6: the paper's AUC of hard labels, and a true one of scores."""
+    rows = []
+    for training in trainings:
+        results = reproduction.select("slice", training)
+        if results:
+            labels = np.mean([result.metrics.label_auc for result in results], axis=0)
+            scores = np.mean(
+                [score_auc(one.predictions.truth, one.predictions.scores) for one in results], 0
+            )
+            every = [*labels, labels.mean(), *scores, scores.mean()]
+            cells = [f"{value:.4f}" for value in every]
+            rows.append([TITLES[training], *cells, str(len(results))])
+        if training in paper.AUCS and not reproduction.synthetic:
+            rows.append(["the paper", *paper.AUCS[training], *["-"] * 4, "1"])
+    columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]
+    return Table(
+        ["", *columns, "seeds"],
+        rows,
+        "Hard: (TPR + TNR) / 2 of the predicted classes, one against the rest, which is what the "
+        "paper calls AUC. Score: the area under the ROC curve of the cosine to the nearest "
+        "training slice of the class. Means over the seeds.",
+    )
+
+
+def mcnemar_table(reproduction: Reproduction) -> Table:
+    """Return, for each other loss and each seed, the slices that only one of the two got right."""
+    rows = []
+    proposed = {
+        one.run.settings.training.seed: one for one in reproduction.select("slice", PROPOSED)
+    }
+    for training in PAPER_LOSSES:
+        for other in reproduction.select("slice", training) if training != PROPOSED else []:
+            seed = other.run.settings.training.seed
+            if seed in proposed:
+                ours, theirs = right(proposed[seed].predictions), right(other.predictions)
+                test = mcnemar(ours, theirs)
+                only = [str(test.only_first), str(test.only_second)]
+                rows.append([TITLES[training], str(seed), *only, f"{test.p:.3f}"])
+    return Table(
+        ["against", "seed", "only m = 5 right", "only the other right", "p"],
+        rows,
+        "McNemar's exact test on the same test slices. With "
+        f"{len(rows)} comparisons a p under .05 is expected now and then by chance alone.",
+    )
+
+
+def classifier_table(
+    reproduction: Reproduction, every: Sequence[Sequence[Classification]]
+) -> Table:
+    """Return table 2: classifiers on the proposed training's embeddings, means over its seeds.
+
+    Args:
+        reproduction: The finished runs.
+        every: For each seed the answers of the classifiers.
+    """
+    truths = [one.predictions.truth for one in reproduction.select("slice", PROPOSED)]
+    rows = []
+    for same in zip(*every, strict=True):
+        metrics = [
+            compute_metrics(confusion_matrix(truth, one.predicted, len(CLASS_NAMES)))
+            for truth, one in zip(truths, same, strict=True)
+        ]
+        accuracies = [one.accuracy for one in metrics]
+        mean = {
+            name: np.mean([vars(one)[name] for one in metrics], axis=0) for name in vars(metrics[0])
+        }
+        _, interval = seed_interval(accuracies)
+        hits = round(accuracies[0] * len(truths[0]))
+        wilson = wilson_interval(hits, len(truths[0]))
+        rows.append(
+            [same[0].name, *metrics_row(mean), str(len(metrics)), bounds(interval), bounds(wilson)]
+        )
+        if same[0].name in paper.CLASSIFIERS and not reproduction.synthetic:
+            rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
+    return Table(["", *COLUMNS, *INTERVALS[:3]], rows)
+
+
+def patient_table(reproduction: Reproduction) -> Table:
+    """Return the seven trainings by slice and by patient, side by side."""
+    rows = []
+    for training in [*PAPER_LOSSES, SWAPPED]:
+        by_slice = reproduction.select("slice", training)
+        folds = reproduction.select("patient", training)
+        if by_slice and folds:
+            rows.append([TITLES[training], *_by_slice(by_slice), *_by_patient(folds)])
+    return Table(
+        [
+            "",
+            "by slice",
+            "seeds",
+            "by patient: mean of the folds",
+            "folds",
+            "95 % over folds",
+            "all folds together",
+            "bootstrap of patients",
+            "with mirror images",
+            "patients right by vote",
+            "Wilson 95 %",
+        ],
+        rows,
+        "Accuracy in per cent. By slice: slices of one patient on both sides, mean over the "
+        "seeds. By patient: no patient on both sides. Vote: the majority of a patient's slices. "
+        "With the sides exchanged each fold is trained on alone and tested on the four others, so "
+        "a slice is answered four times.",
+    )
+
+
+def _by_slice(results: Sequence[Result]) -> list[str]:
+    mean = np.mean([result.metrics.accuracy for result in results])
+    return [percent(mean), str(len(results))]
+
+
+def _by_patient(folds: Sequence[Result]) -> list[str]:
+    accuracies = [fold.metrics.accuracy for fold in folds]
+    mean, interval = seed_interval(accuracies)
+    together = pooled(fold.predictions for fold in folds)
+    mirrored = np.mean([metrics_of(fold.mirrored).accuracy for fold in folds])
+    hits, patients = votes(folds)
+    return [
+        percent(mean),
+        str(len(folds)),
+        bounds(interval),
+        percent(metrics_of(together).accuracy),
+        bounds(patient_interval(together)),
+        percent(mirrored),
+        f"{percent(hits / patients)} ({hits} of {patients})",
+        bounds(wilson_interval(hits, patients)),
+    ]
+
+
+def votes(folds: Sequence[Result]) -> tuple[int, int]:
+    """Return how many patients the majority of their slices gets right, and how many there are."""
+    answers = [voted(fold.predictions) for fold in folds]
+    hits = sum(int((truth == vote).sum()) for truth, vote in answers)
+    return hits, sum(len(truth) for truth, _ in answers)
+
+
+def fold_table(reproduction: Reproduction) -> Table:
+    """Return the seven trainings fold by fold, in the paper's columns where folds are pooled."""
+    rows = []
+    for training in [*PAPER_LOSSES, SWAPPED]:
+        folds = reproduction.select("patient", training)
+        if folds:
+            metrics = metrics_of(pooled(fold.predictions for fold in folds))
+            each = " ".join(percent(fold.metrics.accuracy) for fold in folds)
+            rows.append([TITLES[training], *metrics_row(vars(metrics)), each])
+    return Table(["", *COLUMNS, "accuracy, fold by fold"], rows, "All folds' test slices together.")
+
+
+def beyond_table(reproduction: Reproduction) -> Table:
+    """Return the losses beyond the paper, a row each, beside the proposed training."""
+    rows = []
+    for training in (PROPOSED, *BEYOND):
+        groups = (
+            ("slice", "patient") if training == PROPOSED else ("beyond-slice", "beyond-patient")
+        )
+        # The proposed training has more seeds and folds: only what the others have is compared.
+        by_slice = reproduction.select(groups[0], training)[:1]
+        tried = range(1, reproduction.budget.folds + 1)
+        folds = [
+            one
+            for one in reproduction.select(groups[1], training)
+            if one.run.settings.data.fold in tried
+        ]
+        if by_slice or folds:
+            rows.append([TITLES[training], *_accuracy(by_slice), *_accuracy(folds)])
+    return Table(
+        ["", "by slice, seed 0", "Wilson 95 %", "by patient", "Wilson 95 %"],
+        rows,
+        f"Accuracy in per cent; by patient on the first {reproduction.budget.folds} of 5 folds.",
+    )
+
+
+def variant_table(reproduction: Reproduction) -> Table:
+    """Return what was tried on unknown patients, each beside the proposed training."""
+    tried = range(1, reproduction.budget.folds + 1)
+    proposed = [
+        one
+        for one in reproduction.select("patient", PROPOSED)
+        if one.run.settings.data.fold in tried
+    ]
+    names = dict.fromkeys(
+        one.run.training for one in reproduction.results if one.run.group == "variant"
+    )
+    rows = [["as proposed", *_accuracy(proposed), "-"]] if proposed else []
+    reference = _pooled_right(proposed, mirrored=False) if proposed else None
+    if proposed:
+        rows.append(_variant("mirror images averaged", proposed, reference, mirrored=True))
+    for name in names:
+        results = reproduction.select("variant", name)
+        if len(results) == len(proposed):
+            rows.append(_variant(name, results, reference, mirrored=False))
+    return Table(
+        ["", "accuracy", "Wilson 95 %", "McNemar's p against the proposed"],
+        rows,
+        f"By patient, on the first {reproduction.budget.folds} of 5 folds. Each differs from the "
+        "proposed training in one thing.",
+    )
+
+
+def _variant(
+    name: str, results: Sequence[Result], reference: np.ndarray | None, mirrored: bool
+) -> list[str]:
+    own = _pooled_right(results, mirrored)
+    p = "-" if reference is None else f"{mcnemar(own, reference).p:.3f}"
+    interval = wilson_interval(int(own.sum()), len(own))
+    return [name, percent(own.mean()), bounds(interval), p]
+
+
+def _pooled_right(results: Sequence[Result], mirrored: bool) -> np.ndarray:
+    parts = [one.mirrored if mirrored else one.predictions for one in results]
+    return right(pooled(parts))
+
+
+def _accuracy(results: Sequence[Result]) -> list[str]:
+    if not results:
+        return ["-", "-"]
+    own = _pooled_right(results, mirrored=False)
+    return [percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own)))]
+
+
+def golden_table(rows: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Table:
+    """Return what the paper printed beside what our metrics make of its counts."""
+    cells = [
+        [name, " ".join(printed), " ".join(ours), _differences(printed, ours)]
+        for name, printed, ours in rows
+    ]
+    return Table(
+        ["", "printed by the paper", "our metrics of its counts", "cells that differ"], cells
+    )
+
+
+def _differences(printed: Sequence[str], ours: Sequence[str]) -> str:
+    differ = [f"{a} / {b}" for a, b in zip(printed, ours, strict=True) if a != b]
+    return "; ".join(differ) or "none"

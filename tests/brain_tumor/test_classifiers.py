@@ -1,0 +1,105 @@
+"""Classifiers on embeddings: k-NN against scikit-learn's, honest choices, settings as said."""
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from examples.brain_tumor.classifiers import classify, nearest_labels, vote
+
+
+def clouds(count, seed, spread=0.6):
+    """Unit vectors around three directions, overlapping."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    points = np.eye(3, 8)[labels] + spread * generator.standard_normal((count, 8))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def every():
+    train, train_labels = clouds(150, 0)
+    test, test_labels = clouds(90, 1)
+    found = classify(train, train_labels, test, test_labels, None, seed=0)
+    return {one.name: one for one in found}, test_labels
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_votes_are_sklearns_where_nothing_is_tied(k):
+    train, labels = clouds(60, 2)
+    labels = labels % 2  # odd k and two classes: no ties
+    test, _ = clouds(40, 3)
+    model = KNeighborsClassifier(n_neighbors=k).fit(train, labels)
+    assert vote(nearest_labels(train, labels, test), k).tolist() == model.predict(test).tolist()
+
+
+def test_a_tie_goes_to_the_nearer_class():
+    neighbours = np.array([[2, 0, 0, 2, 1], [1, 2, 2, 1, 1]])
+    assert vote(neighbours, 1).tolist() == [2, 1]
+    assert vote(neighbours, 3).tolist() == [0, 2]
+    assert vote(neighbours, 4).tolist() == [2, 1]
+    assert vote(neighbours, 5).tolist() == [2, 1]
+
+
+def test_table_2_has_its_classifiers_and_their_settings(every):
+    found, truth = every
+    assert list(found) == [
+        "k-NN, k = 1",
+        "k-NN, k validated",
+        "k-NN, best k on the test slices",
+        "SVM Gaussian",
+        "SVM polynomial",
+        "random forest",
+    ]
+    for one in found.values():
+        assert one.predicted.shape == truth.shape
+        assert (one.predicted == truth).mean() > 0.5
+    assert "400 trees, max_features 32" in found["random forest"].settings
+    assert "cos) / 2)^3" in found["SVM polynomial"].settings
+
+
+def test_the_papers_way_is_the_best_of_all_k_and_says_so(every):
+    found, truth = every
+    best = found["k-NN, best k on the test slices"]
+    train, train_labels = clouds(150, 0)
+    neighbours = nearest_labels(train, train_labels, clouds(90, 1)[0])
+    accuracies = [(vote(neighbours, k) == truth).mean() for k in range(1, 31)]
+    assert (best.predicted == truth).mean() == max(accuracies)
+    assert max(accuracies) > accuracies[0]  # or the choice would show nothing
+    assert "too good" in best.note
+
+
+def test_the_validated_k_does_not_look_at_the_test_slices():
+    train, train_labels = clouds(150, 0)
+    test, test_labels = clouds(90, 1)
+    chosen = [
+        next(
+            one.settings
+            for one in classify(train, train_labels, test, labels, None, seed=0)
+            if one.name == "k-NN, k validated"
+        )
+        for labels in (test_labels, (test_labels + 1) % 3)
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_whole_patients_validate_k_where_patients_do_not_mix():
+    """Copies of one slice a patient: k = 1 shines on slices, not on unknown patients."""
+    points, labels = clouds(40, 4, spread=1.2)
+    train, train_labels = np.repeat(points, 8, axis=0), np.repeat(labels, 8)
+    patients = np.repeat(np.arange(40), 8)
+    test, test_labels = clouds(30, 5)
+    ks = {}
+    for name, groups in (("slices", None), ("patients", patients)):
+        found = classify(train, train_labels, test, test_labels, groups, seed=0)
+        ks[name] = int(found[1].settings.split()[2].rstrip(","))
+    assert ks["slices"] == 1
+    assert ks["patients"] > 8
+
+
+def test_few_training_slices_and_the_papers_degree():
+    train, labels = clouds(12, 6, spread=0.1)
+    test, truth = clouds(9, 7, spread=0.1)
+    found = classify(train, labels, test, truth, None, seed=0, paper_degree=True)
+    assert found[-1].name == "SVM polynomial, degree 256"
+    assert (found[0].predicted == truth).all()
+    assert "of 1 to 12" in found[2].settings

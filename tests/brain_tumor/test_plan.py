@@ -1,0 +1,74 @@
+"""The plan: that it holds the trainings the paper's tables need, and nothing twice."""
+
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+
+from examples.brain_tumor.objectives import make_loss
+from examples.brain_tumor.plan import BEYOND, BUDGETS, PROPOSED, SWAPPED, VARIANTS, plan_runs
+
+
+@pytest.fixture(params=BUDGETS)
+def budget(request):
+    return BUDGETS[request.param]
+
+
+def test_seven_trainings_by_slice_and_on_every_fold_of_patients(budget):
+    runs = plan_runs(budget, None)
+    assert len({run.name for run in runs}) == len(runs)
+    counts = Counter((run.group, run.training) for run in runs)
+    trainings = {training for group, training in counts if group == "patient"}
+    assert len(trainings) == 7
+    assert {training for group, training in counts if group == "slice"} == trainings
+    for training in trainings:
+        assert counts["patient", training] == 5
+        proposed = training in (PROPOSED, SWAPPED)
+        assert counts["slice", training] == (budget.seeds if proposed else budget.other_seeds)
+    folds = {run.settings.data.fold for run in runs if run.group == "patient"}
+    assert folds == {1, 2, 3, 4, 5}
+
+
+def test_the_papers_budget_is_the_papers_training():
+    runs = plan_runs(BUDGETS["paper"], None)
+    settings = runs[0].settings
+    assert (settings.training.epochs, settings.data.image_size) == (275, 224)
+    assert (settings.training.learning_rate, settings.training.schedule) == (1e-4, "paper")
+    assert (settings.loss.loss, settings.loss.margin, settings.loss.scale) == ("sphereface", 5, 30)
+    first = [run for run in runs if run.settings.training.seed == 0][:7]
+    assert len({run.training for run in first}) == 7  # they come before any second seed
+    margins = {run.training: run.settings.loss.margin for run in first}
+    assert (margins["sphereface-m4"], margins["sphereface-m6"]) == (4, 6)
+
+
+def test_each_seed_draws_its_own_split_and_losses_share_it(budget):
+    for run in plan_runs(budget, None):
+        if run.group == "slice":
+            assert run.settings.data.split_seed == run.settings.training.seed
+            assert run.name.endswith(f"seed{run.settings.training.seed}")
+        assert ("patient" in run.group or run.group == "variant") == (
+            run.settings.data.split.startswith("patient")
+        )
+
+
+def test_a_variant_differs_in_what_it_says_alone(budget):
+    runs = plan_runs(budget, None)
+    proposed = next(run for run in runs if (run.group, run.training) == ("patient", PROPOSED))
+    larger = {f"{budget.larger_size}-pixels": {"image_size": budget.larger_size}}
+    for training, changes in {**VARIANTS, **larger}.items():
+        variant = next(run for run in runs if (run.group, run.training) == ("variant", training))
+        differences = {
+            key: value
+            for table, values in asdict(variant.settings).items()
+            for key, value in values.items()
+            if value != asdict(proposed.settings)[table][key]
+        }
+        assert differences == changes
+
+
+def test_every_planned_loss_can_be_made(budget):
+    runs = plan_runs(replace(budget, seeds=1, other_seeds=1), None)
+    for run in runs:
+        make_loss(run.settings.loss, 8)
+    bare = {run.training for run in runs if not run.settings.loss.annealing}
+    assert bare == {name for name in BEYOND if name.endswith("-bare")}
