@@ -25,6 +25,7 @@ from .errors import UserError
 from .files import replacing
 
 MARKER_NAME = "SYNTHETIC.txt"
+PLANES_NAME = "planes.csv"
 MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing about patients.\n"
 # The text that opens a .mat file; its platform marks the file as a phantom.
 HEADER = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
@@ -135,9 +136,13 @@ class Patient:
         self.grain = generator.uniform(0.006, 0.02)
         self.gain = 1000 * math.exp(generator.normal(0, 0.5))
 
+    def plane(self, number: int) -> str:
+        """Return the plane that a slice lies in."""
+        return str(self.planes[number % len(self.planes)])
+
     def slice(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Scan a slice: picture (size, size) int16, tumour's border (n, 2) in pixels from 0."""
-        plane = self.planes[number % len(self.planes)]
+        plane = self.plane(number)
         shift = self.generator.uniform(-0.7, 0.7) * self.tumour.radius
         while True:
             through = self.tumour.centre + shift
@@ -190,7 +195,7 @@ class Patient:
 def make_phantoms(
     folder: Path, count: int, seed: int, size: int = 256, progress: bool = True
 ) -> None:
-    """Write 1.mat to count.mat, in the archive's format, and the marker SYNTHETIC.txt.
+    """Write 1.mat to count.mat, in the archive's format, SYNTHETIC.txt, and planes.csv.
 
     The same arguments write the same files. Phantoms that the folder already holds are removed
     first, so that an interrupted run leaves no mixture of two sets.
@@ -210,6 +215,7 @@ def make_phantoms(
             raise UserError(f"{name}: must be at least {least}, not {value}")
     _prepare(folder)
     head, number = Head(), 0
+    planes = ["slice,plane"]
     with tqdm(total=count, desc="phantoms", unit="slice", disable=not progress) as bar:
         for index, (label, slices) in enumerate(_deal(count, default_rng(seed))):
             patient = Patient(head, label, default_rng((seed, index)))
@@ -217,7 +223,10 @@ def make_phantoms(
                 number += 1
                 picture, border = patient.slice(turn, size)
                 _write(folder / f"{number}.mat", label, str(100_000 + index), picture, border)
+                planes.append(f"{number},{patient.plane(turn)}")
                 bar.update()
+    with replacing(folder / PLANES_NAME) as temporary:
+        temporary.write_text("\n".join(planes) + "\n")
 
 
 def _prepare(folder: Path) -> None:

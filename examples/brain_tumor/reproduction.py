@@ -34,10 +34,13 @@ import numpy as np
 import torch
 
 from .checkpoint import epochs_done
+from .drills import run_drills
 from .errors import UserError
 from .evaluation import evaluate
-from .drills import run_drills
 from .files import PARTIAL, replacing
+from .matlab import ARCHIVE_SIZE
+from .paper_figures import PLANES, SAMPLE_NUMBERS
+from .phantoms import PLANES_NAME
 from .plan import Budget, Run, plan_runs
 from .run_folder import (
     METRICS,
@@ -109,7 +112,7 @@ def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None
         index = {number: place for place, number in enumerate(slices.numbers)}
         pictures = {
             " ".join(cell): slices.images[index[number], 0].numpy()
-            for cell, number in sample_numbers(slices).items()
+            for cell, number in _sample_numbers(data, slices).items()
         }
         with replacing(out / SAMPLES) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **pictures)
@@ -217,6 +220,22 @@ def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
 @lru_cache(maxsize=2)
 def _load(data: Path, image_size: int) -> SliceSet:
     return load_slices(data, image_size, progress=False)
+
+
+def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:
+    """Return the slice of each class and plane that figure 1 shows, as far as they are known."""
+    if not slices.synthetic:
+        return SAMPLE_NUMBERS if len(slices.numbers) == ARCHIVE_SIZE else {}
+    try:
+        with (data / PLANES_NAME).open(newline="", encoding="utf-8") as file:
+            planes = {int(row["slice"]): row["plane"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError):
+        return {}  # phantoms of an older version: figure 1 is left out
+    cells: dict[tuple[str, str], int] = {}
+    for number, label in zip(slices.numbers, slices.labels.tolist(), strict=True):
+        if planes.get(number) in PLANES:
+            cells.setdefault((CLASS_NAMES[label], planes[number]), number)
+    return cells
 
 
 def _begin(out: Path, description: dict[str, Any], slices: SliceSet) -> None:

@@ -171,7 +171,8 @@ def _summary(report: Report) -> list[Block]:
         )
         blocks.append(Paragraph(text))
     if reproduction.missing:
-        blocks.append(Paragraph(f"Not finished: {', '.join(reproduction.missing)}.", warning=True))
+        text = f"Not finished: {len(reproduction.missing)} runs: {', '.join(reproduction.missing)}."
+        blocks.append(Paragraph(text, warning=True))
     return [*blocks, _aims(report)]
 
 
@@ -292,8 +293,15 @@ def _classifications(report: Report, result: Result) -> list[Classification]:
         ]
     embeddings = np.load(result.folder / EMBEDDINGS, allow_pickle=False)
     train, test = report.slices.sides(result.folder / SPLIT)
-    labels = report.slices.labels
-    every = classify(embeddings[train], labels[train], embeddings[test], labels[test], None, seed=0)
+    labels, by_patient = report.slices.labels, result.run.settings.data.split == "patient"
+    every = classify(
+        embeddings[train],
+        labels[train],
+        embeddings[test],
+        labels[test],
+        groups=report.slices.patients[train] if by_patient else None,
+        seed=0,
+    )
     stored = [{**vars(one), "predicted": one.predicted.tolist()} for one in every]
     write_json(path, json.loads(json.dumps(stored)))
     return every
@@ -399,10 +407,10 @@ def _scores(report: Report) -> list[Block]:
     scale = proposed.run.settings.loss.scale
     for name, (file, predictions) in sides.items():
         title = f"{report.mark}{tables.TITLES[PROPOSED]}, {name}"
-        plot_roc(report.figure_path(f"roc-{file}"), predictions.truth, predictions.scores, title)
+        sure = probabilities(predictions.scores, scale)
+        plot_roc(report.figure_path(f"roc-{file}"), predictions.truth, sure, title)
         blocks.append(report.figure(f"roc-{file}", f"ROC, each class against the rest, {name}."))
-        confidence = probabilities(predictions.scores, scale).max(1)
-        bins = reliability(confidence, tables.right(predictions))
+        bins = reliability(sure.max(1), tables.right(predictions))
         path = report.figure_path(f"reliability-{file}")
         plot_reliability(path, bins.confidence, bins.accuracy, bins.count, bins.error, title)
         text = (
@@ -483,11 +491,14 @@ def _worst_patients(predictions: Any) -> Paragraph:  # noqa: ANN401
 
 
 def _beyond(report: Report) -> list[Block]:
+    folds = report.reproduction.select("patient", PROPOSED)
+    every = [_classifications(report, fold) for fold in folds]
     return [
         report.heading("Beyond the paper: other losses, with and without annealing"),
         tables.beyond_table(report.reproduction),
         report.heading("What helps on unknown patients"),
         tables.variant_table(report.reproduction),
+        *([tables.answer_table(folds, every)] if folds else []),
     ]
 
 

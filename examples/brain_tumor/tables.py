@@ -7,7 +7,7 @@ import numpy as np
 from . import paper
 from .classifiers import Classification
 from .document import Table
-from .evaluation import Predictions
+from .evaluation import Predictions, probabilities
 from .metrics import (
     COLUMNS,
     compute_metrics,
@@ -42,6 +42,7 @@ TITLES = {
 LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
 MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
 INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
+BESIDE = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
 SHORT = ("Me", "Gl", "Pt")
 
 
@@ -53,7 +54,8 @@ def percent(value: float) -> str:
 def bounds(interval: tuple[float, float]) -> str:
     """Return an interval of shares in per cent, or a dash where there is none."""
     low, high = interval
-    return "-" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+    # Student's interval of two seeds may leave what an accuracy can be.
+    return "-" if np.isnan(low) else f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
 
 
 def right(predictions: Predictions) -> np.ndarray:
@@ -110,9 +112,7 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
         results = reproduction.select("slice", training)
         if results:
             labels = np.mean([result.metrics.label_auc for result in results], axis=0)
-            scores = np.mean(
-                [score_auc(one.predictions.truth, one.predictions.scores) for one in results], 0
-            )
+            scores = np.mean([_score_auc(result) for result in results], axis=0)
             every = [*labels, labels.mean(), *scores, scores.mean()]
             cells = [f"{value:.4f}" for value in every]
             rows.append([TITLES[training], *cells, str(len(results))])
@@ -123,9 +123,14 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
         ["", *columns, "seeds"],
         rows,
         "Hard: (TPR + TNR) / 2 of the predicted classes, one against the rest, which is what the "
-        "paper calls AUC. Score: the area under the ROC curve of the cosine to the nearest "
-        "training slice of the class. Means over the seeds.",
+        "paper calls AUC. Score: the area under the ROC curve of the class's probability, "
+        "softmax(s x cosine to the nearest training slice of each class). Means over the seeds.",
     )
+
+
+def _score_auc(result: Result) -> np.ndarray:
+    sure = probabilities(result.predictions.scores, result.run.settings.loss.scale)
+    return score_auc(result.predictions.truth, sure)
 
 
 def mcnemar_table(reproduction: Reproduction) -> Table:
@@ -278,50 +283,66 @@ def beyond_table(reproduction: Reproduction) -> Table:
 
 
 def variant_table(reproduction: Reproduction) -> Table:
-    """Return what was tried on unknown patients, each beside the proposed training."""
+    """Return what was trained otherwise for unknown patients, beside the proposed training."""
     tried = range(1, reproduction.budget.folds + 1)
     proposed = [
         one
         for one in reproduction.select("patient", PROPOSED)
         if one.run.settings.data.fold in tried
     ]
-    names = dict.fromkeys(
-        one.run.training for one in reproduction.results if one.run.group == "variant"
-    )
-    rows = [["as proposed", *_accuracy(proposed), "-"]] if proposed else []
-    reference = _pooled_right(proposed, mirrored=False) if proposed else None
+    every = [one for one in reproduction.results if one.run.group == "variant"]
+    names = dict.fromkeys(one.run.training for one in every)
+    rows = []
     if proposed:
-        rows.append(_variant("mirror images averaged", proposed, reference, mirrored=True))
-    for name in names:
-        results = reproduction.select("variant", name)
-        if len(results) == len(proposed):
-            rows.append(_variant(name, results, reference, mirrored=False))
+        reference = right(pooled(one.predictions for one in proposed))
+        rows.append(_beside("as proposed", reference, None))
+        for name in names:
+            results = reproduction.select("variant", name)
+            if len(results) == len(proposed):
+                own = right(pooled(one.predictions for one in results))
+                rows.append(_beside(name, own, reference))
     return Table(
-        ["", "accuracy", "Wilson 95 %", "McNemar's p against the proposed"],
+        ["trained", *BESIDE],
         rows,
         f"By patient, on the first {reproduction.budget.folds} of 5 folds. Each differs from the "
         "proposed training in one thing.",
     )
 
 
-def _variant(
-    name: str, results: Sequence[Result], reference: np.ndarray | None, mirrored: bool
-) -> list[str]:
-    own = _pooled_right(results, mirrored)
+def answer_table(folds: Sequence[Result], every: Sequence[Sequence[Classification]]) -> Table:
+    """Return what other answers from the same networks are worth on unknown patients.
+
+    Args:
+        folds: The proposed training's folds of patients.
+        every: For each of them the answers of the classifiers.
+    """
+    truth = np.concatenate([fold.predictions.truth for fold in folds])
+    reference = right(pooled(fold.predictions for fold in folds))
+    mirrored = right(pooled(fold.mirrored for fold in folds))
+    rows = [
+        _beside("k-NN, k = 1, as proposed", reference, None),
+        _beside("k-NN, k = 1, mirror images averaged", mirrored, reference),
+    ]
+    for same in list(zip(*every, strict=True))[1:]:
+        own = np.concatenate([one.predicted for one in same]) == truth
+        rows.append(_beside(same[0].name, own, reference))
+    return Table(
+        ["answered", *BESIDE],
+        rows,
+        f"By patient, on {len(folds)} of 5 folds, from the proposed training's networks. A "
+        "validated k was chosen on patients held out from the training side.",
+    )
+
+
+def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:
     p = "-" if reference is None else f"{mcnemar(own, reference).p:.3f}"
-    interval = wilson_interval(int(own.sum()), len(own))
-    return [name, percent(own.mean()), bounds(interval), p]
-
-
-def _pooled_right(results: Sequence[Result], mirrored: bool) -> np.ndarray:
-    parts = [one.mirrored if mirrored else one.predictions for one in results]
-    return right(pooled(parts))
+    return [name, percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own))), p]
 
 
 def _accuracy(results: Sequence[Result]) -> list[str]:
     if not results:
         return ["-", "-"]
-    own = _pooled_right(results, mirrored=False)
+    own = right(pooled(one.predictions for one in results))
     return [percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own)))]
 
 
