@@ -118,6 +118,9 @@ class TrainingSettings:
         ("auto", "float32", "bfloat16"),
         "of the network's arithmetic; auto: bfloat16 where the hardware multiplies it natively",
     )
+    compile: bool = _plain(
+        False, "compile the network with torch.compile: slow to start, meant for a GPU"
+    )
     seed: int = _number(0, 0, 2**32 - 1, "seed of initialisation, order, augmentation and dropout")
 
 

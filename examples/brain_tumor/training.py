@@ -74,6 +74,8 @@ def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume
         start_run(out, settings, slices, split)
     write_json(out / ENVIRONMENT, describe_environment(device, precision))
 
+    if settings.training.compile:
+        state.network.compile()
     epochs = settings.training.epochs
     save = _Saver(state, out)
     with tqdm(

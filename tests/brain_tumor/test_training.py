@@ -346,3 +346,28 @@ def test_a_run_that_was_killed_before_it_began_can_begin(
     (tmp_path / "run" / "split.json").write_text("{")
     (tmp_path / "run" / "settings.toml.partial").write_text("[da")
     train(tiny_settings, blobs, blob_split, tmp_path / "run")
+
+
+def test_a_compiled_network_trains_alike_and_is_stored_alike(
+    tmp_path, tiny_settings, blobs, blob_split, monkeypatch
+):
+    """With the compiler's front half alone: what it makes of the graph, without minutes of C++."""
+    calls, compile_module = [], torch.nn.Module.compile
+
+    def compile_quickly(module):
+        calls.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    for name, compiled in (("eager", False), ("compiled", True)):
+        changed = {"compile": compiled, "batch_size": 15, "dropout": 0.0, "precision": "float32"}
+        train(override_settings(tiny_settings, changed), blobs, blob_split, tmp_path / name)
+    assert len(calls) == 1
+    eager, compiled = (rows(tmp_path / name / "steps.jsonl") for name in ("eager", "compiled"))
+    losses = [[row["loss"] for row in steps] for steps in (eager, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    keys = [
+        list(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["network"])
+        for name in ("eager", "compiled")
+    ]
+    assert keys[0] == keys[1]
