@@ -309,16 +309,23 @@ def variant_table(reproduction: Reproduction) -> Table:
     )
 
 
-def answer_table(folds: Sequence[Result], every: Sequence[Sequence[Classification]]) -> Table:
-    """Return what other answers from the same networks are worth on unknown patients.
+def answer_table(
+    results: Sequence[Result],
+    every: Sequence[Sequence[Classification]],
+    together: Mapping[str, np.ndarray],
+    caption: str,
+) -> Table:
+    """Return what other answers from trained networks are worth.
 
     Args:
-        folds: The proposed training's folds of patients.
+        results: Runs of the proposed training with disjoint test sides.
         every: For each of them the answers of the classifiers.
+        together: For each way to join several networks, which of all test slices it gets right.
+        caption: Stands under the table.
     """
-    truth = np.concatenate([fold.predictions.truth for fold in folds])
-    reference = right(pooled(fold.predictions for fold in folds))
-    mirrored = right(pooled(fold.mirrored for fold in folds))
+    truth = np.concatenate([one.predictions.truth for one in results])
+    reference = right(pooled(one.predictions for one in results))
+    mirrored = right(pooled(one.mirrored for one in results))
     rows = [
         _beside("k-NN, k = 1, as proposed", reference, None),
         _beside("k-NN, k = 1, mirror images averaged", mirrored, reference),
@@ -326,12 +333,8 @@ def answer_table(folds: Sequence[Result], every: Sequence[Sequence[Classificatio
     for same in list(zip(*every, strict=True))[1:]:
         own = np.concatenate([one.predicted for one in same]) == truth
         rows.append(_beside(same[0].name, own, reference))
-    return Table(
-        ["answered", *BESIDE],
-        rows,
-        f"By patient, on {len(folds)} of 5 folds, from the proposed training's networks. A "
-        "validated k was chosen on patients held out from the training side.",
-    )
+    rows += [_beside(name, own, reference) for name, own in together.items()]
+    return Table(["answered", *BESIDE], rows, caption)
 
 
 def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:
