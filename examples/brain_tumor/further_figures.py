@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc, roc_curve
 
-from .figures import COLOURS, make_panels, save_figure
+from .figures import COLOURS, choose_ink, make_panels, save_figure
 from .paper_figures import (
     CLASS_STYLES,
     add_class_legend,
@@ -28,6 +28,7 @@ CORNER = 0.1  # side of the part of the ROC plane that is enlarged
 LINE_STYLES = ("-", "--", "-.")
 CROSS = {"marker": "x", "color": "black"}
 BOUNDARY = {"color": "black", "linestyle": "--", "linewidth": 1.0}
+AIM = {"color": COLOURS[3], "linewidth": 4.0, "alpha": 0.5}  # seen under the paper's line too
 MARGIN = {"color": COLOURS[3], "linestyle": "-.", "linewidth": 1.5}
 
 
@@ -56,7 +57,7 @@ def plot_roc(path: Path, truth: np.ndarray, scores: np.ndarray, title: str) -> F
         scores: (n, 3), the higher the surer of that class.
         title: Stands above the figure.
     """
-    figure, (whole, corner) = make_panels(title)
+    figure, (whole, corner) = make_panels(title, 2, 2, (4.2, 4.1))
     for label, name in enumerate(CLASS_NAMES):
         own = truth == label
         if own.all() or not own.any():
@@ -156,8 +157,8 @@ def plot_angles(
             axes.plot(line, np.where(bound <= math.pi, bound, np.nan), **MARGIN)
         axes.set(xlim=(0, reach), ylim=(0, reach), box_aspect=1)
         axes.set_title(name, fontsize=10)
-    panels[0].set_ylabel("angle to the nearest other centre (rad)")
-    panels[1].set_xlabel("angle to the centre of the own class (rad)")
+    panels[0].set_ylabel("to nearest other centre (rad)")
+    panels[1].set_xlabel("angle to own class centre (rad)")
     degrees = panels[-1].secondary_yaxis("right", functions=(np.degrees, np.radians))
     degrees.set_ylabel("degrees")
     marks = {"misclassified": CROSS, "equal angles": BOUNDARY}
@@ -225,8 +226,8 @@ def plot_budget(
     means = [100 * float(np.mean(runs[length])) for length in lengths]
     x = [length for length in lengths for _ in runs[length]]
     y = [100 * accuracy for length in lengths for accuracy in runs[length]]
+    axes.axhline(100 * aim, **AIM, label=f"aim, {100 * aim:.2f} %")
     axes.axhline(100 * paper, **BOUNDARY, label=f"the paper, {100 * paper:.2f} %")
-    axes.axhline(100 * aim, **MARGIN, label=f"aim, {100 * aim:.2f} %")
     axes.plot(lengths, means, color=COLOURS[0], label="mean of the seeds")
     dots = {"markersize": 5, "markerfacecolor": "white", "color": COLOURS[0]}
     axes.plot(x, y, linestyle="", marker="o", **dots, label="one seed")
@@ -257,25 +258,25 @@ def plot_errors(path: Path, confusions: Mapping[str, np.ndarray], title: str) ->
     totals = counts.sum(0)
     shares = counts / np.maximum(totals, 1)
     columns = [
-        f"{textwrap.fill(name, 20)}\n{total} of {np.sum(matrix)}"
+        f"{textwrap.fill(name, 20)}\n{total} wrong of {np.sum(matrix)}"
         for (name, matrix), total in zip(confusions.items(), totals, strict=True)
     ]
     lines = max(name.count("\n") + 1 for name in columns)
-    size = (2.4 + 1.6 * len(columns), 3.4 + 0.15 * lines)
+    size = (2.4 + 1.4 * len(columns), 3.6 + 0.15 * lines)
     figure, (axes,) = make_panels(title, 1, 1, size)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), count in np.ndenumerate(counts):
         share = shares[row, column]
         text = f"{count}  ({100 * share:.0f} %)" if count else "0"
-        colour = "white" if share > 0.5 else "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour)
+        axes.text(column, row, text, ha="center", va="center", color=choose_ink(share))
     axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(
         range(len(kinds)), [f"{CLASS_NAMES[i]} → {CLASS_NAMES[j]}" for i, j in kinds], fontsize=9
     )
-    axes.set_xlabel("errors of each kind (share of all errors), truth → predicted", fontsize=9)
+    axes.set_xlabel("errors of each kind\n(share of all errors)", fontsize=9)
     save_figure(figure, path)
     return figure

@@ -9,12 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from .figures import COLOURS, save_figure
+from .figures import COLOURS, save_figure, wrap_title
 
 # All lengths in inches, from the upper left corner.
-WIDTH, BAND, TOP = 9.2, 1.75, 0.55
+WIDTH, TITLE = 9.2, 0.5
 EDGE = 0.25  # between the figure's edge and the boxes
-BOX_WIDTH, BOX_HEIGHT = 1.26, 0.95
+BOX_WIDTH, BOX_HEIGHT = 1.26, 0.85
+HEAD = 0.36  # of a band, above its boxes
+BAND = HEAD + BOX_HEIGHT + 0.14
+GRADIENT = 0.22  # what the way of the gradients adds to the first band
+GAP = 0.12  # between bands
 FONT_SIZE = 8.5
 
 
@@ -71,23 +75,27 @@ def plot_pipeline(
         f"test slice\n{picture}",
         "network\nas trained",
         embedding,
-        f"k-NN, k = {neighbours}\namong embeddings\nof the training\nslices",
+        f"k-NN, k = {neighbours}\namong the\ntraining slices'\nembeddings",
         "class\nmeningioma,\nglioma or\npituitary",
     )
     bands = (
-        ("Training phase", training, COLOURS[0]),
-        ("The network", network, COLOURS[4]),
-        ("Testing phase", testing, COLOURS[2]),
+        ("Training phase", training, COLOURS[0], BAND + GRADIENT),
+        ("The network", network, COLOURS[4], BAND),
+        ("Testing phase", testing, COLOURS[2], BAND),
     )
-    height = TOP + len(bands) * BAND
+    height = TITLE + sum(band[-1] + GAP for band in bands)
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
-    axes.text(WIDTH / 2, TOP / 2, title, ha="center", va="center", fontsize=11)
-    for index, (name, steps, colour) in enumerate(bands):
-        _draw_band(axes, TOP + index * BAND, name, steps, colour)
-    _draw_gradient(axes, _lefts(len(training)), TOP)
+    axes.text(WIDTH / 2, TITLE / 2, wrap_title(title, WIDTH), ha="center", va="center", fontsize=11)
+    top = TITLE
+    for name, steps, colour, band_height in bands:
+        ground = (0.1, top), WIDTH - 0.2, band_height
+        axes.add_patch(Rectangle(*ground, color=colour, alpha=0.1, linewidth=0))
+        _draw_band(axes, top, name, steps, colour)
+        top += band_height + GAP
+    _draw_gradient(axes, _lefts(len(training)), TITLE)
     save_figure(figure, path)
     return figure
 
@@ -99,11 +107,9 @@ def _lefts(count: int) -> list[float]:
 
 
 def _draw_band(axes: Axes, top: float, name: str, steps: Sequence[str], colour: str) -> None:
-    """Draw one row of boxes with arrows between them on a tinted ground."""
-    ground = Rectangle((0.1, top), WIDTH - 0.2, BAND - 0.12, color=colour, alpha=0.1, linewidth=0)
-    axes.add_patch(ground)
+    """Draw one row of boxes with arrows between them."""
     axes.text(EDGE, top + 0.18, name, va="center", fontsize=10, weight="bold")
-    middle = top + 0.32 + BOX_HEIGHT / 2
+    middle = top + HEAD + BOX_HEIGHT / 2
     lefts = _lefts(len(steps))
     for left, step in zip(lefts, steps, strict=True):
         corner = (left, middle - BOX_HEIGHT / 2)
@@ -117,9 +123,9 @@ def _draw_band(axes: Axes, top: float, name: str, steps: Sequence[str], colour: 
 
 def _draw_gradient(axes: Axes, lefts: Sequence[float], top: float) -> None:
     """Draw how the loss of the training band, its last box, trains the network, its third."""
-    bottom = top + 0.32 + BOX_HEIGHT
+    bottom = top + HEAD + BOX_HEIGHT
     start, end = lefts[-1] + BOX_WIDTH / 2, lefts[2] + BOX_WIDTH / 2
-    level = bottom + 0.17
+    level = bottom + 0.2
     axes.plot([start, start, end], [bottom, level, level], color="0.3", linestyle="--", lw=1)
     _draw_arrow(axes, (end, level), (end, bottom), color="0.3")
     middle = lefts[3] + BOX_WIDTH / 2
