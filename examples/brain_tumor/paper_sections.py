@@ -58,6 +58,7 @@ def samples_and_pipeline(report: Report) -> list[Block]:
             report.figure_path("figure2"),
             f"{report.mark}HSADML, as it was run",
             image_size=settings.data.image_size,
+            pretrained=bool(settings.network.weights),
             margin=settings.loss.margin,
             scale=settings.loss.scale,
         )

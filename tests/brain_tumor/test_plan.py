@@ -72,3 +72,15 @@ def test_every_planned_loss_can_be_made(budget):
         make_loss(run.settings.loss, 8)
     bare = {run.training for run in runs if not run.settings.loss.annealing}
     assert bare == {name for name in BEYOND if name.endswith("-bare")}
+
+
+def test_the_margin_is_in_force_for_at_least_half_of_every_training(budget):
+    """lambda = max(5, 1000 / (1 + gamma t)) by the middle of the smallest training side, by slice."""
+    for run in plan_runs(budget, None):
+        if run.group in ("slice", "beyond-slice", "length") and not run.training.endswith(
+            "swapped"
+        ):
+            loss, epochs = run.settings.loss, run.settings.training.epochs
+            middle = 2144 // 32 * epochs / 2
+            annealed = loss.annealing_base / (1 + loss.annealing_gamma * middle)
+            assert annealed < 1.02 * loss.annealing_minimum
