@@ -22,6 +22,7 @@ def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
         embedding_size=settings.embedding_size,
         dropout=settings.dropout,
         input_range=settings.input_range,
+        layout=settings.layout,
     )
 
 

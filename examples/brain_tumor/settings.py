@@ -68,6 +68,11 @@ class NetworkSettings:
         "what the network is fed: imagenet is [-1, 1], as its weights expect; unit is [0, 1]",
     )
     weights: str = _plain("", "safetensors file of ImageNet weights; empty: start from scratch")
+    layout: str = _choice(
+        "slim",
+        ("slim", "timm"),
+        "whose ImageNet weights MobileNet is built for: TF-slim's or timm's",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from examples.brain_tumor.checkpoint import make_network
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.mobilenet import EmbeddingNetwork, MobileNetV1, load_imagenet_weights
+from examples.brain_tumor.settings import NetworkSettings
 
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
 
@@ -40,6 +42,66 @@ def reference_features(images, weights):
     return images
 
 
+# timm's blocks are counted in stages: the output channels and strides of each one's blocks.
+TIMM_STAGES = (
+    (64, (1,)),
+    (128, (2, 1)),
+    (256, (2, 1)),
+    (512, (2, 1, 1, 1, 1, 1)),
+    (1024, (2, 1)),
+)
+
+
+def timm_features(images, weights):
+    """timm's forward pass: padding of 1 on all sides, strided convolutions, an epsilon of 1e-5."""
+
+    def normalise(features, name):
+        terms = ("running_mean", "running_var", "weight", "bias")
+        mean, var, gamma, beta = (weights[f"{name}.{term}"].to(features) for term in terms)
+        return F.batch_norm(features, mean, var, gamma, beta, eps=1e-5).clamp(0, 6)
+
+    def convolve(features, name, **arguments):
+        return F.conv2d(features, weights[f"{name}.weight"].to(features), **arguments)
+
+    features = normalise(convolve(images, "conv_stem", stride=2, padding=1), "bn1")
+    for stage, (_, strides) in enumerate(TIMM_STAGES):
+        for block, stride in enumerate(strides):
+            name, groups = f"blocks.{stage}.{block}", features.shape[1]
+            features = convolve(
+                features, f"{name}.conv_dw", stride=stride, padding=1, groups=groups
+            )
+            features = normalise(features, f"{name}.bn1")
+            features = normalise(convolve(features, f"{name}.conv_pw"), f"{name}.bn2")
+    return features
+
+
+def random_timm_weights():
+    """Weights of the names and shapes in timm's file, for which every normalisation matters."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+
+    def add(convolution, normalisation, *shape):
+        deviation = (2 / torch.tensor(shape[1:]).prod()) ** 0.5
+        weights[f"{convolution}.weight"] = torch.randn(shape, generator=generator) * deviation
+        for term, scale in (("weight", 0.005), ("running_var", 2e-5)):
+            weights[f"{normalisation}.{term}"] = torch.rand(shape[0], generator=generator) * scale
+        for term in ("bias", "running_mean"):
+            weights[f"{normalisation}.{term}"] = torch.randn(shape[0], generator=generator) * 0.5
+        weights[f"{normalisation}.num_batches_tracked"] = torch.tensor(7)
+
+    add("conv_stem", "bn1", 32, 3, 3, 3)
+    channels = 32
+    for stage, (out_channels, strides) in enumerate(TIMM_STAGES):
+        for block in range(len(strides)):
+            name = f"blocks.{stage}.{block}"
+            add(f"{name}.conv_dw", f"{name}.bn1", channels, 1, 3, 3)
+            add(f"{name}.conv_pw", f"{name}.bn2", out_channels, channels, 1, 1)
+            channels = out_channels
+    weights["classifier.weight"] = torch.zeros(1000, 1024)
+    weights["classifier.bias"] = torch.zeros(1000)
+    return weights
+
+
 def random_weights():
     """Weights of the file's names and shapes, for which every batch normalisation matters."""
     generator = torch.Generator().manual_seed(0)
@@ -61,6 +123,7 @@ def random_weights():
 
 
 WEIGHTS = random_weights()
+TIMM_WEIGHTS = random_timm_weights()
 
 
 @pytest.fixture
@@ -70,12 +133,20 @@ def weights_file(tmp_path):
     return path
 
 
-def assert_parity(path, height, width):
+@pytest.fixture
+def timm_file(tmp_path):
+    path = tmp_path / "timm.safetensors"
+    save_file(TIMM_WEIGHTS, path)
+    return path
+
+
+def assert_parity(path, height, width, layout="slim"):
     """The loaded network and the reference agree in float64."""
-    network = MobileNetV1().eval()
+    network = MobileNetV1(layout=layout).eval()
     load_imagenet_weights(network, path)
     images = torch.rand(2, 3, height, width, dtype=torch.float64) * 2 - 1
-    expected = reference_features(images, load_file(path))
+    reference = {"slim": reference_features, "timm": timm_features}[layout]
+    expected = reference(images, load_file(path))
     with torch.no_grad():
         found = network.double()(images)
     assert found.shape == (2, 1024, -(-height // 32), -(-width // 32))
@@ -86,6 +157,11 @@ def assert_parity(path, height, width):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (75, 96), (33, 50)])
 def test_forward_equals_reference(weights_file, height, width):
     assert_parity(weights_file, height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (75, 96), (33, 50)])
+def test_forward_in_timms_layout_equals_timms(timm_file, height, width):
+    assert_parity(timm_file, height, width, "timm")
 
 
 def test_forward_with_the_real_weights():
@@ -153,6 +229,27 @@ def test_weights_of_another_network_are_refused(tmp_path, fault):
     assert_refused(MobileNetV1(), path, fault)
 
 
+TIMM_LAST = "blocks.4.1.bn2.running_var"
+TIMM_FAULTS = {
+    f"no tensor named {TIMM_LAST}": {TIMM_LAST: None},
+    f"{TIMM_LAST} has shape [512], expected [1024]": {TIMM_LAST: torch.ones(512)},
+    "neither TF-slim's nor timm's": {"conv_stem.weight": None},
+}
+
+
+@pytest.mark.parametrize("fault", TIMM_FAULTS)
+def test_timms_weights_of_another_network_are_refused(tmp_path, fault):
+    path = tmp_path / "weights.safetensors"
+    members = {**TIMM_WEIGHTS, **TIMM_FAULTS[fault]}
+    save_file({name: tensor for name, tensor in members.items() if tensor is not None}, path)
+    assert_refused(MobileNetV1(layout="timm"), path, fault)
+
+
+def test_weights_of_the_other_layout_name_the_setting(weights_file, timm_file):
+    assert_refused(MobileNetV1(), timm_file, "set --layout timm")
+    assert_refused(MobileNetV1(layout="timm"), weights_file, "set --layout slim")
+
+
 def test_unreadable_weights_are_refused(tmp_path, weights_file):
     network = MobileNetV1()
     assert_refused(network, tmp_path / "absent.safetensors", "no such weights file")
@@ -203,8 +300,16 @@ def test_input_range_is_what_it_says():
     assert unit[:, 1, 5, 5].tolist() == [0, 0.25, 1]
 
 
-def test_every_parameter_learns():
-    network = EmbeddingNetwork(width=0.25, embedding_size=8)
+def test_the_layout_is_a_setting():
+    for layout in ("slim", "timm"):
+        network = make_network(NetworkSettings(width=0.25, embedding_size=8, layout=layout))
+        assert network.backbone.layout == layout
+    assert NetworkSettings().layout == EmbeddingNetwork(0.25, 8).backbone.layout == "slim"
+
+
+@pytest.mark.parametrize("layout", ["slim", "timm"])
+def test_every_parameter_learns(layout):
+    network = EmbeddingNetwork(width=0.25, embedding_size=8, layout=layout)
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = network(torch.rand(4, 1, 64, 64))
     (embeddings.float() ** 3).sum().backward()
