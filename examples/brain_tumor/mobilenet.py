@@ -1,11 +1,12 @@
 """MobileNet v1 in TF-slim's or timm's layout, ImageNet weights, and the paper's output network."""
 
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ BLOCKS = (
 )
 BATCH_NORM_EPSILON = {"slim": 1e-3, "timm": 1e-5}  # what the ImageNet weights were trained with
 
-FIRST_TENSOR = {"slim": "stem.conv.weight", "timm": "conv_stem.weight"}
+FIRST_TENSOR: Mapping[Layout, str] = {"slim": "stem.conv.weight", "timm": "conv_stem.weight"}
 TIMM_LAYERS = {
     ("stem", "conv"): "conv_stem",
     ("stem", "bn"): "bn1",
@@ -203,9 +204,7 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file") from error
-    layout = next((layout for layout, name in FIRST_TENSOR.items() if name in weights), None)
-    if layout is None:
-        raise UserError(f"{path}: neither TF-slim's nor timm's weights of MobileNet v1")
+    layout = _layout(path, weights)
     if layout != network.layout:
         raise UserError(
             f"{path}: these weights have {layout}'s layout, but the network has {network.layout}'s;"
@@ -221,6 +220,28 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
         check_tensor(path, source, weights[source], own.shape)
         state[name] = weights[source]
     network.load_state_dict(state)
+
+
+def weights_layout(path: Path) -> Layout:
+    """Return whose layout a file of ImageNet weights has.
+
+    Raises:
+        UserError: The file is missing or damaged, or holds another network's weights.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        with safe_open(path, "pt") as file:
+            return _layout(path, file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file") from error
+
+
+def _layout(path: Path, names: Container[str]) -> Layout:
+    for layout, first in FIRST_TENSOR.items():
+        if first in names:
+            return layout
+    raise UserError(f"{path}: neither TF-slim's nor timm's weights of MobileNet v1")
 
 
 def timm_name(name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .matlab import FOLDS
+from .mobilenet import weights_layout
 from .settings import Settings, load_settings, override_settings
 
 # What the tables call a training, and the settings that make it. The paper's six losses first;
@@ -115,6 +116,7 @@ def plan_runs(budget: Budget, weights: Path | None) -> list[Run]:
             "schedule": budget.schedule,
             "annealing_gamma": budget.annealing_gamma,
             "weights": str(weights or ""),
+            "layout": weights_layout(weights) if weights else "slim",
         },
     )
     by_slice, by_patient = _by_slice_as_in_the_paper(budget, base), _by_patient_too(base)

@@ -4,7 +4,10 @@ from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.objectives import make_loss
 from examples.brain_tumor.plan import BEYOND, BUDGETS, PROPOSED, SWAPPED, VARIANTS, plan_runs
 
@@ -75,7 +78,7 @@ def test_every_planned_loss_can_be_made(budget):
 
 
 def test_the_margin_is_in_force_for_at_least_half_of_every_training(budget):
-    """lambda = max(5, 1000 / (1 + gamma t)) by the middle of the smallest training side, by slice."""
+    """By slice: lambda = max(5, 1000 / (1 + gamma t)) is at its minimum by then."""
     for run in plan_runs(budget, None):
         if run.group in ("slice", "beyond-slice", "length") and not run.training.endswith(
             "swapped"
@@ -84,3 +87,14 @@ def test_the_margin_is_in_force_for_at_least_half_of_every_training(budget):
             middle = 2144 // 32 * epochs / 2
             annealed = loss.annealing_base / (1 + loss.annealing_gamma * middle)
             assert annealed < 1.02 * loss.annealing_minimum
+
+
+@pytest.mark.parametrize("layout", ["slim", "timm"])
+def test_the_network_is_built_for_the_weights_there_are(tmp_path, layout):
+    name = {"slim": "stem.conv.weight", "timm": "conv_stem.weight"}[layout]
+    save_file({name: torch.zeros(1)}, tmp_path / "weights")
+    runs = plan_runs(BUDGETS["small"], tmp_path / "weights")
+    assert {run.settings.network.layout for run in runs} == {layout}
+    save_file({"other": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(UserError, match="neither TF-slim's nor timm's"):
+        plan_runs(BUDGETS["small"], tmp_path / "weights")
