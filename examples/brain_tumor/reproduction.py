@@ -5,7 +5,7 @@ A reproduction's folder holds all that its report is made of:
     reproduction.json   budget, data and weights (with their sums), versions
     slices.csv          number, class, patient and fold of every slice
     samples.npz         the slices of figure 1
-    sessions.jsonl      when it ran, on what, and what failed
+    sessions.jsonl      when it ran, on what, what failed: a line at the start, one at the end
     speed.json          how fast a training step is
     drills.json         which faults were survived
     runs/NAME/          a run's folder, see run_folder.py
@@ -89,12 +89,13 @@ def run_plan(data: Path, weights: Path | None, out: Path, budget: Budget, jobs: 
         print(f"{out}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
         for size in {run.settings.data.image_size for run in left}:  # once, not in every process
             load_slices(data, size, progress=sys.stderr.isatty())
-        started, failures = time.time(), list[str]()
+        failures: list[str] = []
+        append_rows(out / SESSIONS, [_session(jobs, len(left))])
         try:
-            for failure in _work(data, out, left, jobs):
-                failures.append(failure)
-        finally:
-            _log_session(out, started, jobs, failures)
+            failures.extend(_work(data, out, left, jobs))
+        finally:  # what is killed leaves the first line alone
+            done = sum(is_finished(out / RUNS / run.name, run) for run in left)
+            append_rows(out / SESSIONS, [{"ended": _now(), "finished": done, "failed": failures}])
     return failures
 
 
@@ -285,14 +286,12 @@ def _slice_table(slices: SliceSet) -> str:
     return table.getvalue()
 
 
-def _log_session(out: Path, started: float, jobs: int, failures: list[str]) -> None:
+def _session(jobs: int, left: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    session = {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started)),
-        "seconds": round(time.time() - started, 1),
-        "jobs": jobs,
-        "cores": os.cpu_count(),
-        "failures": failures,
-        **describe_environment(device, choose_precision("auto", device)),
-    }
-    append_rows(out / SESSIONS, [session])
+    environment = describe_environment(device, choose_precision("auto", device))
+    shared = {"jobs": jobs, "cores": os.cpu_count(), **environment}
+    return {"started": _now(), "runs left": left, **shared}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

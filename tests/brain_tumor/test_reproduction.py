@@ -24,6 +24,7 @@ from examples.brain_tumor.reproduction import (
     run_plan,
 )
 from examples.brain_tumor.reproduction_report import write_reproduction_report
+from examples.brain_tumor.run_folder import read_rows
 from examples.brain_tumor.slices import load_slices
 
 TINY = Budget("tiny", 32, 1, 1e-3, "cosine", 1.0, 2, 1, 1, 48, (2.0,))
@@ -96,10 +97,11 @@ def test_every_run_has_its_folder(finished):
     described = json.loads((finished / "reproduction.json").read_text())
     assert described["slices"] == 90
     assert described["synthetic"] is True
-    session = json.loads((finished / "sessions.jsonl").read_text())
-    assert session["jobs"] == 2
-    assert session["failures"] == []
-    assert "torch" in session
+    start, end = read_rows(finished / "sessions.jsonl")
+    assert start["jobs"] == 2
+    assert start["runs left"] == end["finished"] == len(CHOSEN)
+    assert end["failed"] == []
+    assert "torch" in start
 
 
 def test_a_report_of_phantoms_says_so_everywhere(finished):
@@ -210,7 +212,7 @@ def test_a_failing_run_keeps_none_of_the_others(data, tmp_path, monkeypatch):
     assert len(failures) == 1
     assert failures[0].startswith(f"{CHOSEN[7]}: --margin 5.0: ")
     assert is_finished(tmp_path / "out" / "runs" / CHOSEN[2], chosen[0])
-    assert json.loads((tmp_path / "out" / "sessions.jsonl").read_text())["failures"] == failures
+    assert read_rows(tmp_path / "out" / "sessions.jsonl")[-1]["failed"] == failures
 
 
 SCRIPT = """
