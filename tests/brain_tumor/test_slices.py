@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import h5py
@@ -155,6 +156,82 @@ def test_huge_image_is_refused_unread(tmp_path, options):
     with h5py.File(path, "r+") as file:  # no pixel of it is ever written
         file["cjdata"].create_dataset("image", shape=(4097, 2**40), dtype="i2", **options)
     assert_refused(path, "exceeds 4096")
+
+
+def packed(path, data, **options):
+    """A slice whose image is stored in chunks."""
+    write_mat(path, changed(image=None))
+    with h5py.File(path, "r+") as file:
+        file["cjdata"].create_dataset("image", data=data, **options)
+    return path
+
+
+PIXELS = GRADIENT.T.astype(np.int16)
+NOISE = np.random.default_rng(0).integers(-(2**15), 2**15, (30, 20), np.int16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        (PIXELS, {"chunks": (7, 9)}),
+        (PIXELS, {"chunks": (7, 9), "compression": "gzip"}),
+        (PIXELS, {"chunks": (30, 20), "compression": "gzip", "shuffle": True}),
+        (NOISE, {"chunks": (1, 1), "compression": "gzip"}),  # libhdf5 leaves these as they are
+        (NOISE, {"chunks": (30, 20), "compression": "gzip"}),
+    ],
+)
+def test_packed_images_are_read(tmp_path, pixels, options):
+    found = read_slice(packed(tmp_path / "1.mat", pixels, **options))
+    np.testing.assert_array_equal(found.image, pixels.T)
+
+
+@pytest.mark.parametrize("length", [1199, 1201, 1 << 20])
+def test_chunk_of_another_size_is_refused(tmp_path, length):
+    path = packed(tmp_path / "1.mat", PIXELS, chunks=(30, 20), compression="gzip")
+    with h5py.File(path, "r+") as file:  # the chunk has 1200 bytes
+        file["cjdata/image"].id.write_direct_chunk((0, 0), zlib.compress(bytes(length)))
+    assert_refused(path, "does not unpack to its size")
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "lzf"}, {"shuffle": True}, {"fletcher32": True}]
+)
+def test_foreign_packing_is_refused(tmp_path, options):
+    path = packed(tmp_path / "1.mat", PIXELS, chunks=(30, 20), **options)
+    assert_refused(path, "packed in a way that MATLAB does not use")
+
+
+def test_image_in_very_many_chunks_is_refused(tmp_path):
+    path = write_mat(tmp_path / "1.mat", changed(image=None))
+    with h5py.File(path, "r+") as file:
+        file["cjdata"].create_dataset("image", (4096, 4096), "i2", chunks=(1, 4095))
+    assert_refused(path, "more than 4096 chunks")
+
+
+@pytest.mark.parametrize("name", ["label", "PID", "tumorBorder"])
+def test_long_lists_are_refused_unread(tmp_path, name):
+    path = write_mat(tmp_path / "1.mat", changed(**{name: None}))
+    with h5py.File(path, "r+") as file:
+        file["cjdata"].create_dataset(name, (4096, 2), "u2")
+    assert_refused(path, f"{name} holds 8192 numbers, expected 4096 at most")
+
+
+def test_crooked_numbers_are_refused(tmp_path):
+    path = write_mat(tmp_path / "1.mat", changed(image=None))
+    kind = h5py.h5t.STD_I16LE.copy()
+    kind.set_precision(9)
+    with h5py.File(path, "r+") as file:
+        space = h5py.h5s.create_simple((30, 20))
+        h5py.h5d.create(file["cjdata"].id, b"image", kind, space)
+    assert_refused(path, "numbers of an unusual format")
+    path = write_mat(tmp_path / "2.mat", changed(image=np.zeros((30, 20), np.longdouble)))
+    assert_refused(path, "does not hold numbers")
+
+
+def test_enormous_file_is_refused_unopened(tmp_path):
+    path = write_mat(tmp_path / "1.mat", fields())
+    os.truncate(path, 2**28 + 1)  # the system stores no zeros
+    assert_refused(path, "exceeds 256 MiB")
 
 
 def test_links_out_of_the_file_are_not_followed(tmp_path):

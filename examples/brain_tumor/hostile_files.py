@@ -1,0 +1,275 @@
+"""Drills with files that an attacker may have written: spoiled slices, poisoned checkpoints."""
+
+import io
+import os
+import pickle
+import shlex
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+import numpy as np
+import torch
+
+from .checkpoint import read_checkpoint
+from .errors import UserError
+from .matlab import Slice, read_slice
+from .mutations import OUTSIDE, mutate, write_valid, zlib_zeros
+
+Counts = dict[str, int]
+
+MEMORY = 1 << 30  # bytes that reading one file may take
+VALID = 8  # slices, of which every spoiled one is a copy
+PATIENCE = 10.0  # seconds that reading one file may take
+
+
+def in_another_process(function: Callable[..., Counts], *arguments: object) -> Counts:
+    """Call a function where no thread of this process and none of its limits matters."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# ------------------------------------------------------------------------- hostile .mat files
+
+
+def mutated_mats(folder: Path, count: int = 1000, seed: int = 0) -> Counts:
+    """Read slices that were each spoiled in one way, in a process that may come to grief.
+
+    Args:
+        folder: Where they are written, one at a time.
+        count: How many.
+        seed: Decides how they are spoiled.
+
+    Returns:
+        tried; refused, with one line that names the file; read, as a sound slice; failed: a crash,
+        a hang of over 10 s, over 1 GiB of memory, another exception or an unsound slice.
+    """
+    valid = [_valid_slice(folder / OUTSIDE, seed, number) for number in range(VALID)]
+    counts = Counter[str]()
+    with _Reader() as reader:
+        for number in range(count):
+            generator = np.random.default_rng([seed, number])
+            path = folder / f"{number}.mat"
+            path.write_bytes(valid[number % VALID])
+            kind = mutate(path, generator)
+            outcome, fault = reader.read(path)
+            counts[outcome] += 1
+            if outcome == "failed":
+                print(f"seed {seed}, file {number} ({kind}): {fault}", file=sys.stderr)
+            path.unlink()
+    return {"tried": count, **{name: counts[name] for name in ("refused", "read", "failed")}}
+
+
+def _valid_slice(path: Path, seed: int, number: int) -> bytes:
+    write_valid(path, np.random.default_rng([seed, number]))
+    return path.read_bytes()
+
+
+class _Reader:
+    """Reads slices in another process, and starts a new one when that is lost."""
+
+    def __enter__(self) -> "_Reader":
+        self._start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def read(self, path: Path) -> tuple[str, str]:
+        """Return what became of reading a file, and the fault if it failed."""
+        self._connection.send(path)
+        outcome, fault = "failed", f"no answer within {PATIENCE:.0f} s"
+        if self._connection.poll(PATIENCE):
+            try:
+                outcome, fault = self._connection.recv()
+            except EOFError:
+                self._process.join()
+                fault = f"the process ended with {self._process.exitcode}"
+        if outcome == "failed":
+            self._stop()
+            self._start()
+        return outcome, fault
+
+    def _start(self) -> None:
+        context = get_context("spawn")  # a fork would inherit the parent's memory
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_answer, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+        self._connection.recv()  # it has started
+
+    def _stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _answer(connection: Connection) -> None:
+    """Read the files whose paths arrive, until the other side hangs up."""
+    before = _peak_memory()
+    _limit_address_space(2 * MEMORY)  # spares the machine; what counts is the peak
+    connection.send("ready")
+    with suppress(EOFError):
+        while True:
+            outcome, fault = _try_reading(connection.recv())
+            if _peak_memory() - before > MEMORY:
+                outcome, fault = "failed", "took more than 1 GiB of memory"
+            connection.send((outcome, fault))
+
+
+def _try_reading(path: Path) -> tuple[str, str]:
+    try:
+        found = read_slice(path)
+    except UserError as error:
+        message = str(error)
+        if message.startswith(f"{path}: ") and len(message.splitlines()) == 1:
+            return "refused", ""
+        return "failed", f"not one line that names the file: {message!r}"
+    except Exception as error:
+        return "failed", repr(error)
+    return ("read", "") if _is_sound(found) else ("failed", "not a sound slice")
+
+
+def _is_sound(found: Slice) -> bool:
+    return bool(
+        found.image.ndim == 2
+        and found.image.dtype == np.float32
+        and np.isfinite(found.image).all()
+        and found.mask.shape == found.image.shape
+        and found.mask.dtype == bool
+        and found.label in (0, 1, 2)
+        and found.border.ndim == 2
+        and np.isfinite(found.border).all()
+        and found.patient.isprintable()
+    )
+
+
+def _peak_memory() -> int:
+    """Return the most memory this process ever held, in bytes; 0 where that is unknown."""
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _limit_address_space(extra: int) -> None:
+    """Let this process map so many bytes more than now, where the system says how many it has."""
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+# ----------------------------------------------------------------------- poisoned checkpoints
+
+
+def poisoned_checkpoints(folder: Path) -> Counts:
+    """Read checkpoints that would run a program, or unpack to more than the machine holds.
+
+    Returns:
+        tried; refused, with one line that names the file; failed: something was run, it took over
+        1 GiB of memory, or it was read.
+    """
+    return in_another_process(_read_poisoned, folder)
+
+
+def _read_poisoned(folder: Path) -> Counts:
+    canary = folder / "canary"
+    before = _peak_memory()
+    _limit_address_space(2 * MEMORY)
+    refused = 0
+    poisons = write_poisoned(folder, canary)
+    for path in poisons:
+        try:
+            read_checkpoint(path)
+            message = "was read"
+        except UserError as error:
+            message = str(error)
+        except BaseException as error:
+            message = repr(error)
+        sound = message.startswith(f"{path}: ") and len(message.splitlines()) == 1
+        if sound and not canary.exists() and _peak_memory() - before < MEMORY:
+            refused += 1
+        else:
+            print(f"poisoned checkpoint {path.name}: {message}", file=sys.stderr)
+    return {"tried": len(poisons), "refused": refused, "failed": len(poisons) - refused}
+
+
+class _Call:
+    """Becomes the result of a call when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def write_poisoned(folder: Path, canary: Path) -> list[Path]:
+    """Write checkpoints that no one should read.
+
+    Args:
+        folder: Where they are written.
+        canary: A folder that exists afterwards if one of them ran anything.
+
+    Returns:
+        Their paths.
+    """
+    payload = _Call(os.mkdir, str(canary))
+    nested = {"epoch": 1, "network": {"output.0.weight": [(payload,)]}}
+    shell = _Call(os.system, f"mkdir {shlex.quote(str(canary))}")
+    honest = {"epoch": 1, "network": {"weight": torch.zeros(4)}}
+    writers: dict[str, Callable[[Path], None]] = {
+        "payload": lambda path: torch.save(payload, path),
+        "nested payload": lambda path: torch.save(nested, path),
+        "command": lambda path: torch.save({"epoch": shell}, path),
+        "bare pickle": lambda path: path.write_bytes(pickle.dumps(payload, protocol=2)),
+        "old format": lambda path: torch.save(nested, path, _use_new_zipfile_serialization=False),
+        "huge object": lambda path: torch.save({"epoch": _Call(bytearray, 1 << 50)}, path),
+        "huge tensor": lambda path: _rewrite(honest, path, _claim_more),
+        "packed pickle": lambda path: _rewrite(honest, path, partial(_pack_zeros, "data.pkl")),
+        "packed tensor": lambda path: _rewrite(honest, path, partial(_pack_zeros, "data/0")),
+    }
+    for name, write in writers.items():
+        write(folder / f"{name}.pt")
+    return [folder / f"{name}.pt" for name in writers]
+
+
+def _rewrite(
+    contents: object, path: Path, write: Callable[[zipfile.ZipFile, str, bytes], None]
+) -> None:
+    """Save a checkpoint as torch does, but let `write` add its members to the file."""
+    saved = io.BytesIO()
+    torch.save(contents, saved)
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            write(target, name, source.read(name))
+
+
+def _claim_more(target: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Let a tensor of 4 numbers have 2^40."""
+    four, many = b"K\x04\x85", b"\x8a\x06\0\0\0\0\0\x01\x85"  # how pickle writes (4,), (2^40,)
+    target.writestr(name, content.replace(four, many))
+
+
+def _pack_zeros(name: str, target: zipfile.ZipFile, member: str, content: bytes) -> None:
+    """Put 1.25 GiB of zeros in place of the member `name`."""
+    if not member.endswith(f"/{name}"):
+        target.writestr(member, content)
+        return
+    info = zipfile.ZipInfo(member)
+    target.writestr(info, zlib_zeros(80)[2:-4])  # the bare stream
+    info.compress_type, info.file_size = zipfile.ZIP_DEFLATED, 80 << 24

@@ -1,0 +1,252 @@
+"""The drills: what they count, and that they would notice a fault."""
+
+import errno
+import json
+import operator
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from examples.brain_tumor import drills, files, hostile_files, mutations
+from examples.brain_tumor.drills import full_disk, is_same_run, killed_runs, run_drills
+from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import append_text, replacing
+from examples.brain_tumor.hostile_files import mutated_mats
+from examples.brain_tumor.matlab import read_slice
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits and devices")
+
+# ------------------------------------------------------------------------------ hostile slices
+
+
+def test_a_thousand_hostile_slices(tmp_path):
+    counts = mutated_mats(tmp_path)
+    assert counts["failed"] == 0
+    assert counts["refused"] + counts["read"] == counts["tried"] == 1000
+    assert counts["refused"] > 500
+    assert counts["read"] > 50  # many a bit is a pixel's, or no one's
+    assert [path.name for path in tmp_path.iterdir()] == [mutations.OUTSIDE]
+
+
+def test_the_slices_are_sound_before(tmp_path):
+    for seed in range(8):
+        mutations.write_valid(tmp_path / "1.mat", np.random.default_rng(seed))
+        found = read_slice(tmp_path / "1.mat")
+        assert found.image.shape[0] in mutations.SIDES
+        assert found.mask.sum() > 100
+
+
+ALWAYS_REFUSED = (
+    *("_missing_field", "_renamed_field", "_renamed_struct", "_folds_in_place_of_a_slice"),
+    *("_chunk_bomb", "_link", "_not_a_dataset", "_stored_elsewhere", "_virtual", "_wrong_value"),
+    *("_huge_shape", "_circular_index"),
+)
+
+
+@pytest.mark.parametrize("name", ALWAYS_REFUSED)
+def test_what_is_no_slice_is_refused(tmp_path, name):
+    mutations.write_valid(tmp_path / mutations.OUTSIDE, np.random.default_rng(0))
+    path = tmp_path / "1.mat"
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        mutations.write_valid(path, generator)
+        getattr(mutations, name)(path, generator)
+        with pytest.raises(UserError, match=r"1\.mat: "):
+            read_slice(path)
+
+
+def test_spoiling_depends_on_the_seed_alone(tmp_path):
+    kinds = []
+    for _ in range(2):
+        for seed in range(20):
+            generator = np.random.default_rng(seed)
+            mutations.write_valid(tmp_path / "1.mat", generator)
+            kinds.append(mutations.mutate(tmp_path / "1.mat", generator))
+    assert kinds[:20] == kinds[20:]
+    assert len(set(kinds)) > 8
+
+
+class Crash:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os.abort, ()
+
+
+class Glutton:
+    """Takes 1.1 GiB of the process that unpickles it."""
+
+    def __reduce__(self):
+        return operator.mul, (b"x", 1_181_116_006)
+
+
+@linux
+def test_the_drill_notices_crashes_hangs_and_gluttony(tmp_path, monkeypatch):
+    path = tmp_path / "1.mat"
+    mutations.write_valid(path, np.random.default_rng(0))
+    with hostile_files._Reader() as reader:
+        assert reader.read(path) == ("read", "")
+        assert reader.read(Crash()) == ("failed", "the process ended with -6")
+        assert reader.read(Glutton()) == ("failed", "took more than 1 GiB of memory")
+        assert reader.read(path.with_name("2.mat")) == ("refused", "")
+        monkeypatch.setattr(hostile_files, "PATIENCE", 0.0)
+        assert reader.read(path) == ("failed", "no answer within 0 s")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (UserError("{path}: damaged"), "refused"),
+        (UserError("{path}: da\nmaged"), "failed"),
+        (UserError("damaged"), "failed"),
+        (ZeroDivisionError(), "failed"),
+    ],
+)
+def test_only_one_line_that_names_the_file_is_a_refusal(tmp_path, monkeypatch, error, outcome):
+    def read(path):
+        raise type(error)(*(str(argument).format(path=path) for argument in error.args))
+
+    monkeypatch.setattr(hostile_files, "read_slice", read)
+    assert hostile_files._try_reading(tmp_path / "1.mat")[0] == outcome
+
+
+def test_an_unsound_slice_is_a_failure(tmp_path, monkeypatch):
+    path = tmp_path / "1.mat"
+    mutations.write_valid(path, np.random.default_rng(0))
+    found = read_slice(path)
+    changes = {"label": 3, "mask": found.mask[1:], "image": found.image * np.nan, "patient": "\n"}
+    for name, value in changes.items():
+        broken = type(found)(**{**vars(found), name: value})
+        monkeypatch.setattr(hostile_files, "read_slice", lambda path, broken=broken: broken)
+        assert hostile_files._try_reading(path) == ("failed", "not a sound slice")
+
+
+# -------------------------------------------------------------------------- killed and resumed
+
+
+@linux
+def test_twenty_kills_change_nothing(tmp_path):
+    counts = killed_runs(tmp_path)
+    assert {**counts, "runs": 0} == {"tried": 20, "survived": 20, "failed": 0, "runs": 0}
+    assert counts["runs"] > 1
+
+
+def test_runs_that_differ_are_told_apart(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        drills._run(folder)
+    assert is_same_run(one, other)
+    contents = torch.load(other / "checkpoint.pt", weights_only=True)
+    weight = contents["network"]["output.0.weight"]
+    weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    (other / "checkpoint.pt").rename(other / "kept.pt")
+    torch.save(contents, other / "checkpoint.pt")
+    assert not is_same_run(one, other)
+    (other / "kept.pt").replace(other / "checkpoint.pt")
+    assert is_same_run(one, other)
+    for name in ("metrics.json", "predictions.csv", "embeddings.npy", "angles.npy"):
+        content = (other / name).read_bytes()
+        (other / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        assert not is_same_run(one, other)
+        (other / name).write_bytes(content)
+    rows = [json.loads(line) for line in (other / "log.jsonl").read_text().splitlines()]
+    rows[3]["loss"] += 1e-9
+    (other / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not is_same_run(one, other)
+
+
+# --------------------------------------------------------------------------------- full disks
+
+
+@linux
+def test_full_disks_leave_the_previous_files(tmp_path):
+    assert full_disk(tmp_path) == {"tried": 19, "survived": 19, "failed": 0}
+
+
+@linux
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "report.md").write_text("before")
+    (tmp_path / "report.md.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError) as caught, replacing(tmp_path / "report.md") as temporary:
+        temporary.write_text("after")
+    assert str(caught.value) == (
+        f"{tmp_path / 'report.md'}: cannot be written: No space left on device"
+    )
+    assert (tmp_path / "report.md").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def fail_as_torch_does(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        try:
+            raise OSError(errno.EDQUOT, "as the library puts it")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - nor does torch
+
+
+def fail_by_a_bug(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("a bug")
+
+
+def test_the_systems_reason_is_found_behind_a_librarys(tmp_path):
+    fault = rf"x\.pt: cannot be written: {os.strerror(errno.EDQUOT)}$"
+    with pytest.raises(UserError, match=fault):
+        fail_as_torch_does(tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_the_program_stays_one(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        fail_by_a_bug(tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_are_stored_before_the_name(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(descriptor):
+        seen.append((os.fstat(descriptor).st_size, (tmp_path / "x").exists()))
+
+    monkeypatch.setattr(files.os, "fsync", spy)
+    with replacing(tmp_path / "x") as temporary:
+        temporary.write_text("twelve bytes")
+    assert seen == [(12, False)]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    path, fault = tmp_path / "absent" / "x", "absent.x: cannot be written: No such file"
+    with pytest.raises(UserError, match=fault):
+        append_text(path, "x")
+    with pytest.raises(UserError, match=fault), replacing(path) as temporary:
+        temporary.write_text("x")
+
+
+def test_appending_adds_to_the_end(tmp_path):
+    for text in ("one\n", "two ü\n"):
+        append_text(tmp_path / "log", text)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\ntwo ü\n"
+
+
+# -------------------------------------------------------------------------------- all of them
+
+
+def test_run_drills_runs_each_in_its_own_folder(tmp_path, monkeypatch):
+    seen = []
+    for name in ("mutated_mats", "killed_runs", "full_disk", "poisoned_checkpoints"):
+
+        def drill(folder, name=name):
+            seen.append((name, folder, list(folder.iterdir())))
+            return {"tried": len(seen)}
+
+        monkeypatch.setattr(drills, name, drill)
+    counts = run_drills(tmp_path)
+    assert [count["tried"] for count in counts.values()] == [1, 2, 3, 4]
+    assert [entry[0] for entry in seen][1] == "killed_runs"
+    assert len({folder for _, folder, _ in seen}) == 4
+    assert all(folder.parent == tmp_path and not content for _, folder, content in seen)
