@@ -372,7 +372,10 @@ def _predict(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
     described = export(options.run_folder, slices, options.out)
-    print(f"{options.out}: model.pt2, model.onnx, model.json; parity {described['parity']}")
+    for name, differences in described["largest_difference"].items():
+        largest = max(differences.values())
+        print(f"{options.out / name}: differs from the network by at most {largest:.1e}")
+    print(f"{options.out / 'model.json'}: what they are. Not a medical device.")
 
 
 def _load(folder: Path, settings: Settings) -> SliceSet:

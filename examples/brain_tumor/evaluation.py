@@ -21,12 +21,11 @@ from .objectives import class_centres
 from .run_folder import (
     ANGLES,
     EMBEDDINGS,
-    ENVIRONMENT,
     METRICS,
     MIRRORED_PREDICTIONS,
     PREDICTIONS,
     SETTINGS,
-    read_json,
+    read_precision,
     read_split,
     write_json,
     write_text,
@@ -71,7 +70,7 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
     settings = read_settings(run / SETTINGS)
     split = read_split(run, slices)
     network, epoch = load_network(run, settings.network)
-    precision = getattr(torch, read_json(run / ENVIRONMENT)["precision"])
+    precision = read_precision(run)
     plain = embed(network, slices.images, precision)
     mirrored = F.normalize(plain + embed(network, slices.images.flip(3), precision))
     centres = class_centres(

@@ -18,10 +18,10 @@ from .mobilenet import EmbeddingNetwork
 from .pictures import read_picture
 from .run_folder import (
     EMBEDDINGS,
-    ENVIRONMENT,
     METRICS,
     SETTINGS,
     read_json,
+    read_precision,
     read_split,
     write_json,
 )
@@ -164,7 +164,7 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
     settings = read_settings(run / SETTINGS)
     split = read_split(run, slices)
     network, epoch = load_network(run, settings.network)
-    precision = getattr(torch, read_json(run / ENVIRONMENT)["precision"])
+    precision = read_precision(run)
     stored = _stored_embeddings(run, epoch, (len(slices.labels), settings.network.embedding_size))
     if stored is None:
         embeddings = embed(network, slices.images[split.train], precision)

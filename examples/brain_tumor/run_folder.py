@@ -155,6 +155,16 @@ def read_split(folder: Path, slices: SliceSet) -> Split:
     return split
 
 
+def read_precision(folder: Path) -> torch.dtype:
+    """Return the data type of the arithmetic that a run was trained in."""
+    path = folder / ENVIRONMENT
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    try:
+        return names[read_json(path)["precision"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: no precision in it, expected {' or '.join(names)}") from None
+
+
 def describe_environment(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:
     """Return what a result depends on besides settings and slices."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -116,7 +116,7 @@ def test_faults_are_one_line(phantoms, tmp_path, capsys):
     assert "CC BY 4.0" in message
     assert "no slices" in fault(capsys, ["train", "--data", tmp_path, "--out", run])
     assert "--epochs: must be from 1" in fault(capsys, [*train, "--epochs", "0"])
-    assert "--margin: must be from 1.0" in fault(capsys, [*train, "--margin", "nan"])
+    assert "--margin: must be from 0.0" in fault(capsys, [*train, "--margin", "nan"])
     message = fault(capsys, [*train, "--weights", tmp_path / "gone.safetensors"])
     assert "gone.safetensors: no such weights file" in message
     assert "settings.toml" in fault(capsys, [*train, "--resume"])
@@ -169,3 +169,78 @@ def test_help_names_the_commands_and_ends_with_examples(capsys):
         assert f"\n    {command}" in text
     assert text.index("examples:") > text.index("evaluate")
     assert "CC BY 4.0" in text
+
+
+@pytest.fixture(scope="module")
+def finished_run(phantoms, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--data", str(phantoms), "--out", str(run), *SMALL]) == 0
+    return run
+
+
+def test_predict_answers_what_it_can_and_says_what_it_cannot(
+    phantoms, finished_run, tmp_path, capsys
+):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    files = [str(phantoms / "1.mat"), str(tmp_path / "bad.png"), str(phantoms / "2.mat")]
+    arguments = ["--data", str(phantoms), "--out", str(tmp_path / "answers")]
+    capsys.readouterr()
+    assert main(["predict", str(finished_run), *files, *arguments]) == 2
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["SYNTHETIC", "SYNTHETIC"]
+    assert "Not a medical device" in lines[-1]
+    assert captured.err.startswith(f"error: {tmp_path / 'bad.png'}: ")
+    assert len(list((tmp_path / "answers").glob("*.png"))) == 2
+
+
+def test_export_says_how_far_the_files_differ(phantoms, finished_run, tmp_path, capsys):
+    capsys.readouterr()
+    arguments = ["--data", str(phantoms), "--out", str(tmp_path / "model")]
+    assert main(["export", str(finished_run), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "model.pt2: differs from the network by at most " in printed
+    assert "model.onnx: differs from the network by at most " in printed
+    assert (tmp_path / "model" / "model.json").is_file()
+
+
+def test_reproduce_measures_and_reports(phantoms, tmp_path, monkeypatch, capsys):
+    done = []
+    for name in ("run_plan", "measure"):
+        monkeypatch.setattr(
+            command_line, name, lambda *given, name=name: done.append((name, given))
+        )
+    monkeypatch.setattr(command_line, "write_reproduction_report", lambda out: out / "report.html")
+    arguments = ["--data", str(phantoms), "--out", str(tmp_path), "--budget", "paper"]
+    assert main(["reproduce", *arguments, "--jobs", "3"]) == 0
+    assert [name for name, _ in done] == ["run_plan", "measure"]
+    assert done[0][1][3].epochs == 275
+    assert done[0][1][4] == 3
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    assert "--jobs" in fault(capsys, ["reproduce", *arguments, "--jobs", "0"])
+
+
+def test_a_reproduction_with_failures_is_reported_and_fails(
+    phantoms, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command_line, "run_plan", lambda *given: ["a: diverged", "b: diverged"])
+    monkeypatch.setattr(command_line, "measure", lambda *given: None)
+    monkeypatch.setattr(command_line, "write_reproduction_report", lambda out: out / "report.html")
+    assert main(["reproduce", "--data", str(phantoms), "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "report: " in captured.out
+    assert captured.err == "error: 2 runs failed, the first: a: diverged\n"
+
+
+def test_report_of_no_reproduction_is_one_line(tmp_path, capsys):
+    assert "reproduction.json" in fault(capsys, ["report", tmp_path])
+
+
+def test_download_fetches_slices_and_weights(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(command_line, "download_slices", asked.append)
+    monkeypatch.setattr(command_line, "download_weights", lambda path: asked.append(path) or "abc")
+    weights = tmp_path / "weights"
+    assert main(["download", str(tmp_path), "--weights", str(weights)]) == 0
+    assert asked == [tmp_path, weights]
+    assert "SHA-256 abc" in capsys.readouterr().out

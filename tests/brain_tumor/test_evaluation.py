@@ -200,3 +200,10 @@ def test_damaged_predictions_are_one_line(trained, blobs, fault):
     with pytest.raises(UserError, match=r"predictions\.csv: ") as error:
         read_predictions(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"precision": "float8"}'])
+def test_a_run_without_its_precision_is_one_line(trained, blobs, text):
+    (trained / "environment.json").write_text(text)
+    with pytest.raises(UserError, match=r"environment\.json: no precision"):
+        evaluate(trained, blobs)

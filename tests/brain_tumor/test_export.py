@@ -34,7 +34,7 @@ def shared(tmp_path_factory):
 def run(shared, blobs, blob_split, tiny_settings):
     if not (shared / "run").exists():
         settings = override_settings(
-            tiny_settings, {"precision": "float32", "epochs": 12, "scale": 7.0}
+            tiny_settings, {"precision": "float32", "epochs": 30, "scale": 7.0}
         )
         train(settings, blobs, blob_split, shared / "run")
         evaluate(shared / "run", blobs)
@@ -87,7 +87,7 @@ def test_the_description_tells_what_the_files_are(exported, run, shared):
             assert 0 <= described["largest_difference"][name][output] < 1e-4
     assert described["notice"] == NOTICE
     assert described["synthetic"] is True
-    assert (described["run"], described["epoch"], described["training_slices"]) == ("run", 12, 15)
+    assert (described["run"], described["epoch"], described["training_slices"]) == ("run", 30, 15)
     settings = (run / "settings.toml").read_bytes()
     assert described["settings_sha256"] == hashlib.sha256(settings).hexdigest()
     assert described["split_sha256"] == json.loads((run / "split.json").read_text())["sha256"]
