@@ -145,7 +145,7 @@ def complete_run(folder: Path, run: Run, slices: SliceSet) -> float:
 
 def default_jobs() -> int:
     """Return the number of GPUs or, without one, of cores: one thread each wastes none."""
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return torch.cuda.device_count() or torch.get_num_threads()
 
 
 def _work(data: Path, out: Path, runs: Sequence[Run], jobs: int) -> Iterator[str]:
@@ -178,7 +178,8 @@ def _pool(jobs: int, out: Path) -> Iterator[ProcessPoolExecutor]:
         places.put(place)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
-    arguments = (stop, places, jobs, os.getpid(), logs)
+    threads = max(1, torch.get_num_threads() // jobs)
+    arguments = (stop, places, threads, os.getpid(), logs)
     pool = ProcessPoolExecutor(jobs, context, initializer=_start_process, initargs=arguments)
     try:
         yield pool
@@ -194,14 +195,14 @@ def _pool(jobs: int, out: Path) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_process(stop: Any, places: Any, jobs: int, parent: int, logs: Path) -> None:  # noqa: ANN401
+def _start_process(stop: Any, places: Any, threads: int, parent: int, logs: Path) -> None:  # noqa: ANN401
     place = places.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     threading.Thread(target=_watch, args=(stop, parent), daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+        torch.set_num_threads(threads)
     sys.stderr = (logs / f"{place}.log").open("a", buffering=1, encoding="utf-8")
 
 
