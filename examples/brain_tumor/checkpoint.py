@@ -1,6 +1,7 @@
 """What changes while training, how it starts, and how it is written to disk and read back."""
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ class TrainingState:
             "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
         with replacing(folder / CHECKPOINT) as temporary:
-            torch.save(contents, temporary)
+            # torch's own writer does not say that a disk is full, only that something went wrong.
+            buffer = io.BytesIO()
+            torch.save(contents, buffer)
+            temporary.write_bytes(buffer.getbuffer())
 
     def restore(self, folder: Path) -> None:
         """Go back to the last checkpoint."""

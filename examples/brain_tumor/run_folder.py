@@ -21,7 +21,7 @@ import sklearn
 import torch
 
 from .errors import UserError
-from .files import PARTIAL, replacing
+from .files import PARTIAL, append_text, replacing
 from .settings import (
     Settings,
     first_difference,
@@ -63,9 +63,8 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one JSON line per row."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    """Append one JSON line per row, all of them or none."""
+    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 @contextmanager

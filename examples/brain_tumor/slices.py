@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from contextlib import suppress
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,11 +173,15 @@ def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> dict[str, np.nda
 
 
 def write_cache(path: Path, key: str, decoded: dict[str, np.ndarray]) -> None:
-    """Keep decoded slices; a full or read-only disk is no error, for a cache only saves time."""
-    with suppress(OSError):
+    """Keep decoded slices; a full or read-only disk is only mentioned, for a cache saves time."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, key=np.array(key), **decoded)
+    except UserError as error:
+        print(f"{error}; the slices will be decoded again", file=sys.stderr)
+    except OSError as error:
+        print(f"{path}: {error.strerror}; the slices will be decoded again", file=sys.stderr)
 
 
 def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:

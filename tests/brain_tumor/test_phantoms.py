@@ -67,7 +67,12 @@ def touches(polygon, x, y):
 
 def test_files_are_those_of_the_archive(folder):
     names = {path.name for path in folder.iterdir()}
-    assert names == {f"{number}.mat" for number in range(1, COUNT + 1)} | {"SYNTHETIC.txt"}
+    beside = {"SYNTHETIC.txt", "planes.csv"}
+    assert names == {f"{number}.mat" for number in range(1, COUNT + 1)} | beside
+    planes = [line.split(",") for line in (folder / "planes.csv").read_text().splitlines()]
+    assert planes[0] == ["slice", "plane"]
+    assert [int(number) for number, _ in planes[1:]] == list(range(1, COUNT + 1))
+    assert {plane for _, plane in planes[1:]} == {"axial", "coronal", "sagittal"}
     marker = (folder / "SYNTHETIC.txt").read_text()
     assert "synthetic" in marker
     assert marker.count("\n") == 1
@@ -199,7 +204,9 @@ def test_the_seed_decides_everything(folder, tmp_path, shared_head):
 def test_a_smaller_set_replaces_a_larger_one(tmp_path, shared_head):
     make_phantoms(tmp_path, 3, seed=0, size=SIZE, progress=False)
     make_phantoms(tmp_path, 2, seed=0, size=SIZE, progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"1.mat", "2.mat", "SYNTHETIC.txt"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"1.mat", "2.mat", "SYNTHETIC.txt", "planes.csv"}
+    assert len((tmp_path / "planes.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("name", ["7.mat", "cvind.mat"])

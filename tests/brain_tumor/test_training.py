@@ -1,7 +1,9 @@
 """Training: what a run leaves behind, and that stopping and resuming change nothing."""
 
+import errno
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,12 +221,12 @@ def test_a_failed_save_leaves_the_last_checkpoint(
     train(tiny_settings, blobs, blob_split, out)
     before = (out / "checkpoint.pt").read_bytes()
 
-    def full_disk(contents, path):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
+    def full_disk(path, content):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be written: No space left"):
         TrainingState.start(tiny_settings, CPU).save(out)
     assert (out / "checkpoint.pt").read_bytes() == before
     assert not list(out.glob("*.partial"))
