@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint: the first epoch was never finished")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch would unpack any bomb before it looks
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("it is packed, which torch does not do")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{path}: not readable as a checkpoint: {one_line(error)}") from None
