@@ -237,8 +237,8 @@ def speed(report: Report) -> list[Block]:
             f"images/s, the network's forward and backward pass alone {size / floor:.0f} images/s, "
             f"so a step takes {step / floor:.3f} of that floor; making the batch takes "
             f"{100 * batch / step:.1f} % of a step. Medians of interleaved rounds"
-            f"{', process CPU time' if speed['device'] == 'cpu' else ''}. All trainings together "
-            f"took {seconds / 3600:.2f} process hours."
+            f"{', process CPU time' if speed['device'] == 'cpu' else ''}. The wall clock of "
+            f"all trainings, added up: {seconds / 3600:.2f} hours."
         ),
     ]
 
