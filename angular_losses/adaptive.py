@@ -84,9 +84,12 @@ class AdaCosLoss(MarginLoss):
         if not self.dynamic:
             return
         rule = Rule(sub_centers=self.sub_centers)
-        own = nearest_sub_centers(embeddings, self.weight, labels, self.sub_centers)
-        chosen = modes.choose(embeddings, self.weight, self.mode, self.memory_budget, rule)
-        parts = modes.parts(embeddings, self.weight, own, chosen, scale=self.scale, rule=rule)
+        weight, here = self.centres_here(labels)
+        own = nearest_sub_centers(embeddings, weight, here, self.sub_centers)
+        chosen = modes.choose(embeddings, weight, self.mode, self.memory_budget, rule)
+        parts = modes.parts(
+            embeddings, weight, own, chosen, scale=self.scale, rule=rule, shard=self.shard
+        )
         weights = torch.ones_like(parts.theta) if kept is None else kept.to(parts.theta.dtype)
         angle = parts.theta.where(weights > 0, torch.nan).nanmedian()
         has_any = (~angle.isnan()).to(angle.dtype)
@@ -313,6 +316,8 @@ class ElasticFaceLoss(MarginLoss):
         Boutros et al., "ElasticFace: Elastic Margin Loss for Deep Face Recognition",
         CVPR workshops 2022, arXiv:2109.09416.
     """
+
+    is_random = True
 
     def __init__(
         self,

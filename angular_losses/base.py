@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, margins
-from .geometry import cosines, directions, lengths
+from .geometry import angle_between, cosines, directions, lengths, nearest_sub_centers
 from .planner import MODES
 from .reductions import REDUCTIONS
 from .schedules import Schedule
+from .shards import WHOLE, Shard, Whole
 from .softmax import NegativeFunction, margin_softmax_loss
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class BatchOptions(TypedDict):
     ignore_index: int
     mode: str
     memory_budget: int | None
+    shard: Shard | Whole
 
 
 class MarginLoss(nn.Module):
@@ -106,6 +108,8 @@ class MarginLoss(nn.Module):
     normalize_weight = True
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
     scale_decides = True
+    # Whether a forward pass in training mode draws random numbers.
+    is_random = False
 
     def __init__(
         self,
@@ -150,6 +154,7 @@ class MarginLoss(nn.Module):
         self.ignore_index = ignore_index
         self.mode = mode
         self.memory_budget = memory_budget
+        self.shard: Shard | Whole = WHOLE
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
         self.weight = nn.Parameter(
@@ -279,7 +284,20 @@ class MarginLoss(nn.Module):
             "ignore_index": self.ignore_index,
             "mode": self.mode,
             "memory_budget": self.memory_budget,
+            "shard": self.shard,
         }
+
+    def centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The centres that this process holds, all as a rule, and the labels as they count them."""
+        return self.shard.centres(self.weight, self.sub_centers), self.shard.local(labels)
+
+    def target_angles(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The angles to the targets' nearest centres (N,); the gradient reaches the centres."""
+        weight, here = self.centres_here(labels)
+        own = nearest_sub_centers(embeddings, weight, here, self.sub_centers)
+        return self.shard.of_targets(
+            lambda centres: angle_between(embeddings, centres), weight, own
+        )
 
     def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
         """The margin now in force for a batch, as a function of its target angles.
@@ -449,7 +467,10 @@ class MarginLoss(nn.Module):
             )
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
-        return checks.batch(embeddings, self.weight, labels, self.ignore_index, self.sub_centers)
+        num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
+        return checks.batch(
+            embeddings, self.weight, labels, self.ignore_index, self.sub_centers, num_classes
+        )
 
     def _mixed(
         self,
@@ -459,7 +480,10 @@ class MarginLoss(nn.Module):
         other_labels: Tensor | None,
         lam: float | Tensor | None,
     ) -> Tensor:
-        """Both labels in one batch of twice the size, each row weighted by its share."""
+        """Both labels in one batch of twice the size, each row weighted by its share.
+
+        The two of a row are neighbours, so that the rows of a process stay together.
+        """
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
@@ -470,16 +494,16 @@ class MarginLoss(nn.Module):
             checks.share("lam", lam)
         share = torch.as_tensor(lam, device=embeddings.device).to(self.weight.dtype)
         share = share.expand(len(labels))
-        weights = torch.stack([share, 1 - share])
+        weights = torch.stack([share, 1 - share], 1)
         if sample_weight is not None:
             checks.floating("sample_weight", sample_weight, len(labels), device=embeddings.device)
-            weights = weights * sample_weight
+            weights = weights * sample_weight[:, None]
         loss = self.batch_loss(
-            torch.cat([embeddings, embeddings]),
-            torch.cat([labels, other_labels]),
+            embeddings.repeat_interleave(2, 0),
+            torch.stack([labels, other_labels], 1).flatten(),
             weights.flatten(),
         )
-        return loss.view(2, -1).sum(0) if self.reduction == "none" else loss
+        return loss.view(-1, 2).sum(1) if self.reduction == "none" else loss
 
 
 _SHOWN_FIRST = ("training", "num_classes", "embedding_size")
@@ -492,4 +516,5 @@ _DEFAULTS = {
     "mode": "auto",
     "beyond": "decreasing",
     "scale_decides": True,
+    "shard": WHOLE,
 }

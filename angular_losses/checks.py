@@ -137,10 +137,12 @@ def batch(
     labels: Tensor,
     ignore_index: int | None = None,
     sub_centers: int = 1,
+    num_classes: int | None = None,
 ) -> Tensor | None:
     """Raise unless embeddings (N, d), weight (C, d) and labels (N,) belong together.
 
-    With sub-centres the weight is (C * sub_centers, d).
+    With sub-centres the weight is (C * sub_centers, d). Where it holds but some of the classes, or
+    none, ``num_classes`` says how many there are.
 
     On the CPU a label out of range raises at once. On other devices, and under ``torch.compile``,
     it is asserted where the labels live, without a synchronisation. Inside a ``torch.func``
@@ -155,7 +157,13 @@ def batch(
     """
     floating("embeddings", embeddings, "N", "d")
     floating("weight", weight, "C", embeddings.shape[1], device=embeddings.device)
-    if 0 in (*weight.shape, embeddings.shape[1]):
+    if weight.shape[0] % sub_centers:
+        raise ValueError(
+            f"weight: expected a multiple of sub_centers {sub_centers} rows, got {weight.shape[0]}"
+        )
+    if num_classes is None:
+        num_classes = weight.shape[0] // sub_centers
+    if 0 in (num_classes, embeddings.shape[1]):
         raise ValueError(
             f"weight: expected at least one class and one dimension, got {tuple(weight.shape)}"
         )
@@ -170,11 +178,7 @@ def batch(
         raise ValueError(
             f"labels: expected device {embeddings.device}, that of embeddings, got {labels.device}"
         )
-    if weight.shape[0] % sub_centers:
-        raise ValueError(
-            f"weight: expected a multiple of sub_centers {sub_centers} rows, got {weight.shape[0]}"
-        )
-    return _kept(labels, weight.shape[0] // sub_centers, ignore_index)
+    return _kept(labels, num_classes, ignore_index)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

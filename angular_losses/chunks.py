@@ -96,6 +96,7 @@ class Chunks:
         product_dtype: torch.dtype,
         terms: Terms,
         class_share: Tensor | None,
+        partial: bool,
     ) -> None:
         (num_centres, size), rule = weight.shape, terms.rule
         chunk = max(chunk // rule.sub_centers, 1) * rule.sub_centers
@@ -106,6 +107,7 @@ class Chunks:
         self.rule, self.product_dtype = rule, product_dtype
         self._terms = None if rule.is_linear else terms
         self._class_share = class_share
+        self._has_all_targets = len(self.spans) == 1 and not partial
         self._scales = scales.T if isinstance(scales, Tensor) else scales
         self._factors = (unit * scales if rule.is_linear else unit).to(product_dtype).T
         self._has_kernel = rule.is_linear and kernels.is_available(weight.device, product_dtype)
@@ -197,7 +199,7 @@ class Chunks:
     def _without_targets(self, span: slice, values: Tensor, instead: float) -> Tensor:
         """The values of a chunk's classes (K, N), with those of the targets replaced."""
         each = self.rule.sub_centers
-        if len(self.spans) == 1:
+        if self._has_all_targets:
             own = self.own if each == 1 else self.own // each
             return values.scatter_(0, own[None], instead)
         row, is_here = self.own_row(span)

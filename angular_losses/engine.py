@@ -18,6 +18,9 @@ matrix products, the least possible. *recompute* computes it again: four product
 one chunk however many classes there are. The weight is normalised, and its gradient projected, a
 chunk at a time, while the chunk is in the cache. A chunk has classes along its rows, (K, N): so a
 chunk of E and its part of the gradient are contiguous.
+
+Where the centre of a row's target is not among these, ``own`` is -1: the row has negatives alone,
+and a theta without meaning, which must get no gradient.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def forward(
     product_dtype: torch.dtype,
     stash: bool,
     differentiate: bool,
+    partial: bool = False,
     rule: Rule = PLAIN,
     row_target: Tensor | None = None,
     row_bias: Tensor | None = None,
@@ -54,7 +58,9 @@ def forward(
     inverse = unit.new_empty(weight.shape[0], 1)
     scales, bounded = scales_of(scale, row_scale, unit.dtype, rule)
     terms = Terms(rule, row_target, row_bias, differentiate=differentiate)
-    chunks = Chunks(weight, inverse, unit, own, scales, chunk, product_dtype, terms, class_share)
+    chunks = Chunks(
+        weight, inverse, unit, own, scales, chunk, product_dtype, terms, class_share, partial
+    )
 
     pull = unit.new_zeros(unit.shape if differentiate else 0)
     has_mean = class_share is not None and rule == PLAIN
@@ -129,6 +135,7 @@ def backward(
     scale: float,
     chunk: int,
     product_dtype: torch.dtype,
+    partial: bool,
     needed: list[bool],
     rule: Rule = PLAIN,
     row_target: Tensor | None = None,
@@ -152,7 +159,7 @@ def backward(
     if needed[1]:
         terms = Terms(rule, row_target, row_bias, differentiate=True)
         chunks = Chunks(
-            weight, inverse, unit, own, scales, chunk, product_dtype, terms, class_share
+            weight, inverse, unit, own, scales, chunk, product_dtype, terms, class_share, partial
         )
         last, push = None if bounded else shifts[-1], unit * pulled
         if not rule.summed:
@@ -161,7 +168,7 @@ def backward(
             push = unit * (pulled * over_total.to(unit.dtype)[:, None])
         sine, cosine = (part.to(unit.dtype)[:, None] for part in (theta.sin(), theta.cos()))
         towards = (cosine * tangent).addcmul_(unit, sine, value=-1)
-        towards *= turned * inverse.index_select(0, own)
+        towards *= turned * inverse.index_select(0, own.clamp(min=0))
         mean_push = grad_mean_cosine @ unit if has_mean else None
         grad_weight = _weight_gradient(
             chunks, push, towards, stashed, shifts, last, class_share, mean_push
@@ -226,7 +233,7 @@ def _weight_gradient(
             tangential.index_add_(0, row, towards * is_here[:, None])
             result.copy_(tangential)
     if weight.dtype == dtype:
-        gradient.index_add_(0, chunks.own, towards)
+        gradient.index_add_(0, chunks.own.clamp(min=0), towards)
     return gradient
 
 
@@ -236,7 +243,7 @@ def _rows(embeddings: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, Tens
     unit = embeddings.new_empty(embeddings.shape, dtype=precise_dtype(embeddings.device))
     centres = torch.empty_like(unit)
     inverse = normalize(embeddings, unit, out=unit)
-    normalize(weight.index_select(0, own), centres, out=centres)
+    normalize(weight.index_select(0, own.clamp(min=0)), centres, out=centres)
     theta, tangent = angle_and_tangent(unit, centres)
     return unit.to(dtype), inverse, theta, tangent.to(dtype)
 

@@ -36,8 +36,9 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    smallest = _smallest(vectors.dtype)
-    vectors = vectors.to(dtype or vectors.dtype)
+    dtype = dtype or vectors.dtype
+    smallest = max(_smallest(vectors.dtype), _smallest(dtype))
+    vectors = vectors.to(dtype)
     # The direction does not depend on the length, so dividing by a constant first is exact, for
     # every derivative too, and no square can overflow or underflow.
     largest = _largest(vectors.detach())
@@ -182,21 +183,21 @@ def nearest_sub_centers(
     Args:
         embeddings: (N, d), floating point.
         weight: (C * sub_centers, d); sub-centre k of class c is row c * sub_centers + k.
-        labels: (N,) int64 in [0, C).
+        labels: (N,) int64 in [0, C), or -1 for a class that is not here.
         sub_centers: The number of centres of a class.
 
     Returns:
-        (N,) int64, rows of the weight.
+        (N,) int64, rows of the weight, or -1.
     """
-    if sub_centers == 1:
+    if sub_centers == 1 or weight.shape[0] == 0:
         return labels
-    first = labels * sub_centers
+    first = labels.clamp(min=0) * sub_centers
     rows = first[:, None] + torch.arange(sub_centers, device=labels.device)
     centres = weight.detach().index_select(0, rows.flatten()).view(*rows.shape, weight.shape[1])
     dtype = precise_dtype(embeddings.device)
     unit = directions(embeddings.detach(), dtype)[:, None]
     nearest: Tensor = torch.linalg.vecdot(unit, directions(centres, dtype)).argmax(1)
-    return first + nearest
+    return (first + nearest).where(labels >= 0, -1)
 
 
 def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:

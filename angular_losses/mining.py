@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import checks, margins, negatives, ranks
 from .base import LossOptions, MarginLoss, Target
-from .geometry import target_angle
 from .softmax import NegativeFunction
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class CurricularFaceLoss(MarginLoss):
 
     def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
         """Move t towards the mean cosine of the batch's targets."""
-        theta = target_angle(embeddings, self.weight, labels, self.sub_centers)
+        theta = self.target_angles(embeddings, labels)
         found = ranks.mean(theta.cos(), kept).to(self.t.dtype)
         self.t.lerp_(torch.where(found.isnan(), self.t, found), self.momentum)
 
@@ -210,16 +209,18 @@ class NPCFaceLoss(MarginLoss):
     @torch.no_grad()
     def threshold(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The cosine above which a negative is hard, (N,)."""
-        theta = target_angle(embeddings, self.weight, labels, self.sub_centers)
+        theta = self.target_angles(embeddings, labels)
         return torch.cos(theta + self.mask_margin)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """ArcFace with the margin of each row, as its hard negatives have it."""
         threshold = self.threshold(embeddings, labels)
-        hardness = negatives.mean_above(
-            embeddings, self.weight, labels, threshold, sub_centers=self.sub_centers
+        weight, here = self.centres_here(labels)
+        sums = negatives.sums_above(
+            embeddings, weight, here, threshold, sub_centers=self.sub_centers
         )
-        margin = self.margin + self.m1 * hardness
+        total, count = self.shard.total(sums)
+        margin = self.margin + self.m1 * total / count.clamp(min=1)
         return lambda theta, share: margins.arcface(theta, share * margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
@@ -350,8 +351,9 @@ class InterTopKLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The k nearest brought nearer."""
-        found = negatives.nearest(
-            embeddings, self.weight, labels, self.k, sub_centers=self.sub_centers
+        weight, here = self.centres_here(labels)
+        found = self.shard.nearest(
+            negatives.nearest(embeddings, weight, here, self.k, sub_centers=self.sub_centers)
         )
         # The engine's products may round otherwise.
         threshold = found[:, -1] - 8 * torch.finfo(found.dtype).eps

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
-from .chunks import PLAIN, Rule
+from .chunks import BOUNDED_SCALE, PLAIN, Rule
 from .engine import working_dtype
-from .geometry import angle_between, directions
+from .geometry import angle_between, directions, precise_dtype
 from .operators import Parts, margin_parts
 from .planner import MODES, Plan, plan
+from .shards import WHOLE, Shard, Whole
 
 # With fewer classes the products cost little beside any network, and keep full precision under
 # autocast.
@@ -36,7 +37,7 @@ def choose(
         product_dtype = torch.bfloat16  # for float16 too, whose range cannot hold E
     return plan(
         num_rows,
-        num_centres,
+        max(num_centres, 1),  # where others have all
         size,
         dtype=weight.dtype,
         product_dtype=product_dtype,
@@ -58,13 +59,77 @@ def parts(
     rule: Rule = PLAIN,
     target: Tensor | None = None,
     bias: Tensor | None = None,
+    shard: Shard | Whole = WHOLE,
 ) -> Parts:
     """The angle, the negatives and the mean cosine; see :func:`margin_parts`.
 
-    ``own`` is what :func:`nearest_sub_centers` returns; scale and bias may be scalars.
+    ``own`` is what :func:`nearest_sub_centers` returns; scale and bias may be scalars. With a
+    shard, weight and class_share are those of its classes, and the parts those of all.
     """
+    if isinstance(shard, Whole):
+        return _parts_here(
+            embeddings, weight, own, chosen, scale, class_share, rule, target, bias, None
+        )
+    # Before the rows, whose gradients then are summed first, on every rank.
+    scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
+    bias = None if bias is None else shard.shared(bias)
+    if len(weight):
+        here = _parts_here(
+            embeddings, weight, own, chosen, scale, class_share, rule, target, bias, shard
+        )
+    else:
+        here = _no_parts(embeddings, weight, scale, rule, bias, shard)
+    theta, dtype = here.theta.where(own >= 0, 0), here.theta.dtype
+    if rule.summed:
+        theta, negatives = shard.total(torch.stack([theta, here.negatives]))
+        return Parts(theta, negatives, here.mean_cosine)
+    is_bounded = (
+        not isinstance(scale, Tensor)
+        and scale <= BOUNDED_SCALE
+        and rule.terms is None
+        and not rule.keep_lengths
+    )
+    others = [theta] if class_share is None else [theta, here.mean_cosine.to(dtype)]
+    negatives, sums = shard.log_total(here.negatives, torch.stack(others), is_bounded=is_bounded)
+    mean = here.mean_cosine if class_share is None else sums[1].to(here.mean_cosine.dtype)
+    return Parts(sums[0], negatives, mean)
+
+
+def _no_parts(
+    embeddings: Tensor,
+    weight: Tensor,
+    scale: float | Tensor,
+    rule: Rule,
+    bias: Tensor | None,
+    shard: Shard,
+) -> Parts:
+    """Those of no classes: on the graph, for every rank takes part in the sums of gradients."""
+    nothing = shard.shared_rows(embeddings)[:, :0].sum(1) + weight.sum()
+    for variable in (scale, bias):
+        if isinstance(variable, Tensor):
+            nothing = nothing + 0 * variable
+    precise = nothing.to(precise_dtype(nothing.device))
+    return Parts(precise, precise if rule.summed else precise - torch.inf, nothing)
+
+
+def _parts_here(
+    embeddings: Tensor,
+    weight: Tensor,
+    own: Tensor,
+    chosen: Plan,
+    scale: float | Tensor,
+    class_share: Tensor | None,
+    rule: Rule,
+    target: Tensor | None,
+    bias: Tensor | None,
+    shard: Shard | None,
+) -> Parts:
+    """The parts of the classes that are here."""
     if chosen.mode == "dense":
-        return _dense(embeddings, weight, own, scale, class_share, rule, target, bias)
+        if shard is not None:
+            embeddings = shard.shared_rows(embeddings)
+        arguments = embeddings, weight, own, scale, class_share, rule, target, bias
+        return _dense(*arguments, partial=shard is not None)
     return margin_parts(
         embeddings,
         weight,
@@ -78,6 +143,7 @@ def parts(
         rule=rule,
         row_target=target,
         row_bias=None if bias is None else bias.expand(len(own)),
+        begin_sum=None if shard is None else shard.begin_sum,
     )
 
 
@@ -90,9 +156,11 @@ def _dense(
     rule: Rule,
     target: Tensor | None,
     bias: Tensor | None,
+    *,
+    partial: bool,
 ) -> Parts:
     dtype, labels = working_dtype(embeddings, weight), own // rule.sub_centers
-    theta = angle_between(embeddings, weight.index_select(0, own))
+    theta = angle_between(embeddings, weight.index_select(0, own.clamp(min=0)))
     factor = weight.to(dtype) if rule.keep_lengths else directions(weight, dtype)
     cosine = F.linear(directions(embeddings, dtype), factor)
     mean_cosine = cosine.new_zeros(len(own))
@@ -100,25 +168,40 @@ def _dense(
         mean_cosine = cosine @ class_share
     terms = rule.of_classes(cosine.T, target, bias).T
     if not rule.summed:
-        negatives = _log_sum(terms, labels, scale, theta.dtype)
+        negatives = _log_sum(terms, labels, scale, theta.dtype, partial=partial)
         return Parts(theta, negatives, mean_cosine)
     share = torch.ones_like(terms) if class_share is None else class_share.expand_as(terms)
-    share = share.scatter(1, labels[:, None], 0.0)
+    share = _replaced(share, labels, 0.0, partial=partial)
     # Not their product alone: a target's term, which does not count, may be infinite.
     negatives = torch.where(share == 0, 0, terms * share).sum(1, dtype=theta.dtype)
     return Parts(theta, negatives, mean_cosine)
 
 
-def _log_sum(terms: Tensor, labels: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
+def _log_sum(
+    terms: Tensor, labels: Tensor, scale: float | Tensor, dtype: torch.dtype, *, partial: bool
+) -> Tensor:
     """Log of the sum over j != y of exp(scale * term_j): (N,), the log itself in ``dtype``."""
-    if terms.shape[1] == 1:
+    if terms.shape[1] == 1 and not partial:
         return terms.new_full(terms.shape[:1], -torch.inf, dtype=dtype)
-    column = labels[:, None]
-    largest = terms.detach().scatter(1, column, -torch.inf).amax(1, keepdim=True)
+
+    def without_target(values: Tensor, instead: float) -> Tensor:
+        return _replaced(values, labels, instead, partial=partial)
+
+    # Finite, where there is no other class here.
+    lowest = torch.finfo(terms.dtype).min / 2
+    largest = without_target(terms.detach(), lowest).amax(1, keepdim=True)
     # The largest is subtracted from the terms, not from the logits: that difference is nearly
     # exact, while scale * term would round to an ulp of 64 first. The target's own difference is
     # set to 0 before the exponential, which could overflow, and its term to 0 after it.
     by_row = scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
-    exponent = by_row * (terms - largest).scatter(1, column, 0.0)
-    summed = exponent.exp().scatter(1, column, 0.0).sum(1)
+    exponent = by_row * without_target(terms - largest, 0.0)
+    summed = without_target(exponent.exp(), 0.0).sum(1)
     return scale * largest[:, 0].to(dtype) + summed.to(dtype).log()
+
+
+def _replaced(values: Tensor, labels: Tensor, instead: float, *, partial: bool) -> Tensor:
+    """Values (N, C) with another in the column of each label; where partial, none for -1."""
+    if not partial:
+        return values.scatter(1, labels[:, None], instead)
+    classes = torch.arange(values.shape[1], device=values.device)
+    return values.masked_fill(classes == labels[:, None], instead)

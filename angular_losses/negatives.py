@@ -222,28 +222,28 @@ def nearest(
     Args:
         embeddings: (N, d), floating point.
         weight: (C, d) class centres; with sub-centres (C * sub_centers, d).
-        labels: (N,) int64 in [0, C).
-        k: How many; at most C - 1.
+        labels: (N,) int64 in [0, C), or -1 for a class that is not here.
+        k: How many.
         sub_centers: The number of centres of a class.
         chunk: The number of centres in a chunk.
 
     Returns:
-        (N, k), the largest first, float32, or float64 when either input is float64.
+        (N, k), the largest first, and -2 where there are fewer; float32, or float64 when either
+        input is float64.
 
     Example:
         >>> nearest(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.tensor([1]))
         tensor([[0.6000]])
     """
-    found: Tensor | None = None
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    found = embeddings.new_full((k, len(labels)), -2.0, dtype=dtype)
     for cosine in _others(embeddings, weight, labels, sub_centers, chunk):
-        cosine = cosine if found is None else torch.cat([found, cosine])
-        found = cosine.topk(min(k, len(cosine)), 0).values
-    assert found is not None
+        found = torch.cat([found, cosine]).topk(k, 0).values
     return found.T
 
 
 @torch.no_grad()
-def mean_above(
+def sums_above(
     embeddings: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -252,30 +252,31 @@ def mean_above(
     sub_centers: int = 1,
     chunk: int = 1024,
 ) -> Tensor:
-    """The mean cosine of the other classes above a threshold, in chunks; without a graph.
+    """The sum and number of other classes' cosines above a threshold, in chunks; without a graph.
 
     Args:
         embeddings: (N, d), floating point.
         weight: (C, d) class centres; with sub-centres (C * sub_centers, d).
-        labels: (N,) int64 in [0, C).
+        labels: (N,) int64 in [0, C), or -1 for a class that is not here.
         threshold: (N,) cosines.
         sub_centers: The number of centres of a class.
         chunk: The number of centres in a chunk.
 
     Returns:
-        (N,), 0 where no class is above; float32, or float64 when either input is float64.
+        (2, N), the sums and the numbers, in the dtype of the threshold.
 
     Example:
         >>> weight = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])
-        >>> mean_above(weight[:1], weight, torch.tensor([0]), torch.tensor([0.5]))
-        tensor([0.7000])
+        >>> sums_above(weight[:1], weight, torch.tensor([0]), torch.tensor([0.5]))
+        tensor([[1.4000],
+                [2.0000]])
     """
     total, count = 0.0 * threshold, 0.0 * threshold
     for cosine in _others(embeddings, weight, labels, sub_centers, chunk):
         above = cosine > threshold
         total += cosine.where(above, 0).sum(0)
         count += above.sum(0)
-    return total / count.clamp(min=1)
+    return torch.stack([total, count])
 
 
 def _others(

@@ -13,6 +13,7 @@ from .engine import working_dtype
 from .geometry import nearest_sub_centers
 from .margins import MarginFunction
 from .reductions import check_weights, reduce
+from .shards import WHOLE, Shard, Whole
 
 
 def one_vs_rest_loss(
@@ -31,6 +32,7 @@ def one_vs_rest_loss(
     ignore_index: int = -100,
     mode: str = "auto",
     memory_budget: int | None = None,
+    shard: Shard | Whole = WHOLE,
 ) -> Tensor:
     r"""A loss of the target's angle, plus one of each other class's cosine.
 
@@ -58,6 +60,8 @@ def one_vs_rest_loss(
         ignore_index: Rows with this label have loss 0 and gradient 0.
         mode: "auto", "dense", "stash" or "recompute".
         memory_budget: Bytes that may be used beyond the arguments and their gradients.
+        shard: Which of the classes ``weight`` holds, where processes share them
+            (:mod:`angular_losses.sharded`); the rows are those of all processes then.
 
     Returns:
         A scalar, or (N,) for reduction "none"; float32, or float64 for float64 input.
@@ -81,19 +85,28 @@ def one_vs_rest_loss(
         if not callable(function):
             raise TypeError(f"{name}: expected a function, got {function!r}")
     checks.positive_integer("sub_centers", sub_centers)
-    kept = checks.batch(embeddings, weight, labels, ignore_index, sub_centers)
-    num_classes = weight.shape[0] // sub_centers
+    num_classes = shard.num_classes_of(weight, sub_centers)
+    kept = checks.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
     check_weights(embeddings, num_classes, reduction, class_weight, sample_weight, penalty)
     if bias is not None and (not isinstance(bias, Tensor) or bias.numel() != 1):
         raise ValueError(f"bias: expected a tensor of one number, got {bias!r}")
     labels = labels.long() if kept is None else labels.long().where(kept, 0)
     dtype = working_dtype(embeddings, weight)
     rule = Rule(_terms(negative), summed=True, sub_centers=sub_centers)
+    weight = shard.centres(weight, sub_centers)
     chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
     with torch.autocast(embeddings.device.type, enabled=False):
-        own = nearest_sub_centers(embeddings, weight, labels, sub_centers)
+        own = nearest_sub_centers(embeddings, weight, shard.local(labels), sub_centers)
         offset = embeddings.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)
-        parts = modes.parts(embeddings, weight, own, chosen, rule=rule, bias=offset.reshape(()))
+        parts = modes.parts(
+            embeddings,
+            weight,
+            own,
+            chosen,
+            rule=rule,
+            bias=offset.reshape(()),
+            shard=shard,
+        )
         total = positive(parts.theta) + parts.negatives
         if penalty is not None:
             total = total + penalty.to(total.dtype)

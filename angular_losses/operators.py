@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .engine import working_dtype
 from .geometry import precise_dtype
 
 _Result = TypeVar("_Result", bound=tuple[Tensor, ...])
+BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 
 class Parts(NamedTuple):
@@ -39,13 +40,16 @@ def margin_parts(
     rule: Rule = PLAIN,
     row_target: Tensor | None = None,
     row_bias: Tensor | None = None,
+    begin_sum: BeginSum | None = None,
 ) -> Parts:
     """The parts of a loss, differentiable once.
 
     Args:
         embeddings: (N, d), floating point.
         weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
-        own: (N,) int64, the row of the weight that is the centre of the target.
+        own: (N,) int64, the row of the weight that is the centre of the target; -1 where that is
+            not here, if there is a ``begin_sum``. The theta of such a row means nothing, and must
+            get no gradient.
         row_scale: (N,) factor of the scale for each row, or None. Its gradient is right for a
             linear rule alone.
         class_share: (C,) the weights kappa, in the :func:`working_dtype`: those of the mean cosine
@@ -57,6 +61,9 @@ def margin_parts(
         rule: How the other classes enter; under ``torch.compile`` only the plain one.
         row_target: (N,) the logit of the target before scaling, for a rule that looks at it.
         row_bias: (N,) the bias of a summed rule, in the :func:`working_dtype`, or None.
+        begin_sum: Where the classes are shared between processes: what begins to sum the gradient
+            of the embeddings over them, and returns how to end that. Between the two the gradient
+            of the weight is computed.
 
     Returns:
         theta and negatives in float64 (float32 on MPS), mean_cosine in the working dtype.
@@ -78,13 +85,15 @@ def margin_parts(
         product_dtype,
         stash and differentiate,
         differentiate,
+        begin_sum is not None,
     )
+    others = rule, row_target, row_bias, begin_sum
     if not torch.compiler.is_compiling():
-        return _eager(*arguments, rule, row_target, row_bias)
-    if rule == PLAIN:
+        return _eager(*arguments, *others)
+    if rule == PLAIN and begin_sum is None:
         return Parts(*_forward_operator(*arguments)[:3])
     # A rule is a Python function, which no operator can take: the compiled graph has a gap here.
-    return _disable_dynamo(_eager)(*arguments, rule, row_target, row_bias)
+    return _disable_dynamo(_eager)(*arguments, *others)
 
 
 def _eager(*arguments: Any) -> Parts:
@@ -107,7 +116,8 @@ _forward_operator = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor embeddings, Tensor weight, Tensor own, Tensor? row_scale, Tensor? class_share, "
-        "float scale, int chunk, ScalarType product_dtype, bool stash, bool differentiate) -> "
+        "float scale, int chunk, ScalarType product_dtype, bool stash, bool differentiate, "
+        "bool partial) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
         "Tensor)"
     ),
@@ -121,7 +131,7 @@ _backward_operator = torch.library.custom_op(
         "Tensor embeddings, Tensor weight, Tensor own, Tensor? row_scale, Tensor? class_share, "
         "Tensor theta, Tensor negatives, Tensor unit, Tensor inverse_of_rows, Tensor tangent, "
         "Tensor inverse, Tensor pull, Tensor mean_direction, Tensor stashed, Tensor shifts, "
-        "float scale, int chunk, ScalarType product_dtype, bool[] needed) -> "
+        "float scale, int chunk, ScalarType product_dtype, bool partial, bool[] needed) -> "
         "(Tensor, Tensor, Tensor)"
     ),
 )
@@ -139,6 +149,7 @@ def _(
     product_dtype: torch.dtype,
     stash: bool,
     differentiate: bool,
+    partial: bool,
 ) -> tuple[Tensor, ...]:
     (num_rows, size), num_classes = embeddings.shape, weight.shape[0]
     unit = embeddings.new_empty(num_rows, size, dtype=working_dtype(embeddings, weight))
@@ -172,9 +183,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     theta, negatives, _, *saved = output
-    ctx.rule, *of_rows = inputs[10:] or (PLAIN, None, None)
+    ctx.rule, *of_rows, ctx.begin_sum = inputs[11:] or (PLAIN, None, None, None)
     ctx.save_for_backward(*inputs[:5], theta, negatives, *saved, *of_rows)
-    ctx.settings = inputs[5:8]
+    ctx.settings = *inputs[5:8], inputs[10]
     ctx.set_materialize_grads(False)
 
 
@@ -186,18 +197,26 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
         for part, grad in zip(like, grads[:3], strict=True)
     ]
     needed = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
-    arguments = (*of_parts, *tensors, *ctx.settings, needed)
+    arguments = (*of_parts, *tensors, *ctx.settings)
+    others = ctx.rule, row_target, row_bias
     # With a graph wanted of the backward pass itself, there is none, and these two say so.
     if not torch.is_grad_enabled():
-        found = _without_autocast(engine.backward)(*arguments, ctx.rule, row_target, row_bias)
-    elif ctx.rule == PLAIN:
-        found = _backward_operator(*arguments)
+        run = _without_autocast(engine.backward)
+        if ctx.begin_sum is None or not needed[0]:
+            found = run(*arguments, needed, *others)
+        else:
+            rows = run(*arguments, [True, False, needed[2]], *others)
+            end_sum = ctx.begin_sum(rows[0])
+            of_weight = run(*arguments, [False, needed[1], False], *others)
+            found = end_sum(), of_weight[1], rows[2]
+    elif ctx.rule == PLAIN and ctx.begin_sum is None:
+        found = _backward_operator(*arguments, needed)
     else:
-        found = _Once.apply(*arguments, ctx.rule, row_target, row_bias)  # type: ignore[no-untyped-call]
+        found = _Once.apply(*arguments, needed, *others)  # type: ignore[no-untyped-call]
     embeddings, weight, row_scale = (
         grad if wanted else None for grad, wanted in zip(found, needed, strict=True)
     )
-    return embeddings, weight, None, row_scale, *[None] * 6
+    return embeddings, weight, None, row_scale, *[None] * 7
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -212,7 +231,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        output = engine.forward(*arguments)
+        *of_engine, _ = arguments
+        output = engine.forward(*of_engine)
         _save(ctx, arguments, output)
         return output[:3]
 
@@ -220,10 +240,10 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = _differentiate(ctx, *grads)
         grad_bias = None
-        if ctx.needs_input_grad[12] and grads[1] is not None:
+        if ctx.needs_input_grad[13] and grads[1] is not None:
             bias_slope = ctx.saved_tensors[-3]
             grad_bias = grads[1].to(bias_slope.dtype) * bias_slope
-        return *found, None, None, grad_bias
+        return *found, None, None, grad_bias, None
 
 
 class _Once(torch.autograd.Function):

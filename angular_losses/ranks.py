@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# How many processes have the same rows, which then count once.
+_copies = 1
+
+
+@contextmanager
+def rows_of_several(processes: int) -> Iterator[None]:
+    """While this lasts each process has the rows of so many, and they all have the same."""
+    global _copies
+    before, _copies = _copies, processes
+    try:
+        yield
+    finally:
+        _copies = before
 
 
 def total(values: Tensor) -> Tensor:
@@ -13,7 +30,7 @@ def total(values: Tensor) -> Tensor:
         return values
     values = values.clone()
     dist.all_reduce(values)
-    return values
+    return values / _copies if _copies > 1 else values
 
 
 def largest(value: Tensor) -> Tensor:
@@ -45,4 +62,4 @@ def mean_and_deviation(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > _copies

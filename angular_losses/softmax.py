@@ -19,6 +19,7 @@ from .engine import working_dtype
 from .geometry import angle_between, nearest_sub_centers
 from .margins import MarginFunction
 from .reductions import check_weights, reduce
+from .shards import WHOLE, Shard, Whole
 
 NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,6 +42,7 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     mode: str = "auto",
     memory_budget: int | None = None,
+    shard: Shard | Whole = WHOLE,
 ) -> Tensor:
     r"""Softmax cross-entropy of scaled cosines, with a margin on the target's.
 
@@ -87,6 +89,8 @@ def margin_softmax_loss(
             two, but "dense" inside ``torch.func``.
         memory_budget: Bytes that may be used beyond the arguments and their gradients; by default
             as :func:`plan` says.
+        shard: Which of the classes ``weight`` holds, where processes share them
+            (:mod:`angular_losses.sharded`); the rows are those of all processes then.
 
     Returns:
         A scalar, or (N,) for reduction "none"; float32, or float64 for float64 input. The mean
@@ -110,11 +114,12 @@ def margin_softmax_loss(
         '4.053e-25'
     """
     rule = _rule(negatives, sub_centers, normalize_weight, scale)
-    kept = checks.batch(embeddings, weight, labels, ignore_index, sub_centers)
-    num_classes = weight.shape[0] // sub_centers
+    num_classes = shard.num_classes_of(weight, sub_centers)
+    kept = checks.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     check_weights(embeddings, num_classes, reduction, class_weight, sample_weight, penalty)
     _check_margin(margin, scale, embeddings)
+    weight = shard.centres(weight, sub_centers)
     chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
     labels = labels.long() if kept is None else labels.long().where(kept, 0)
     dtype = working_dtype(embeddings, weight)
@@ -122,17 +127,21 @@ def margin_softmax_loss(
         class_weight = class_weight.to(dtype)
     share = _class_share(weight, num_classes, class_weight, dtype) if label_smoothing else None
     with torch.autocast(embeddings.device.type, enabled=False):
-        own = nearest_sub_centers(embeddings, weight, labels, sub_centers)
-        before = _target_before(embeddings, weight, own, margin, dtype) if negatives else None
+        here = None if share is None else shard.of_classes(share)
+        own = nearest_sub_centers(embeddings, weight, shard.local(labels), sub_centers)
+        before = None
+        if negatives:
+            before = _target_before(embeddings, weight, own, margin, dtype, shard)
         parts = modes.parts(
             embeddings,
             weight,
             own,
             chosen,
             scale=scale,
-            class_share=share if rule == PLAIN else None,
+            class_share=here if rule == PLAIN else None,
             rule=rule,
             target=before,
+            shard=shard,
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
         loss = F.softplus(parts.negatives - target, threshold=50)
@@ -147,7 +156,14 @@ def margin_softmax_loss(
             else:  # not a sum of cosines
                 summed = rule._replace(summed=True)
                 others = modes.parts(
-                    embeddings, weight, own, chosen, class_share=share, rule=summed, target=before
+                    embeddings,
+                    weight,
+                    own,
+                    chosen,
+                    class_share=here,
+                    rule=summed,
+                    target=before,
+                    shard=shard,
                 ).negatives
             mean_logit = scale * others + share_of_own * target
             smooth = share.sum() * (target + loss) - mean_logit
@@ -162,10 +178,15 @@ def margin_softmax_loss(
 
 @torch.no_grad()
 def _target_before(
-    embeddings: Tensor, weight: Tensor, own: Tensor, margin: MarginFunction, dtype: torch.dtype
+    embeddings: Tensor,
+    weight: Tensor,
+    own: Tensor,
+    margin: MarginFunction,
+    dtype: torch.dtype,
+    shard: Shard | Whole,
 ) -> Tensor:
     """The target logits before scaling (N,), for the negatives to be compared with."""
-    theta = angle_between(embeddings, weight.index_select(0, own))
+    theta = shard.of_targets(lambda centres: angle_between(embeddings, centres), weight, own)
     return _check_target(margin(theta), theta).to(dtype)
 
 

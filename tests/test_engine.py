@@ -301,14 +301,15 @@ def tensors_of_operator(
     ],
 )
 def test_operators_are_well_formed(arguments, stash):
-    torch.library.opcheck(operators._forward_operator, (*arguments, stash, True))
-    evaluation = (*arguments, False, False)
+    torch.library.opcheck(operators._forward_operator, (*arguments, stash, True, False))
+    evaluation = (*arguments, False, False, False)
     torch.library.opcheck(operators._forward_operator, evaluation, test_utils="test_faketensor")
-    outputs = operators._forward_operator(*arguments, stash, True)
+    outputs = operators._forward_operator(*arguments, stash, True, False)
     detached = [tensor.detach() for tensor in outputs]
     gradients = [torch.randn_like(part) for part in detached[:3]]
     saved = [*arguments[:5], *detached[:2], *detached[3:-1]]
-    backward = (*gradients, *saved, *arguments[5:], [True, True, arguments[3] is not None])
+    needed = [True, True, arguments[3] is not None]
+    backward = (*gradients, *saved, *arguments[5:], False, needed)
     torch.library.opcheck(
         operators._backward_operator,
         backward,

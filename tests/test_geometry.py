@@ -114,6 +114,10 @@ def test_a_zero_vector_is_at_a_right_angle_and_has_no_gradient(zero):
     assert second_gradient.abs().max() == 0
 
 
+def test_a_zero_vector_has_no_direction_in_a_narrower_dtype_either():
+    assert directions(torch.zeros(2, 4, dtype=torch.float64), torch.float32).abs().max() == 0
+
+
 def test_second_derivative_of_a_zero_vector_is_zero():
     for first, second in ((torch.zeros(3), torch.ones(3)), (torch.zeros(3), torch.zeros(3))):
         first, second = first.double(), second.double()

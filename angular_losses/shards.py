@@ -1,0 +1,333 @@
+"""What processes that share the classes of a loss tell each other, and how gradients travel back.
+
+Each process (rank) holds the centres of some classes and embeds some rows. The rows of all ranks
+are gathered, each rank does all rows with its own classes, and sums over classes become sums over
+ranks. Everything that is not a sum over classes, such as a margin or a mean over rows, every rank
+does for itself, with the same numbers; so its gradient is complete on every rank, and only that of
+the rows through the classes has to be summed:
+
+- ``total`` adds up over ranks; its gradient is that of each term, 1.
+- ``shared`` takes rows as they are; its gradient is added up over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_Result = TypeVar("_Result")
+# Their names until torch 2.12; the new ones do the same.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class Whole:
+    """All classes in one place, as :class:`Shard` sees it: nothing to translate or to add."""
+
+    size, sampled = 1, None
+
+    def __repr__(self) -> str:
+        return "all classes"
+
+    def num_classes_of(self, weight: Tensor, sub_centers: int) -> int:
+        """The number of classes."""
+        return weight.shape[0] // sub_centers
+
+    def local(self, labels: Tensor) -> Tensor:
+        """The labels (N,)."""
+        return labels
+
+    def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
+        """The weight."""
+        return weight
+
+    def of_classes(self, values: Tensor) -> Tensor:
+        """The values (C,)."""
+        return values
+
+    def of_targets(
+        self, function: Callable[[Tensor], Tensor], weight: Tensor, own: Tensor
+    ) -> Tensor:
+        """A function of the centres of the targets."""
+        return function(weight.index_select(0, own))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The values."""
+        return values
+
+    def nearest(self, cosines: Tensor) -> Tensor:
+        """The cosines."""
+        return cosines
+
+
+WHOLE = Whole()
+
+
+class Shard:
+    """The classes of one rank, and its line to the others.
+
+    Rows are in blocks of equal size, one a rank, in the order of the ranks.
+
+    Args:
+        mesh: One dimension, of the processes that share the classes.
+        num_classes: The number of classes in all, C. Each rank but the last ones has ceil(C /
+            size) of them, as ``torch.chunk`` and DTensor's ``Shard(0)`` cut.
+
+    Attributes:
+        rank: Of this process in the group.
+        size: How many processes there are.
+        first: The first class of this rank.
+        count: The number of its classes; 0 where the others have all.
+        sampled: Which of them take part in this batch, (n,) int64 in ascending order from 0; None
+            where all do.
+    """
+
+    def __init__(self, mesh: DeviceMesh, num_classes: int) -> None:
+        self.mesh, self.num_classes = mesh, num_classes
+        self.group = mesh.get_group()
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        each = -(-num_classes // self.size)
+        self.first = min(self.rank * each, num_classes)
+        self.count = min(each, num_classes - self.first)
+        self.sampled: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.first}:{self.first + self.count} of {self.num_classes} classes"
+
+    def num_classes_of(self, weight: Tensor, sub_centers: int) -> int:
+        """The number of classes in all."""
+        return self.num_classes
+
+    def block(self, rows: int) -> slice:
+        """Where this rank's rows are among all."""
+        each = rows // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def local(self, labels: Tensor) -> Tensor:
+        """The classes (N,) as this rank counts those that take part here; -1 for others."""
+        here = labels - self.first
+        is_here = (here >= 0) & (here < self.count)
+        if self.sampled is not None:
+            place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
+            is_here &= self.sampled.index_select(0, place) == here
+            here = place
+        return here.where(is_here, -1)
+
+    def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
+        """The centres that take part; their gradient is sparse where not all of them do."""
+        if self.sampled is None:
+            return weight
+        rows = self.sampled[:, None] * sub_centers
+        rows = rows + torch.arange(sub_centers, device=rows.device)
+        return torch.embedding(weight, rows.flatten(), sparse=True)
+
+    def of_targets(
+        self, function: Callable[[Tensor], Tensor], weight: Tensor, own: Tensor
+    ) -> Tensor:
+        """A function (N,) of the centres of the targets (N, d), which are rows ``own`` or not here.
+
+        Its gradient goes to the centres, and to no rows.
+        """
+        centres = weight.new_zeros(len(own), weight.shape[1])
+        if len(weight):
+            centres = weight.index_select(0, own.clamp(min=0))
+        return self.total(function(centres).where(own >= 0, 0))
+
+    def nearest(self, cosines: Tensor) -> Tensor:
+        """Of the k largest cosines of each rank (N, k) those of all, without a graph."""
+        of_ranks = self.gathered(cosines).transpose(0, 1).flatten(1)
+        return of_ranks.topk(cosines.shape[1], 1).values
+
+    def of_classes(self, values: Tensor) -> Tensor:
+        """The part of what is kept for all classes (C,) that belongs to those taking part here."""
+        values = values[self.first : self.first + self.count]
+        return values if self.sampled is None else values.index_select(0, self.sampled)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, with a gradient; for what every rank then uses alike."""
+        total: Tensor = _Total.apply(values, self)  # type: ignore[no-untyped-call]
+        return total
+
+    def shared(self, values: Tensor) -> Tensor:
+        """The values, the same on every rank; their gradient is summed over ranks."""
+        shared: Tensor = _Shared.apply(values, self)  # type: ignore[no-untyped-call]
+        return shared
+
+    def shared_rows(self, rows: Tensor) -> Tensor:
+        """The rows (N, d) of all ranks; the gradient of this rank's own is summed over ranks."""
+        shared: Tensor = _SharedRows.apply(rows, self)  # type: ignore[no-untyped-call]
+        return shared
+
+    def log_total(
+        self, values: Tensor, others: Tensor, *, is_bounded: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The log of the sum over ranks of exp(values) (N,), and the sums of others (k, N).
+
+        One stack is reduced; where exp(values) might overflow, their maximum before it.
+        """
+        shift = torch.zeros_like(values)
+        if not is_bounded:
+            shift = self.largest(values.detach()).clamp(min=torch.finfo(values.dtype).min)
+        summed = self.total(torch.cat([(values - shift).exp()[None], others]))
+        is_none = summed[0] == 0  # its logarithm has no gradient
+        log = summed[0].masked_fill(is_none, 1).log() + shift
+        return log.masked_fill(is_none, -torch.inf), summed[1:]
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The maximum over ranks, without a gradient."""
+        values = values.clone()
+        speak(lambda: dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group))
+        return values
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, stacked (size, ...); without a graph."""
+        found = values.new_empty(self.size, *values.shape)
+        flat, values = found.view(-1), values.detach().reshape(-1).contiguous()
+        speak(lambda: _all_gather(flat, values, group=self.group))
+        return found
+
+    def attached(self, rows: Tensor, own: Tensor, factor: float) -> Tensor:
+        """The gathered rows, those of this rank on its graph; their gradient times a factor."""
+        attached: Tensor = _Attached.apply(own, rows, self, factor)  # type: ignore[no-untyped-call]
+        return attached
+
+    def own(self, losses: Tensor, count: int) -> Tensor:
+        """Of the losses of all rows those of this rank's first ``count``."""
+        own: Tensor = _Own.apply(losses, self, count)  # type: ignore[no-untyped-call]
+        return own
+
+    def distributed(self, values: Tensor, sub_centers: int) -> Tensor:
+        """What this rank keeps for the rows of its weight, as its part of what all ranks keep.
+
+        Args:
+            values: (rows, ...).
+            sub_centers: The number of rows of a class.
+
+        Returns:
+            A DTensor (C, ...), or (C, sub_centers, ...), for a class is not to be cut. Values that
+            are not of these rows are returned as they are.
+        """
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import Shard as ByRow
+
+        if len(values) != self.count * sub_centers:
+            return values
+        if sub_centers > 1:
+            values = values.view(self.count, sub_centers, *values.shape[1:])
+        shape = torch.Size((self.num_classes, *values.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            values, self.mesh, [ByRow(0)], run_check=False, shape=shape, stride=stride
+        )
+
+    def undistributed(self, values: Tensor, sub_centers: int) -> Tensor:
+        """This rank's rows (rows, ...) of what :meth:`distributed` made, or of a whole weight's."""
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(values, DTensor):
+            values = values.to_local()
+            return values.flatten(0, 1) if sub_centers > 1 else values
+        if len(values) != self.num_classes * sub_centers:
+            return values
+        return values[self.first * sub_centers : (self.first + self.count) * sub_centers]
+
+    def begin_sum(self, gradient: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum gradients of rows (N, d) over ranks; the result ends it, and returns them.
+
+        What is returned is 0 but for this rank's own rows.
+        """
+        summed = torch.zeros_like(gradient)
+        block = summed[self.block(len(summed))]
+        sent = gradient.contiguous()
+        work = speak(lambda: _reduce_scatter(block, sent, group=self.group, async_op=True))
+
+        def end() -> Tensor:
+            speak(work.wait)
+            return summed
+
+        return end
+
+
+def speak(collective: Callable[[], _Result]) -> _Result:
+    """What the collective returns; its failure is that of another rank, and says so.
+
+    Raises:
+        RuntimeError: If another rank has died, or did not arrive in the group's time.
+    """
+    try:
+        return collective()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "sharded: the other ranks could not be reached: one of them has failed, or did not "
+            f"come within the process group's timeout ({error})"
+        ) from error
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+        values = values.clone()
+        speak(lambda: dist.all_reduce(values, group=shard.group))
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.total(gradient), None
+
+
+class _SharedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.begin_sum(gradient)(), None
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, rows: Tensor, shard: Shard, factor: float) -> Tensor:
+        ctx.shard, ctx.factor, ctx.count, ctx.dtype = shard, factor, len(own), own.dtype
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        own = gradient[ctx.shard.block(len(gradient))][: ctx.count] * ctx.factor
+        return own.to(ctx.dtype), None, None, None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, shard: Shard, count: int) -> Tensor:
+        ctx.shard, ctx.rows = shard, len(losses)
+        return losses[shard.block(len(losses))][:count].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        own = gradient.new_zeros(ctx.rows // ctx.shard.size)
+        own[: len(gradient)] = gradient
+        return ctx.shard.gathered(own).view(-1), None, None
