@@ -19,7 +19,6 @@ The loss that every rank returns is that of all rows, and so are the gradients.
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -118,7 +117,7 @@ def shard(
     place = Shard(mesh, loss.num_classes)
     weight = _own_centres(loss, place, seed)
     sharded = cast(ShardedLoss, loss)
-    sharded.__class__ = _sharded(cast("type[MarginLoss]", type(loss)))
+    sharded.__class__ = _sharded(type(loss))
     sharded.shard, sharded.seed = place, seed
     sharded.sample_rate = float(sample_rate)
     sharded.factor = float(place.size) if backbone == "ddp" else 1.0
@@ -152,7 +151,6 @@ def unshard(loss: MarginLoss) -> MarginLoss:
     return _whole(loss, centres.clone())
 
 
-@cache
 def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
     return cast("type[ShardedLoss]", type(f"Sharded{cls.__name__}", (ShardedLoss, cls), {}))
 
