@@ -1,0 +1,180 @@
+"""Reading matrices out of HDF5 files that may come from anywhere; run in a process of its own.
+
+libhdf5 takes much on trust: on a forged file it may crash, loop for ever or fill the memory. So no
+other process opens one (see reader.py), and this one has limits. What libhdf5 would read without
+a murmur is refused here: a link out of the file, numbers of a crooked format, a chunk of another
+size than its matrix needs.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # on Windows, which therefore sets no limit to the memory
+    resource = None
+
+import h5py
+import numpy as np
+
+MEMORY = 3 << 28  # bytes that reading a file may take; the largest allowed takes two thirds of it
+PATIENCE = 20.0  # seconds that it may take; the archive's take a hundredth of one
+LARGEST_SIDE = 4096  # of any matrix in a file; the archive's images have 512
+MOST_CHUNKS = 4096  # that a matrix is stored in
+PACKINGS = ((), (h5py.h5z.FILTER_DEFLATE,), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE))
+
+
+class FormatError(Exception):
+    """What is wrong with a file, in one line that does not name it."""
+
+
+def serve() -> None:
+    """Answer requests from standard input until it ends, as it does when the other side dies.
+
+    A request is a line of JSON: a path, a group's name or "", and the most numbers that each
+    of the group's matrices may hold, by name. The answer is a line of JSON, a list of the matrices'
+    dtypes and shapes, then their bytes; or a line with the reason why the file is refused.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    answers.write(b"ready\n")
+    answers.flush()
+    with Path(os.devnull).open("wb") as nowhere:  # no last words of a library that crashes
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+    limit_address_space(MEMORY)
+    for request in sys.stdin.buffer:
+        path, group, limits = json.loads(request)
+        limit_time(PATIENCE)
+        try:
+            matrices = read_matrices(path, group, limits)
+            header: object = [(matrix.dtype.str, matrix.shape) for matrix in matrices]
+        except FormatError as error:
+            matrices, header = [], str(error)
+        answers.write(json.dumps(header).encode() + b"\n")
+        for matrix in matrices:
+            answers.write(matrix)
+        answers.flush()
+        limit_time(0)
+
+
+def limit_address_space(extra: int) -> None:
+    """Let this process map so many bytes more than now, where the system says how many it has."""
+    with suppress(OSError, ValueError):  # ValueError: a lower limit is set already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def limit_time(seconds: float) -> None:
+    """End this process after so long, though the parent may be dead by then; 0 lifts the limit.
+
+    It is the processor's time where the system measures that: a busy machine refuses no file.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal, without a handler, kills
+    elif seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def read_matrices(path: str, group: str, limits: dict[str, int]) -> list[np.ndarray]:
+    """Read the named matrices of a group of a file, each of at most so many numbers."""
+    with open_hdf5(path) as file:
+        members = member(file, group, h5py.Group) if group else file
+        return [read_matrix(members, name, most) for name, most in limits.items()]
+
+
+@contextmanager
+def open_hdf5(path: str) -> Iterator[h5py.File]:
+    """Open a file; whatever h5py raises meanwhile becomes a `FormatError`."""
+    try:
+        if not h5py.is_hdf5(path):
+            raise FormatError("not a MATLAB v7.3 (HDF5) file")
+        with h5py.File(path, "r") as file:
+            yield file
+    except PermissionError as error:
+        raise FormatError("no permission to read it") from error
+    # h5py reports damage through any of these, according to where it meets it.
+    except (
+        *(OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError, MemoryError),
+        zlib.error,
+    ) as error:
+        raise FormatError("truncated or damaged HDF5 file") from error
+
+
+def member(group: h5py.Group, name: str, kind: type) -> h5py.Group | h5py.Dataset:
+    """Return a group's own member; a link could lead to any other file of the machine."""
+    link = group.get(name, getlink=True)
+    if link is None:
+        raise FormatError(f"holds no {name}")
+    if not isinstance(link, h5py.HardLink):
+        raise FormatError(f"{name} is a link, which is not followed")
+    found = group[name]
+    if not isinstance(found, kind):
+        raise FormatError(f"{name} is not an HDF5 {kind.__name__.lower()}")
+    return found
+
+
+def read_matrix(group: h5py.Group, name: str, most: int) -> np.ndarray:
+    """Read a matrix of at most `most` real numbers, having looked at what its header promises."""
+    dataset = member(group, name, h5py.Dataset)
+    if dataset.external or dataset.is_virtual:
+        raise FormatError(f"{name} lies in another file, which is not read")
+    if dataset.dtype.kind not in "biuf" or dataset.dtype.itemsize > 8:
+        raise FormatError(f"{name} does not hold numbers")
+    if h5py.h5t.py_create(dataset.dtype, logical=True) != dataset.id.get_type():
+        raise FormatError(f"{name} holds numbers of an unusual format")
+    shape = dataset.shape
+    if shape is None or len(shape) != 2 or 0 in shape:
+        raise FormatError(f"{name} is not a matrix")
+    if max(*shape, *(dataset.chunks or ())) > LARGEST_SIDE:
+        raise FormatError(f"{name} or a chunk of it exceeds {LARGEST_SIDE} on a side")
+    if dataset.size > most:
+        raise FormatError(f"{name} holds {dataset.size} numbers, expected {most} at most")
+    return read_chunks(name, dataset) if dataset.chunks else dataset[()]
+
+
+def read_chunks(name: str, dataset: h5py.Dataset) -> np.ndarray:
+    """Read a matrix that is stored in chunks.
+
+    libhdf5 itself would unpack any bomb, take any length for the right one, and zeros for a chunk
+    that is missing.
+    """
+    properties = dataset.id.get_create_plist()
+    packing = tuple(properties.get_filter(i)[0] for i in range(properties.get_nfilters()))
+    if packing not in PACKINGS:
+        raise FormatError(f"{name} is packed in a way that MATLAB does not use")
+    sides = dataset.chunks
+    places = [range(0, *ends) for ends in zip(dataset.shape, sides, strict=True)]
+    if math.prod(map(len, places)) > MOST_CHUNKS:
+        raise FormatError(f"{name} is cut into more than {MOST_CHUNKS} chunks")
+    matrix = np.empty(dataset.shape, dataset.dtype)
+    for row, column in product(*places):
+        skipped, stored = dataset.id.read_direct_chunk((row, column))
+        used = [kind for i, kind in enumerate(packing) if not skipped >> i & 1]
+        chunk = unpack(stored, used, math.prod(sides), matrix.itemsize)
+        if len(chunk) != math.prod(sides) * matrix.itemsize:
+            raise FormatError(f"{name} holds a chunk that does not unpack to its size")
+        part = matrix[row : row + sides[0], column : column + sides[1]]
+        part[...] = np.frombuffer(chunk, matrix.dtype).reshape(sides)[: len(part), : part.shape[1]]
+    return matrix
+
+
+def unpack(stored: bytes, packing: list[int], count: int, itemsize: int) -> bytes:
+    """Undo the packing of `count` numbers; a result of another length is not theirs."""
+    content = stored
+    if h5py.h5z.FILTER_DEFLATE in packing:
+        content = zlib.decompressobj().decompress(content, count * itemsize + 1)
+    if h5py.h5z.FILTER_SHUFFLE in packing and len(content) == count * itemsize:
+        content = np.frombuffer(content, np.uint8).reshape(itemsize, count).T.tobytes()
+    return content
