@@ -42,11 +42,15 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     def converted(
         state: dict[str, Any], convert: Callable[[Tensor, int], Tensor]
     ) -> dict[str, Any]:
+        # By its place: torch.distributed.checkpoint has names in the place of numbers.
+        key = [key for group in state["param_groups"] for key in group["params"]][index]
+        if key not in state["state"]:
+            return state
         of_weight = {
             name: convert(value, loss.sub_centers) if _is_of_rows(value) else value
-            for name, value in state["state"].get(index, {}).items()
+            for name, value in state["state"][key].items()
         }
-        return {**state, "state": {**state["state"], **({index: of_weight} if of_weight else {})}}
+        return {**state, "state": {**state["state"], key: of_weight}}
 
     def to_save(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return converted(state, loss.shard.distributed)

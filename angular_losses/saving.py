@@ -115,7 +115,7 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
 def _reshape(
     module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, MarginLoss], Tensor]
 ) -> None:
-    """Change, in place, the shapes of what belongs to sub-centres of losses that are whole."""
+    """Change the shapes in a state of what belongs to sub-centres of losses that are whole."""
     of_optimizer = state.get("optimizer", {}).get("state", {})
     for name, loss in module.named_modules():
         if not isinstance(loss, MarginLoss) or isinstance(loss, ShardedLoss):
@@ -124,10 +124,11 @@ def _reshape(
         if loss.sub_centers == 1 or key not in state["module"]:
             continue
         state["module"][key] = change(state["module"][key], loss)
-        for values in [of_optimizer[key]] if key in of_optimizer else []:
-            for option, value in values.items():
-                if isinstance(value, Tensor) and value.dim():
-                    values[option] = change(value, loss)
+        if key in of_optimizer:  # the optimiser's own dictionary, which must not change
+            of_optimizer[key] = {
+                option: change(value, loss) if isinstance(value, Tensor) and value.dim() else value
+                for option, value in of_optimizer[key].items()
+            }
 
 
 def _current(directory: Path) -> Path | None:

@@ -1,35 +1,35 @@
 """Processes that wait for work, so that each test of several does not import torch again."""
 
 import datetime
+import itertools
 import multiprocessing
 import tempfile
 import traceback
 from pathlib import Path
 
-MOST = 4
-
 
 class Processes:
-    """Up to four processes of one gloo world; :meth:`run` has some of them do the same work."""
+    """Some processes; :meth:`run` makes a gloo world of the first of them, for some work."""
 
-    def __init__(self, timeout: float = 60.0) -> None:
+    def __init__(self, most: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
+        self._numbers = itertools.count()
         self._lines, self.members = [], []
-        for rank in range(MOST):
+        for rank in range(most):
             here, there = context.Pipe()
-            process = context.Process(target=_wait, args=(there, rank, store, timeout), daemon=True)
+            process = context.Process(target=_wait, args=(there, rank), daemon=True)
             process.start()
             there.close()
             self._lines.append(here)
             self.members.append(process)
 
-    def run(self, work, world, *arguments, **options):
-        """What ``work(mesh, *arguments, **options)`` returns on each of the first ranks."""
+    def run(self, work, world, *arguments, timeout=60.0, **options):
+        """What ``work(mesh, *arguments, **options)`` returns on each rank; None where one died."""
+        store = str(Path(self._folder.name) / str(next(self._numbers)))
         for line in self._lines[:world]:
-            line.send((work, world, arguments, options))
-        answers = [line.recv() for line in self._lines[:world]]
+            line.send((work, world, store, timeout, arguments, options))
+        answers = [_answer(line) for line in self._lines[:world]]
         failed = [answer for is_error, answer in answers if is_error]
         if failed:
             raise AssertionError("\n".join(failed))
@@ -44,28 +44,37 @@ class Processes:
         self._folder.cleanup()
 
 
-def _wait(line, rank, store, timeout):
+def _answer(line):
+    try:
+        return line.recv()
+    except EOFError:
+        return False, None
+
+
+def _wait(line, rank):
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, MOST),
-        rank=rank,
-        world_size=MOST,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
-    groups = [dist.new_group(list(range(world))) for world in range(1, MOST + 1)]
     while True:
         try:
-            work, world, arguments, options = line.recv()
+            work, world, store, timeout, arguments, options = line.recv()
         except EOFError:
             return
         try:
-            mesh = DeviceMesh.from_group(groups[world - 1], "cpu", mesh=list(range(world)))
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=timeout),
+            )
             torch.manual_seed(0)
-            line.send((False, work(mesh, *arguments, **options)))
+            answer = work(init_device_mesh("cpu", (world,)), *arguments, **options)
+            line.send((False, answer))
         except BaseException:
             line.send((True, f"rank {rank} of {world}:\n{traceback.format_exc()}"))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -1,11 +1,20 @@
 """What the processes of tests/test_sharded.py do; each compares with the whole loss by itself."""
 
+import copy
+import os
+import time
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
-from angular_losses import ranks
-from angular_losses.sharded import shard
+from angular_losses import ArcFaceLoss, engine, ranks, shards
+from angular_losses.sharded import load, save, shard, shard_optimizer, unshard
 from tests.family import CLASSES, FAMILY
+from tests.profiling import peak_bytes
 
 ROWS = {row.name: row for row in FAMILY}
 SIZE = 6
@@ -76,3 +85,330 @@ def errors(mesh, build, dtype, sizes, classes=CLASSES, *, train=False, rows=12, 
     for name, buffer in whole.named_buffers():
         differences[name] = relative_error(buffers[name].double(), buffer.double())
     return differences
+
+
+def recorded(module, names, calls):
+    """Replace functions of a module by such that note their name and the shape of their input."""
+    for name in names:
+        original = getattr(module, name)
+
+        def noting(*arguments, _name=name, _original=original, **options):
+            tensor = arguments[1] if _name in ("_all_gather", "_reduce_scatter") else arguments[0]
+            calls.append((_name, tuple(tensor.shape)))
+            return _original(*arguments, **options)
+
+        yield patch.object(module, name, noting)
+
+
+def calls_of_a_step(mesh, build, rows, **options):
+    """The collectives of a second step, and where the gradient of the weight is among them."""
+    loss = shard(build(50, SIZE, **options), mesh)
+    embeddings, labels = batch_of(rows, torch.float32, 50)
+    embeddings.requires_grad_()
+    loss(embeddings, labels).backward()  # the first agrees on sizes
+    calls = []
+    with ExitStack() as stack:
+        for patched in recorded(shards, ["_all_gather", "_reduce_scatter"], calls):
+            stack.enter_context(patched)
+        for patched in recorded(dist, ["all_reduce", "broadcast", "barrier"], calls):
+            stack.enter_context(patched)
+        original = engine._weight_gradient
+
+        def weight_gradient(*arguments):
+            calls.append(("weight gradient", ()))
+            return original(*arguments)
+
+        stack.enter_context(patch.object(engine, "_weight_gradient", weight_gradient))
+        loss(embeddings, labels).backward()
+    return calls
+
+
+def peak_of_a_step(mesh, classes, rows, **options):
+    """The most bytes that a step holds beyond the weight, its gradient apart."""
+    loss = shard(ArcFaceLoss(classes, SIZE, **options), mesh)
+    embeddings, labels = batch_of(rows, torch.float32, classes)
+    embeddings.requires_grad_()
+    loss(embeddings, labels).backward()
+    return peak_bytes(lambda: loss(embeddings, labels).backward())
+
+
+def network(seed=5, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, SIZE)
+    ).to(dtype)
+
+
+def steps_of(count, rows, classes):
+    generator = torch.Generator().manual_seed(9)
+    centres = torch.randn(classes, 10, generator=generator, dtype=torch.float64)
+    for _ in range(count):
+        labels = torch.randint(classes, (rows,), generator=generator)
+        noise = torch.randn(rows, 10, generator=generator, dtype=torch.float64)
+        yield centres[labels] + 0.3 * noise, labels
+
+
+def training(mesh, backbone, build, steps=50, accumulate=1, **settings):
+    """The losses of a training with sharded classes, of one without, and their last weights."""
+    classes, rows = 13, 12
+    whole, alone = build(classes, SIZE, dtype=torch.float64), network()
+    part = shard(copy.deepcopy(whole), mesh, backbone="exact" if backbone == "alone" else "ddp")
+    spread = wrapped(network(), mesh, backbone)
+    found, expected = [], []
+    optimizers = [
+        torch.optim.AdamW([*net.parameters(), *loss.parameters()], lr=3e-3, weight_decay=0.01)
+        for net, loss in ((spread, part), (alone, whole))
+    ]
+    for number, (inputs, labels) in enumerate(steps_of(steps * accumulate, rows, classes)):
+        cut = 3 + number % 5  # batches of different sizes
+        sizes = (cut, rows - cut) if mesh.size() == 2 else (rows,)
+        mine = parts_of(rows, sizes)[mesh.get_rank()]
+        for net, loss, at, losses in (
+            (spread, part, mine, found),
+            (alone, whole, slice(None), expected),
+        ):
+            value = loss(net(inputs[at]), labels[at])
+            (value / accumulate).backward()
+            losses.append(value.item())
+        if number % accumulate == accumulate - 1:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    centres = unshard(part).weight
+    return max(
+        relative_error(torch.tensor(found), torch.tensor(expected)),
+        relative_error(centres.detach(), whole.weight.detach()),
+    ), (expected[0], expected[-1])
+
+
+def wrapped(net, mesh, backbone):
+    if backbone == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(net, process_group=mesh.get_group())
+    if backbone == "fsdp":
+        return fully_shard(net, mesh=mesh)
+    return net
+
+
+def mixed_training(mesh, compiled=False):
+    """Losses under autocast, with a GradScaler, DDP and activation checkpointing: on every rank."""
+    net = wrapped(network(dtype=torch.float32), mesh, "ddp")
+    loss = shard(ArcFaceLoss(13, SIZE, scale=16.0), mesh, backbone="ddp")
+    run = torch.compile(loss, backend="eager") if compiled else loss
+    optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()], lr=0.05, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
+    losses = []
+    for inputs, labels in steps_of(30, 16, 13):
+        mine = parts_of(16, (9, 7))[mesh.get_rank()]
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = checkpoint(net, inputs[mine].float(), use_reentrant=False)
+            value = run(embeddings, labels[mine])
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses, scaler.get_scale(), [p.detach().clone() for p in net.parameters()]
+
+
+def refusals(mesh, batches, good):
+    """The error that a bad batch raises on this rank, and whether a good one works after it."""
+    loss = shard(ArcFaceLoss(10, SIZE), mesh, batch_size=4)
+    rank = mesh.get_rank()
+    try:
+        loss(*batches[rank])
+    except (ValueError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+    else:
+        found = "none"
+    return found, loss(*good).item()
+
+
+def alone_after_a_death(mesh):
+    """What a rank is told when the other dies between two steps, and how long it waited."""
+    loss = shard(ArcFaceLoss(10, SIZE), mesh)
+    embeddings, labels = batch_of(4, torch.float32, 10)
+    loss(embeddings, labels)
+    if mesh.get_rank() == 1:
+        os._exit(1)
+    try:
+        loss(embeddings, labels)
+    except RuntimeError as error:
+        return str(error)
+
+
+def alone_while_another_sleeps(mesh, seconds):
+    loss = shard(ArcFaceLoss(10, SIZE), mesh)
+    embeddings, labels = batch_of(4, torch.float32, 10)
+    loss(embeddings, labels)
+    if mesh.get_rank() == 1:
+        time.sleep(seconds)
+        return None
+    try:
+        loss(embeddings, labels)
+    except RuntimeError as error:
+        return str(error)
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.05),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.05),
+}
+
+
+def sampled_loss(mesh, rate, classes=40, seed=7, optimizer="sgd", **options):
+    torch.manual_seed(2)
+    loss = shard(
+        ArcFaceLoss(classes, SIZE, dtype=torch.float64, **options),
+        mesh,
+        sample_rate=rate,
+        seed=seed,
+    )
+    made = OPTIMIZERS[optimizer](loss.parameters())
+    shard_optimizer(made, loss)
+    return loss, made
+
+
+def sampled_step(loss, optimizer, number, rows=3, classes=40):
+    generator = torch.Generator().manual_seed(number)
+    embeddings = torch.randn(rows, SIZE, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    optimizer.zero_grad()
+    value = loss(embeddings, labels)
+    value.backward()
+    optimizer.step()
+    return value.item(), labels
+
+
+def rows_that_move(mesh, optimizer, **options):
+    """Of each step: the rows sampled, those whose weight moved, and whose state did."""
+    loss, made = sampled_loss(mesh, 0.2, optimizer=optimizer, **options)
+    found = []
+    for number in range(6):
+        before = loss.weight.detach().clone()
+        states = {k: v.clone() for k, v in made.state.get(loss.weight, {}).items() if v.dim()}
+        _, labels = sampled_step(loss, made, number)
+        moved = (loss.weight.detach() != before).any(1).nonzero().flatten()
+        of_state = set()
+        for name, value in made.state[loss.weight].items():
+            if value.dim():
+                old = states.get(name, torch.zeros_like(value))
+                of_state |= set((value != old).any(1).nonzero().flatten().tolist())
+        gradient = loss.weight.grad.coalesce()
+        here = [label - loss.shard.first for label in labels.tolist()]
+        found.append(
+            {
+                "sampled": loss.shard.sampled.tolist(),
+                "rows of gradient": gradient.indices()[0].tolist(),
+                "moved": moved.tolist(),
+                "state": sorted(of_state),
+                "targets": [label for label in here if 0 <= label < loss.shard.count],
+                "bytes": gradient.values().nbytes,
+            }
+        )
+    return found
+
+
+def sampled_against_dense(mesh, optimizer):
+    """Where all classes happen to be sampled, the bits of loss, weight and state are the same."""
+    outcomes = []
+    for rate in (1.0, 0.999):
+        loss, made = sampled_loss(mesh, rate, optimizer=optimizer)
+        losses = [sampled_step(loss, made, number)[0] for number in range(4)]
+        state = [v for v in made.state[loss.weight].values() if v.dim()]
+        outcomes.append((torch.tensor(losses), loss.weight.detach(), *state))
+        is_sparse = loss.weight.grad.is_sparse
+    return is_sparse, all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+
+
+def momentum_by_hand(mesh):
+    """Momentum of the rows sampled, row by row, against SGD's formula in the order of sampling."""
+    loss, made = sampled_loss(mesh, 0.3)
+    weight, momentum = loss.weight.detach().clone(), torch.zeros_like(loss.weight)
+    for number in range(8):
+        sampled_step(loss, made, number)
+        gradient = loss.weight.grad.coalesce()
+        for row, values in zip(gradient.indices()[0].tolist(), gradient.values(), strict=True):
+            momentum[row] = 0.9 * momentum[row] + (values + 0.05 * weight[row])
+            weight[row] -= 0.1 * momentum[row]
+    return relative_error(loss.weight.detach(), weight)
+
+
+def accumulated_samples(mesh):
+    """The gradient of two batches with different samples is the sum of theirs."""
+    loss, _ = sampled_loss(mesh, 0.2)
+    gradients = []
+    for number in range(2):
+        embeddings, labels = batch_of(3 + number, torch.float64, 40)
+        loss(embeddings, labels).backward()
+        gradients.append(loss.weight.grad.to_dense().clone())
+    first, both = gradients
+    loss.batches.fill_(1)
+    loss.weight.grad = None
+    embeddings, labels = batch_of(4, torch.float64, 40)
+    loss(embeddings, labels).backward()
+    return relative_error(both - first, loss.weight.grad.to_dense())
+
+
+def built(mesh, is_sharded, optimizer, rate=1.0, **options):
+    torch.manual_seed(4)
+    loss = ArcFaceLoss(11, SIZE, dtype=torch.float64, **options)
+    net = network()
+    if is_sharded:
+        # All ranks have the same rows, as if a backbone averaged over them.
+        loss = shard(loss, mesh, sample_rate=rate, backbone="ddp")
+    made = OPTIMIZERS[optimizer]([*net.parameters(), *loss.parameters()])
+    if is_sharded:
+        shard_optimizer(made, loss)
+    return torch.nn.ModuleList([net, loss]), made
+
+
+def steps_with(modules, optimizer, numbers):
+    """The losses of some steps, with the same rows on every rank, so that their number is free."""
+    net, loss = modules
+    losses = []
+    for number, (inputs, labels) in enumerate(steps_of(max(numbers) + 1, 6, 11)):
+        if number in numbers:
+            optimizer.zero_grad()
+            value = loss(net(inputs), labels)
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+    return losses
+
+
+def train_and_save(mesh, folder, is_sharded, optimizer, **options):
+    """Three steps, a checkpoint, and the losses of two steps after it."""
+    modules, made = built(mesh, is_sharded, optimizer, **options)
+    steps_with(modules, made, range(3))
+    save(folder, modules, made)
+    return steps_with(modules, made, range(3, 5))
+
+
+def load_and_train(mesh, folder, is_sharded, optimizer, **options):
+    """The losses of two steps after that checkpoint, which this world loads."""
+    modules, made = built(mesh, is_sharded, optimizer, **options)
+    with torch.no_grad():
+        for parameter in modules.parameters():
+            parameter.add_(1.0)
+    load(folder, modules, made)
+    return steps_with(modules, made, range(3, 5))
+
+
+def die_while_saving(mesh, folder):
+    """The second rank dies when its part of a second checkpoint is half written."""
+    modules, made = built(mesh, True, "adamw")
+    steps_with(modules, made, range(3))
+    save(folder, modules, made)
+    steps_with(modules, made, range(3, 5))
+    if mesh.get_rank() == 1:
+        from torch.distributed.checkpoint import filesystem
+
+        def write_half(self, *arguments, **options):
+            os._exit(1)
+
+        filesystem.FileSystemWriter.write_data = write_half
+    try:
+        save(folder, modules, made)
+    except Exception as error:
+        return type(error).__name__
+    return "saved"
