@@ -34,6 +34,7 @@ from .plots import plot_gradient_norms as plot_gradient_norms
 from .plots import plot_history as plot_history
 from .plots import plot_margin as plot_margin
 from .plots import plot_separation as plot_separation
+from .shards import WHOLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,6 +107,8 @@ class AngularMonitor:
     def __init__(self, loss: MarginLoss, *, every: int = 1) -> None:
         if not isinstance(loss, MarginLoss):
             raise TypeError(f"loss: expected a MarginLoss, got {loss!r}")
+        if loss.shard != WHOLE:
+            raise TypeError("loss: expected a whole loss; unshard(loss) makes one")
         if loss.num_classes < 2:
             raise ValueError(f"loss: expected at least 2 classes, got {loss.num_classes}")
         self.loss = loss

@@ -13,6 +13,7 @@ the rows through the classes has to be summed:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,10 +30,9 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+@dataclass(frozen=True)
 class Whole:
     """All classes in one place, as :class:`Shard` sees it: nothing to translate or to add."""
-
-    size, sampled = 1, None
 
     def __repr__(self) -> str:
         return "all classes"

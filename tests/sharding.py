@@ -8,11 +8,14 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+import angular_losses as al
 from angular_losses import ArcFaceLoss, engine, ranks, shards
-from angular_losses.sharded import load, save, shard, shard_optimizer, unshard
+from angular_losses.diagnostics import AngularMonitor
+from angular_losses.sharded import ShardedLoss, load, save, shard, shard_optimizer, unshard
 from tests.family import CLASSES, FAMILY
 from tests.profiling import peak_bytes
 
@@ -412,3 +415,105 @@ def die_while_saving(mesh, folder):
     except Exception as error:
         return type(error).__name__
     return "saved"
+
+
+def mixed_rows(mesh, batch_size):
+    """Mixup with weights of rows, in batches of different sizes, against the whole loss."""
+    embeddings, labels = batch_of(12, torch.float64)
+    others, lam = labels.roll(1), torch.linspace(0, 1, 12, dtype=torch.float64)
+    weights = torch.linspace(0.2, 2, 12, dtype=torch.float64)
+    torch.manual_seed(1)
+    whole = ArcFaceLoss(CLASSES, SIZE, dtype=torch.float64)
+    part = shard(copy.deepcopy(whole), mesh, batch_size=batch_size)
+    mine = parts_of(12, (5, 0, 7))[mesh.get_rank()]
+    own, rows = embeddings[mine].clone().requires_grad_(), embeddings.clone().requires_grad_()
+    expected = whole(rows, labels, weights, other_labels=others, lam=lam)
+    found = part(own, labels[mine], weights[mine], other_labels=others[mine], lam=lam[mine])
+    expected.backward()
+    found.backward()
+    here = slice(part.shard.first, part.shard.first + part.shard.count)
+    return max(
+        relative_error(found.detach(), expected.detach()),
+        relative_error(own.grad, rows.grad[mine]),
+        relative_error(part.weight.grad, whole.weight.grad[here]),
+    )
+
+
+def drawn_margins(mesh, build):
+    """Losses of random margins: with one draw for all ranks, and another at each step."""
+    torch.manual_seed(mesh.get_rank())  # as different as in a real training
+    loss = shard(build(CLASSES, SIZE), mesh)
+    embeddings, labels = batch_of(4, torch.float32)
+    state = torch.get_rng_state()
+    losses = [loss(embeddings, labels).item() for _ in range(2)]
+    return losses, torch.equal(state, torch.get_rng_state())
+
+
+def drawn_centres(mesh, classes, seed):
+    loss = shard(ArcFaceLoss(classes, 64, device="meta"), mesh, seed=seed)
+    assert loss(torch.randn(2, 64), torch.tensor([0, classes - 1])).isfinite()
+    return loss.weight.detach().clone()
+
+
+def two_dimensions(mesh, classes_over_all):
+    """A hybrid: data in replicas, classes over all ranks or over those of a replica."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "classes"))
+    torch.manual_seed(6)
+    whole, alone, net = ArcFaceLoss(7, SIZE, dtype=torch.float64), network(), network()
+    if classes_over_all:
+        part = shard(copy.deepcopy(whole), mesh, backbone="ddp")
+        fully_shard(net, mesh=grid)
+        run = part
+    else:
+        part = shard(copy.deepcopy(whole), grid["classes"], backbone="ddp")
+        net = wrapped(net, mesh, "ddp")
+        replicas = grid["replicas"].get_group()
+        run = torch.nn.parallel.DistributedDataParallel(part, process_group=replicas)
+    inputs, labels = next(steps_of(1, 12, 7))
+    mine = parts_of(12, 3)[mesh.get_rank()]
+    run(net(inputs[mine]), labels[mine]).backward()
+    whole(alone(inputs), labels).backward()
+    here = slice(part.shard.first, part.shard.first + part.shard.count)
+    errors = [relative_error(part.weight.grad, whole.weight.grad[here])]
+    for found, expected in zip(net.parameters(), alone.parameters(), strict=True):
+        gradient = found.grad.full_tensor() if classes_over_all else found.grad
+        errors.append(relative_error(gradient, expected.grad))
+    return max(errors)
+
+
+def whole_again(mesh):
+    torch.manual_seed(3)
+    loss = al.SubCenterArcFaceLoss(5, SIZE, schedule=al.MarginWarmup(10))
+    centres = loss.weight.detach().clone()
+    part = shard(loss, mesh, sample_rate=0.5)
+    assert part is loss
+    assert isinstance(part, ShardedLoss)
+    assert isinstance(part, al.SubCenterArcFaceLoss)
+    again = unshard(part)
+    again.extend(1)
+    told = []
+    for call in (
+        lambda: part.get_logits(torch.ones(1, SIZE)),
+        lambda: part.extend(1),
+        lambda: shard(part, mesh),
+        lambda: unshard(again),
+        lambda: shard_optimizer(torch.optim.SGD(again.parameters()), again),
+        lambda: shard_optimizer(torch.optim.SGD(again.parameters()), part),
+        lambda: shard(torch.nn.Linear(2, 2), mesh),
+        lambda: shard(al.ArcFaceLoss(5, SIZE), mesh, backbone="fsdp"),
+        lambda: shard(al.ArcFaceLoss(5, SIZE), mesh, sample_rate=0.0),
+        lambda: shard(al.ArcFaceLoss(5, SIZE), mesh, batch_size=0),
+        lambda: shard(al.P2SGradLoss(5, SIZE), mesh, sample_rate=0.5),
+        lambda: shard(al.ArcFaceLoss(5, SIZE, label_smoothing=0.1), mesh, sample_rate=0.5),
+        lambda: shard(al.CurricularFaceLoss(5, SIZE, device="meta"), mesh),
+        lambda: shard(al.ArcFaceLoss(5, SIZE), init_device_mesh("cpu", (1, mesh.size()))),
+        lambda: AngularMonitor(part),
+    ):
+        try:
+            call()
+        except (ValueError, TypeError, RuntimeError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("nothing")
+    plain = type(again) is al.SubCenterArcFaceLoss and "shard" not in repr(again)
+    return plain, torch.equal(again.weight.detach()[:15], centres), told

@@ -53,7 +53,8 @@ ROOMS = {
     "measures": {"checks", "geometry", "margins", "packing"},
     "plots": {"checks", "margins", "measures", "matplotlib"},
     "diagnostics": {
-        *("base", "checks", "geometry", "measures", "packing", "plots", "ranks", "matplotlib"),
+        *("base", "checks", "geometry", "measures", "packing", "plots", "ranks", "shards"),
+        "matplotlib",
     },
     "checkpoints": {"checks"},
     "metric_learning": {

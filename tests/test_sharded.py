@@ -1,5 +1,7 @@
 """Classes shared between processes give the loss and the gradients of one process."""
 
+import functools
+
 import pytest
 import torch
 
@@ -254,3 +256,58 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(processes, t
     first = processes.run(sharding.load_and_train, 2, str(tmp_path), True, "adamw")
     assert first == processes.run(sharding.train_and_save, 2, str(tmp_path), True, "adamw")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "current"]
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_mixed_rows_and_weights_of_rows(processes, batch_size):
+    assert max(processes.run(sharding.mixed_rows, 3, batch_size)) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["arc", "cos"])
+def test_random_margins_are_the_same_on_every_rank(processes, kind):
+    build = functools.partial(al.ElasticFaceLoss, kind=kind, plus=True)
+    (losses, is_restored), *others = processes.run(sharding.drawn_margins, 3, build)
+    assert all(other == (losses, True) for other in others)
+    assert is_restored
+    assert losses[0] != losses[1]
+
+
+def test_centres_are_drawn_where_they_stay(processes):
+    draws = processes.run(sharding.drawn_centres, 3, 1000, seed=5)
+    assert [len(centres) for centres in draws] == [334, 334, 332]
+    centres = torch.cat(draws)
+    assert len(centres.unique(dim=0)) == 1000
+    assert centres.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    again = processes.run(sharding.drawn_centres, 3, 1000, seed=5)
+    assert torch.equal(centres, torch.cat(again))
+    assert not torch.equal(draws[0], processes.run(sharding.drawn_centres, 3, 1000, seed=6)[0])
+
+
+@pytest.mark.parametrize("classes_over_all", [True, False])
+def test_a_mesh_of_two_dimensions(processes, classes_over_all):
+    assert max(processes.run(sharding.two_dimensions, 4, classes_over_all)) <= 1e-10
+
+
+def test_whole_again_and_what_is_refused(processes):
+    expected = [
+        "RuntimeError: get_logits: expected a whole loss; unshard(loss) makes one",
+        "RuntimeError: extend: expected a whole loss; unshard(loss) makes one",
+        "TypeError: loss: expected one that is not sharded yet",
+        "TypeError: loss: expected a sharded one, got SubCenterArcFaceLoss",
+        "TypeError: loss: expected a sharded one, got SubCenterArcFaceLoss",
+        "ValueError: optimizer: expected it to hold the weight of the loss",
+        "TypeError: loss: expected a loss of this package, got Linear(",
+        "ValueError: backbone: expected one of 'exact', 'ddp', got 'fsdp'",
+        "ValueError: sample_rate: expected a number above 0, got 0.0",
+        "ValueError: batch_size: expected at least 1, got 0",
+        "ValueError: sample_rate: expected 1 for P2SGradLoss, which is a sum over all classes",
+        "ValueError: sample_rate: expected 1 with label smoothing",
+        "ValueError: loss: its t has values, and cannot be on the meta device",
+        "ValueError: mesh: expected one dimension, such as mesh['classes'], got 2 dimensions",
+        "TypeError: loss: expected a whole loss; unshard(loss) makes one",
+    ]
+    for is_plain, has_its_centres, told in processes.run(sharding.whole_again, 2):
+        assert is_plain
+        assert has_its_centres
+        for found, start in zip(told, expected, strict=True):
+            assert found.startswith(start)
