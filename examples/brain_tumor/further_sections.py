@@ -256,6 +256,9 @@ def faults(report: Report) -> list[Block]:
     ]
     return [
         report.heading("Faults survived"),
-        Paragraph("Drills run on this machine as part of this reproduction."),
+        Paragraph(
+            "Drills run on this machine as part of this reproduction: how many faults were tried, "
+            "and what became of those tried."
+        ),
         Table(["drill", *columns], rows),
     ]

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import resource
@@ -38,12 +39,7 @@ class FormatError(Exception):
 
 
 def serve() -> None:
-    """Answer requests from standard input until it ends, as it does when the other side dies.
-
-    A request is a line of JSON: a path, a group's name or "", and the most numbers that each
-    of the group's matrices may hold, by name. The answer is a line of JSON, a list of the matrices'
-    dtypes and shapes, then their bytes; or a line with the reason why the file is refused.
-    """
+    """Answer requests from standard input until it ends, as it does when the other side dies."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     answers.write(b"ready\n")
     answers.flush()
@@ -52,18 +48,29 @@ def serve() -> None:
         os.dup2(nowhere.fileno(), sys.stderr.fileno())
     limit_address_space(MEMORY)
     for request in sys.stdin.buffer:
-        path, group, limits = json.loads(request)
         limit_time(PATIENCE)
-        try:
-            matrices = read_matrices(path, group, limits)
-            header: object = [(matrix.dtype.str, matrix.shape) for matrix in matrices]
-        except FormatError as error:
-            matrices, header = [], str(error)
-        answers.write(json.dumps(header).encode() + b"\n")
-        for matrix in matrices:
-            answers.write(matrix)
-        answers.flush()
+        answer(request, answers)
         limit_time(0)
+
+
+def answer(request: bytes, answers: BinaryIO) -> None:
+    """Answer one request.
+
+    Args:
+        request: A line of JSON: a path, a group's name or "", and the most numbers that each of
+            the group's matrices may hold, by name.
+        answers: Gets a line of JSON, a list of the matrices' dtypes and shapes, then their bytes;
+            or a line with the reason why the file is refused.
+    """
+    try:
+        matrices = read_matrices(*json.loads(request))
+        header: object = [(matrix.dtype.str, matrix.shape) for matrix in matrices]
+    except FormatError as error:
+        matrices, header = [], str(error)
+    answers.write(json.dumps(header).encode() + b"\n")
+    for matrix in matrices:
+        answers.write(matrix)
+    answers.flush()
 
 
 def limit_address_space(extra: int) -> None:

@@ -26,14 +26,16 @@ import torch
 
 from .checkpoint import read_checkpoint
 from .errors import UserError
+from .hdf5 import limit_address_space
 from .matlab import Slice, read_slice
 from .mutations import OUTSIDE, mutate, write_valid, zlib_zeros
+from .reader import READER
 
 Counts = dict[str, int]
 
 MEMORY = 1 << 30  # bytes that reading one file may take
 VALID = 8  # slices, of which every spoiled one is a copy
-PATIENCE = 10.0  # seconds that reading one file may take
+PATIENCE = 120.0  # seconds until an answer; the reader gives up after 20 of the processor's
 
 
 def in_another_process(function: Callable[..., Counts], *arguments: object) -> Counts:
@@ -55,7 +57,7 @@ def mutated_mats(folder: Path, count: int = 1000, seed: int = 0) -> Counts:
 
     Returns:
         tried; refused, with one line that names the file; read, as a sound slice; failed: a crash,
-        a hang of over 10 s, over 1 GiB of memory, another exception or an unsound slice.
+        a hang, over 1 GiB of memory, another exception or an unsound slice.
     """
     valid = [_valid_slice(folder / OUTSIDE, seed, number) for number in range(VALID)]
     counts = Counter[str]()
@@ -120,7 +122,7 @@ class _Reader:
 def _answer(connection: Connection) -> None:
     """Read the files whose paths arrive, until the other side hangs up."""
     before = _peak_memory()
-    _limit_address_space(2 * MEMORY)  # spares the machine; what counts is the peak
+    limit_address_space(2 * MEMORY)  # spares the machine; what counts is the peak
     connection.send("ready")
     with suppress(EOFError):
         while True:
@@ -158,22 +160,19 @@ def _is_sound(found: Slice) -> bool:
 
 
 def _peak_memory() -> int:
-    """Return the most memory this process ever held, in bytes; 0 where that is unknown."""
+    """Return the most memory this process and its `READER` ever held, in bytes; 0 if unknown."""
+    processes = ["self", *([str(READER.process.pid)] if READER.process else [])]
     with suppress(OSError, StopIteration):  # Linux's getrusage hands a child its parent's peak
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        return sum(map(_high_water_mark, processes))
     if resource is None:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _limit_address_space(extra: int) -> None:
-    """Let this process map so many bytes more than now, where the system says how many it has."""
-    with suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def _high_water_mark(process: str) -> int:
+    lines = Path("/proc", process, "status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 # ----------------------------------------------------------------------- poisoned checkpoints
@@ -192,7 +191,7 @@ def poisoned_checkpoints(folder: Path) -> Counts:
 def _read_poisoned(folder: Path) -> Counts:
     canary = folder / "canary"
     before = _peak_memory()
-    _limit_address_space(2 * MEMORY)
+    limit_address_space(2 * MEMORY)
     refused = 0
     poisons = write_poisoned(folder, canary)
     for path in poisons:

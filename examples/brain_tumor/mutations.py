@@ -4,6 +4,8 @@ Some are damaged as a disk or a cut-off download would, some are what an attacke
 holds more than a few megabytes; some would unpack to far more.
 """
 
+import re
+import struct
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -201,6 +203,62 @@ def _circular_index(path: Path, generator: Generator) -> None:
     path.write_bytes(content)
 
 
+def _swapped_addresses(path: Path, generator: Generator) -> None:
+    """Where one structure's address was, or what looks like an address, stands another's."""
+    content = bytearray(path.read_bytes())
+    structures = [found.start() - 512 for found in re.finditer(b"TREE|SNOD|HEAP", content)]
+    words = np.frombuffer(content[:METADATA_END], "<u8")
+    places = 8 * np.flatnonzero((words > 0) & (words < len(content)))
+    for place in generator.choice(places, generator.integers(1, 4)):
+        struct.pack_into("<Q", content, place, generator.choice(structures))
+    path.write_bytes(content)
+
+
+def _forged_checksum(path: Path, generator: Generator) -> None:
+    """A newer format, whose headers have checksums: one is changed, and its checksum made right."""
+    with h5py.File(path, "r") as file:
+        values = {name: file["cjdata"][name][()] for name in FIELDS}
+    with h5py.File(path, "w", libver="latest", userblock_size=512) as file:
+        file.create_group("cjdata").update(values)
+    content = bytearray(path.read_bytes())
+    start, stop = (headers := header_extents(content))[generator.integers(len(headers))]
+    for place in generator.integers(start + 4, stop, generator.integers(1, 5)):
+        content[place] = generator.choice([0, 1, 0x7F, 0x80, 0xFF, generator.integers(256)])
+    struct.pack_into("<I", content, stop, checksum(content[start:stop]))
+    path.write_bytes(content)
+
+
+def header_extents(content: bytes) -> list[tuple[int, int]]:
+    """Return where the headers of the newer formats begin, and where the checksum of each lies."""
+    extents = []
+    for found in re.finditer(b"OHDR\2", content):
+        flags = content[found.end()]
+        place = found.end() + 1 + 16 * (flags >> 5 & 1) + 4 * (flags >> 4 & 1)  # times, limits
+        width = 1 << (flags & 3)
+        size = int.from_bytes(content[place : place + width], "little")
+        extents.append((found.start(), place + width + size))
+    return extents
+
+
+def checksum(content: bytes) -> int:
+    """Return HDF5's checksum: hashlittle of Bob Jenkins's lookup3, from 0."""
+    a = b = c = 0xDEADBEEF + len(content)
+    *blocks, last = struct.iter_unpack("<3I", content + bytes(-len(content) % 12))
+    for block in blocks:
+        a, b, c = a + block[0], b + block[1], c + block[2]
+        for shift in (4, 6, 8, 16, 19, 4):
+            a, b, c = b, b + c, a - c ^ _rotated(c, shift)
+    a, b, c = a + last[0], b + last[1], c + last[2]
+    for shift in (14, 11, 25, 16, 4, 14, 24):
+        a, b, c = b, (c ^ b) - _rotated(b, shift), a
+    return b & 0xFFFFFFFF
+
+
+def _rotated(value: int, shift: int) -> int:
+    value &= 0xFFFFFFFF
+    return value << shift | value >> 32 - shift
+
+
 def _rare_filters(path: Path, generator: Generator) -> None:
     name = _any_field(generator)
     pipelines = (
@@ -344,7 +402,7 @@ BYTES: tuple[Mutation, ...] = (
 STRUCTURE: tuple[Mutation, ...] = (
     *(_missing_field, _renamed_field, _swapped_fields, _renamed_struct),
     *(_folds_in_place_of_a_slice, _huge_shape, _much_in_little, _chunk_bomb, _rare_filters),
-    _circular_index,
+    *(_circular_index, _swapped_addresses, _forged_checksum),
     *(_wrong_type, _crooked_number, _link, _cycle, _not_a_dataset, _stored_elsewhere, _virtual),
     *(_not_finite, _wrong_shape, _wrong_value),
 )

@@ -99,7 +99,6 @@ class Reader:
             [sys.executable, "-c", PROGRAM, *sys.path, ROOT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pipesize=1 << 20,
             start_new_session=True,  # Ctrl-C is for this process, which then ends that one
         )
         if self.process.stdout.readline() != b"ready\n":

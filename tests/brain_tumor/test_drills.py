@@ -4,8 +4,11 @@ import errno
 import json
 import operator
 import os
+import struct
 import sys
+import time
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -69,6 +72,17 @@ def test_spoiling_depends_on_the_seed_alone(tmp_path):
     assert len(set(kinds)) > 8
 
 
+def test_checksums_are_as_libhdf5_writes_them(tmp_path):
+    with h5py.File(tmp_path / "1.h5", "w", libver="latest") as file:
+        file.create_group("cjdata").update({"PID": np.ones((3, 1)), "label": 1.0})
+    content = (tmp_path / "1.h5").read_bytes()
+    extents = mutations.header_extents(content)
+    assert len(extents) == 4  # of the root, the group and two data sets
+    for start, stop in extents:
+        (stored,) = struct.unpack_from("<I", content, stop)
+        assert mutations.checksum(content[start:stop]) == stored
+
+
 class Crash:
     """Ends the process that unpickles it."""
 
@@ -83,6 +97,13 @@ class Glutton:
         return operator.mul, (b"x", 1_181_116_006)
 
 
+class Sleeper:
+    """Delays the process that unpickles it."""
+
+    def __reduce__(self):
+        return time.sleep, (60,)
+
+
 @linux
 def test_the_drill_notices_crashes_hangs_and_gluttony(tmp_path, monkeypatch):
     path = tmp_path / "1.mat"
@@ -92,8 +113,8 @@ def test_the_drill_notices_crashes_hangs_and_gluttony(tmp_path, monkeypatch):
         assert reader.read(Crash()) == ("failed", "the process ended with -6")
         assert reader.read(Glutton()) == ("failed", "took more than 1 GiB of memory")
         assert reader.read(path.with_name("2.mat")) == ("refused", "")
-        monkeypatch.setattr(hostile_files, "PATIENCE", 0.0)
-        assert reader.read(path) == ("failed", "no answer within 0 s")
+        monkeypatch.setattr(hostile_files, "PATIENCE", 0.1)
+        assert reader.read(Sleeper()) == ("failed", "no answer within 0 s")
 
 
 @pytest.mark.parametrize(

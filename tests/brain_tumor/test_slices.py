@@ -2,9 +2,13 @@
 
 import csv
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -12,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from examples.brain_tumor import reader
 from examples.brain_tumor import slices as slices_module
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.matlab import ARCHIVE_SIZE
+from examples.brain_tumor.reader import READER
 from examples.brain_tumor.slices import (
     ARCHIVE_COUNTS,
     CLASS_NAMES,
@@ -148,6 +154,7 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(content)
         assert_refused(path, fault)
     assert_refused(tmp_path / "3.mat", "no such file")
+    assert_refused(tmp_path / f"{'3' * 300}.mat", "")  # what is said of it depends on Python
 
 
 @pytest.mark.parametrize("options", [{}, {"chunks": (8, 8)}])
@@ -177,7 +184,10 @@ NOISE = np.random.default_rng(0).integers(-(2**15), 2**15, (30, 20), np.int16)
         (PIXELS, {"chunks": (7, 9), "compression": "gzip"}),
         (PIXELS, {"chunks": (30, 20), "compression": "gzip", "shuffle": True}),
         (NOISE, {"chunks": (1, 1), "compression": "gzip"}),  # libhdf5 leaves these as they are
+        (NOISE, {"chunks": (1, 2), "compression": "gzip", "shuffle": True}),  # nor packs these
         (NOISE, {"chunks": (30, 20), "compression": "gzip"}),
+        (NOISE.astype(">i8"), {"chunks": (16, 12), "compression": "gzip", "shuffle": True}),
+        (NOISE > 0, {"chunks": (16, 16), "compression": "gzip"}),
     ],
 )
 def test_packed_images_are_read(tmp_path, pixels, options):
@@ -191,6 +201,14 @@ def test_chunk_of_another_size_is_refused(tmp_path, length):
     with h5py.File(path, "r+") as file:  # the chunk has 1200 bytes
         file["cjdata/image"].id.write_direct_chunk((0, 0), zlib.compress(bytes(length)))
     assert_refused(path, "does not unpack to its size")
+
+
+def test_missing_chunk_is_refused(tmp_path):
+    path = write_mat(tmp_path / "1.mat", changed(image=None))
+    with h5py.File(path, "r+") as file:  # libhdf5 would read zeros
+        image = file["cjdata"].create_dataset("image", (30, 20), "i2", chunks=(10, 20))
+        image[:10] = image[20:] = 1
+    assert_refused(path, "truncated or damaged")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +276,175 @@ def test_links_out_of_the_file_are_not_followed(tmp_path):
             else:
                 group.create_virtual_dataset("image", layout)
         assert_refused(path, fault)
+
+
+# ------------------------------------------------------------------------ the process that reads
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits and processes")
+ROOT = Path(__file__).parents[2]
+FAULTY = """
+import os, sys
+sys.path[:] = sys.argv[1:]
+from examples.brain_tumor import hdf5
+hdf5.PATIENCE, read = 0.5, hdf5.read_matrices
+hdf5.read_matrices = lambda path, *rest: {fault} if "hostile" in path else read(path, *rest)
+hdf5.serve()
+"""
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Let the process that reads meet a fault, an expression, with every hostile file."""
+
+    def start(fault):
+        READER.stop()
+        monkeypatch.setattr(reader, "PROGRAM", FAULTY.format(fault=fault))
+
+    yield start
+    READER.stop()
+
+
+@pytest.mark.parametrize("fault", ["os.abort()", "os._exit(0)", "sum(iter(int, 1))", "1 / 0"])
+def test_a_crash_or_hang_costs_one_file(tmp_path, faulty, fault):
+    path, hostile = (write_mat(tmp_path / f"{name}.mat", fields()) for name in ("1", "hostile"))
+    faulty(fault)
+    read_slice(path)
+    first = READER.process
+    for _ in range(2):
+        assert_refused(hostile, "damaged: reading it crashes or never ends")
+        np.testing.assert_array_equal(read_slice(path).image, GRADIENT)
+    assert first.returncode is not None
+    assert READER.process.poll() is None
+    assert READER.process.pid != first.pid
+
+
+def write_looping(path):
+    """A slice on which libhdf5 2.0 loops for ever: an entry of a heap leads to itself."""
+    layout = h5py.VirtualLayout((30, 20), "i2")
+    layout[:] = h5py.VirtualSource(".", "cjdata/tumorMask", shape=(30, 20))
+    write_mat(path, changed(image=None))
+    with h5py.File(path, "r+") as file:
+        file["cjdata"].create_virtual_dataset("image", layout)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"GCOL") + 16
+    content[entry + 8 : entry + 16] = (2**64 - 16).to_bytes(8, "little")  # with its header, 0
+    path.write_bytes(content)
+    return path
+
+
+def test_a_heap_that_leads_in_circles_is_refused(tmp_path, faulty):
+    faulty("None")
+    assert_refused(write_looping(tmp_path / "1.mat"), "damaged")
+    read_slice(write_mat(tmp_path / "2.mat", fields()))
+
+
+@linux
+def test_memory_is_limited(tmp_path, faulty):
+    path = write_mat(tmp_path / "hostile.mat", fields())
+    faulty("[hdf5.np.zeros(1 << 28, 'u1')]")
+    assert READER.read(path, "", {})[0].nbytes == 1 << 28
+    faulty("[hdf5.np.zeros(1 << 30, 'u1')]")
+    with pytest.raises(UserError, match=r"hostile\.mat: damaged"):
+        READER.read(path, "", {})
+
+
+def test_a_process_that_ended_between_two_files_costs_none(tmp_path):
+    path = write_mat(tmp_path / "1.mat", fields())
+    read_slice(path)
+    READER.process.kill()
+    READER.process.wait()
+    read_slice(path)
+
+
+def test_an_interrupted_answer_is_not_taken_for_the_next(tmp_path, monkeypatch):
+    path = write_mat(tmp_path / "1.mat", fields())
+    other = write_mat(tmp_path / "2.mat", fields(2 * GRADIENT))
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.json, "loads", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            read_slice(other)
+    np.testing.assert_array_equal(read_slice(path).image, GRADIENT)
+
+
+def test_threads_take_turns(tmp_path):
+    paths = [write_mat(tmp_path / f"{n}.mat", fields(n * GRADIENT)) for n in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read_slice, paths * 10))
+    for number, one in enumerate(found):
+        np.testing.assert_array_equal(one.image, (number % 4 + 1) * GRADIENT)
+
+
+def test_a_relative_path_is_this_processes(tmp_path, monkeypatch):
+    write_mat(tmp_path / "1.mat", fields())
+    read_slice(tmp_path / "1.mat")
+    monkeypatch.chdir(tmp_path)
+    read_slice(Path("1.mat"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from examples.brain_tumor.matlab import read_slice
+print(read_slice(Path(sys.argv[2])).patient)
+"""
+
+
+def test_a_script_without_a_guard_elsewhere_reads(tmp_path):
+    path = write_mat(tmp_path / "1.mat", fields())
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-W", "error", "script.py", ROOT, path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("MR01a\n", "")
+
+
+def test_the_process_that_reads_needs_no_torch():
+    code = "from examples.brain_tumor import hdf5; import sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from examples.brain_tumor import reader
+from examples.brain_tumor.matlab import read_slice
+path, hostile, reader.PROGRAM = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+read_slice(path)
+own = reader.READER.process.pid
+if os.fork() == 0:
+    read_slice(path)
+    print(reader.READER.process.pid != own, flush=True)
+    sys.stdin.read()
+    os._exit(0)
+read_slice(path)
+print(own, flush=True)
+if sys.argv[4] == "idle":
+    sys.stdin.read()
+read_slice(hostile)
+"""
+
+
+@linux
+@pytest.mark.parametrize("state", ["idle", "hanging"])
+def test_no_process_outlives_a_killed_parent(tmp_path, state):
+    """Not even while one that was forked from the parent lives; that one has its own."""
+    path, hostile = (write_mat(tmp_path / f"{name}.mat", fields()) for name in ("1", "hostile"))
+    program = FAULTY.format(fault="sum(iter(int, 1))")
+    command = [sys.executable, "-c", KILLED, path, hostile, program, state]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as parent:
+        said = {parent.stdout.readline(), parent.stdout.readline()} - {"True\n"}
+        watched = os.pidfd_open(int(said.pop()))
+        time.sleep(0.2)  # let it come to the hostile file
+        os.kill(parent.pid, signal.SIGKILL)
+        ended, _, _ = select.select([watched], [], [], 60)
+        os.close(watched)
+    assert ended
 
 
 # ---------------------------------------------------------------------------- loading and cache
