@@ -342,7 +342,7 @@ def test_one_compiled_graph_for_every_mode(mode, dynamic):
 def test_compiled_second_derivative_is_refused_too():
     embeddings, weight, labels = batch()
     parts = operators._forward_operator(
-        embeddings, weight, labels, None, None, 8.0, 4, torch.float32, True, True
+        embeddings, weight, labels, None, None, 8.0, 4, torch.float32, True, True, False
     )
     (gradient,) = torch.autograd.grad(parts[1].sum(), embeddings, create_graph=True)
     with pytest.raises(RuntimeError, match="mode='dense'"):
