@@ -80,7 +80,7 @@ class MarginLoss(nn.Module):
         schedule: A :class:`LambdaAnnealing` or :class:`MarginWarmup`, advanced by each forward
             pass in training mode; by default the whole margin is in force from the start.
         gradient: "exact", or "detached": the margin moves the logit but is not differentiated
-            (:func:`angular_losses.margins.detached`), as insightface and OpenSphere train.
+            (:func:`angular_losses.detached`), as insightface and OpenSphere train.
         sub_centers: The number of centres of a class; its angle is that of the nearest. For noisy
             labels: the wrong images of a class gather at a centre of their own.
         reduction: "mean", "sum" or "none".

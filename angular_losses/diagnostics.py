@@ -182,7 +182,7 @@ class AngularMonitor:
         follows running statistics of the embeddings, it is that before the batch was observed.
 
         Returns:
-            A context manager: leaving it, or its ``close()``, detaches the monitor again.
+            A context manager; leaving it, or its ``close()``, detaches the monitor again.
         """
         hooks = ExitStack()
         before = self.loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)

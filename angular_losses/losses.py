@@ -272,7 +272,7 @@ class CombinedMarginLoss(MarginLoss):
         m2: Additive margin on the angle in radians, in [0, pi).
         m3: Additive margin on the cosine, in [0, 2).
         scale: The scale s > 0.
-        beyond: See :func:`angular_losses.margins.combined`.
+        beyond: See :func:`angular_losses.combined`.
         **options: See :class:`MarginLoss`.
 
     Shape:

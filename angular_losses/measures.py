@@ -38,7 +38,7 @@ class BatchAngles(NamedTuple):
 
     @property
     def gap(self) -> Tensor:
-        """(N,) nearest - target: above 0 where the row is classified right."""
+        """The nearest less the target (N,), above 0 where the row is classified right."""
         return self.nearest - self.target
 
 

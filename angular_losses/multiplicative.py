@@ -31,7 +31,7 @@ class SphereFaceLoss(MarginLoss):
         embedding_size: The length of an embedding, d.
         margin: m >= 1, any real number; 1 is no margin.
         scale: The scale s > 0, or None for the length of each embedding.
-        beyond: See :func:`angular_losses.margins.sphereface`.
+        beyond: See :func:`angular_losses.sphereface`.
         **options: See :class:`MarginLoss`. The paper trains with the margin annealed:
             ``schedule=LambdaAnnealing()``.
 

@@ -66,7 +66,7 @@ def parameter_groups(
         lr_of_losses: The learning rate of centres and biases; ``lr`` by default.
 
     Returns:
-        Two groups: what is not in a loss, and what is.
+        Two groups, of what is not in a loss and of what is.
 
     Raises:
         TypeError: If one of the modules is none.

@@ -1,16 +1,61 @@
 """Sphinx configuration of the site: `make docs`."""
 
+import shutil
+import sys
+from pathlib import Path
+
 import angular_losses
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
 
 project = "angular_losses"
 author = "The angular_losses developers"
 copyright = f"2026, {author}"
 release = angular_losses.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "sphinxcontrib.katex",
+    "llms_txt",
+]
+myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build", "_templates", "engine_results.md", "**/GALLERY_HEADER.rst", "sg_execution_times.rst"]
+nitpicky = True
+nitpick_ignore_regex = [  # what is outside: no inventory is fetched
+    ("py:.*", r"(torch|nn|abc|numpy|pytorch_metric_learning)\b.*"),
+    ("py:class", r"angular_losses\.shards\.Shard"),
+]
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say more: shapes, ranges, units
-nitpicky = False
+autosummary_generate = True
+templates_path = ["_templates"]
+
+# Finished when the page is built: a reader's browser needs no script for it, and no network. Where
+# there is no node, the script that comes with the extension does it in the browser.
+katex_prerender = shutil.which("node") is not None
+katex_css_path = "katex/katex.min.css"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "tutorial",
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 1e9,
+    "abort_on_example_error": True,
+}
+
 html_theme = "furo"
 html_title = f"angular_losses {release}"
-exclude_patterns = ["_build", "engine_results.md"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
