@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: example test lint bench docs clean
+.PHONY: example test lint bench docs docs-serve docs-test clean
 
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
@@ -20,8 +20,14 @@ bench: .venv/dev.done  ## accuracy, then time and memory, beside peers
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.engine
 
-docs: .venv/docs.done  ## the site, in docs/_build
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+docs: .venv/docs.done  ## the site, in docs/_build/html; nothing is fetched
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+
+docs-serve: docs  ## the same, at http://localhost:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
+docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium and Node.js
+	$(BIN)/python -m tests.site
 
 clean:
 	rm -rf .venv docs/_build

@@ -21,7 +21,9 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.katex",
+    "headings",
     "llms_txt",
+    "patient_katex",
 ]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -58,4 +60,6 @@ sphinx_gallery_conf = {
 html_theme = "furo"
 html_title = f"angular_losses {release}"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]

@@ -1,0 +1,169 @@
+// Every page of the site in Chromium: node check.mjs CHROMIUM ADDRESS FOLDER [PAGE ...]
+import { existsSync, readFileSync, readdirSync } from "node:fs";
+import { createRequire } from "node:module";
+import path from "node:path";
+import { chromium } from "playwright-core";
+
+const [executablePath, address, folder, ...wanted] = process.argv.slice(2);
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const LIMIT = 1e6; // bytes of a page apart from its figures
+const WIDE = { width: 1280, height: 900 };
+const NARROW = { width: 390, height: 844 };
+// A page of each type, which is looked at in dark mode too.
+const TYPES = [
+  "index.html",
+  "losses.html",
+  "engine.html",
+  "explorer.html",
+  "tutorial/index.html",
+  "tutorial/plot_1_first_embedding.html",
+  "how_to/debugging.html",
+  "explanation/geometry.html",
+  "brain_tumor_report.html",
+  "reference.html",
+  "reference/generated/angular_losses.ArcFaceLoss.html",
+  "changelog.html",
+  "search.html",
+];
+// Made by Sphinx for itself, without a place in the site's menu.
+const NOT_PAGES = new Set(["genindex.html", "py-modindex.html"]);
+
+const faults = [];
+const fault = (page, text) => faults.push(`${page}: ${text}`);
+const pages = (wanted.length ? wanted : htmlFiles(folder)).filter((page) => !page.startsWith("_"));
+
+function htmlFiles(root, inside = "") {
+  return readdirSync(path.join(root, inside), { withFileTypes: true }).flatMap((entry) => {
+    const name = path.posix.join(inside, entry.name);
+    if (entry.isDirectory()) return entry.name.startsWith("_") ? [] : htmlFiles(root, name);
+    return name.endsWith(".html") ? [name] : [];
+  });
+}
+
+const browser = await chromium.launch({
+  executablePath,
+  args: [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+  ],
+});
+
+async function open(name, options = {}) {
+  const context = await browser.newContext({ viewport: WIDE, ...options });
+  const page = await context.newPage();
+  const seen = { bytes: 0 };
+  page.on("console", (message) => {
+    if (["error", "warning"].includes(message.type())) fault(name, `console: ${message.text()}`);
+  });
+  page.on("pageerror", (error) => fault(name, `script: ${error.message}`));
+  page.on("request", (request) => {
+    const url = request.url();
+    if (!url.startsWith(address) && !url.startsWith("data:") && !url.startsWith("blob:"))
+      fault(name, `leaves the site: ${url}`);
+  });
+  page.on("response", async (response) => {
+    if (response.status() >= 400) fault(name, `${response.status()}: ${response.url()}`);
+    if (!/^(image|font)\//.test(response.headers()["content-type"] ?? ""))
+      seen.bytes += Number(response.headers()["content-length"] ?? 0);
+  });
+  await page.goto(new URL(name, address).href, { waitUntil: "load" });
+  return { page, seen, close: () => context.close() };
+}
+
+async function accessible(page, name) {
+  await page.evaluate(axe);
+  const { violations } = await page.evaluate(() => axe.run());
+  for (const { id, impact, nodes, help } of violations)
+    if (["serious", "critical"].includes(impact))
+      fault(name, `axe, ${impact}: ${id}: ${help}: ${nodes.map((n) => n.target).slice(0, 4).join("  ")}`);
+}
+
+// What a page has, to be checked when all are known.
+const anchors = new Map();
+const links = [];
+
+for (const name of pages) {
+  const { page, seen, close } = await open(name);
+  const found = await page.evaluate(() => ({
+    title: document.title.trim(),
+    language: document.documentElement.lang,
+    headings: document.querySelectorAll("h1").length,
+    main: document.querySelectorAll("main, [role=main]").length,
+    nav: document.querySelectorAll("nav, [role=navigation]").length,
+    unnamed: [...document.images].filter((image) => !image.alt.trim()).map((image) => image.src),
+    ids: [...document.querySelectorAll("[id]")].map((element) => element.id),
+    links: [...document.querySelectorAll("a[href]")].map((link) => link.href),
+  }));
+  if (!found.title) fault(name, "has no title");
+  if (!found.language) fault(name, "does not say its language");
+  if (found.headings !== 1) fault(name, `has ${found.headings} main headings`);
+  if (found.main !== 1 || !found.nav) fault(name, "lacks a landmark (main, navigation)");
+  for (const image of found.unnamed) fault(name, `image without a text: ${image}`);
+  if (seen.bytes > LIMIT) fault(name, `weighs ${seen.bytes} bytes apart from figures`);
+  anchors.set(name, new Set(found.ids));
+  links.push(...found.links.map((link) => [name, link]));
+  if (!NOT_PAGES.has(name)) await accessible(page, name);
+  await page.setViewportSize(NARROW);
+  const over = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
+  if (over > 0) fault(name, `is ${over} pixels too wide for a phone`);
+  await close();
+}
+
+for (const [name, link] of links) {
+  if (!link.startsWith(address)) continue;
+  const url = new URL(link);
+  const target = decodeURIComponent(url.pathname.slice(1)) || "index.html";
+  if (!existsSync(path.join(folder, target))) fault(name, `broken link: ${link}`);
+  const anchor = decodeURIComponent(url.hash.slice(1));
+  if (anchor && anchors.has(target) && !target.startsWith("explorer") && !anchors.get(target).has(anchor))
+    fault(name, `broken anchor: ${link}`);
+}
+
+for (const name of TYPES.filter((type) => pages.includes(type))) {
+  for (const colorScheme of ["light", "dark"]) {
+    for (const [width, viewport] of Object.entries({ 1280: WIDE, 390: NARROW })) {
+      const { page, close } = await open(name, { colorScheme, viewport });
+      if (colorScheme === "dark") await accessible(page, `${name} (dark, ${width})`);
+      if (process.env.SCREENSHOTS)
+        await page.screenshot({
+          path: path.join(
+            process.env.SCREENSHOTS,
+            `${name.replace(/\W+/g, "_")}-${width}-${colorScheme}.png`,
+          ),
+        });
+      await close();
+    }
+  }
+}
+
+if (pages.includes("search.html")) {
+  const { page, close } = await open("search.html?q=arcface");
+  await page.waitForSelector("#search-results li a", { timeout: 15000 });
+  await close();
+}
+
+if (pages.includes("explorer.html")) {
+  const explorer = path.join(import.meta.dirname, "explorer.mjs");
+  const { check } = await import(explorer);
+  const expected = JSON.parse(readFileSync(path.join(import.meta.dirname, "expected.json"), "utf8"));
+  const { page, close } = await open("explorer.html");
+  try {
+    await check(page, address, expected);
+  } catch (error) {
+    fault("explorer.html", error.message);
+  }
+  await close();
+}
+
+await browser.close();
+console.log(`${pages.length} pages, ${links.length} links`);
+if (faults.length) {
+  console.error([...new Set(faults)].join("\n"));
+  console.error(`${faults.length} faults`);
+  process.exit(1);
+}
