@@ -72,7 +72,7 @@ def train(options, device):
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    training = Training(DistributedDataParallel(backbone.to(device)), loss).to(device)
+    training = Training(DistributedDataParallel(backbone.to(device)), loss)
     optimizer = torch.optim.SGD(parameter_groups(backbone, loss, lr=0.1), momentum=0.9)
     shard_optimizer(optimizer, loss)
     if options.save and (options.save / "current").exists():
