@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,12 @@ def save(
     before = _current(directory)
     number = 1 + int(before.name) if before else 1
     path = directory / f"{number:06}"
-    is_first = not _are_several() or dist.get_rank() == 0
+    is_first = not _is_group() or dist.get_rank() == 0
     if is_first and path.exists():  # left by a save that was cut off
         shutil.rmtree(path)
     _wait_for_all()
-    save_parts(_state(module, optimizer), checkpoint_id=path, no_dist=not _are_several())
+    with _silence_of_one_process():
+        save_parts(_state(module, optimizer), checkpoint_id=path, no_dist=not _is_group())
     if is_first:
         partial = directory / f"{CURRENT}.partial"
         partial.write_text(path.name)
@@ -92,7 +95,8 @@ def load(
         for key, value in state["module"].items()
         if key.rpartition(".")[2] != "batches" or f"module.{key}" in known
     }
-    load_parts({**state, "module": wanted}, checkpoint_id=path, no_dist=not _are_several())
+    with _silence_of_one_process():
+        load_parts({**state, "module": wanted}, checkpoint_id=path, no_dist=not _is_group())
     _reshape(module, state, lambda values, loss: values.flatten(0, 1))
     states.set_model_state_dict(module, state["module"])
     if optimizer is not None:
@@ -139,10 +143,18 @@ def _current(directory: Path) -> Path | None:
         return None
 
 
-def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _is_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _wait_for_all() -> None:
-    if _are_several():
+    if _is_group():
         dist.barrier()
+
+
+@contextmanager
+def _silence_of_one_process() -> Iterator[None]:
+    """Torch warns a process without others that it is taken for one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

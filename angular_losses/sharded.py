@@ -71,8 +71,9 @@ def shard(
             :func:`shard_optimizer` is needed.
         seed: What the choice of classes, and centres drawn here, depend on.
         batch_size: The most rows that any rank brings to a step. Without it the ranks tell each
-            other at each step, and a GPU is waited for once; with it nothing waits, and all rows up
-            to that number are computed.
+            other at each step, and a GPU is waited for once; with it nothing waits, all rows up to
+            that number are computed, and where a GPU's rank refuses its batch the others learn of
+            it from the process group's timeout alone.
 
     Returns:
         The loss, now a :class:`ShardedLoss` too.
@@ -124,8 +125,7 @@ def shard(
     sharded.gathering = Gathering(place, loss.ignore_index, batch_size)
     sharded.weight = weight
     sharded.is_random = loss.is_random or sample_rate < 1
-    if sharded.is_random:
-        sharded.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+    sharded.batches = 0
     sharded._watch, sharded._unchanged = None, 0
     return loss
 
@@ -169,24 +169,25 @@ def _check_may_sample(loss: MarginLoss) -> None:
 def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
     each, weight = loss.sub_centers, loss.weight
     own = weight.detach()[place.first * each : (place.first + place.count) * each]
-    if weight.is_meta:
+    if not weight.is_meta:
+        own = own.clone()
+    else:
         device = torch.device(place.mesh.device_type)
         if device.type != "cpu":
             device = torch.device(device.type, torch.get_device_module(device).current_device())
         generator = torch.Generator(device).manual_seed(mixed(seed, place.rank))
         own = torch.empty_like(own, device=device)
         nn.init.normal_(own, std=loss.embedding_size**-0.5, generator=generator)
-    return nn.Parameter(own.clone(), requires_grad=weight.requires_grad)
+    return nn.Parameter(own, requires_grad=weight.requires_grad)
 
 
 def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
     cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
     whole = cast(MarginLoss, cls.__new__(cls))
-    of_shards = {"gathering", "factor", "sample_rate", "seed", "shard", "is_random"}
+    of_shards = {"gathering", "factor", "sample_rate", "seed", "shard", "is_random", "batches"}
     vars(whole).update({k: v for k, v in vars(loss).items() if k not in of_shards})
     whole._parameters = dict(loss._parameters)
-    buffers = {k: v for k, v in loss._buffers.items() if k != "batches"}
-    whole._buffers, whole._modules = copy.deepcopy(buffers), copy.deepcopy(loss._modules)
+    whole._buffers, whole._modules = copy.deepcopy(loss._buffers), copy.deepcopy(loss._modules)
     whole.shard = WHOLE
     for name, parameter in whole._parameters.items():
         if parameter is not None:

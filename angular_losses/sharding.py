@@ -30,7 +30,7 @@ class ShardedLoss(MarginLoss):
     sample_rate: float
     seed: int
     gathering: Gathering
-    batches: Tensor  # counts them, where something is drawn
+    batches: int  # counts them, where something is drawn
 
     @_disable_dynamo
     def forward(
@@ -57,7 +57,8 @@ class ShardedLoss(MarginLoss):
 
         Raises:
             TypeError: If a dtype is wrong, on every rank.
-            ValueError: If a batch of any rank is refused, on every rank; the others are told why.
+            ValueError: If a batch of any rank is refused, on every rank; the others are told why
+                (on a GPU, without ``batch_size``).
             RuntimeError: If a rank cannot be reached within the process group's timeout.
         """
         batch = Batch(embeddings, labels, sample_weight, other_labels, lam)
@@ -112,7 +113,7 @@ class ShardedLoss(MarginLoss):
         self.batches += 1
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type):
-            torch.manual_seed(mixed(self.seed, int(self.batches)))
+            torch.manual_seed(mixed(self.seed, self.batches))
             yield
 
     def _sample(self, rows: Batch) -> Tensor | None:
@@ -126,7 +127,7 @@ class ShardedLoss(MarginLoss):
         # As many as there are labels at least, which may all differ: to count them would wait.
         wanted = min(count, max(math.ceil(self.sample_rate * count), len(labels)))
         generator = torch.Generator(device)
-        generator.manual_seed(mixed(self.seed, int(self.batches), self.shard.rank))
+        generator.manual_seed(mixed(self.seed, self.batches, self.shard.rank))
         chances = torch.rand(count + 1, generator=generator, device=device)
         here = self.known(labels) - self.shard.first
         is_here = (here >= 0) & (here < count)
@@ -140,6 +141,8 @@ class ShardedLoss(MarginLoss):
         destination[f"{prefix}weight"] = self.shard.distributed(
             self.weight.detach(), self.sub_centers
         )
+        if self.is_random:
+            destination[f"{prefix}batches"] = torch.tensor(self.batches)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *others: object
@@ -147,6 +150,8 @@ class ShardedLoss(MarginLoss):
         key = f"{prefix}weight"
         if isinstance(state_dict.get(key), Tensor):
             state_dict[key] = self.shard.undistributed(state_dict[key], self.sub_centers)
+        if f"{prefix}batches" in state_dict:
+            self.batches = int(state_dict.pop(f"{prefix}batches"))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
