@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.katex",
+    "explorer_data",
     "headings",
     "llms_txt",
     "patient_katex",

@@ -9,12 +9,15 @@ axe-core beside this file once. The site is served on loopback; nothing else may
 import argparse
 import functools
 import http.server
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+from tests.site.explorer import expected
 
 HERE = Path(__file__).parent
 SITE = HERE.parent.parent / "docs" / "_build" / "html"
@@ -30,7 +33,7 @@ def main():
     parser.add_argument("--screenshots", type=Path, help="where to put a picture of each page type")
     parser.add_argument("pages", nargs="*", help="such as losses.html; all by default")
     arguments = parser.parse_args()
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     for name, found in (("Chromium", chromium), ("Node.js", shutil.which("node"))):
         if not found:
             sys.exit(f"{name} is not installed; the site was not checked")
@@ -42,6 +45,7 @@ def main():
     handler = functools.partial(Quiet, directory=str(SITE))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    (HERE / "expected.json").write_text(json.dumps(expected()))
     address = f"http://127.0.0.1:{server.server_port}/"
     command = ["node", str(HERE / "check.mjs"), chromium, address, str(SITE), *arguments.pages]
     environment = dict(os.environ)
