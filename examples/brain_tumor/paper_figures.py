@@ -248,7 +248,7 @@ def plot_scores(path: Path, scores: Sequence[Score], title: str) -> Figure:
     ]
     if not all(score.verified for score in scores):
         hollow = {"color": "grey", "marker": "D", "markerfacecolor": "white"}
-        handles.append(Line2D([], [], linestyle="", label="hollow: not verified", **hollow))
+        handles.append(Line2D([], [], linestyle="", label="hollow: from memory", **hollow))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     save_figure(figure, path)
     return figure

@@ -15,6 +15,7 @@ from .metrics import (
     mcnemar,
     metrics_row,
     patient_bootstrap,
+    ratio_text,
     score_auc,
     seed_interval,
     wilson_interval,
@@ -56,6 +57,11 @@ def bounds(interval: tuple[float, float]) -> str:
     low, high = interval
     # Student's interval of two seeds may leave what an accuracy can be.
     return "-" if np.isnan(low) else f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
+
+
+def p_text(p: float) -> str:
+    """Return a probability with three digits; what is smaller than they show is called so."""
+    return f"{p:.3f}" if p >= 0.001 else "<.001"
 
 
 def right(predictions: Predictions) -> np.ndarray:
@@ -114,8 +120,7 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
             labels = np.mean([result.metrics.label_auc for result in results], axis=0)
             scores = np.mean([_score_auc(result) for result in results], axis=0)
             every = [*labels, labels.mean(), *scores, scores.mean()]
-            cells = [f"{value:.4f}" for value in every]
-            rows.append([TITLES[training], *cells, str(len(results))])
+            rows.append([TITLES[training], *map(ratio_text, every), str(len(results))])
         if training in paper.AUCS and not reproduction.synthetic:
             rows.append(["the paper", *paper.AUCS[training], *["-"] * 4, "1"])
     columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]
@@ -124,7 +129,8 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
         rows,
         "Hard: (TPR + TNR) / 2 of the predicted classes, one against the rest, which is what the "
         "paper calls AUC. Score: the area under the ROC curve of the class's probability, "
-        "softmax(s x cosine to the nearest training slice of each class). Means over the seeds.",
+        "softmax(s x cosine to the nearest training slice of each class). Means over the seeds, "
+        "cut off after the last digit like the paper's.",
     )
 
 
@@ -146,7 +152,7 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
                 ours, theirs = right(proposed[seed].predictions), right(other.predictions)
                 test = mcnemar(ours, theirs)
                 only = [str(test.only_first), str(test.only_second)]
-                rows.append([TITLES[training], str(seed), *only, f"{test.p:.3f}"])
+                rows.append([TITLES[training], str(seed), *only, p_text(test.p)])
     return Table(
         ["against", "seed", "only m = 5 right", "only the other right", "p"],
         rows,
@@ -338,7 +344,7 @@ def answer_table(
 
 
 def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:
-    p = "-" if reference is None else f"{mcnemar(own, reference).p:.3f}"
+    p = "-" if reference is None else p_text(mcnemar(own, reference).p)
     return [name, percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own))), p]
 
 
@@ -349,17 +355,17 @@ def _accuracy(results: Sequence[Result]) -> list[str]:
     return [percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own)))]
 
 
-def golden_table(rows: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Table:
+def golden_table(rows: Sequence[paper.Golden]) -> Table:
     """Return what the paper printed beside what our metrics make of its counts."""
     cells = [
-        [name, " ".join(printed), " ".join(ours), _differences(printed, ours)]
-        for name, printed, ours in rows
+        [row.name, " ".join(row.printed), " ".join(row.ours), _differences(row), row.explanation]
+        for row in rows
     ]
-    return Table(
-        ["", "printed by the paper", "our metrics of its counts", "cells that differ"], cells
-    )
+    header = ["", "printed by the paper", "our metrics of its counts", "printed / ours", "why"]
+    return Table(header, cells)
 
 
-def _differences(printed: Sequence[str], ours: Sequence[str]) -> str:
-    differ = [f"{a} / {b}" for a, b in zip(printed, ours, strict=True) if a != b]
-    return "; ".join(differ) or "none"
+def _differences(row: paper.Golden) -> str:
+    cells = zip(row.printed, row.ours, strict=True)
+    differ = [f"{printed} / {ours}" for printed, ours in cells if printed != ours]
+    return "; ".join(differ) or "alike"

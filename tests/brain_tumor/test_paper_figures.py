@@ -331,7 +331,7 @@ def test_scores_show_points_intervals_and_numbers(path):
     labels = [text.get_text().replace("\n", " ") for text in axes.get_yticklabels()]
     assert labels == [score.label for score in scores]
     assert axes.get_ylim() == (2.5, -0.5)  # the first on top
-    assert legend_texts(figure.legends[0]) == ["ours", "the paper", "cited", "hollow: not verified"]
+    assert legend_texts(figure.legends[0]) == ["ours", "the paper", "cited", "hollow: from memory"]
 
 
 @pytest.mark.parametrize(
