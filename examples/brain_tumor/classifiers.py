@@ -7,6 +7,8 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
 from sklearn.svm import SVC
 
+from .errors import UserError
+
 LARGEST_K = 30
 VALIDATION = 0.2  # of the training side
 PAPER_DEGREE = 256
@@ -42,14 +44,19 @@ def classify(
 
     Args:
         train: (n, d) L2-normalised embeddings.
-        train_labels: (n,) at least two slices of each class.
+        train_labels: (n,) of two classes or more.
         test: (k, d) L2-normalised embeddings.
         test_labels: (k,), looked at by "k-NN, best k" alone, which is the paper's way.
         groups: (n,) the training slices' patients if no patient stands on both sides; the
             validation part then holds whole patients. Otherwise None.
         seed: Of the validation part and of the forest.
         paper_degree: Add the polynomial kernel of degree 256 that the paper names.
+
+    Raises:
+        UserError: The training slices are of one class, or too few to set a part of them aside.
     """
+    if len(np.unique(train_labels)) < 2:
+        raise UserError("training slices: all are of one class, expected two or more")
     neighbours = nearest_labels(train, train_labels, test)
     chosen = _validated_k(train, train_labels, groups, seed)
     accuracies = [float((vote(neighbours, k) == test_labels).mean()) for k in _ks(neighbours)]
@@ -70,13 +77,12 @@ def classify(
             "The paper's way: chosen on what it is tested on, so too good by construction.",
         ),
     ]
-    forest = RandomForestClassifier(
-        n_estimators=400, max_features=min(32, train.shape[1]), random_state=seed
-    )
+    features = min(32, train.shape[1])
+    forest = RandomForestClassifier(n_estimators=400, max_features=features, random_state=seed)
     models = {
         "SVM Gaussian": (SVC(kernel="rbf", C=1.0, gamma="scale"), "C = 1, gamma 1 / (d variance)"),
         "SVM polynomial": (_polynomial(3), "((1 + cos) / 2)^3, C = 1"),
-        "random forest": (forest, f"400 trees, max_features 32, seed {seed}"),
+        "random forest": (forest, f"400 trees, max_features {features}, seed {seed}"),
     }
     if paper_degree:
         text = f"((1 + cos) / 2)^{PAPER_DEGREE}, C = 1"
@@ -113,7 +119,10 @@ def _validated_k(
         splitter = StratifiedShuffleSplit(1, test_size=VALIDATION, random_state=seed)
     else:
         splitter = GroupShuffleSplit(1, test_size=VALIDATION, random_state=seed)
-    fitted, held = next(splitter.split(train, labels, groups))
+    try:
+        fitted, held = next(splitter.split(train, labels, groups))
+    except ValueError as error:
+        raise UserError(f"training slices: too few to choose k on: {error}") from None
     neighbours = nearest_labels(train[fitted], labels[fitted], train[held])
     accuracies = [(vote(neighbours, k) == labels[held]).mean() for k in _ks(neighbours)]
     return int(np.argmax(accuracies)) + 1

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
 
 from examples.brain_tumor.classifiers import classify, nearest_labels, vote
+from examples.brain_tumor.errors import UserError
 
 
 def clouds(count, seed, spread=0.6):
@@ -33,6 +36,7 @@ def test_votes_are_sklearns_where_nothing_is_tied(k):
 
 
 def test_a_tie_goes_to_the_nearer_class():
+    assert vote(np.array([[2, 0, 2, 0], [0, 1, 1, 0]]), 4).tolist() == [2, 0]
     neighbours = np.array([[2, 0, 0, 2, 1], [1, 2, 2, 1, 1]])
     assert vote(neighbours, 1).tolist() == [2, 1]
     assert vote(neighbours, 3).tolist() == [0, 2]
@@ -53,7 +57,7 @@ def test_table_2_has_its_classifiers_and_their_settings(every):
     for one in found.values():
         assert one.predicted.shape == truth.shape
         assert (one.predicted == truth).mean() > 0.5
-    assert "400 trees, max_features 32" in found["random forest"].settings
+    assert "400 trees, max_features 8" in found["random forest"].settings  # as many as there are
     assert "cos) / 2)^3" in found["SVM polynomial"].settings
 
 
@@ -66,6 +70,35 @@ def test_the_papers_way_is_the_best_of_all_k_and_says_so(every):
     assert (best.predicted == truth).mean() == max(accuracies)
     assert max(accuracies) > accuracies[0]  # or the choice would show nothing
     assert "too good" in best.note
+    assert "of 1 to 30" in best.settings
+
+
+def test_models_are_set_as_they_say():
+    """On classes that overlap so far that other settings give other answers."""
+    train, labels = clouds(150, 8, spread=1.0)
+    test, truth = clouds(600, 9, spread=1.0)
+    found = {one.name: one for one in classify(train, labels, test, truth, None, seed=2)}
+
+    squares = ((test[:, None].astype(float) - train) ** 2).sum(2)
+    own = ((train[:, None].astype(float) - train) ** 2).sum(2)
+    gamma = 1 / (8 * train.astype(float).var())
+    kernels = {
+        "SVM Gaussian": lambda squared: np.exp(-gamma * squared),
+        "SVM polynomial": lambda squared: (1 - squared / 4) ** 3,  # squared = 2 - 2 cos
+    }
+    for name, kernel in kernels.items():
+        model = SVC(kernel="precomputed", C=1.0).fit(kernel(own), labels)
+        assert (model.predict(kernel(squares)) == found[name].predicted).mean() > 0.995
+    forest = RandomForestClassifier(400, max_features=8, random_state=2).fit(train, labels)
+    assert found["random forest"].predicted.tolist() == forest.predict(test).tolist()
+
+    validated = found["k-NN, k validated"]
+    k = int(validated.settings.split()[2].rstrip(","))
+    neighbours = nearest_labels(train, labels, test)
+    assert validated.predicted.tolist() == vote(neighbours, k).tolist()
+    assert "the best on a fifth of the slices" in validated.settings
+    best = found["k-NN, best k on the test slices"]
+    assert (validated.predicted != best.predicted).any()  # or the one could stand for the other
 
 
 def test_the_validated_k_does_not_look_at_the_test_slices():
@@ -103,3 +136,21 @@ def test_few_training_slices_and_the_papers_degree():
     assert found[-1].name == "SVM polynomial, degree 256"
     assert (found[0].predicted == truth).all()
     assert "of 1 to 12" in found[2].settings
+
+
+@pytest.mark.parametrize(
+    ("labels", "patients", "message"),
+    [
+        ([0] * 10, None, "all are of one class"),
+        ([0] * 5 + [1] * 5 + [2], None, "too few to choose k"),  # a class of one slice
+        ([0, 0, 1, 1, 2, 2], None, "too few to choose k"),
+        ([0] * 5 + [1] * 5, [0] * 10, "too few to choose k"),  # one patient
+    ],
+)
+def test_too_little_to_train_on_is_one_line(labels, patients, message):
+    labels = np.array(labels)
+    train = np.eye(3, dtype=np.float32)[labels]
+    groups = None if patients is None else np.array(patients)
+    with pytest.raises(UserError, match=f"training slices: {message}") as error:
+        classify(train, labels, train, labels, groups, seed=0)
+    assert "\n" not in str(error.value)

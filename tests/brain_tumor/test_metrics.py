@@ -49,6 +49,7 @@ def test_absent_classes_count_as_nothing():
     assert metrics.f1 == [1.0, 1.0, 0.0]
     assert (metrics.accuracy, metrics.mcc) == (1.0, 1.0)
     assert metrics.label_auc == [1.0, 1.0, 0.5]
+    assert compute_metrics(np.array([[5, 0], [0, 0]])).label_auc == [0.5, 0.5]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
@@ -79,6 +80,7 @@ def test_auc_of_scores_counts_pairs_in_order():
     assert areas[0] == pytest.approx((3 + 1 + 0.5) / 6)
     assert areas[1] == pytest.approx(roc_auc_score(truth == 1, scores[:, 1]))
     assert math.isnan(areas[2])
+    assert np.isnan(score_auc(np.zeros(5, int), scores)).all()
 
 
 def test_wilson_interval_of_the_papers_counts():
@@ -86,6 +88,9 @@ def test_wilson_interval_of_the_papers_counts():
     assert (round(100 * low, 2), round(100 * high, 2)) == (97.73, 99.25)
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert wilson_interval(10, 10)[1] == 1.0
+    for total in range(1, 200):
+        assert wilson_interval(0, total)[0] >= 0
+        assert wilson_interval(total, total)[1] <= 1
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -151,6 +156,12 @@ def test_majority_vote_and_its_ties():
         majority_vote(patients, predicted, scores, np.array([1, 2, 0, 2, 1, 1]))
 
 
+def test_a_tie_is_won_by_the_scores_and_not_by_the_first_class():
+    patients, truth = np.array(["a", "a"]), np.array([0, 0])
+    scores = np.array([[0.6, 0.5, 0.0], [0.1, 0.4, 0.0]])
+    assert majority_vote(patients, np.array([0, 1]), scores, truth)[1].tolist() == [1]
+
+
 def test_a_tie_is_not_won_by_a_class_without_votes():
     patients, predicted = np.array(["a", "a"]), np.array([0, 1])
     scores = np.array([[0.5, 0.1, 0.9], [0.1, 0.4, 0.9]])
@@ -174,7 +185,13 @@ def test_sure_and_right_is_calibrated():
 
 @pytest.mark.parametrize(
     ("value", "digits", "expected"),
-    [(29.0, 2, 29.0), (100 * 0.29, 2, 29.0), (98.6999, 2, 98.69), (-0.12345, 4, -0.1234)],
+    [
+        (29.0, 2, 29.0),
+        (100 * 0.29, 2, 29.0),
+        (98.6999, 2, 98.69),
+        (0.98699996, 4, 0.9869),
+        (-0.12345, 4, -0.1234),
+    ],
 )
 def test_truncation(value, digits, expected):
     assert truncated(value, digits) == expected
