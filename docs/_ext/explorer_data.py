@@ -181,9 +181,9 @@ def script() -> str:
 
 def figure() -> Figure:
     """What stands where no script runs: the losses shown at first, and the slopes of their psi."""
-    drawn = Figure(figsize=(8, 3.4), layout="constrained")
+    drawn = Figure(figsize=(4.8, 5.6), layout="constrained")
     for axes, title, part in zip(
-        drawn.subplots(1, 2), ("Target logit / s: ψ(θ)", "Its slope: dψ / dθ"), (0, 1), strict=True
+        drawn.subplots(2, 1), ("Target logit / s: ψ(θ)", "Its slope: dψ / dθ"), (0, 1), strict=True
     ):
         for name, dashes in zip(SHOWN_AT_FIRST, ("-", "--", "-.", ":"), strict=True):
             family = FAMILIES[name]
@@ -194,7 +194,7 @@ def figure() -> Figure:
         axes.set_xlabel("θ (radians)")
         axes.set_xticks([0, math.pi / 2, math.pi], ["0", "π/2", "π"])
         axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8)
+    drawn.axes[0].legend(fontsize=8)
     return drawn
 
 
