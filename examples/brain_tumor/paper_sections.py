@@ -255,9 +255,11 @@ def bars(report: Report) -> list[Block]:
 
 def deviations(report: Report) -> list[Block]:
     """What was done otherwise, and where the paper contradicts itself."""
+    blocks: list[Block] = [report.heading("Deviations from the paper"), Items(paper.DEVIATIONS)]
+    if report.reproduction.synthetic:
+        return blocks
     return [
-        report.heading("Deviations from the paper"),
-        Items(paper.DEVIATIONS),
+        *blocks,
         report.heading("Contradictions in the paper, and how they were read"),
         Items(paper.CONTRADICTIONS),
     ]

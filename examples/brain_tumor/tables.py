@@ -43,6 +43,10 @@ TITLES = {
 LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
 MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
 INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
+TOO_SURE = (
+    "Wilson's interval and McNemar's p take slices for independent; those of one patient are "
+    "alike, so both are too sure."
+)
 BESIDE = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
 SHORT = ("Me", "Gl", "Pt")
 
@@ -61,7 +65,7 @@ def bounds(interval: tuple[float, float]) -> str:
 
 def p_text(p: float) -> str:
     """Return a probability with three digits; what is smaller than they show is called so."""
-    return f"{p:.3f}" if p >= 0.001 else "<.001"
+    return f"{p:.3f}".removeprefix("0") if p >= 0.001 else "<.001"
 
 
 def right(predictions: Predictions) -> np.ndarray:
@@ -156,8 +160,9 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
     return Table(
         ["against", "seed", "only m = 5 right", "only the other right", "p"],
         rows,
-        "McNemar's exact test on the same test slices. With "
-        f"{len(rows)} comparisons a p under .05 is expected now and then by chance alone.",
+        "McNemar's exact test on the same test slices, which it takes for independent; those of "
+        f"one patient are alike, so it is too sure. With {len(rows)} comparisons a p under .05 is "
+        "expected now and then by chance alone.",
     )
 
 
@@ -311,7 +316,7 @@ def variant_table(reproduction: Reproduction) -> Table:
         ["trained", *BESIDE],
         rows,
         f"By patient, on the first {reproduction.budget.folds} of 5 folds. Each differs from the "
-        "proposed training in one thing.",
+        f"proposed training in one thing. {TOO_SURE}",
     )
 
 
@@ -340,7 +345,7 @@ def answer_table(
         own = np.concatenate([one.predicted for one in same]) == truth
         rows.append(_beside(same[0].name, own, reference))
     rows += [_beside(name, own, reference) for name, own in together.items()]
-    return Table(["answered", *BESIDE], rows, caption)
+    return Table(["answered", *BESIDE], rows, f"{caption} {TOO_SURE}")
 
 
 def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:
