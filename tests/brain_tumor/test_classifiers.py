@@ -6,6 +6,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
+from examples.brain_tumor import classifiers
 from examples.brain_tumor.classifiers import classify, nearest_labels, vote
 from examples.brain_tumor.errors import UserError
 
@@ -113,6 +114,26 @@ def test_the_validated_k_does_not_look_at_the_test_slices():
         for labels in (test_labels, (test_labels + 1) % 3)
     ]
     assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("patients", [None, np.repeat(np.arange(30), 5)])
+def test_a_fifth_of_the_training_side_validates_k(monkeypatch, patients):
+    parts = []
+
+    def record(train, labels, test):
+        parts.append((train, labels, test))
+        return nearest_labels(train, labels, test)
+
+    monkeypatch.setattr(classifiers, "nearest_labels", record)
+    train, labels = clouds(150, 3)
+    classify(train, labels, train[:9], labels[:9], patients, seed=0)
+    (whole, _, _), (fitted, fitted_labels, held) = parts
+    assert [len(part) for part in (whole, fitted, held)] == [150, 120, 30]
+    every = {row.tobytes() for row in train}
+    assert {row.tobytes() for row in fitted} | {row.tobytes() for row in held} == every
+    if patients is None:
+        classes = np.bincount(fitted_labels) / np.bincount(labels)
+        np.testing.assert_allclose(classes, 0.8, atol=0.02)
 
 
 def test_whole_patients_validate_k_where_patients_do_not_mix():
