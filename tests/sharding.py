@@ -311,6 +311,13 @@ def rows_that_move(mesh, optimizer, **options):
     return found
 
 
+def sample_of_one_label(mesh):
+    """The classes that a rank samples where all rows have class 0."""
+    loss, _ = sampled_loss(mesh, 0.5)
+    loss(torch.randn(2, SIZE, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+    return loss.shard.sampled.tolist()
+
+
 def sampled_against_dense(mesh, optimizer):
     """Where all classes happen to be sampled, the bits of loss, weight and state are the same."""
     outcomes = []

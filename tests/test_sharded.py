@@ -207,6 +207,13 @@ def test_only_the_rows_sampled_move(processes, optimizer, sub_centers):
     assert answers == processes.run(sharding.rows_that_move, 2, optimizer, sub_centers=sub_centers)
 
 
+def test_ranks_sample_by_chances_of_their_own(processes):
+    with_target, without = processes.run(sharding.sample_of_one_label, 2)
+    assert len(with_target) == len(without) == 10
+    assert with_target[0] == 0
+    assert not set(with_target[1:]) <= set(without)
+
+
 @pytest.mark.parametrize("optimizer", sharding.OPTIMIZERS)
 def test_a_sample_of_all_classes_gives_the_bits_of_the_exact_loss(processes, optimizer):
     for is_sparse, is_equal in processes.run(sharding.sampled_against_dense, 2, optimizer):
