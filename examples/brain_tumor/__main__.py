@@ -11,7 +11,7 @@ from .checkpoint import epochs_done
 from .download import download_slices, download_weights
 from .errors import UserError
 from .evaluation import evaluate
-from .export import export
+from .export import describe_export, export
 from .figures import plot_early
 from .phantoms import make_phantoms
 from .plan import BUDGETS
@@ -375,7 +375,7 @@ def _export(options: argparse.Namespace) -> None:
     for name, differences in described["largest_difference"].items():
         largest = max(differences.values())
         print(f"{options.out / name}: differs from the network by at most {largest:.1e}")
-    print(f"{options.out / 'model.json'}: what they are. Not a medical device.")
+    print(f"{options.out / 'model.json'}: {describe_export(described)}. Not a medical device.")
 
 
 def _load(folder: Path, settings: Settings) -> SliceSet:

@@ -1,13 +1,22 @@
-"""Exporting a run's network so that it classifies without this program: torch.export and ONNX."""
+"""Exporting a run's network so that it classifies without this program: torch.export and ONNX.
 
+The model computes in float32, whatever the run was trained and evaluated in: few programs that run
+ONNX know bfloat16, and no two round alike in it. The training embeddings inside are therefore made
+anew. Where two classes are almost as near, the model may answer otherwise than the run; how often
+on the held-out slices, model.json says.
+"""
+
+import dataclasses
 import hashlib
 import importlib
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .evaluation import class_scores, probabilities
+from .evaluation import EMBEDDING_BATCH, class_scores, embed, nearest_neighbour, probabilities
 from .files import replacing
-from .prediction import NOTICE, Reference, make_folder, read_reference
-from .run_folder import SETTINGS, SPLIT, read_json, write_json
+from .prediction import NOTICE, Reference, check_finite, make_folder, read_reference
+from .run_folder import SETTINGS, SPLIT, read_json, read_split
 from .slices import CLASS_NAMES, SliceSet
 
 TORCH_FILE = "model.pt2"
@@ -29,7 +38,6 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
 OUTPUTS = ("embedding", "probabilities")
 TOLERANCE = 1e-4  # of either output; float32 itself makes some 1e-6
-CHECKED_BATCHES = (1, 3)
 
 
 class Classifier(nn.Module):
@@ -63,8 +71,9 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     """Write a run's network, with its training embeddings, as model.pt2 and model.onnx.
 
     Both map `images` (n, 1, size, size), float32 in [0, 1], any n, to `embedding` (n, d),
-    L2-normalised, and `probabilities` (n, C) of the classes. They are compared with the network
-    before anything is written; model.json, written last, describes them and holds their SHA-256.
+    L2-normalised, and `probabilities` (n, C) of the classes. On the held-out slices they are
+    compared with the network before anything is written; model.json describes them and holds their
+    SHA-256. None of the three takes its place before all are stored, and model.json is the last.
 
     Args:
         run: A run's folder, finished or not.
@@ -80,8 +89,13 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     """
     _require_packages()
     reference = read_reference(run, slices)
-    reference.network.cpu()
+    test = read_split(run, slices).test
+    of_run = _answers(reference, embed(reference.network, slices.images[test], reference.precision))
     description = _describe(run, reference)
+    reference = _in_float32(run, reference)
+    checks = [(part, _expected(reference, part)) for part in _batches(slices.images[test])]
+    of_model = _answers(reference, torch.cat([embedding for _, (embedding, _) in checks]))
+    description["held_out"] = _compare_answers(slices.labels[test], of_run, of_model)
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
@@ -90,18 +104,27 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
         }
         answerers = {TORCH_FILE: _run_torch, ONNX_FILE: _run_onnx}
         description["largest_difference"] = {
-            name: _largest_difference(name, answerers[name](content), reference)
+            name: _largest_difference(name, answerers[name](content), checks)
             for name, content in files.items()
         }
     description["sha256"] = {
         name: hashlib.sha256(content).hexdigest() for name, content in files.items()
     }
     make_folder(out)
-    for name, content in files.items():
-        with replacing(out / name) as temporary:
-            temporary.write_bytes(content)
-    write_json(out / DESCRIPTION, description)
+    text = json.dumps(description, indent=2) + "\n"
+    _write_all(out, {**files, DESCRIPTION: text.encode()})
     return description
+
+
+def describe_export(description: dict[str, Any]) -> str:
+    """Return as one line what model.json says of the run's answers and the model's."""
+    precision, held_out = description["precision"], description["held_out"]
+    mark = "SYNTHETIC: " if description["synthetic"] else ""
+    return (
+        f"{mark}the model computes in {precision['model']}, the run in {precision['run']}: of "
+        f"{held_out['slices']} held-out slices {held_out['answered_otherwise']} get another answer;"
+        f" {held_out['right']['model']} answers are right, the run's {held_out['right']['run']}"
+    )
 
 
 def _require_packages() -> None:
@@ -125,6 +148,10 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
         "settings_sha256": hashlib.sha256((run / SETTINGS).read_bytes()).hexdigest(),
         "split_sha256": read_json(run / SPLIT)["sha256"],
         "training_slices": len(reference.labels),
+        "precision": {
+            "model": "float32",
+            "run": str(reference.precision).removeprefix("torch."),
+        },
         "input": {
             "name": INPUT,
             "shape": ["n", 1, size, size],
@@ -148,6 +175,33 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
         "versions": {
             name: importlib.import_module(name).__version__ for name in ("torch", *ONNX_PACKAGES)
         },
+    }
+
+
+def _in_float32(run: Path, reference: Reference) -> Reference:
+    """Return the reference with the training slices embedded as the exported model embeds."""
+    network = reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
+    images = reference.slices.images[reference.train]
+    with torch.no_grad():
+        parts = [F.normalize(network(part.float())) for part in images.split(EMBEDDING_BATCH)]
+    embeddings = torch.cat(parts)
+    check_finite(run, embeddings)
+    return dataclasses.replace(
+        reference, network=network, precision=torch.float32, embeddings=embeddings
+    )
+
+
+def _answers(reference: Reference, embeddings: Tensor) -> Tensor:
+    """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
+    nearest, _ = nearest_neighbour(reference.embeddings, embeddings)
+    return reference.labels[nearest]
+
+
+def _compare_answers(truth: Tensor, of_run: Tensor, of_model: Tensor) -> dict[str, Any]:
+    return {
+        "slices": len(truth),
+        "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
+        "answered_otherwise": int((of_model != of_run).sum()),
     }
 
 
@@ -202,19 +256,31 @@ def _run_onnx(content: bytes) -> Answerer:
     )
 
 
-def _largest_difference(name: str, answer: Answerer, reference: Reference) -> dict[str, float]:
-    """Return the largest difference of each output from the network's own, on random images.
+def _batches(images: Tensor) -> list[Tensor]:
+    """Return the images in float32: one alone, then the others in batches."""
+    bounds = pairwise([0, *range(1, len(images), EMBEDDING_BATCH), len(images)])
+    return [images[start:stop].float() for start, stop in bounds]
+
+
+def _expected(reference: Reference, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return embeddings and probabilities the way that evaluation finds them."""
+    with torch.no_grad():
+        embedding = F.normalize(reference.network(images))
+    scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
+    return embedding, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
+
+
+def _largest_difference(
+    name: str, answer: Answerer, checks: list[tuple[Tensor, tuple[Tensor, Tensor]]]
+) -> dict[str, float]:
+    """Return the largest difference of each output from what is expected of the images.
 
     Raises:
         UserError: It exceeds the tolerance.
     """
-    generator = torch.Generator().manual_seed(0)
-    size = reference.slices.images.shape[-1]
     largest = dict.fromkeys(OUTPUTS, 0.0)
-    for count in CHECKED_BATCHES:
-        images = torch.rand(count, 1, size, size, generator=generator)
+    for images, expected in checks:
         with torch.no_grad():
-            expected = _expected(reference, images)
             found = answer(images)
         for output, own, other in zip(OUTPUTS, expected, found, strict=True):
             difference = (own - other).abs().max().item()
@@ -227,8 +293,18 @@ def _largest_difference(name: str, answer: Answerer, reference: Reference) -> di
     return largest
 
 
-def _expected(reference: Reference, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return embeddings and probabilities the way that evaluation finds them."""
-    embedding = F.normalize(reference.network(images))
-    scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
-    return embedding, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files so that none takes its place before all are stored, the last one last.
+
+    The renames follow each other, so that only a loss of power, or a folder of such a name, can
+    leave a new file beside an old one; the SHA-256 in the last then tells.
+
+    Raises:
+        UserError: The system refused to write a file.
+    """
+    with ExitStack() as stack:
+        for name, content in reversed(files.items()):  # a stack: the first in is the last renamed
+            with stack.enter_context(replacing(folder / name)).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())

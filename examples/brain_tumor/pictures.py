@@ -22,18 +22,14 @@ GREY_MODES = ("1", "L", "I", "I;16")  # of Pillow; a pixel is one number
 def read_picture(path: Path) -> np.ndarray:
     """Read a PNG or JPEG as grey intensities (h, w), float32, upright as its EXIF data says.
 
-    Colours become their luminance, unless all are grey; transparency is left out. Of an animation
-    the first picture is read. 16 bits a pixel are kept where the picture is grey.
+    Colours become their luminance, which is exact where all are grey; transparency is left out.
+    Of an animation the first picture is read. 16 bits a pixel are kept where the picture is grey.
 
     Raises:
         UserError: The file is missing, damaged, too large or of another format.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    content = _read_bytes(path)
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{path}: exceeds {LARGEST_FILE >> 20} MiB, which no slice needs")
-        content = path.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF data, and of sizes refused here anyway
             with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
@@ -45,6 +41,17 @@ def read_picture(path: Path) -> np.ndarray:
         raise UserError(f"{path}: is larger than {LARGEST_SIDE} pixels on a side") from None
     except Exception as error:  # a damaged picture fails in as many ways as it has bytes
         raise UserError(f"{path}: not readable as PNG or JPEG, or damaged") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{path}: exceeds {LARGEST_FILE >> 20} MiB, which no slice needs")
+        return path.read_bytes()
+    except OSError as error:  # no permission, a name too long, a disk at fault
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _check_promises(path: Path, picture: Image.Image, content: bytes) -> None:
@@ -62,9 +69,5 @@ def _check_promises(path: Path, picture: Image.Image, content: bytes) -> None:
 def _intensities(picture: Image.Image) -> np.ndarray:
     """Return a picture's grey values (h, w), float32."""
     if picture.mode not in GREY_MODES:
-        picture = picture.convert("RGB")
-        red, green, blue = picture.split()
-        # Luminance by Pillow is rounded: equal channels are better taken as they are.
-        grey = red.tobytes() == green.tobytes() == blue.tobytes()
-        picture = red if grey else picture.convert("L")
+        picture = picture.convert("L")
     return np.asarray(picture).astype(np.float32)

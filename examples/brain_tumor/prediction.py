@@ -83,6 +83,7 @@ class Prediction:
         truth: The class that the file itself states, if it does.
         itself: The number of the training slice that the file is, if it is one.
         neighbours: The nearest training slices, the nearest first.
+        empty_map: Whether the Grad-CAM is empty: all features speak against the answer.
         overlap: How much of the Grad-CAM lies in the tumour mask, where both are there.
         picture: The file name of the figure.
     """
@@ -94,6 +95,7 @@ class Prediction:
     truth: str | None
     itself: int | None
     neighbours: list[Neighbour]
+    empty_map: bool
     overlap: Overlap | None
     picture: str
 
@@ -123,7 +125,7 @@ def predict(
         try:
             predictions.append(_predict_file(reference, file, picture))
         except UserError as error:
-            faults.append(str(error))
+            faults.append(_printable(str(error)))
     answers = {
         "notice": NOTICE,
         "synthetic": slices.synthetic,
@@ -146,6 +148,8 @@ def describe_prediction(prediction: Prediction) -> str:
         parts.append(f"it is training slice {prediction.itself} itself")
     near = (f"{one.number} {one.label} {one.cosine:.3f}" for one in prediction.neighbours)
     parts.append(f"nearest: {', '.join(near)}")
+    if prediction.empty_map:
+        parts.append("Grad-CAM: empty")
     if prediction.overlap is not None:
         parts.append(_describe_overlap(prediction.overlap))
     mark = "SYNTHETIC: " if prediction.synthetic else ""
@@ -170,6 +174,7 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         embeddings = embed(network, slices.images[split.train], precision)
     else:
         embeddings = stored[split.train]
+    check_finite(run, embeddings)
     return Reference(
         name=run.name,
         network=network,
@@ -181,6 +186,14 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         embeddings=embeddings,
         labels=slices.labels[split.train],
     )
+
+
+def check_finite(source: Path, answers: Tensor) -> None:
+    """Raise a UserError that names the source of the answers if one is NaN or infinite."""
+    if not answers.isfinite().all():
+        raise UserError(
+            f"{source}: the network answers with NaN or infinite numbers: its weights are at fault"
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -216,12 +229,14 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     images = reference.slices.images
     pixels = torch.from_numpy(resize(image, images.shape[-1])).to(images)[None, None]
     embedding = embed(reference.network, pixels, reference.precision)
+    check_finite(file, embedding)
     cosines = (embedding @ reference.embeddings.T)[0]
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
     shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
     contrast = _contrast(reference, cosines, nearest[0])
     heat = grad_cam(reference.network, pixels.float(), contrast, image.shape)
+    check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
         file=str(file),
         synthetic=reference.slices.synthetic,
@@ -230,6 +245,7 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         truth=truth,
         itself=_find_itself(reference, pixels),
         neighbours=[_neighbour(reference, row, cosines[row].item()) for row in nearest.tolist()],
+        empty_map=not heat.any(),
         overlap=None if mask is None else measure_overlap(heat, mask),
         picture=picture.name,
     )

@@ -201,6 +201,7 @@ def test_export_says_how_far_the_files_differ(phantoms, finished_run, tmp_path, 
     printed = capsys.readouterr().out
     assert "model.pt2: differs from the network by at most " in printed
     assert "model.onnx: differs from the network by at most " in printed
+    assert "SYNTHETIC: the model computes in float32, the run in " in printed
     assert (tmp_path / "model" / "model.json").is_file()
 
 

@@ -1,10 +1,13 @@
 """The exported models answer as the evaluation does, and are left out where they do not."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ import torch
 
 from examples.brain_tumor import export as export_module
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation import evaluate, read_predictions
-from examples.brain_tumor.export import Classifier, export
+from examples.brain_tumor.evaluation import embed, evaluate, read_predictions
+from examples.brain_tumor.export import Classifier, describe_export, export
 from examples.brain_tumor.prediction import NOTICE, read_reference
 from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.slices import CLASS_NAMES
@@ -87,6 +90,7 @@ def test_the_description_tells_what_the_files_are(exported, run, shared):
             assert 0 <= described["largest_difference"][name][output] < 1e-4
     assert described["notice"] == NOTICE
     assert described["synthetic"] is True
+    assert described["precision"] == {"model": "float32", "run": "float32"}
     assert (described["run"], described["epoch"], described["training_slices"]) == ("run", 30, 15)
     settings = (run / "settings.toml").read_bytes()
     assert described["settings_sha256"] == hashlib.sha256(settings).hexdigest()
@@ -119,23 +123,27 @@ def test_each_file_carries_its_description(exported):
 
 
 @pytest.fixture
-def untraced(monkeypatch):
-    """Exporters that take no time; what the files answer is the test's own affair."""
-    monkeypatch.setattr(export_module, "_trace", lambda classifier, size: classifier)
-    for name in ("_torch_bytes", "_onnx_bytes"):
-        monkeypatch.setattr(export_module, name, lambda classifier, description: classifier)
+def traced(monkeypatch):
+    """Exporters that take no time, and write what files answered with; the modules given them."""
+    modules = []
+    monkeypatch.setattr(export_module, "_trace", lambda module, size: modules.append(module))
+    for kind in ("torch", "onnx"):
+        content = kind.encode()
+        monkeypatch.setattr(export_module, f"_{kind}_bytes", lambda *given, made=content: made)
+        monkeypatch.setattr(export_module, f"_run_{kind}", lambda content: modules[-1])
+    return modules
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
 @pytest.mark.parametrize("output", [0, 1])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("error", [2e-4, -2e-4, np.nan])
 def test_a_model_that_answers_otherwise_is_not_written(
-    tmp_path, run, blobs, untraced, monkeypatch, kind, output, count, error
+    tmp_path, run, blobs, traced, monkeypatch, kind, output, count, error
 ):
-    def wrong(classifier):
+    def wrong(content):
         def answer(images):
-            answers = list(classifier(images))
+            answers = list(traced[-1](images))
             if len(images) == count:
                 answers[output] = answers[output].clone()
                 answers[output][-1, -1] += error
@@ -143,8 +151,6 @@ def test_a_model_that_answers_otherwise_is_not_written(
 
         return answer
 
-    monkeypatch.setattr(export_module, "_run_torch", lambda classifier: classifier)
-    monkeypatch.setattr(export_module, "_run_onnx", lambda classifier: classifier)
     monkeypatch.setattr(export_module, f"_run_{kind}", wrong)
     name = ("embedding", "probabilities")[output]
     file = {"torch": "model.pt2", "onnx": "model.onnx"}[kind]
@@ -168,17 +174,148 @@ def test_a_class_without_training_slices_is_refused(run, blobs):
         Classifier(dataclasses.replace(reference, labels=labels))
 
 
-def test_faults_of_the_run_and_the_folder(tmp_path, run, blobs, monkeypatch):
+def test_a_network_that_answers_with_nan_is_named(tmp_path, run, blobs):
+    broken = shutil.copytree(run, tmp_path / "broken")  # its stored embeddings are still sound
+    contents = torch.load(broken / "checkpoint.pt", weights_only=True)
+    contents["network"]["output.0.weight"].fill_(torch.nan)
+    torch.save(contents, broken / "checkpoint.pt")
+    with pytest.raises(UserError, match=f"^{broken}: the network answers with NaN"):
+        export(broken, blobs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_the_run_and_the_folder(tmp_path, run, blobs, traced):
     broken = shutil.copytree(run, tmp_path / "broken")
     (broken / "checkpoint.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"checkpoint.pt: not readable"):
         export(broken, blobs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    monkeypatch.setattr(export_module, "_trace", lambda classifier, size: classifier)
-    for name in ("torch", "onnx"):
-        monkeypatch.setattr(export_module, f"_{name}_bytes", lambda *_: b"")
-        monkeypatch.setattr(export_module, f"_run_{name}", lambda _: Classifier(reference))
-    reference = read_reference(run, blobs)
     with pytest.raises(UserError, match="file: cannot be made a folder"):
         export(run, blobs, tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------- precision
+
+
+@pytest.fixture
+def half_run(tmp_path, run):
+    """A run that is evaluated in bfloat16, and whose stored training embeddings are not its own."""
+    folder = shutil.copytree(run, tmp_path / "half")
+    environment = folder / "environment.json"
+    environment.write_text(environment.read_text().replace("float32", "bfloat16"))
+    own = np.load(folder / "embeddings.npy")
+    np.save(folder / "embeddings.npy", np.random.default_rng(0).permutation(own))
+    return folder
+
+
+def test_the_training_embeddings_are_made_by_the_model(tmp_path, half_run, run, blobs, traced):
+    export(half_run, blobs, tmp_path / "out")
+    own, labels = np.load(run / "embeddings.npy")[:15], blobs.labels[:15].numpy()
+    for label, name in enumerate(CLASS_NAMES):
+        np.testing.assert_allclose(traced[0].get_buffer(name), own[labels == label], atol=1e-5)
+
+
+def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, traced):
+    described = export(half_run, blobs, tmp_path / "out")
+    assert described["precision"] == {"model": "float32", "run": "bfloat16"}
+    reference = read_reference(half_run, blobs)
+    known, labels = read_predictions(run / "predictions.csv"), blobs.labels.numpy()
+    embeddings = embed(reference.network, blobs.images[15:], torch.bfloat16)
+    nearest = (embeddings @ reference.embeddings.T).argmax(1)
+    of_run = labels[:15][nearest.numpy()]
+    assert 0 < (known.predicted != of_run).sum() < 9  # so that the counts say something
+    assert described["held_out"] == {
+        "slices": 9,
+        "right": {
+            "model": (known.predicted == known.truth).sum(),
+            "run": (of_run == known.truth).sum(),
+        },
+        "answered_otherwise": (known.predicted != of_run).sum(),
+    }
+
+
+def test_what_the_precision_changes_is_said_in_a_line():
+    description = {
+        "synthetic": False,
+        "precision": {"model": "float32", "run": "bfloat16"},
+        "held_out": {"slices": 50, "right": {"model": 41, "run": 43}, "answered_otherwise": 7},
+    }
+    expected = (
+        "the model computes in float32, the run in bfloat16: of 50 held-out slices 7 get another "
+        "answer; 41 answers are right, the run's 43"
+    )
+    assert describe_export(description) == expected
+    assert describe_export({**description, "synthetic": True}) == f"SYNTHETIC: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (2, [1, 1]), (33, [1, 32]), (70, [1, 32, 32, 5])]
+)
+def test_files_are_checked_on_one_slice_and_on_several(count, sizes):
+    images = torch.rand(count, 1, 2, 2).half()
+    batches = export_module._batches(images)
+    assert [len(batch) for batch in batches] == sizes
+    torch.testing.assert_close(torch.cat(batches), images.float(), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------- all three files or none
+
+NAMES = ["model.pt2", "model.onnx", "model.json"]
+
+
+@pytest.fixture
+def before(tmp_path):
+    """A folder with the files of an earlier export."""
+    for name in NAMES:
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("before")
+    return tmp_path / "out"
+
+
+def assert_unchanged(folder):
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
+        NAMES, "before"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has /dev/full")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_disk_that_fills_changes_no_file(before, run, blobs, traced, name):
+    (before / f"{name}.partial").symlink_to("/dev/full")
+    fault = f"{name}: cannot be written: {os.strerror(errno.ENOSPC)}$"
+    with pytest.raises(UserError, match=fault):
+        export(run, blobs, before)
+    assert_unchanged(before)
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_a_disk_that_fills_late_changes_no_file(before, run, blobs, traced, monkeypatch, stored):
+    calls = []
+
+    def refuse(descriptor):
+        calls.append(descriptor)
+        if len(calls) > stored:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=f"{NAMES[2 - stored]}: cannot be written"):
+        export(run, blobs, before)
+    assert_unchanged(before)
+
+
+def test_the_description_is_renamed_last(before, run, blobs, traced, monkeypatch):
+    renamed, replace = [], Path.replace
+
+    def spy(path, target):
+        assert all((before / f"{name}.partial").exists() for name in NAMES[len(renamed) :])
+        renamed.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", spy)
+    export(run, blobs, before)
+    assert renamed == NAMES
+    assert (before / "model.pt2").read_bytes() == b"torch"
+    assert (before / "model.onnx").read_bytes() == b"onnx"
+    assert json.loads((before / "model.json").read_text())["run"] == "run"
+    assert sorted(path.name for path in before.iterdir()) == sorted(NAMES)

@@ -1,8 +1,11 @@
 """Reading PNG and JPEG: what is read, and that nothing hostile gets further than one line."""
 
+import errno
 import io
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +160,18 @@ def test_sizes_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     assert_refused(path, "4097 x 4096")
+
+
+def test_what_the_system_refuses_is_explained(tmp_path, monkeypatch):
+    assert_refused(tmp_path / f"{'a' * 300}.png", "")  # newer Pythons only say it is not there
+    path = tmp_path / "secret.png"
+    path.write_bytes(encode(of(GREY)))
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    assert_refused(path, f"cannot be read: {os.strerror(errno.EACCES)}")
 
 
 def test_missing_folders_and_huge_files_are_refused(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_a_training_slice_is_told_from_all_others(tmp_path, run, scaled, drawn):
     ]
     with Image.open(files[3]) as picture:
         pixels = np.asarray(picture).copy()
-    pixels[5, 5] ^= 4
+    pixels[5, 5] ^= 2  # 8-bit levels; rounding moves one by half at most
     Image.fromarray(pixels).save(files[3], "PNG")
     answers, _ = predict(run, files, scaled, tmp_path / "out")
     assert [answer.itself for answer in answers] == [3, 3, None, None]
@@ -139,21 +139,32 @@ def test_a_training_slice_is_told_from_all_others(tmp_path, run, scaled, drawn):
 
 
 def test_one_bad_file_does_not_stop_the_others(tmp_path, run, scaled):
-    strange = tmp_path / "a$\\frac{\n\x1b\udcff$é.png"
+    refused = [tmp_path / f"{'a' * 300}.{kind}" for kind in ("png", "mat")]
+    refused += [tmp_path / f"folder.{kind}" for kind in ("png", "mat")]
+    for folder in refused[2:]:
+        folder.mkdir()
+    strange = tmp_path / "a$\\frac{\n\x1b\udcff$é脑.png"
     flat = tmp_path / "flat.png"
     Image.fromarray(np.full((9, 9), 7, np.uint8)).save(flat)
     files = [
         tmp_path / "missing.mat",
         write_png(strange, scaled, 20),
+        write_png(tmp_path / f"{'b' * 250}.png", scaled, 21),
         flat,
+        *refused,
         write_mat(tmp_path, scaled, 16),
+        tmp_path / "none\n\x1b.png",
     ]
     answers, faults = predict(run, files, scaled, tmp_path / "new" / "out")
-    assert faults == [
+    assert faults[:2] == [
         f"{files[0]}: no such file",
         f"{flat}: is of one grey value throughout, expected a slice",
     ]
-    assert [answer.file for answer in answers] == [str(strange), str(files[3])]
+    for fault, file in zip(faults[2:-1], refused, strict=True):
+        assert fault.startswith(f"{file}: ")
+    assert faults[-1] == f"{tmp_path / 'none__.png'}: no such file"
+    assert [answer.file for answer in answers] == [str(files[i]) for i in (1, 2, -2)]
+    assert all(fault.isprintable() for fault in faults)
     stored = json.loads((tmp_path / "new" / "out" / "predictions.json").read_text())
     assert stored["notice"] == NOTICE
     assert (stored["synthetic"], stored["run"], stored["epoch"]) == (True, "run", 30)
@@ -168,8 +179,9 @@ def test_one_bad_file_does_not_stop_the_others(tmp_path, run, scaled):
         assert f": {answer.predicted} (" in line
     assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {
         "predictions.json",
-        "4-17.png",
         answers[0].picture,
+        f"3-{'b' * 80}.png",
+        "9-17.png",
     }
 
 
@@ -221,6 +233,18 @@ def test_a_mask_of_all_or_nothing(tmp_path, run, scaled, drawn, kind):
     assert kind == "all" or answer.overlap is None
 
 
+def test_an_empty_map_is_told_from_a_missing_mask(tmp_path, run, scaled, drawn, monkeypatch):
+    files = [write_mat(tmp_path, scaled, 16), write_png(tmp_path / "17.png", scaled, 16)]
+    for heat in (np.zeros((32, 32)), np.ones((32, 32))):
+        monkeypatch.setattr(prediction_module, "grad_cam", lambda *given, heat=heat: heat)
+        answers, _ = predict(run, files, scaled, tmp_path / "out")
+        stored = json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]
+        empty = not heat.any()
+        assert [one["empty_map"] for one in stored] == [empty, empty]
+        assert [one["overlap"] is None for one in stored] == [empty, True]
+        assert ["Grad-CAM: empty" in describe_prediction(one) for one in answers] == [empty] * 2
+
+
 # ---------------------------------------------------------------------------- what answers rest on
 
 
@@ -259,6 +283,16 @@ def test_faulty_embeddings_are_made_again(turned, run, scaled, fault):
     np.testing.assert_allclose(read_reference(run, scaled).embeddings, turned[:15], atol=1e-5)
 
 
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @pytest.mark.parametrize("fault", ["missing", "cut off", "bare pickle", "no metrics", "epoch"])
 def test_damaged_and_old_embeddings_are_made_again(turned, run, scaled, fault):
     path, metrics = run / "embeddings.npy", run / "metrics.json"
@@ -267,12 +301,13 @@ def test_damaged_and_old_embeddings_are_made_again(turned, run, scaled, fault):
     elif fault == "cut off":
         path.write_bytes(path.read_bytes()[:-5])
     elif fault == "bare pickle":
-        path.write_bytes(pickle.dumps(turned))
+        path.write_bytes(pickle.dumps(Touch(run / "unpickled")))
     elif fault == "no metrics":
         metrics.unlink()
     else:
         metrics.write_text(metrics.read_text().replace('"epoch": 30', '"epoch": 29'))
     np.testing.assert_allclose(read_reference(run, scaled).embeddings, turned[:15], atol=1e-5)
+    assert not (run / "unpickled").exists()
 
 
 def test_a_reference_holds_the_training_side_only(run, scaled, blob_split):
@@ -291,6 +326,43 @@ def test_faults_of_the_run_and_the_folder_stop_everything(tmp_path, run, scaled)
     with pytest.raises(UserError, match=r"checkpoint.pt"):
         predict(run, [], scaled, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+ASTRAY = "the network answers with NaN or infinite numbers: its weights are at fault"
+
+
+def ruin(run, value):
+    """Put a value into every weight of a run's first dense layer."""
+    contents = torch.load(run / "checkpoint.pt", weights_only=True)
+    contents["network"]["output.0.weight"].fill_(value)
+    torch.save(contents, run / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_network_that_answers_with_nan_is_named(tmp_path, run, scaled, drawn, value, stored):
+    ruin(run, value)
+    file = write_mat(tmp_path, scaled, 16)
+    if stored:  # and finite, as of another checkpoint of the same epoch
+        answers, faults = predict(run, [file], scaled, tmp_path / "out")
+        assert answers == drawn == []
+        assert faults == [f"{file}: {ASTRAY}"]
+    else:
+        (run / "embeddings.npy").unlink()
+        with pytest.raises(UserError, match=f"^{run}: {ASTRAY}$"):
+            predict(run, [file], scaled, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [("grad_cam", np.full((32, 32), np.inf)), ("embed", torch.full((1, 16), np.nan))],
+)
+def test_a_step_that_overflows_is_refused(tmp_path, run, scaled, drawn, monkeypatch, step, value):
+    monkeypatch.setattr(prediction_module, step, lambda *given: value)
+    file = write_mat(tmp_path, scaled, 16)
+    answers, faults = predict(run, [file], scaled, tmp_path / "out")
+    assert answers == drawn == []
+    assert faults == [f"{file}: {ASTRAY}"]
 
 
 def test_grad_cam_is_of_the_answer_against_the_nearest_of_another_class(
