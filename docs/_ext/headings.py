@@ -11,9 +11,7 @@ def complete(
     """Add the level where a caption is printed: in the menu, and on the front page."""
     for part in ("furo_navigation_tree", "body"):
         if context.get(part):
-            context[part] = context[part].replace(
-                'role="heading"', 'role="heading" aria-level="2"'
-            )
+            context[part] = context[part].replace('role="heading"', 'role="heading" aria-level="2"')
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""Start KaTeX's server again where it was called before it listened, as happens on busy machines."""
+"""Start KaTeX's server again where it was called before it listened, as on busy machines."""
 
 from pathlib import Path
 from typing import Any
