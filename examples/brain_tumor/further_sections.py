@@ -85,7 +85,8 @@ def patients(report: Report) -> list[Block]:
         text = (
             "These slices carry stand-ins for the patient ids (runs of neighbouring slices of one "
             "class and fold): the folds are the author's, but what is called a patient in votes "
-            "and bootstraps is such a run."
+            "and bootstraps is such a run. There are more runs than patients, so intervals drawn "
+            "over them are still too narrow."
         )
         blocks.append(Paragraph(text))
     blocks += [tables.patient_table(reproduction), tables.fold_table(reproduction)]

@@ -181,7 +181,7 @@ CITED = (
         True,
     ),
     Cited(
-        "Cheng et al. 2015, tumour region augmented and partitioned",
+        "Cheng et al. 2015, ring-form partition",
         0.9128,
         "tumour region given",
         "abstract (PMC4598126), doi:10.1371/journal.pone.0140381",

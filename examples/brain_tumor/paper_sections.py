@@ -87,7 +87,8 @@ def paper_tables(report: Report) -> list[Block]:
     reproduction = report.reproduction
     caption = (
         "Accuracy per class is recall. Means over the seeds, cut off after the last digit like the "
-        "paper's. The interval over seeds takes their splits, which share slices, for independent."
+        "paper's. The interval over seeds (t, cut at 100) takes their splits, which share slices, "
+        "for independent."
     )
     return [
         report.heading("By slice: tables 1 and 3 to 6"),
@@ -235,14 +236,16 @@ def bars(report: Report) -> list[Block]:
     for cited in paper.CITED:
         label = f"{cited.name}, {cited.protocol}"
         scores.append(Score(label, cited.accuracy, None, "cited", cited.verified))
-    plot_scores(report.figure_path("figure7"), scores, "accuracies on this data set, as published")
+    plot_scores(
+        report.figure_path("figure7"), scores, "accuracies on this data set: ours, and as published"
+    )
     return [
         report.heading("Figure 7: beside other methods"),
         report.figure(
             "figure7",
-            "Figure 7: accuracies as their authors give them. Protocols differ (by slice, by "
-            "patient, folds), so this is no ranking. Intervals: ours over seeds or folds (t), the "
-            "paper's Wilson.",
+            "Figure 7: our accuracies, and others as their authors give them; a hollow mark is a "
+            "number from memory. Protocols differ (by slice, by patient, folds), so this is no "
+            "ranking. Intervals: ours over seeds or folds (t), the paper's Wilson.",
         ),
         Items(
             [

@@ -289,7 +289,7 @@ def beyond_table(reproduction: Reproduction) -> Table:
     return Table(
         ["", "by slice, seed 0", "Wilson 95 %", "by patient", "Wilson 95 %"],
         rows,
-        f"Accuracy in per cent; by patient on the first {reproduction.budget.folds} of 5 folds.",
+        f"Accuracy in per cent; by patient on {reproduction.budget.folds} of 5 folds.",
     )
 
 
@@ -315,7 +315,7 @@ def variant_table(reproduction: Reproduction) -> Table:
     return Table(
         ["trained", *BESIDE],
         rows,
-        f"By patient, on the first {reproduction.budget.folds} of 5 folds. Each differs from the "
+        f"By patient, on {reproduction.budget.folds} of 5 folds. Each differs from the "
         f"proposed training in one thing. {TOO_SURE}",
     )
 
@@ -363,11 +363,22 @@ def _accuracy(results: Sequence[Result]) -> list[str]:
 def golden_table(rows: Sequence[paper.Golden]) -> Table:
     """Return what the paper printed beside what our metrics make of its counts."""
     cells = [
-        [row.name, " ".join(row.printed), " ".join(row.ours), _differences(row), row.explanation]
+        [
+            _title(row.name),
+            " ".join(row.printed),
+            " ".join(row.ours),
+            _differences(row),
+            row.explanation,
+        ]
         for row in rows
     ]
     header = ["", "printed by the paper", "our metrics of its counts", "printed / ours", "why"]
     return Table(header, cells)
+
+
+def _title(name: str) -> str:
+    training = name.removesuffix(", AUC")
+    return name.replace(training, TITLES.get(training, training), 1)
 
 
 def _differences(row: paper.Golden) -> str:

@@ -98,7 +98,7 @@ def test_sections_about_the_paper_are_left_out_for_phantoms(phantoms, drawn):
 
 def test_the_golden_check_and_the_contradictions_are_printed_whole(report):
     (table,) = tables_of(paper_sections.golden(report))
-    assert [row[0] for row in table.rows] == [row.name for row in paper.golden_check()]
+    assert [row[1] for row in table.rows] == [" ".join(one[1]) for one in paper.golden_check()]
     lists = [block for block in paper_sections.deviations(report) if isinstance(block, Items)]
     assert [one.texts for one in lists] == [paper.DEVIATIONS, paper.CONTRADICTIONS]
 

@@ -345,9 +345,9 @@ def test_answers_of_folds_are_pooled_in_order_and_patients_vote(reproduction, fo
 def test_the_golden_table_shows_what_differs_and_why():
     rows = [
         paper.Golden("a", [".1", ".2"], [".1", ".2"], ""),
-        paper.Golden("b", [".1", ".2", ".3"], [".1", ".4", ".5"], "a misprint"),
+        paper.Golden("softmax, AUC", [".1", ".2", ".3"], [".1", ".4", ".5"], "a misprint"),
     ]
     assert tables.golden_table(rows).rows == [
         ["a", ".1 .2", ".1 .2", "alike", ""],
-        ["b", ".1 .2 .3", ".1 .4 .5", ".2 / .4; .3 / .5", "a misprint"],
+        ["SoftMax, AUC", ".1 .2 .3", ".1 .4 .5", ".2 / .4; .3 / .5", "a misprint"],
     ]
