@@ -28,7 +28,13 @@ extensions = [
 ]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "_templates", "engine_results.md", "**/GALLERY_HEADER.rst", "sg_execution_times.rst"]
+exclude_patterns = [
+    "_build",
+    "_templates",
+    "engine_results.md",
+    "**/GALLERY_HEADER.rst",
+    "sg_execution_times.rst",
+]
 nitpicky = True
 nitpick_ignore_regex = [  # what is outside: no inventory is fetched
     ("py:.*", r"(torch|nn|abc|numpy|pytorch_metric_learning)\b.*"),
