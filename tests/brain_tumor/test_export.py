@@ -216,8 +216,16 @@ def test_the_training_embeddings_are_made_by_the_model(tmp_path, half_run, run, 
         np.testing.assert_allclose(traced[0].get_buffer(name), own[labels == label], atol=1e-5)
 
 
-def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, traced):
+def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, traced, monkeypatch):
+    asked = []
+
+    def spy(network, images, precision):
+        asked.append(precision)
+        return embed(network, images, precision)
+
+    monkeypatch.setattr(export_module, "embed", spy)
     described = export(half_run, blobs, tmp_path / "out")
+    assert asked == [torch.bfloat16]
     assert described["precision"] == {"model": "float32", "run": "bfloat16"}
     reference = read_reference(half_run, blobs)
     known, labels = read_predictions(run / "predictions.csv"), blobs.labels.numpy()

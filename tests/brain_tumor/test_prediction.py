@@ -21,13 +21,13 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from examples.brain_tumor import prediction as prediction_module
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation import evaluate
+from examples.brain_tumor.evaluation import embed, evaluate
 from examples.brain_tumor.figures import plot_prediction
 from examples.brain_tumor.gradcam import Overlap, grad_cam, measure_overlap
 from examples.brain_tumor.mobilenet import EmbeddingNetwork
 from examples.brain_tumor.prediction import NOTICE, describe_prediction, predict, read_reference
 from examples.brain_tumor.settings import override_settings
-from examples.brain_tumor.slices import CLASS_NAMES
+from examples.brain_tumor.slices import CLASS_NAMES, Split
 from examples.brain_tumor.training import train
 
 
@@ -316,6 +316,43 @@ def test_a_reference_holds_the_training_side_only(run, scaled, blob_split):
     assert reference.labels.tolist() == scaled.labels[:15].tolist()
     assert (reference.epoch, reference.scale, reference.name) == (30, 30.0, "run")
     assert reference.embeddings.shape == (15, 16)
+
+
+def test_slices_are_known_by_their_numbers_not_their_places(tmp_path, scaled, tiny_settings, drawn):
+    order = torch.from_numpy(np.random.default_rng(0).permutation(24))
+    split = Split(train=order[:15], test=order[15:], name="mixed", description="By chance.")
+    slices = dataclasses.replace(scaled, numbers=[100 + 7 * index for index in range(24)])
+    settings = override_settings(tiny_settings, {"precision": "float32", "epochs": 30, "scale": 7})
+    train(settings, slices, split, tmp_path / "run")
+    made = read_reference(tmp_path / "run", slices).embeddings
+    evaluate(tmp_path / "run", slices)
+    reference = read_reference(tmp_path / "run", slices)
+    assert reference.train.tolist() == order[:15].tolist()
+    assert reference.labels.tolist() == slices.labels[order[:15]].tolist()
+    assert reference.scale == 7.0
+    own = embed(reference.network, slices.images[order[:15]])
+    np.testing.assert_allclose(reference.embeddings, own, atol=1e-5)
+    np.testing.assert_allclose(made, own, atol=1e-5)
+    files = [write_mat(tmp_path, slices, index) for index in order[:3].tolist()]
+    answers, _ = predict(tmp_path / "run", files, slices, tmp_path / "out")
+    numbers = [slices.numbers[index] for index in order[:3].tolist()]
+    assert [answer.itself for answer in answers] == numbers
+    assert [answer.neighbours[0].number for answer in answers] == numbers
+
+
+def test_everything_is_embedded_in_the_runs_precision(tmp_path, run, scaled, drawn, monkeypatch):
+    environment = run / "environment.json"
+    environment.write_text(environment.read_text().replace("float32", "bfloat16"))
+    (run / "embeddings.npy").unlink()
+    asked = []
+
+    def spy(network, images, precision=torch.float32):
+        asked.append((len(images), precision))
+        return embed(network, images, precision)
+
+    monkeypatch.setattr(prediction_module, "embed", spy)
+    predict(run, [write_mat(tmp_path, scaled, 16)], scaled, tmp_path / "out")
+    assert asked == [(15, torch.bfloat16), (1, torch.bfloat16)]
 
 
 def test_faults_of_the_run_and_the_folder_stop_everything(tmp_path, run, scaled):
