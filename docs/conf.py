@@ -69,4 +69,4 @@ html_title = f"angular_losses {release}"
 html_static_path = ["_static"]
 html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
-html_js_files = ["site.js"]
+html_js_files = ["site.js", "losses_table.js"]

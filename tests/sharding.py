@@ -424,6 +424,11 @@ def die_while_saving(mesh, folder):
     return "saved"
 
 
+def halved_total(mesh):
+    with ranks.rows_of_several(2):
+        return ranks.total(torch.ones(())).item()
+
+
 def mixed_rows(mesh, batch_size):
     """Mixup with weights of rows, in batches of different sizes, against the whole loss."""
     embeddings, labels = batch_of(12, torch.float64)

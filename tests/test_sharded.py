@@ -61,6 +61,7 @@ def test_more_ranks_than_classes(processes):
         {"ignore_index": 3, "reduction": "none", "label_smoothing": 0.2},
         {"gradient": "detached"},
         {"memory_budget": 50_000},
+        {"scale": 2000.0},
     ],
     ids=str,
 )
@@ -263,6 +264,10 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(processes, t
     first = processes.run(sharding.load_and_train, 2, str(tmp_path), True, "adamw")
     assert first == processes.run(sharding.train_and_save, 2, str(tmp_path), True, "adamw")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "current"]
+
+
+def test_rows_that_several_have_count_once(processes):
+    assert processes.run(sharding.halved_total, 4) == [2.0] * 4
 
 
 @pytest.mark.parametrize("batch_size", [None, 8])
