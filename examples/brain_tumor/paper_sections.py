@@ -227,8 +227,7 @@ def bars(report: Report) -> list[Block]:
         results = report.reproduction.select(group, PROPOSED)
         if results:
             mean, interval = seed_interval([one.metrics.accuracy for one in results])
-            low, high = interval
-            shown = None if np.isnan(low) else (max(low, 0.0), min(high, 1.0))
+            shown = None if np.isnan(interval[0]) else tables.possible(interval)
             scores.append(Score(f"ours, {name}", mean, shown))
     counts = np.array(paper.CONFUSIONS[PROPOSED])
     own = wilson_interval(counts.trace(), counts.sum())

@@ -56,11 +56,16 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
+def possible(interval: tuple[float, float]) -> tuple[float, float]:
+    """Keep to what an accuracy can be, which Student's interval of two seeds may leave."""
+    low, high = interval
+    return max(low, 0.0), min(high, 1.0)
+
+
 def bounds(interval: tuple[float, float]) -> str:
     """Return an interval of shares in per cent, or a dash where there is none."""
-    low, high = interval
-    # Student's interval of two seeds may leave what an accuracy can be.
-    return "-" if np.isnan(low) else f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
+    low, high = possible(interval)
+    return "-" if np.isnan(low) else f"{percent(low)} to {percent(high)}"
 
 
 def p_text(p: float) -> str:

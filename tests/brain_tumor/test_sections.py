@@ -357,3 +357,12 @@ def test_speed_is_in_images_and_faults_in_a_table(tmp_path):
     (table,) = tables_of(further_sections.faults(report))
     assert table.header == ["drill", "tried", "lost"]
     assert table.rows == [["a", "7", "-"], ["b", "-", "0"]]
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"), [((0.6, 1.2), (0.6, 1.0)), ((np.nan, np.nan), None)]
+)
+def test_bars_end_where_accuracies_do(report, drawn, monkeypatch, interval, shown):
+    monkeypatch.setattr(paper_sections, "seed_interval", lambda accuracies: (0.9, interval))
+    paper_sections.bars(report)
+    assert drawn["figure7"][0][0].interval == shown
