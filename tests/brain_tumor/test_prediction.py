@@ -138,6 +138,16 @@ def test_a_training_slice_is_told_from_all_others(tmp_path, run, scaled, drawn):
     assert [answer.truth for answer in answers] == ["pituitary", None, "pituitary", None]
 
 
+def test_a_training_slice_is_found_among_many(run, scaled):
+    images = torch.rand(300, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    many = dataclasses.replace(scaled, images=images, numbers=list(range(1000, 1300)))
+    reference = dataclasses.replace(
+        read_reference(run, scaled), slices=many, train=torch.arange(0, 300, 2)
+    )
+    found = [prediction_module._find_itself(reference, images[i : i + 1]) for i in (0, 1, 256, 298)]
+    assert found == [1000, None, 1256, 1298]
+
+
 def test_one_bad_file_does_not_stop_the_others(tmp_path, run, scaled):
     refused = [tmp_path / f"{'a' * 300}.{kind}" for kind in ("png", "mat")]
     refused += [tmp_path / f"folder.{kind}" for kind in ("png", "mat")]
