@@ -1,0 +1,104 @@
+"""The figures and numbers of debugging.md: one toy training, healthy and ill in three ways.
+
+python docs/how_to/figures.py docs/images
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from angular_losses import ArcFaceLoss
+from angular_losses.diagnostics import AngularMonitor, Snapshot
+from angular_losses.plots import BLUE, GREEN, ORANGE
+
+CLASSES, INPUTS, SIZE, BATCH = 100, 64, 8, 128
+STEPS, WINDOW = 1000, 50
+
+RUNS: dict[str, dict[str, Any]] = {
+    "healthy": {},
+    "small_scale": {"scale": 2.0},
+    "large_rate": {"rate": 2.0},
+    "forgotten_centres": {"learn_centres": False},
+}
+LINES = (
+    ("nearest_median", "nearest other", ORANGE),
+    ("target_median", "own class", BLUE),
+    ("separation_min", "closest two centres", GREEN),
+)
+COLUMNS = ("target_median", "nearest_median", "separation_min", "violation_rate", "error_rate")
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """Gaussian classes, all equally frequent."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(CLASSES, INPUTS, generator=generator)
+    for _ in range(STEPS):
+        labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+        yield means[labels] + torch.randn(BATCH, INPUTS, generator=generator), labels
+
+
+def train(
+    scale: float = 16.0, rate: float = 0.1, *, learn_centres: bool = True
+) -> tuple[AngularMonitor, Snapshot, list[float]]:
+    """A monitor with its history, the angles of the last window, and the loss of each step."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(INPUTS, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, SIZE)
+    )
+    loss = ArcFaceLoss(CLASSES, SIZE, margin=0.3, scale=scale)
+    learnt = nn.ModuleList([network, loss] if learn_centres else [network])
+    optimiser = torch.optim.SGD(learnt.parameters(), rate, momentum=0.9)
+    monitor, losses = AngularMonitor(loss), []
+    with monitor.attach():
+        for step, (inputs, labels) in enumerate(batches(), 1):
+            optimiser.zero_grad()
+            value = loss(network(inputs), labels)
+            value.backward()
+            optimiser.step()
+            losses.append(value.item())
+            if step % WINDOW == 0:
+                snapshot = monitor.snapshot()
+                monitor.log(step, centres=True)
+    return monitor, snapshot, losses
+
+
+def figure(monitor: AngularMonitor, snapshot: Snapshot) -> Figure:
+    """The angles over the training, and how they lie at its end."""
+    drawing = Figure(figsize=(6.4, 2.6), layout="constrained")
+    history, histogram = drawing.subplots(1, 2)
+    steps = [numbers["step"] for numbers in monitor.history]
+    for name, label, colour in LINES:
+        angles = [math.degrees(numbers[name]) for numbers in monitor.history]
+        history.plot(steps, angles, color=colour, label=label)
+    history.set(xlabel="step", ylabel="angle (degrees)", ylim=(0, 90), yticks=range(0, 91, 30))
+    history.legend(frameon=False, fontsize="small")
+    for counts, colour in ((snapshot.nearest, ORANGE), (snapshot.target, BLUE)):
+        shares = (100 * counts / counts.sum()).tolist()
+        histogram.stairs(shares, range(len(counts) + 1), fill=True, color=colour, alpha=0.4)
+    histogram.set(xlabel="angle at the end (degrees)", ylabel="rows (%)", xlim=(0, 90))
+    histogram.set(xticks=range(0, 91, 30), ylim=(0, 25))
+    for axes in (history, histogram):
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawing
+
+
+def main() -> None:
+    """Train, draw, and print the rows of the page's table."""
+    torch.set_num_threads(1)  # the order of the sums, and so the last digits
+    print("| run | loss |", " | ".join(COLUMNS), "|")
+    for name, settings in RUNS.items():
+        monitor, snapshot, losses = train(**settings)
+        figure(monitor, snapshot).savefig(Path(sys.argv[1]) / f"debugging_{name}.png", dpi=100)
+        last = monitor.history[-1]
+        cells = [sum(losses[-WINDOW:]) / WINDOW, *(last[column] for column in COLUMNS)]
+        print("|", name, "|", " | ".join(f"{cell:.3f}" for cell in cells), "|")
+
+
+if __name__ == "__main__":
+    main()
