@@ -247,8 +247,9 @@ def test_how_sure_answers_are_is_softmax_at_the_trainings_scale(report, folder, 
         sure = np.exp(30 * scores) / np.exp(30 * scores).sum(1, keepdims=True)
         np.testing.assert_array_equal(drawn[f"roc-{file}"][0], truth)
         np.testing.assert_allclose(drawn[f"roc-{file}"][1], sure)
-        _, accuracy, count, error, _ = drawn[f"reliability-{file}"]
+        confidence, accuracy, count, error, _ = drawn[f"reliability-{file}"]
         assert count.sum() == len(truth)
+        assert np.nansum(confidence * count) == pytest.approx(sure.max(1).sum())
         assert np.nansum(accuracy * count) == pytest.approx((truth == predicted).sum())
         assert f"calibration error {100 * error:.1f} %" in captions(blocks)[f"reliability-{file}"]
         assert "s = 30," in captions(blocks)[f"reliability-{file}"]
