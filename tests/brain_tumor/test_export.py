@@ -159,6 +159,18 @@ def test_a_model_that_answers_otherwise_is_not_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_largest_difference_is_that_of_all_batches():
+    errors = {1: (1e-5, 2e-5), 2: (8e-5, 1e-5), 3: (3e-5, 7e-5)}  # by the batch's size
+    checks = [(torch.zeros(n, 1, 2, 2), (torch.zeros(n, 4), torch.zeros(n, 3))) for n in errors]
+
+    def answer(images):
+        first, second = errors[len(images)]
+        return torch.full((len(images), 4), -first), torch.full((len(images), 3), second)
+
+    largest = export_module._largest_difference("model.onnx", answer, checks)
+    assert largest == pytest.approx({"embedding": 8e-5, "probabilities": 7e-5})
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_missing_packages_are_named(tmp_path, run, blobs, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -267,7 +267,8 @@ FAULTS = {
     "shape": lambda embeddings: embeddings[:, :8],
     "slices": lambda embeddings: embeddings[:20],
     "type": lambda embeddings: embeddings.astype(np.float64),
-    "length": lambda embeddings: 2 * embeddings,
+    "longer than 1": lambda embeddings: 2 * embeddings,
+    "shorter than 1": lambda embeddings: embeddings / 2,
     "NaN": spoil,
     "pickle": lambda embeddings: embeddings.astype(object),
 }
@@ -427,6 +428,14 @@ def test_grad_cam_is_of_the_answer_against_the_nearest_of_another_class(
     own = cosines.argmax()
     rival = max((i for i in range(15) if labels[i] != labels[own]), key=lambda i: cosines[i])
     np.testing.assert_allclose(asked[0], embeddings[own] - embeddings[rival], atol=1e-6)
+
+
+def test_an_answer_without_a_rival_is_its_own_contrast(run, scaled):
+    reference = read_reference(run, scaled)
+    alone = dataclasses.replace(reference, labels=torch.zeros_like(reference.labels))
+    cosines = reference.embeddings @ reference.embeddings[4]
+    direction = prediction_module._contrast(alone, cosines, torch.tensor(4))
+    assert torch.equal(direction, reference.embeddings[4])
 
 
 # ---------------------------------------------------------------------------------------- Grad-CAM
