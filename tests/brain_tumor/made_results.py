@@ -46,7 +46,7 @@ def write_run(folder, run):
     log = [{"loss": epochs - i + generator.random(), "seconds": 1.5} for i in range(epochs)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     np.save(folder / "angles.npy", generator.uniform(0, np.pi, (COUNT, 3)))
-    embeddings, mirrored = (make_embeddings(generator, noise) for noise in (0.55, 0.4))
+    embeddings, mirrored = (make_embeddings(generator, noise) for noise in (0.8, 0.6))
     np.save(folder / "embeddings.npy", embeddings)
     write_rows(folder / "predictions.csv", answer(embeddings, train, test))
     write_rows(folder / "predictions_mirrored.csv", answer(mirrored, train, test))
