@@ -1,17 +1,24 @@
-"""Say of what level the captions of the menus are: Sphinx makes them headings without one."""
+"""What Sphinx and its gallery leave out of their HTML for those who do not see the page."""
 
+import re
 from typing import Any
 
 from sphinx.application import Sphinx
+
+THUMBNAIL = re.compile(
+    r'(sphx-glr-thumbcontainer"[^>]*><img alt=")("[^>]*>\s*<p><a )(.*?<span[^>]*>([^<]*)</span>)'
+)
 
 
 def complete(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
-    """Add the level where a caption is printed: in the menu, and on the front page."""
+    """Give captions in menus their level, and the gallery's pictures and links their names."""
     for part in ("furo_navigation_tree", "body"):
         if context.get(part):
             context[part] = context[part].replace('role="heading"', 'role="heading" aria-level="2"')
+    if context.get("body"):
+        context["body"] = THUMBNAIL.sub(r'\1A figure of \4\2aria-label="\4" \3', context["body"])
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -121,7 +121,7 @@ async function aLinkRestores(page, url) {
     for (let i = 0; i < presses; i++) await page.keyboard.press("ArrowRight");
   }
   await page.locator("#explorer-copy").click();
-  assert.match(await page.locator("#explorer-said").innerText(), /link/i);
+  await page.locator("#explorer-said").filter({ hasText: /link/i }).waitFor();
   const [link, kept] = [page.url(), await state(page)];
   assert.match(link, /[,=]adaface:0\.3&/);
   assert.notDeepEqual(kept, start);
