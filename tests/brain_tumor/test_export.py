@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -329,6 +330,7 @@ def test_the_description_is_renamed_last(before, run, blobs, traced, monkeypatch
 
     monkeypatch.setattr(Path, "replace", spy)
     export(run, blobs, before)
+    assert logging.getLogger().isEnabledFor(logging.WARNING)  # the exporters' alone are silenced
     assert renamed == NAMES
     assert (before / "model.pt2").read_bytes() == b"torch"
     assert (before / "model.onnx").read_bytes() == b"onnx"

@@ -430,6 +430,28 @@ def test_grad_cam_is_of_the_answer_against_the_nearest_of_another_class(
     np.testing.assert_allclose(asked[0], embeddings[own] - embeddings[rival], atol=1e-6)
 
 
+def test_faults_alone_are_written_too(tmp_path, run, scaled):
+    answers, faults = predict(run, [tmp_path / "none.mat"], scaled, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert stored["predictions"] == answers == []
+    assert stored["faults"] == faults == [f"{tmp_path / 'none.mat'}: no such file"]
+
+
+def test_few_training_slices_are_few_neighbours(tmp_path, run, scaled, drawn, monkeypatch):
+    whole = read_reference(run, scaled)
+    few = {name: getattr(whole, name)[:3] for name in ("train", "embeddings", "labels")}
+    reference = dataclasses.replace(whole, **few)
+    monkeypatch.setattr(prediction_module, "read_reference", lambda run, slices: reference)
+    file = write_mat(tmp_path, scaled, 16)
+    (answer,), _ = predict(run, [file], scaled, tmp_path / "out")
+    assert sorted(one.number for one in answer.neighbours) == [1, 2, 3]
+    cosines = [one.cosine for one in answer.neighbours]
+    assert cosines == sorted(cosines, reverse=True)
+    shares = sorted(answer.probabilities.items(), key=lambda item: item[1], reverse=True)
+    listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
+    assert f": {answer.predicted} ({listed}; " in describe_prediction(answer)
+
+
 def test_an_answer_without_a_rival_is_its_own_contrast(run, scaled):
     reference = read_reference(run, scaled)
     alone = dataclasses.replace(reference, labels=torch.zeros_like(reference.labels))
