@@ -22,16 +22,24 @@ STEPS, WINDOW = 1000, 50
 
 RUNS: dict[str, dict[str, Any]] = {
     "healthy": {},
-    "small_scale": {"scale": 2.0},
-    "large_rate": {"rate": 2.0},
     "forgotten_centres": {"learn_centres": False},
+    "large_rate": {"rate": 2.0},
+    "small_scale": {"scale": 2.0},
 }
 LINES = (
     ("nearest_median", "nearest other", ORANGE),
     ("target_median", "own class", BLUE),
     ("separation_min", "closest two centres", GREEN),
 )
-COLUMNS = ("target_median", "nearest_median", "separation_min", "violation_rate", "error_rate")
+ROWS = (
+    "loss",
+    "target_median",
+    "nearest_median",
+    "separation_min",
+    "separation_bound",
+    "violation_rate",
+    "error_rate",
+)
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,7 +78,7 @@ def train(
 
 def figure(monitor: AngularMonitor, snapshot: Snapshot) -> Figure:
     """The angles over the training, and how they lie at its end."""
-    drawing = Figure(figsize=(6.4, 2.6), layout="constrained")
+    drawing = Figure(figsize=(5.0, 2.4), layout="constrained")
     history, histogram = drawing.subplots(1, 2)
     steps = [numbers["step"] for numbers in monitor.history]
     for name, label, colour in LINES:
@@ -91,13 +99,14 @@ def figure(monitor: AngularMonitor, snapshot: Snapshot) -> Figure:
 def main() -> None:
     """Train, draw, and print the rows of the page's table."""
     torch.set_num_threads(1)  # the order of the sums, and so the last digits
-    print("| run | loss |", " | ".join(COLUMNS), "|")
+    numbers = {}
     for name, settings in RUNS.items():
         monitor, snapshot, losses = train(**settings)
-        figure(monitor, snapshot).savefig(Path(sys.argv[1]) / f"debugging_{name}.png", dpi=100)
-        last = monitor.history[-1]
-        cells = [sum(losses[-WINDOW:]) / WINDOW, *(last[column] for column in COLUMNS)]
-        print("|", name, "|", " | ".join(f"{cell:.3f}" for cell in cells), "|")
+        figure(monitor, snapshot).savefig(Path(sys.argv[1]) / f"debugging_{name}.png", dpi=200)
+        numbers[name] = {"loss": sum(losses[-WINDOW:]) / WINDOW, **monitor.history[-1]}
+    print("| |", " | ".join(numbers), "|")
+    for row in ROWS:
+        print("|", row, "|", " | ".join(f"{run[row]:.3f}" for run in numbers.values()), "|")
 
 
 if __name__ == "__main__":
