@@ -19,6 +19,7 @@ lint: .venv/dev.done
 bench: .venv/dev.done  ## accuracy, then time and memory, beside peers
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.sharded_costs
 
 docs: .venv/docs.done  ## the site, in docs/_build/html; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html

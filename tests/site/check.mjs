@@ -147,6 +147,32 @@ if (pages.includes("search.html")) {
   await close();
 }
 
+if (pages.includes("losses.html")) {
+  const { page, close } = await open("losses.html");
+  const column = (index) =>
+    page.$$eval(
+      "table.losses-table tbody tr:not([hidden])",
+      (rows, index) => rows.map((row) => row.cells[index].textContent.trim()),
+      index,
+    );
+  const header = page.locator("table.losses-table th", { hasText: "year" });
+  const all = (await column(0)).length;
+  for (const [direction, order] of [["ascending", 1], ["descending", -1]]) {
+    await header.locator("button").press("Enter");
+    const years = await column(4);
+    const sorted = [...years].sort((a, b) => order * (a - b));
+    if (years.join() !== sorted.join()) fault("losses.html", `years are not ${direction}`);
+    if ((await header.getAttribute("aria-sort")) !== direction)
+      fault("losses.html", `the header does not say ${direction}`);
+  }
+  await page.getByLabel("Show losses with").fill("learned BIAS");
+  const found = (await column(0)).sort().join();
+  if (found !== "SphereFace2Loss,UniFaceLoss") fault("losses.html", `the filter found ${found}`);
+  await page.getByLabel("Show losses with").fill("");
+  if ((await column(0)).length !== all) fault("losses.html", "the filter does not let go");
+  await close();
+}
+
 if (pages.includes("explorer.html")) {
   const explorer = path.join(import.meta.dirname, "explorer.mjs");
   const { check } = await import(explorer);
