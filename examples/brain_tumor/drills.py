@@ -27,7 +27,13 @@ from .checkpoint import TrainingState, read_checkpoint
 from .errors import UserError
 from .evaluation import evaluate
 from .files import PARTIAL
-from .hostile_files import Counts, in_another_process, mutated_mats, poisoned_checkpoints
+from .hostile_files import (
+    Counts,
+    in_another_process,
+    malicious_archives,
+    mutated_mats,
+    poisoned_checkpoints,
+)
 from .run_folder import (
     ANGLES,
     CHECKPOINT,
@@ -74,6 +80,7 @@ def run_drills(folder: Path) -> dict[str, Counts]:
         "trainings killed and resumed": killed_runs,
         "full disks": full_disk,
         "poisoned checkpoints": poisoned_checkpoints,
+        "malicious archives": malicious_archives,
     }
     counts = {}
     for number, (name, drill) in enumerate(drills.items()):

@@ -1,9 +1,10 @@
-"""Drills with files that an attacker may have written: spoiled slices, poisoned checkpoints."""
+"""Drills with files of an attacker: spoiled slices, poisoned checkpoints, malicious archives."""
 
 import io
 import os
 import pickle
 import shlex
+import stat
 import sys
 import zipfile
 from collections import Counter
@@ -24,6 +25,7 @@ except ImportError:  # on Windows
 import numpy as np
 import torch
 
+from .archives import MAX_MEMBER_BYTES, unpack
 from .checkpoint import read_checkpoint
 from .errors import UserError
 from .hdf5 import limit_address_space
@@ -208,6 +210,57 @@ def _read_poisoned(folder: Path) -> Counts:
         else:
             print(f"poisoned checkpoint {path.name}: {message}", file=sys.stderr)
     return {"tried": len(poisons), "refused": refused, "failed": len(poisons) - refused}
+
+
+def malicious_archives(folder: Path) -> Counts:
+    """Unpack zip archives that lead out of the folder, or unpack to far more than slices take.
+
+    Returns:
+        tried; refused, with one line that names the file, and nothing written anywhere; failed.
+    """
+    inner = folder / "inner"
+    inner.mkdir()
+    archives = write_malicious(folder)
+    before = sorted(folder.rglob("*"))
+    refused = 0
+    for path in archives:
+        try:
+            unpack(path, inner)
+            message = "was unpacked"
+        except UserError as error:
+            message = str(error)
+        except Exception as error:
+            message = repr(error)
+        sound = message.startswith(f"{path}: ") and len(message.splitlines()) == 1
+        if sound and sorted(folder.rglob("*")) == before:
+            refused += 1
+        else:
+            print(f"malicious archive {path.name}: {message}", file=sys.stderr)
+    return {"tried": len(archives), "refused": refused, "failed": len(archives) - refused}
+
+
+def write_malicious(folder: Path) -> list[Path]:
+    """Write archives that no one should unpack, each with an honest member before the other."""
+    link = zipfile.ZipInfo("1.mat")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    members: dict[str, tuple[str | zipfile.ZipInfo, bytes]] = {
+        "parent folder": ("../1.mat", b"content"),
+        "parent folder inside": ("a/../../1.mat", b"content"),
+        "absolute path": (str(folder / "1.mat"), b"content"),
+        "drive": ("C:/1.mat", b"content"),
+        "backslash": ("..\\1.mat", b"content"),
+        "symbolic link": (link, str(folder).encode()),
+        "bomb": ("1.mat", bytes(MAX_MEMBER_BYTES + 1)),
+        "name twice": ("a/2.mat", b"content"),
+    }
+    for name, (member, content) in members.items():
+        with zipfile.ZipFile(folder / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("2.mat", b"content")
+            archive.writestr(member, content)
+    whole = (folder / "parent folder.zip").read_bytes()
+    cut = folder / "cut off.zip"
+    cut.write_bytes(whole[:-30])
+    return [*(folder / f"{name}.zip" for name in members), cut]
 
 
 class _Call:

@@ -629,9 +629,7 @@ def test_a_hostile_archive_is_refused_whole(tmp_path, kind):
     folder.mkdir()
     path = tmp_path / "hostile.zip"
     path.write_bytes(make())
-    started = time.perf_counter()
     message = refused(unpack, path, folder)
-    assert time.perf_counter() - started < 1
     assert message.startswith(f"{path}: ")
     assert fault in message
     assert names(folder) == []

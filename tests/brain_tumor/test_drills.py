@@ -17,7 +17,7 @@ from examples.brain_tumor import drills, files, hostile_files, mutations
 from examples.brain_tumor.drills import full_disk, is_same_run, killed_runs, run_drills
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import append_text, replacing
-from examples.brain_tumor.hostile_files import mutated_mats
+from examples.brain_tumor.hostile_files import malicious_archives, mutated_mats
 from examples.brain_tumor.matlab import read_slice
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits and devices")
@@ -254,12 +254,38 @@ def test_appending_adds_to_the_end(tmp_path):
     assert (tmp_path / "log").read_text(encoding="utf-8") == "one\ntwo ü\n"
 
 
+# ----------------------------------------------------------------------------------- archives
+
+
+def test_malicious_archives_are_refused_and_counted(tmp_path):
+    assert malicious_archives(tmp_path) == {"tried": 9, "refused": 9, "failed": 0}
+
+
+@pytest.mark.parametrize("fault", ["reads all", "says more", "leaves something"])
+def test_an_archive_that_gets_through_is_counted(tmp_path, monkeypatch, capsys, fault):
+    def unpack(path, folder):
+        if path.stem != "bomb" or fault != "reads all":
+            if path.stem == "bomb" and fault == "leaves something":
+                (folder.parent / "out").touch()
+            lines = "\nmore" if path.stem == "bomb" and fault == "says more" else ""
+            raise UserError(f"{path}: refused{lines}")
+
+    monkeypatch.setattr(hostile_files, "unpack", unpack)
+    counts = malicious_archives(tmp_path)
+    assert counts["failed"] >= 1
+    assert counts["refused"] + counts["failed"] == 9
+    assert "malicious archive bomb.zip: " in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------- all of them
 
 
 def test_run_drills_runs_each_in_its_own_folder(tmp_path, monkeypatch):
     seen = []
-    for name in ("mutated_mats", "killed_runs", "full_disk", "poisoned_checkpoints"):
+    for name in (
+        *("mutated_mats", "killed_runs", "full_disk"),
+        *("poisoned_checkpoints", "malicious_archives"),
+    ):
 
         def drill(folder, name=name):
             seen.append((name, folder, list(folder.iterdir())))
@@ -267,7 +293,7 @@ def test_run_drills_runs_each_in_its_own_folder(tmp_path, monkeypatch):
 
         monkeypatch.setattr(drills, name, drill)
     counts = run_drills(tmp_path)
-    assert [count["tried"] for count in counts.values()] == [1, 2, 3, 4]
+    assert [count["tried"] for count in counts.values()] == [1, 2, 3, 4, 5]
     assert [entry[0] for entry in seen][1] == "killed_runs"
-    assert len({folder for _, folder, _ in seen}) == 4
+    assert len({folder for _, folder, _ in seen}) == 5
     assert all(folder.parent == tmp_path and not content for _, folder, content in seen)
