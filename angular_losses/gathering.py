@@ -66,9 +66,11 @@ class Gathering:
             header = _header(columns, _present(batch))
         except (ValueError, TypeError) as error:
             refusal, header = error, _refusal(error)
+        # Where the labels are no tensor, the others are told of it all the same.
+        device = getattr(batch.labels, "device", torch.device(self._shard.mesh.device_type))
         while True:
             room = self._room
-            found = self._exchange(columns, header, batch.labels.device)
+            found = self._exchange(columns, header, device)
             if not self._must_read(header, found):
                 most = room[0]
                 break
