@@ -8,6 +8,8 @@ import torch
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("sklearn")
+# Where there is a screen, Agg says that it shows nothing there.
+pytestmark = pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
 TUTORIALS = Path(__file__).parent.parent / "docs" / "tutorials"
 
 

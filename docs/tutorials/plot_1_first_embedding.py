@@ -72,7 +72,8 @@ def circle(ax, network, loss, title):
     """Draw the directions of held-out embeddings, and of the centres."""
     embeddings = network(test_images)
     angle = torch.atan2(embeddings[:, 1], embeddings[:, 0])
-    ax.scatter(angle, torch.linspace(0.8, 1, len(angle)), c=test_labels, cmap="tab10", s=6)
+    radius = torch.linspace(0.8, 1, len(angle))
+    ax.scatter(angle, radius, c=test_labels, cmap="tab10", s=6)
     for digit, (x, y) in enumerate(loss.weight):
         direction = torch.atan2(y, x)
         ax.plot([direction, direction], [0, 0.6], color="0.6", linewidth=1)
@@ -84,6 +85,7 @@ torch.manual_seed(0)
 polar = {"subplot_kw": {"projection": "polar"}, "layout": "constrained"}
 figure, ax = plt.subplots(figsize=(4, 4.3), **polar)
 circle(ax, *make(margin=0.2), "Held-out digits before training")
+plt.show()
 
 # %%
 # Training
@@ -125,8 +127,13 @@ def angle_to_centre(network, loss):
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 4.5), **polar)
 for ax, margin in zip(axes, (0.0, 0.2), strict=True):
-    median = angle_to_centre(*runs[margin, 0])
-    circle(ax, *runs[margin, 0], f"m = {margin}: half of the digits are\nwithin {median:.3f} rad")
+    half = angle_to_centre(*runs[margin, 0])
+    title = f"m = {margin}: half of the digits\nare within {half:.3f} rad"
+    circle(ax, *runs[margin, 0], title)
+plt.show()
+# sphinx_gallery_start_ignore
+# sphinx_gallery_thumbnail_number = 2
+# sphinx_gallery_end_ignore
 
 # %%
 # The margin packs each class closer around its spoke.
@@ -141,24 +148,23 @@ for ax, margin in zip(axes, (0.0, 0.2), strict=True):
 @torch.no_grad()
 def neighbours(network):
     """How many held-out images have a nearest neighbour of their own class."""
-    nearest = KNeighborsClassifier(1, metric="cosine").fit(network(train_images), train_labels)
-    right = int((nearest.predict(network(test_images)) == test_labels.numpy()).sum())
-    return binomtest(right, len(test_labels))
+    classifier = KNeighborsClassifier(1, metric="cosine")
+    classifier.fit(network(train_images), train_labels)
+    right = classifier.predict(network(test_images)) == test_labels.numpy()
+    return binomtest(int(right.sum()), len(right))
 
 
 print("seed    m  median angle  nearest neighbour right")
 for (margin, seed), (network, loss) in runs.items():
-    count = neighbours(network)
-    low, high = count.proportion_ci(method="wilson")
-    angle = angle_to_centre(network, loss)
-    print(
-        f"{seed:4}  {margin:.1f}  {angle:8.3f} rad  {count.statistic:.1%} ({low:.1%} to {high:.1%})"
-    )
+    angle, right = angle_to_centre(network, loss), neighbours(network)
+    low, high = right.proportion_ci(method="wilson")
+    print(f"{seed:4}  {margin:.1f}  {angle:8.3f} rad  ", end="")
+    print(f"{right.statistic:.1%} ({low:.1%} to {high:.1%})")
 
 # %%
 # The angles are smaller with the margin for each seed. For the neighbours compare the intervals
 # before you believe a difference: ten classes that were all trained on are an easy task. Margins
-# pay where classes are many and new ones come.
+# were made for many classes, and to compare images of new ones.
 #
 # Using it
 # --------

@@ -71,7 +71,7 @@ print(f"quarter turns: cross-entropy {value.item():.2f}, by chance {math.log(4):
 aside = known & (torch.arange(len(labels)) % 4 == 0)
 train_images, train_labels = images[known & ~aside], labels[known & ~aside]
 new_images, new_labels = images[~known], labels[~known]
-print(len(train_labels), "to train on,", int(aside.sum()), "aside,", len(new_labels), "new")
+print(f"{len(train_labels)} to train on, {aside.sum()} aside, {len(new_labels)} new")
 
 # %%
 # A scale
@@ -82,7 +82,7 @@ print(len(train_labels), "to train on,", int(aside.sum()), "aside,", len(new_lab
 for probability in (0.5, 0.9, 0.999):
     scale = al.suggest_scale(7, probability)
     with_margin = 1 / (1 + 6 * math.exp(-scale * math.cos(math.pi / 4 + 0.5)))
-    print(f"s = {scale:4.1f}: p = {probability}; with a margin of 0.5 rad p = {with_margin:.2f}")
+    print(f"s = {scale:4.1f}: p = {probability}; with m = 0.5 p = {with_margin:.2f}")
 
 # %%
 # So we take the last, which leaves room for a margin. With thousands of classes 30 to 64 is usual.
@@ -101,7 +101,8 @@ def train(margin, seed, steps=200):
     network[0].load_state_dict(pretrained.state_dict())
     warmup = al.MarginWarmup(steps // 2)
     loss = al.ArcFaceLoss(7, 32, margin=margin, scale=scale, schedule=warmup)
-    optimiser = torch.optim.AdamW(al.parameter_groups(network, loss, lr=1e-3, weight_decay=1e-4))
+    groups = al.parameter_groups(network, loss, lr=1e-3, weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(groups)
     monitor = AngularMonitor(loss)
     with monitor.attach():
         for step in range(1, steps + 1):
@@ -123,7 +124,8 @@ runs = {0.0: [train(0.0, seed) for seed in range(3)]}
 network, loss, _ = runs[0.0][0]
 with torch.no_grad():
     gap = batch_angles(network(images[aside]), loss.weight, labels[aside]).gap
-print(f"half have more than {gap.median():.2f} rad, 19 of 20 more than {gap.quantile(0.05):.2f}")
+print(f"half have more than {gap.median():.2f} rad,")
+print(f"19 of 20 more than {gap.quantile(0.05):.2f} rad")
 
 # %%
 # A first guess is the gap that 19 of 20 have: the margin then presses those that are behind, and
@@ -142,10 +144,13 @@ for number, (margin, group) in enumerate(runs.items()):
     history = group[0][2].history
     steps = [window["step"] for window in history]
     for name, style in (("target_median", "-"), ("nearest_median", "--")):
+        angles = [window[name] for window in history]
         label = f"m = {margin}" if style == "-" else None
-        ax.plot(steps, [window[name] for window in history], style, color=f"C{number}", label=label)
-ax.set(title="Angles while training", xlabel="step", ylabel="median angle (rad)", ylim=(0, None))
+        ax.plot(steps, angles, style, color=f"C{number}", label=label)
+ax.set(title="Angles while training, median", xlabel="step", ylabel="angle (rad)")
+ax.set_ylim(0)
 figure.legend(loc="outside right center")
+plt.show()
 
 # %%
 # The same angles on the images kept aside, one count a degree. A row *violates* the margin if its
@@ -160,23 +165,25 @@ def look(network, loss):
     return monitor.snapshot()
 
 
-figure, axes = plt.subplots(len(runs), sharex=True, figsize=(6.4, 5.4), layout="constrained")
+size = {"figsize": (6.4, 5.4), "layout": "constrained"}
+figure, axes = plt.subplots(len(runs), sharex=True, **size)
 for ax, (margin, group) in zip(axes, runs.items(), strict=True):
     network, loss, _ = group[0]
     seen = look(network, loss)
     ax.stairs(seen.target, fill=True, alpha=0.6, label="own class")
     ax.stairs(seen.nearest, fill=True, alpha=0.6, label="nearest other")
     violated = seen.numbers["violation_rate"]
-    ax.set(title=f"m = {margin}: violated by {violated:.1%}", xlim=(0, 130), ylabel="images")
+    ax.set(title=f"m = {margin}: violated by {violated:.1%}", ylabel="images")
+    ax.set_xlim(0, 130)
 axes[0].legend()
 axes[-1].set_xlabel("angle between an image and a class centre (degrees)")
 figure.suptitle("Images kept aside, after training")
+plt.show()
 
 # %%
 # A margin packs the classes that it trains on, and the more so the larger it is. Whether that is
 # what you want, only a test on your own question can say.
-
-# %%
+#
 # Classes never seen
 # ------------------
 # Two questions. Retrieval: is the image nearest to each new one, by cosine, of the same class?
@@ -226,6 +233,7 @@ for number, (name, group) in enumerate(networks.items()):
 ax.set(title="Verification of pairs of new classes", xscale="log", xlim=(1e-3, 1))
 ax.set(xlabel="false accept rate", ylabel="true accept rate")
 ax.legend()
+plt.show()
 
 # %%
 # Compare lines of one kind before you compare kinds: what differs between seeds or lies within the
