@@ -13,11 +13,12 @@ from .errors import UserError
 from .evaluation import evaluate
 from .export import describe_export, export
 from .figures import plot_early
+from .merging import collect, merge
 from .phantoms import make_phantoms
-from .plan import BUDGETS
+from .plan import BUDGETS, Run
 from .prediction import describe_prediction, predict
 from .report import describe_result, write_report
-from .reproduction import default_jobs, measure, run_plan
+from .reproduction import decoded_as, default_jobs, measure, run_plan
 from .reproduction_report import write_reproduction_report
 from .run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
 from .settings import (
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_demo,
         _add_make_phantoms,
+        _add_collect,
         _add_download,
         _add_train,
         _add_evaluate,
@@ -195,8 +197,22 @@ def _add_reproduce(commands: Any) -> None:  # noqa: ANN401
     parser.add_argument(
         "--budget",
         choices=BUDGETS,
-        default="small",
-        help="small: an hour of two CPU cores; paper: 275 epochs at 224 pixels (default: small)",
+        default="standard",
+        help="standard: the docs' recipe, 24 epochs at 224 pixels; small: a first look,"
+        " 4 epochs at 128; paper: as the paper has it, 275 at 224 (default: standard)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="NAMES",
+        default="*",
+        help="train only runs with such names, for instance 'slice-sphereface-m5-seed*'",
+    )
+    parser.add_argument(
+        "--merge",
+        metavar="FOLDER",
+        type=Path,
+        help="first take in the finished runs of another reproduction, or of what `collect` made, "
+        "of the same slices, weights and settings",
     )
     parser.add_argument(
         "--jobs",
@@ -207,6 +223,16 @@ def _add_reproduce(commands: Any) -> None:  # noqa: ANN401
     parser.set_defaults(
         run=_reproduce, after_interrupt=lambda options: "the same command continues"
     )
+
+
+def _add_collect(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "collect",
+        help="copy a reproduction's finished runs, without checkpoints, for `reproduce --merge`",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the reproduction's folder")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the results go")
+    parser.set_defaults(run=_collect, after_interrupt=lambda options: "the same command continues")
 
 
 def _add_download(commands: Any) -> None:  # noqa: ANN401
@@ -344,11 +370,25 @@ def _reproduce(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, not {options.jobs}")
     budget = BUDGETS[options.budget]
-    failures = run_plan(options.data, options.weights, options.out, budget, options.jobs)
+
+    def take(runs: Sequence[Run]) -> None:
+        taken = merge(options.merge, options.out, runs)
+        print(f"{options.merge}: {len(taken)} finished runs taken in", flush=True)
+
+    failures = run_plan(
+        *(options.data, options.weights, options.out, budget, options.jobs),
+        chosen=options.only,
+        take=take if options.merge else None,
+    )
     measure(options.data, options.weights, options.out, budget)
     print(f"report: {write_reproduction_report(options.out)}")
     if failures:
         raise UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
+
+
+def _collect(options: argparse.Namespace) -> None:
+    copied = collect(options.out, options.folder)
+    print(f"{options.folder}: {len(copied)} runs copied from {options.out}")
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -384,7 +424,8 @@ def _load(folder: Path, settings: Settings) -> SliceSet:
             f"{folder}: no such folder; the real slices are at {ARCHIVE} (CC BY 4.0, Jun Cheng), "
             f"synthetic ones come from: {_command('make-phantoms', folder)}"
         )
-    return load_slices(folder, settings.data.image_size, progress=sys.stderr.isatty())
+    image_size, crop = decoded_as(settings)
+    return load_slices(folder, image_size, progress=sys.stderr.isatty(), crop=crop)
 
 
 def _command(*arguments: str | Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .errors import UserError
 from .files import replacing
@@ -35,14 +36,18 @@ class TrainingState:
     Attributes:
         network: The embedding network.
         loss: The loss, with its class centres and its annealing, if it has them.
-        optimiser: Adam on the parameters of both.
+        optimiser: Adam or AdamW on the parameters of both: first MobileNet's, then the others.
+        backbone_rate: MobileNet's share of the learning rate.
+        average: The moving average of the network, BatchNorm's statistics included, or None.
         generator: On the CPU, for augmentation; order and dropout use torch's own.
         epoch: How many are done.
     """
 
     network: EmbeddingNetwork
     loss: nn.Module
-    optimiser: torch.optim.Adam
+    optimiser: torch.optim.Optimizer
+    backbone_rate: float
+    average: AveragedModel | None
     generator: torch.Generator
     epoch: int = 0
 
@@ -55,12 +60,33 @@ class TrainingState:
             load_imagenet_weights(network.backbone, Path(settings.network.weights))
         network = network.to(device, memory_format=torch.channels_last)
         loss = make_loss(settings.loss, settings.network.embedding_size).to(device)
-        # The class centres are the loss's own parameters: left out here, they would never move.
-        parameters = [*network.parameters(), *loss.parameters()]
-        rate = settings.training.learning_rate
-        optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
-        generator = torch.Generator().manual_seed(settings.training.seed)
-        return cls(network, loss, optimiser, generator)
+        training = settings.training
+        groups = [
+            {"params": list(network.backbone.parameters())},
+            # The class centres are the loss's own parameters: left out, they would never move.
+            {"params": [*network.output.parameters(), *loss.parameters()]},
+        ]
+        optimiser: torch.optim.Optimizer
+        if training.optimiser == "adamw":
+            decay = training.weight_decay
+            optimiser = torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+        elif training.weight_decay:
+            raise UserError("--weight-decay: the paper's Adam has none; set --optimiser adamw")
+        else:
+            optimiser = torch.optim.Adam(groups, fused=True)
+        average = None
+        if training.ema:
+            blend = get_ema_multi_avg_fn(training.ema)
+            average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+        generator = torch.Generator().manual_seed(training.seed)
+        return cls(network, loss, optimiser, training.backbone_rate, average, generator)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for group, share in zip(
+            self.optimiser.param_groups, (self.backbone_rate, 1.0), strict=True
+        ):
+            group["lr"] = share * rate
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +99,7 @@ class TrainingState:
         contents = {
             "epoch": self.epoch,
             "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "loss": self.loss.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
@@ -96,6 +123,8 @@ class TrainingState:
 
     def _load(self, contents: dict[str, Any]) -> None:
         self.network.load_state_dict(contents["network"])
+        if self.average is not None:
+            self.average.load_state_dict(contents["average"])
         self.loss.load_state_dict(contents["loss"])
         self.optimiser.load_state_dict(contents["optimiser"])
         for parameter, moments in self.optimiser.state.items():
@@ -109,13 +138,27 @@ class TrainingState:
         self.epoch = contents["epoch"]
 
 
-def load_network(folder: Path, settings: NetworkSettings) -> tuple[EmbeddingNetwork, int]:
-    """Return a run's network, in eval mode, and how many epochs it was trained for."""
+def load_network(
+    folder: Path, settings: NetworkSettings, averaged: bool = True
+) -> tuple[EmbeddingNetwork, int]:
+    """Return a run's network, in eval mode, and how many epochs it was trained for.
+
+    Args:
+        folder: The run's.
+        settings: The network's.
+        averaged: Where there is a moving average of the weights, return that.
+    """
     path = folder / CHECKPOINT
     contents = read_checkpoint(path)
     network = make_network(settings)
     try:
-        network.load_state_dict(contents["network"])
+        average = contents.get("average") if averaged else None
+        if average is None:
+            network.load_state_dict(contents["network"])
+        else:
+            holder = AveragedModel(network)
+            holder.load_state_dict(average)
+            network = holder.module
     except (AttributeError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: does not fit the network: {one_line(error)}") from None
     return network.eval(), contents["epoch"]

@@ -40,7 +40,6 @@ from .run_folder import (
     EMBEDDINGS,
     EPOCHS,
     METRICS,
-    MIRRORED_PREDICTIONS,
     PREDICTIONS,
     SETTINGS,
     append_rows,
@@ -63,7 +62,7 @@ TINY_SPLIT = Split(
     train=torch.arange(10), test=torch.arange(10, 15), name="drill", description="By number."
 )
 LONGEST_RUN = 120.0  # seconds, of a training that takes one or two
-RESULTS = (METRICS, PREDICTIONS, MIRRORED_PREDICTIONS, EMBEDDINGS, ANGLES)
+RESULTS = (METRICS, PREDICTIONS, EMBEDDINGS, ANGLES)
 
 
 def run_drills(folder: Path) -> dict[str, Counts]:

@@ -22,9 +22,9 @@ from .run_folder import (
     ANGLES,
     EMBEDDINGS,
     METRICS,
-    MIRRORED_PREDICTIONS,
     PREDICTIONS,
     SETTINGS,
+    VIEW_PREDICTIONS,
     read_precision,
     read_split,
     write_json,
@@ -34,6 +34,7 @@ from .settings import read_settings
 from .slices import CLASS_NAMES, SliceSet, Split
 
 EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
+VIEWS = ((), (3,), (2,))  # the axes along which a view of (n, 1, size, size) is mirrored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,43 +59,74 @@ class Predictions:
 def evaluate(run: Path, slices: SliceSet) -> Metrics:
     """Classify a run's test slices by their nearest training slice; write the results beside it.
 
-    Twice: as the paper does, and with each embedding averaged over the slice and its mirror image.
+    The run's own number of views decides; beside it stand the answers of fewer views, of two at
+    least and, where the weights were averaged, of the weights as they were.
 
     Args:
         run: A run's folder, finished or not.
-        slices: The slices it was trained on and held out, at its image size.
+        slices: The slices it was trained on and held out, at its image size and crop.
 
     Returns:
-        The metrics, which `run` then holds too, with predictions, embeddings and angles.
+        The metrics, which `run` then holds too, with predictions, embeddings and angles. The
+        embeddings of slices that are on neither side are 0.
     """
     settings = read_settings(run / SETTINGS)
     split = read_split(run, slices)
     network, epoch = load_network(run, settings.network)
-    precision = read_precision(run)
-    plain = embed(network, slices.images, precision)
-    mirrored = F.normalize(plain + embed(network, slices.images.flip(3), precision))
+    own = settings.evaluation.views
+    embeddings = _embed_views(run, network, slices, split, max(own, 2))
     centres = class_centres(
-        load_loss(run, settings), plain[split.train], slices.labels[split.train]
+        load_loss(run, settings), embeddings[own][split.train], slices.labels[split.train]
     )
-    _write_array(run / EMBEDDINGS, plain)
-    _write_array(run / ANGLES, class_angles(plain, centres))
-    metrics = _classify(run / PREDICTIONS, slices, split, plain)
-    averaged = _classify(run / MIRRORED_PREDICTIONS, slices, split, mirrored)
-    results = {"epoch": epoch, **dataclasses.asdict(metrics)}
-    write_json(run / METRICS, {**results, "mirrored": dataclasses.asdict(averaged)})
-    return metrics
+    _write_array(run / EMBEDDINGS, embeddings[own])
+    _write_array(run / ANGLES, class_angles(embeddings[own], centres))
+    by_views = {}
+    for views, averaged in embeddings.items():
+        table, by_views[views] = _classify(slices, split, averaged)
+        write_text(run / (PREDICTIONS if views == own else VIEW_PREDICTIONS.format(views)), table)
+    results = {
+        "epoch": epoch,
+        **dataclasses.asdict(by_views[own]),
+        "accuracy_by_views": {views: metrics.accuracy for views, metrics in by_views.items()},
+    }
+    if settings.training.ema:
+        last, _ = load_network(run, settings.network, averaged=False)
+        results["accuracy_by_views_without_ema"] = {
+            views: _classify(slices, split, averaged)[1].accuracy
+            for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()
+        }
+    write_json(run / METRICS, results)
+    return by_views[own]
 
 
 def embed(
-    network: EmbeddingNetwork, images: Tensor, precision: torch.dtype = torch.float32
+    network: EmbeddingNetwork,
+    images: Tensor,
+    precision: torch.dtype = torch.float32,
+    views: int = 1,
 ) -> Tensor:
-    """Return the L2-normalised embeddings (n, d) of images (n, 1, size, size), on the CPU."""
+    """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with torch.inference_mode(), low:
-        batches = [network(batch.to(device).float()) for batch in images.split(EMBEDDING_BATCH)]
-    return F.normalize(torch.cat(batches).float()).cpu()
+        batches = [
+            normalised(network, batch.to(device).float(), views)
+            for batch in images.split(EMBEDDING_BATCH)
+        ]
+    return torch.cat(batches).cpu()
+
+
+def normalised(network: EmbeddingNetwork, images: Tensor, views: int) -> Tensor:
+    """Return L2-normalised embeddings (n, d) of images (n, 1, size, size), averaged over views.
+
+    Args:
+        network: The network.
+        images: As it takes them.
+        views: How many of `VIEWS` are averaged, each L2-normalised before.
+    """
+    embeddings = [F.normalize(network(images.flip(axes)).float()) for axes in VIEWS[:views]]
+    return embeddings[0] if views == 1 else F.normalize(torch.stack(embeddings).sum(0))
 
 
 def class_angles(embeddings: Tensor, centres: list[Tensor]) -> Tensor:
@@ -170,8 +202,24 @@ def read_predictions(path: Path) -> Predictions:
     )
 
 
-def _classify(path: Path, slices: SliceSet, split: Split, embeddings: Tensor) -> Metrics:
-    """Write the answers for the test slices and return what they are worth."""
+def _embed_views(
+    run: Path, network: EmbeddingNetwork, slices: SliceSet, split: Split, most: int
+) -> dict[int, Tensor]:
+    """Return both sides' embeddings (n, d) for 1 to `most` views, 0 for other slices."""
+    precision = read_precision(run)
+    sides = torch.cat([split.train, split.test])
+    images = slices.images[sides]
+    embeddings, total = {}, torch.zeros(())
+    for views, axes in enumerate(VIEWS[:most], start=1):
+        total = total + embed(network, images.flip(axes), precision)
+        rows = total if views == 1 else F.normalize(total)
+        embeddings[views] = rows.new_zeros(len(slices.labels), rows.shape[1])
+        embeddings[views][sides] = rows
+    return embeddings
+
+
+def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, Metrics]:
+    """Return the answers for the test slices as a table, and what they are worth."""
     train, test, labels = embeddings[split.train], embeddings[split.test], slices.labels
     nearest, cosine = nearest_neighbour(train, test)
     predicted = labels[split.train][nearest]
@@ -193,10 +241,8 @@ def _classify(path: Path, slices: SliceSet, split: Split, embeddings: Tensor) ->
                 *(f"{score:.9g}" for score in scores[row]),
             ]
         )
-    write_text(path, table.getvalue())
-    return compute_metrics(
-        confusion_matrix(labels[split.test].numpy(), predicted.numpy(), len(CLASS_NAMES))
-    )
+    confusion = confusion_matrix(labels[split.test].numpy(), predicted.numpy(), len(CLASS_NAMES))
+    return table.getvalue(), compute_metrics(confusion)
 
 
 def _write_array(path: Path, values: Tensor) -> None:

@@ -21,11 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .evaluation import EMBEDDING_BATCH, class_scores, embed, nearest_neighbour, probabilities
+from .evaluation import (
+    EMBEDDING_BATCH,
+    class_scores,
+    embed,
+    nearest_neighbour,
+    normalised,
+    probabilities,
+)
 from .files import replacing
 from .prediction import NOTICE, Reference, check_finite, make_folder, read_reference
 from .run_folder import SETTINGS, SPLIT, read_json, read_split
@@ -38,6 +44,7 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
 OUTPUTS = ("embedding", "probabilities")
 TOLERANCE = 1e-4  # of either output; float32 itself makes some 1e-6
+CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has the rule); "}
 
 
 class Classifier(nn.Module):
@@ -54,6 +61,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.network = reference.network
         self.scale = reference.scale
+        self.views = reference.views
         for label, name in enumerate(CLASS_NAMES):
             own = reference.embeddings[reference.labels == label]
             if not len(own):
@@ -62,7 +70,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C)."""
-        embedding = F.normalize(self.network(images))
+        embedding = normalised(self.network, images, self.views)
         nearest = [(embedding @ self.get_buffer(name).T).amax(1) for name in CLASS_NAMES]
         return embedding, (self.scale * torch.stack(nearest, dim=1)).softmax(1)
 
@@ -90,7 +98,10 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     _require_packages()
     reference = read_reference(run, slices)
     test = read_split(run, slices).test
-    of_run = _answers(reference, embed(reference.network, slices.images[test], reference.precision))
+    of_run = _answers(
+        reference,
+        embed(reference.network, slices.images[test], reference.precision, reference.views),
+    )
     description = _describe(run, reference)
     reference = _in_float32(run, reference)
     checks = [(part, _expected(reference, part)) for part in _batches(slices.images[test])]
@@ -157,8 +168,8 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
             "shape": ["n", 1, size, size],
             "type": "float32",
             "range": [0, 1],
-            "preparation": "a grey slice is resized bilinearly with antialiasing, then scaled so "
-            "that its own least intensity is 0 and its largest 1",
+            "preparation": f"{CROPS[reference.crop]}a grey slice is resized bilinearly with "
+            "antialiasing, then scaled so that its own least intensity is 0 and its largest 1",
         },
         "outputs": {
             "embedding": {
@@ -183,7 +194,10 @@ def _in_float32(run: Path, reference: Reference) -> Reference:
     network = reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
     images = reference.slices.images[reference.train]
     with torch.no_grad():
-        parts = [F.normalize(network(part.float())) for part in images.split(EMBEDDING_BATCH)]
+        parts = [
+            normalised(network, part.float(), reference.views)
+            for part in images.split(EMBEDDING_BATCH)
+        ]
     embeddings = torch.cat(parts)
     check_finite(run, embeddings)
     return dataclasses.replace(
@@ -265,7 +279,7 @@ def _batches(images: Tensor) -> list[Tensor]:
 def _expected(reference: Reference, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return embeddings and probabilities the way that evaluation finds them."""
     with torch.no_grad():
-        embedding = F.normalize(reference.network(images))
+        embedding = normalised(reference.network, images, reference.views)
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
     return embedding, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
 

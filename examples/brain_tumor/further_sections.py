@@ -26,7 +26,6 @@ from .reporting import Report, classifications
 from .reproduction import DRILLS, SPEED
 from .results import Result, metrics_of, pooled
 from .run_folder import (
-    EMBEDDINGS,
     EPOCHS,
     SPLIT,
     read_json,
@@ -146,8 +145,7 @@ def beyond(report: Report) -> list[Block]:
         report.heading("What helps"),
         tables.variant_table(report.reproduction),
     ]
-    folds = report.reproduction.select("patient", PROPOSED)
-    seeds = report.reproduction.select("slice", PROPOSED)[:1]
+    folds, seeds = report.with_embeddings("patient"), report.with_embeddings("slice")[:1]
     for group, results, text in (
         ("patient", folds, f"By patient, on {len(folds)} of 5 folds, from networks trained above."),
         ("slice", seeds, "By slice, seed 0, from networks trained above."),
@@ -177,12 +175,14 @@ def _together(
         folders = [
             result.folder.with_name(result.folder.name.replace(PROPOSED, one)) for one in trainings
         ]
-        finished = {one.folder for one in report.reproduction.results if one.run.group == group}
-        if not finished.issuperset(folders):
+        finished = {
+            one.folder: one
+            for one in report.reproduction.results
+            if one.run.group == group and one.has_embeddings
+        }
+        if not set(folders) <= set(finished):
             return []
-        embeddings = np.concatenate(
-            [np.load(folder / EMBEDDINGS, allow_pickle=False) for folder in folders], axis=1
-        )
+        embeddings = np.concatenate([finished[one].embeddings() for one in folders], axis=1)
         train, test = report.slices.sides(result.folder / SPLIT)
         labels = report.slices.labels
         predicted = nearest_labels(embeddings[train], labels[train], embeddings[test])[:, 0]
@@ -197,7 +197,7 @@ def length(report: Report) -> list[Block]:
     for one in [*reproduction.select("slice", PROPOSED), *reproduction.results]:
         if one.run.group == "length" or (one.run.group, one.run.training) == ("slice", PROPOSED):
             runs.setdefault(one.run.settings.training.epochs, []).append(one.metrics.accuracy)
-    own = reproduction.budget.epochs
+    own = reproduction.budget.settings(None).training.epochs
     runs[own] = [one.metrics.accuracy for one in reproduction.select("slice", PROPOSED)]
     runs = {epochs: values for epochs, values in sorted(runs.items()) if values}
     if own not in runs or reproduction.synthetic:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .evaluation import VIEWS
 from .mobilenet import EmbeddingNetwork
 
 
@@ -28,24 +29,37 @@ class Overlap:
 
 
 def grad_cam(
-    network: EmbeddingNetwork, image: Tensor, direction: Tensor, shape: tuple[int, int]
+    network: EmbeddingNetwork,
+    image: Tensor,
+    direction: Tensor,
+    shape: tuple[int, int],
+    views: int = 1,
 ) -> np.ndarray:
     """Return the Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391) of an embedding's direction.
 
     The score is the dot product of the L2-normalised embedding with `direction`. The last
     convolutional features, weighted by the mean gradient of the score in each channel, are summed,
     and what speaks against the score is cut off: if everything does, the map is empty. It is as
-    coarse as the features, 32 pixels a cell, and a cell sees far beyond its own place.
+    coarse as the features, 32 pixels a cell, and a cell sees far beyond its own place. Maps of
+    several views are mirrored back and averaged.
 
     Args:
         network: In eval mode.
         image: (1, 1, size, size) in [0, 1], as the network takes it.
         direction: (d,).
         shape: Height and width of the map, whatever the side of `image`.
+        views: How many of the views that an answer is drawn from, see `VIEWS`.
 
     Returns:
         The map of this shape, at least 0; without a scale of its own.
     """
+    maps = [_cells(network, image.flip(axes), direction).flip(axes) for axes in VIEWS[:views]]
+    cells = torch.stack(maps).mean(0)
+    return F.interpolate(cells, shape, mode="bilinear")[0, 0].cpu().numpy()
+
+
+def _cells(network: EmbeddingNetwork, image: Tensor, direction: Tensor) -> Tensor:
+    """Return the map (1, 1, h, w) at the features' own size."""
     device = next(network.parameters()).device
     kept: list[Tensor] = []
     with network.backbone.register_forward_hook(lambda *call: kept.append(call[-1])):
@@ -54,8 +68,7 @@ def grad_cam(
     score = embedding[0] @ direction.to(device)
     (gradient,) = torch.autograd.grad(score, features)
     weights = gradient.mean((2, 3), keepdim=True)
-    cells = (weights * features.detach()).sum(1, keepdim=True).relu().double()
-    return F.interpolate(cells, shape, mode="bilinear")[0, 0].cpu().numpy()
+    return (weights * features.detach()).sum(1, keepdim=True).relu().double()
 
 
 def measure_overlap(heat: np.ndarray, mask: np.ndarray) -> Overlap | None:

@@ -30,6 +30,7 @@ class SoftmaxLoss(nn.Module):
     Args:
         num_classes: C.
         embedding_size: d.
+        label_smoothing: Share of a label that is spread over all classes.
 
     Attributes:
         weight: (C, d), a row per class.
@@ -37,8 +38,9 @@ class SoftmaxLoss(nn.Module):
 
     schedule = None
 
-    def __init__(self, num_classes: int, embedding_size: int) -> None:
+    def __init__(self, num_classes: int, embedding_size: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
         nn.init.xavier_uniform_(self.weight)
 
@@ -48,7 +50,8 @@ class SoftmaxLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of embeddings (N, d) with labels (N,)."""
-        return F.cross_entropy(self.get_logits(embeddings), labels)
+        logits = self.get_logits(embeddings)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 class TripletLoss(nn.Module):
@@ -101,13 +104,19 @@ def make_loss(settings: LossSettings, embedding_size: int) -> nn.Module:
                 f"--margin {settings.margin}: the margin of --loss {settings.loss} is {meaning}; "
                 f"expected {least} to {most}"
             )
-    if settings.loss == "softmax":
-        return SoftmaxLoss(len(CLASS_NAMES), embedding_size)
     if settings.loss == "triplet":
+        if settings.label_smoothing:
+            raise UserError("--label-smoothing: --loss triplet has no labels to smooth; expected 0")
         return TripletLoss(settings.margin)
-    sizes = {"num_classes": len(CLASS_NAMES), "embedding_size": embedding_size}
+    options: dict[str, Any] = {
+        "num_classes": len(CLASS_NAMES),
+        "embedding_size": embedding_size,
+        "label_smoothing": settings.label_smoothing,
+    }
+    if settings.loss == "softmax":
+        return SoftmaxLoss(**options)
     if settings.loss == "modified-softmax":
-        return NormalizedSoftmaxLoss(**sizes, scale=settings.scale)
+        return NormalizedSoftmaxLoss(**options, scale=settings.scale)
     losses: dict[str, Callable[..., nn.Module]] = {
         "sphereface": SphereFaceLoss,
         "cosface": CosFaceLoss,
@@ -116,7 +125,7 @@ def make_loss(settings: LossSettings, embedding_size: int) -> nn.Module:
     }
     schedule = _annealing(settings) if settings.annealing else None
     return losses[settings.loss](
-        **sizes, margin=settings.margin, scale=settings.scale, schedule=schedule
+        **options, margin=settings.margin, scale=settings.scale, schedule=schedule
     )
 
 

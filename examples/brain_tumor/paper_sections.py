@@ -113,7 +113,7 @@ def paper_tables(report: Report) -> list[Block]:
 
 def classifiers(report: Report) -> list[Block]:
     """Table 2."""
-    results = report.reproduction.select("slice", PROPOSED)
+    results = report.with_embeddings("slice")
     if not results:
         return []
     every = [classifications(report, result) for result in results]
@@ -122,7 +122,7 @@ def classifiers(report: Report) -> list[Block]:
     ]
     return [
         report.heading("Table 2: classifiers on the embeddings"),
-        tables.classifier_table(report.reproduction, every),
+        tables.classifier_table(results, every, report.reproduction.synthetic),
         Paragraph("Settings (of seed 0 where they are chosen from the data):"),
         Items(settings),
     ]
@@ -160,14 +160,15 @@ def embeddings(report: Report) -> list[Block]:
         ("figure5", tables.LOSSES, "Figure 5: t-SNE of the test slices by loss, seed 0."),
         ("figure6", tables.MARGINS, "Figure 6: t-SNE of the test slices by margin, seed 0."),
     ):
-        present = {one: report.first(one) for one in trainings if report.first(one)}
+        firsts = {one: report.first(one) for one in trainings}
+        present = {one: run for one, run in firsts.items() if run and run.has_embeddings}
         if present:
             panels = {tables.TITLES[one]: _embedded(report, run) for one, run in present.items()}
             plot_tsne(report.figure_path(name), panels, f"{report.mark}t-SNE, test slices")
             note = " Errors of 1-NN are ringed. Distances in t-SNE are not to be read as angles."
             blocks.append(report.figure(name, text + note))
     proposed = report.first(PROPOSED)
-    if proposed:
+    if proposed and proposed.has_embeddings:
         train, test = report.slices.sides(proposed.folder / SPLIT)
         margin = proposed.run.settings.loss.margin
         plot_angles(
@@ -191,7 +192,7 @@ def _embedded(report: Report, result: Result) -> Embedded:
     if path.is_file() and path.stat().st_mtime >= (result.folder / EMBEDDINGS).stat().st_mtime:
         points = np.load(path, allow_pickle=False)
     else:
-        embeddings = np.load(result.folder / EMBEDDINGS, allow_pickle=False)[test]
+        embeddings = result.embeddings()[test]
         points = compute_tsne(embeddings, seed=0)
         np.save(path, points, allow_pickle=False)
     predictions = result.predictions

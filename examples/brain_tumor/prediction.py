@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_network
+from .crop import cut, find_box, put_back
 from .errors import UserError
 from .evaluation import class_scores, embed, probabilities
 from .figures import plot_prediction
@@ -45,6 +46,8 @@ class Reference:
         epoch: How many it was trained for.
         precision: Of the network's arithmetic.
         scale: The loss's, which turns cosines into logits.
+        crop: What is cut out of a slice.
+        views: How many views of a slice are averaged.
         slices: All of them.
         train: (k,) indices of the training slices.
         embeddings: (k, d) theirs, L2-normalised.
@@ -56,6 +59,8 @@ class Reference:
     epoch: int
     precision: torch.dtype
     scale: float
+    crop: str
+    views: int
     slices: SliceSet
     train: Tensor
     embeddings: Tensor
@@ -169,11 +174,11 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
     split = read_split(run, slices)
     network, epoch = load_network(run, settings.network)
     precision = read_precision(run)
-    stored = _stored_embeddings(run, epoch, (len(slices.labels), settings.network.embedding_size))
-    if stored is None:
-        embeddings = embed(network, slices.images[split.train], precision)
-    else:
-        embeddings = stored[split.train]
+    views = settings.evaluation.views
+    shape = (len(slices.labels), settings.network.embedding_size)
+    embeddings = _stored_embeddings(run, epoch, shape, split.train)
+    if embeddings is None:
+        embeddings = embed(network, slices.images[split.train], precision, views)
     check_finite(run, embeddings)
     return Reference(
         name=run.name,
@@ -181,6 +186,8 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         epoch=epoch,
         precision=precision,
         scale=settings.loss.scale,
+        crop=settings.data.crop,
+        views=views,
         slices=slices,
         train=split.train,
         embeddings=embeddings,
@@ -208,15 +215,17 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be made a folder: {error.strerror}") from None
 
 
-def _stored_embeddings(run: Path, epoch: int, shape: tuple[int, int]) -> Tensor | None:
-    """Return what evaluation kept (n, d), or None if absent, damaged or of another epoch."""
+def _stored_embeddings(
+    run: Path, epoch: int, shape: tuple[int, int], train: Tensor
+) -> Tensor | None:
+    """Return what evaluation kept of the training slices, or None if absent, damaged or older."""
     try:
         # Mapped, because a header may promise more than the file holds.
         stored = np.load(run / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         sound = stored.shape == shape and stored.dtype == np.float32
         if not sound or read_json(run / METRICS)["epoch"] != epoch:
             return None
-        embeddings = torch.from_numpy(np.array(stored))
+        embeddings = torch.from_numpy(np.array(stored))[train]
     except Exception:  # it only saves time, and damage shows in a dozen ways
         return None
     return embeddings if ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all() else None
@@ -227,16 +236,20 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     if image.min() == image.max():
         raise UserError(f"{file}: is of one grey value throughout, expected a slice")
     images = reference.slices.images
-    pixels = torch.from_numpy(resize(image, images.shape[-1])).to(images)[None, None]
-    embedding = embed(reference.network, pixels, reference.precision)
+    box = find_box(image, reference.crop)
+    pixels = torch.from_numpy(resize(cut(image, box), images.shape[-1])).to(images)[None, None]
+    embedding = embed(reference.network, pixels, reference.precision, reference.views)
     check_finite(file, embedding)
     cosines = (embedding @ reference.embeddings.T)[0]
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
     shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
     contrast = _contrast(reference, cosines, nearest[0])
-    heat = grad_cam(reference.network, pixels.float(), contrast, image.shape)
+    heat = grad_cam(
+        reference.network, pixels.float(), contrast, (box.height, box.width), reference.views
+    )
     check_finite(file, torch.from_numpy(heat))
+    heat = put_back(heat, box, image.shape)
     prediction = Prediction(
         file=str(file),
         synthetic=reference.slices.synthetic,

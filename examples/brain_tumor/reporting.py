@@ -10,6 +10,7 @@ from .document import (
     Figure,
     Heading,
 )
+from .plan import PROPOSED
 from .results import Result, read_reproduction, read_slice_table
 from .run_folder import (
     EMBEDDINGS,
@@ -52,6 +53,10 @@ class Report:
         """Return a training's first run, that of seed 0 or of fold 1, if it is finished."""
         return next(iter(self.reproduction.select(group, training)), None)
 
+    def with_embeddings(self, group: str) -> list[Result]:
+        """Return the proposed training's finished runs of a group whose embeddings are there."""
+        return [one for one in self.reproduction.select(group, PROPOSED) if one.has_embeddings]
+
 
 def classifications(report: Report, result: Result) -> list[Classification]:
     """Return the classifiers' answers, which the run's folder keeps from the last time."""
@@ -61,7 +66,7 @@ def classifications(report: Report, result: Result) -> list[Classification]:
             Classification(**{**one, "predicted": np.array(one["predicted"])})
             for one in read_json(path)
         ]
-    embeddings = np.load(result.folder / EMBEDDINGS, allow_pickle=False)
+    embeddings = result.embeddings()
     train, test = report.slices.sides(result.folder / SPLIT)
     labels, by_patient = report.slices.labels, result.run.settings.data.split == "patient"
     every = classify(

@@ -20,10 +20,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,6 +53,7 @@ from .run_folder import (
     write_json,
     write_text,
 )
+from .settings import Settings
 from .slices import CLASS_NAMES, SliceSet, load_slices
 from .speed import measure_speed
 from .training import choose_precision, make_split, train
@@ -65,7 +67,15 @@ DRILLS = "drills.json"
 RUNS = "runs"
 
 
-def run_plan(data: Path, weights: Path | None, out: Path, budget: Budget, jobs: int) -> list[str]:
+def run_plan(
+    data: Path,
+    weights: Path | None,
+    out: Path,
+    budget: Budget,
+    jobs: int,
+    chosen: str = "*",
+    take: Callable[[Sequence[Run]], object] | None = None,
+) -> list[str]:
     """Train and evaluate what a reproduction lacks; finished runs are left as they are.
 
     Args:
@@ -74,6 +84,8 @@ def run_plan(data: Path, weights: Path | None, out: Path, budget: Budget, jobs: 
         out: The reproduction's folder; new, or of the same data, weights and budget.
         budget: How much is spent.
         jobs: Runs side by side. Each has its share of the cores or, if there are GPUs, one of them.
+        chosen: Only runs with names like this, as file names are matched, are trained.
+        take: Called with the plan before anything is trained, to take finished runs in.
 
     Returns:
         A line for each run that failed.
@@ -82,13 +94,17 @@ def run_plan(data: Path, weights: Path | None, out: Path, budget: Budget, jobs: 
         UserError: The folder holds another reproduction, or the data are at fault.
     """
     with locked(out):
-        slices = load_slices(data, budget.image_size, progress=sys.stderr.isatty())
+        slices = _load(data, budget.settings(weights), progress=sys.stderr.isatty())
         _begin(out, _describe(slices, weights, budget), slices)
         runs = plan_runs(budget, weights)
-        left = [run for run in runs if not is_finished(out / RUNS / run.name, run)]
-        print(f"{out}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
-        for size in {run.settings.data.image_size for run in left}:  # once, not in every process
-            load_slices(data, size, progress=sys.stderr.isatty())
+        if take is not None:
+            take(runs)
+        unfinished = [run for run in runs if not is_finished(out / RUNS / run.name, run)]
+        left = [run for run in unfinished if fnmatch(run.name, chosen)]
+        done = len(runs) - len(unfinished)
+        print(f"{out}: {len(runs)} runs, {done} of them finished, {len(left)} to do", flush=True)
+        for run in {decoded_as(run.settings): run for run in left}.values():
+            _load(data, run.settings, progress=sys.stderr.isatty())  # once, not in every process
         failures: list[str] = []
         append_rows(out / SESSIONS, [_session(jobs, len(left))])
         try:
@@ -108,7 +124,7 @@ def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None
         out: The reproduction's folder.
         budget: How much is spent.
     """
-    slices = load_slices(data, budget.image_size, progress=sys.stderr.isatty())
+    slices = _load(data, budget.settings(weights), progress=sys.stderr.isatty())
     if not (out / SAMPLES).is_file():
         index = {number: place for place, number in enumerate(slices.numbers)}
         pictures = {
@@ -215,13 +231,23 @@ def _watch(stop: Any, parent: int) -> None:  # noqa: ANN401
 
 def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
     started = time.monotonic()
-    accuracy = complete_run(folder, run, _load(data, run.settings.data.image_size))
+    accuracy = complete_run(folder, run, _load_once(data, *decoded_as(run.settings)))
     return accuracy, time.monotonic() - started
 
 
+def decoded_as(settings: Settings) -> tuple[int, str]:
+    """Return what of the settings changes how slices are decoded: size and crop."""
+    return settings.data.image_size, settings.data.crop
+
+
+def _load(data: Path, settings: Settings, progress: bool) -> SliceSet:
+    image_size, crop = decoded_as(settings)
+    return load_slices(data, image_size, progress=progress, crop=crop)
+
+
 @lru_cache(maxsize=2)
-def _load(data: Path, image_size: int) -> SliceSet:
-    return load_slices(data, image_size, progress=False)
+def _load_once(data: Path, image_size: int, crop: str) -> SliceSet:
+    return load_slices(data, image_size, progress=False, crop=crop)
 
 
 def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:
@@ -269,7 +295,7 @@ def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[st
         "synthetic": slices.synthetic,
         "slices": len(slices.numbers),
         "slices_sha256": hashlib.sha256(_slice_table(slices).encode()).hexdigest(),
-        "images_sha256": hashlib.sha256(slices.images.numpy().tobytes()).hexdigest(),
+        "images_sha256": slices.digest,
         "weights": weights.name if weights else "",
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else "",
     }

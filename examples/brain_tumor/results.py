@@ -14,7 +14,7 @@ from .evaluation import Predictions, read_predictions
 from .metrics import Metrics, compute_metrics, confusion_matrix, majority_vote
 from .plan import Budget, Run, plan_runs
 from .reproduction import REPRODUCTION, RUNS, SLICES, is_finished
-from .run_folder import MIRRORED_PREDICTIONS, PREDICTIONS, SETTINGS, read_json
+from .run_folder import EMBEDDINGS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS, read_json
 from .settings import read_settings
 from .slices import CLASS_NAMES
 
@@ -36,10 +36,25 @@ class Result:
         """The answers of 1-NN."""
         return read_predictions(self.folder / PREDICTIONS)
 
-    @cached_property
-    def mirrored(self) -> Predictions:
-        """The same with embeddings averaged over each slice and its mirror image."""
-        return read_predictions(self.folder / MIRRORED_PREDICTIONS)
+    def by_views(self, views: int) -> Predictions:
+        """The same with embeddings averaged over so many views of each slice."""
+        if views == self.run.settings.evaluation.views:
+            return self.predictions
+        return read_predictions(self.folder / VIEW_PREDICTIONS.format(views))
+
+    def has_views(self, views: int) -> bool:
+        """Whether there are answers from so many views: of a merged run they may be left out."""
+        own = views == self.run.settings.evaluation.views
+        return own or (self.folder / VIEW_PREDICTIONS.format(views)).is_file()
+
+    def embeddings(self) -> np.ndarray:
+        """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
+        return np.load(self.folder / EMBEDDINGS, allow_pickle=False).astype(np.float32)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether its embeddings are there: of a run that was merged they may be left out."""
+        return (self.folder / EMBEDDINGS).is_file()
 
     @cached_property
     def metrics(self) -> Metrics:

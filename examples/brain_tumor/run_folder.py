@@ -6,6 +6,7 @@ Training fills it, evaluation and the report read it, and nothing else has to be
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ CHECKPOINT = "checkpoint.pt"
 EMBEDDINGS = "embeddings.npy"
 ANGLES = "angles.npy"
 PREDICTIONS = "predictions.csv"
-MIRRORED_PREDICTIONS = "predictions_mirrored.csv"
+VIEW_PREDICTIONS = "predictions_views{}.csv"  # as PREDICTIONS, with so many views averaged
 METRICS = "metrics.json"
 
 
@@ -168,6 +169,7 @@ def describe_environment(device: torch.device, precision: torch.dtype) -> dict[s
     """Return what a result depends on besides settings and slices."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
+        "commit": _commit(),
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
@@ -176,6 +178,18 @@ def describe_environment(device: torch.device, precision: torch.dtype) -> dict[s
         "numpy": np.__version__,
         "scikit-learn": sklearn.__version__,
     }
+
+
+def _commit() -> str:
+    """Return the commit of this program, marked "-dirty" with changes, or "unknown"."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def _describe_split(slices: SliceSet, split: Split) -> dict[str, Any]:

@@ -19,7 +19,7 @@ else:
 from .errors import UserError
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
-PRESETS = ("quick", "paper")
+PRESETS = ("quick", "standard", "paper")
 LOSSES = (
     *("sphereface", "softmax", "modified-softmax", "triplet"),  # the paper's
     *("cosface", "arcface", "subcenter-arcface"),
@@ -45,11 +45,15 @@ class DataSettings:
     """Which slices are trained on, and at what size."""
 
     image_size: int = _number(224, 32, 1024, "side of the square images, in pixels")
+    crop: str = _choice(
+        "none", ("none", "head"), "head: cut a square around the head out of each slice"
+    )
     split: str = _choice(
         "paper",
-        ("paper", "paper-swapped", "patient", "patient-swapped"),
+        ("paper", "paper-swapped", "patient", "patient-swapped", "validation"),
         "paper: 70-30 by slice; patient: no patient on both sides, tested on one fold of five; "
-        "-swapped: the same with the sides exchanged",
+        "-swapped: the sides exchanged; validation: tested on a tenth of the training "
+        "side of paper, to choose settings by",
     )
     fold: int = _number(1, 1, 5, "the fold of patients held out by the patient split")
     split_seed: int = _number(0, 0, 2**32 - 1, "seed of the split")
@@ -104,6 +108,7 @@ class LossSettings:
     annealing_gamma: float = _number(0.12, 0.0, 1e6, "how fast lambda falls with the step t")
     annealing_power: float = _number(1.0, 0.0, 100.0, "exponent of the fall of lambda")
     annealing_minimum: float = _number(5.0, 0.0, 1e9, "where lambda stops falling")
+    label_smoothing: float = _number(0.0, 0.0, 0.9, "share of a label spread over all classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +117,23 @@ class TrainingSettings:
 
     epochs: int = _number(275, 1, 100_000, "passes over the training slices")
     batch_size: int = _number(32, 2, 65_536, "slices in a step")
-    learning_rate: float = _number(1e-4, 1e-9, 10.0, "Adam's learning rate at the start")
+    optimiser: str = _choice(
+        "adam", ("adam", "adamw"), "adam: as in the paper; adamw: decays weights"
+    )
+    learning_rate: float = _number(1e-4, 1e-9, 10.0, "the optimiser's learning rate at the start")
+    backbone_rate: float = _number(1.0, 0.0, 1.0, "MobileNet's share of the learning rate")
+    weight_decay: float = _number(0.0, 0.0, 1.0, "AdamW's; adam has none")
     schedule: str = _choice(
         "paper",
         ("paper", "cosine"),
-        "paper: a tenth from epoch 125, a hundredth from 175; cosine: to zero at the last step",
+        "paper: a tenth after 125 of 275 epochs, a hundredth after 175, the same shares of fewer; "
+        "cosine: to zero at the last step",
+    )
+    ema: float = _number(
+        0.0,
+        0.0,
+        0.99999,
+        "decay of an exponential moving average of the weights, which then answers; 0: none",
     )
     precision: str = _choice(
         "auto",
@@ -130,6 +147,19 @@ class TrainingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How a trained network answers."""
+
+    views: int = _number(
+        1,
+        1,
+        3,
+        "average a slice's embedding over this many views: the slice; its left-right mirror image; "
+        "the slice upside down",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything a run depends on besides the slices."""
 
@@ -138,6 +168,7 @@ class Settings:
     augmentation: AugmentationSettings = AugmentationSettings()
     loss: LossSettings = LossSettings()
     training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
 
 def setting_fields() -> Iterator[tuple[str, dataclasses.Field]]:

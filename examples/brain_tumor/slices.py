@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .crop import cut, find_box
 from .errors import UserError
 from .files import replacing
 from .matlab import FOLDS, read_folds, read_slice
@@ -21,7 +22,8 @@ CLASS_NAMES = ("meningioma", "glioma", "pituitary")  # labels 0, 1, 2; the archi
 ARCHIVE_COUNTS = (708, 1426, 930)  # slices of each class in the archive
 PAPER_TEST_COUNTS = (217, 422, 281)  # the only counts that fit the paper's tables
 TEST_FRACTION = 0.3
-CACHE_FORMAT = 1  # to be raised whenever decoding changes
+VALIDATION_FRACTION = 0.1  # of the paper split's training side
+CACHE_FORMAT = 2  # to be raised whenever decoding changes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SliceSet:
         patients: The patients' ids.
         folds: (n,) folds 1 to 5 of cvind.mat, or None where there is no such file.
         synthetic: True for phantoms.
+        digest: SHA-256 of the images as they were read, whatever they were cut and resized to.
     """
 
     images: Tensor
@@ -43,6 +46,7 @@ class SliceSet:
     patients: list[str]
     folds: Tensor | None
     synthetic: bool
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Split:
     Attributes:
         train: Indices into a `SliceSet`, ascending.
         test: The same.
-        name: "paper", "paper-swapped" or "patient".
+        name: Of the setting `split`.
         description: A sentence for the report.
     """
 
@@ -63,13 +67,17 @@ class Split:
 
 
 def load_slices(
-    folder: Path, image_size: int, cache_folder: Path | None = None, progress: bool = True
+    folder: Path,
+    image_size: int,
+    cache_folder: Path | None = None,
+    progress: bool = True,
+    crop: str = "none",
 ) -> SliceSet:
     """Load every slice of a folder: 1.mat, 2.mat, ..., and cvind.mat if it is there.
 
     Decoding takes half a minute for the whole archive, so its result is kept in one file per image
-    size. That file is rebuilt when a slice's name, size or time of change differs, and when it is
-    damaged.
+    size and crop. That file is rebuilt when a slice's name, size or time of change differs, and
+    when it is damaged.
 
     Args:
         folder: Where the slices lie.
@@ -77,17 +85,18 @@ def load_slices(
         cache_folder: Where the decoded images are kept; by default `.cache` in the folder or,
             if that cannot be written, a folder of its own in `~/.cache/angular_losses`.
         progress: Whether to show a progress bar while decoding.
+        crop: What is cut out of each slice before that, see `find_box`.
 
     Raises:
         UserError: The folder is missing or holds no slices, or a file is faulty.
     """
     paths = slice_paths(folder)
     numbers = [int(path.stem) for path in paths]
-    cache = (cache_folder or default_cache_folder(folder)) / f"slices-{image_size}.npz"
-    key = cache_key(paths, image_size)
+    cache = (cache_folder or default_cache_folder(folder)) / f"slices-{image_size}-{crop}.npz"
+    key = cache_key(paths, image_size, crop)
     decoded = read_cache(cache, key, (len(paths), 1, image_size, image_size))
     if decoded is None:
-        decoded = decode_slices(paths, image_size, progress)
+        decoded = decode_slices(paths, image_size, crop, progress)
         write_cache(cache, key, decoded)
     return SliceSet(
         images=torch.from_numpy(decoded["images"]),
@@ -96,6 +105,7 @@ def load_slices(
         patients=decoded["patients"].tolist(),
         folds=load_folds(folder / "cvind.mat", numbers),
         synthetic=(folder / "SYNTHETIC.txt").is_file(),
+        digest=str(decoded["digest"]),
     )
 
 
@@ -119,16 +129,25 @@ def slice_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.stem))
 
 
-def decode_slices(paths: list[Path], image_size: int, progress: bool) -> dict[str, np.ndarray]:
-    """Read slices and resize their images."""
+def decode_slices(
+    paths: list[Path], image_size: int, crop: str, progress: bool
+) -> dict[str, np.ndarray]:
+    """Read slices, cut and resize their images."""
     images = np.empty((len(paths), 1, image_size, image_size), np.float16)
-    labels, patients = [], []
+    labels, patients, digest = [], [], hashlib.sha256()
     for index, path in enumerate(tqdm(paths, "decoding", unit="slice", disable=not progress)):
         found = read_slice(path)
-        images[index] = resize(found.image, image_size)
+        images[index] = resize(cut(found.image, find_box(found.image, crop)), image_size)
+        digest.update(repr((path.name, found.image.shape, str(found.image.dtype))).encode())
+        digest.update(np.ascontiguousarray(found.image))
         labels.append(found.label)
         patients.append(found.patient)
-    return {"images": images, "labels": np.array(labels), "patients": np.array(patients)}
+    return {
+        "images": images,
+        "labels": np.array(labels),
+        "patients": np.array(patients),
+        "digest": np.array(digest.hexdigest()),
+    }
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -149,10 +168,10 @@ def default_cache_folder(folder: Path) -> Path:
     return Path.home() / ".cache" / "angular_losses" / name
 
 
-def cache_key(paths: list[Path], image_size: int) -> str:
+def cache_key(paths: list[Path], image_size: int, crop: str) -> str:
     """Return a digest of everything that the decoded slices depend on."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(repr((CACHE_FORMAT, image_size, stats)).encode()).hexdigest()
+    return hashlib.sha256(repr((CACHE_FORMAT, image_size, crop, stats)).encode()).hexdigest()
 
 
 def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
@@ -161,14 +180,15 @@ def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> dict[str, np.nda
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if str(file["key"]) != key:
                 return None
-            cached = {name: file[name] for name in ("images", "labels", "patients")}
+            cached = {name: file[name] for name in ("images", "labels", "patients", "digest")}
     except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
         return None
-    images, labels, patients = cached.values()
+    images, labels, patients, digest = cached.values()
     sound = images.shape == shape and images.dtype == np.float16
     sound &= labels.shape == shape[:1] and labels.dtype == np.int64
     sound &= bool(np.isin(labels, range(len(CLASS_NAMES))).all())
     sound &= patients.shape == shape[:1] and patients.dtype.kind == "U"
+    sound &= digest.dtype.kind == "U" and digest.shape == ()
     return cached if sound else None
 
 
@@ -219,6 +239,39 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
         description=(
             f"By slice, as in the paper, from seed {seed}: {shared} of "
             f"{len(set(slices.patients))} patient ids have slices on both sides."
+        ),
+    )
+
+
+def validation_split(slices: SliceSet, seed: int) -> Split:
+    """Split the training side of `paper_split` again: a tenth of each class to choose settings by.
+
+    The paper's test side is on neither side.
+
+    Args:
+        slices: The slices.
+        seed: Decides both draws.
+
+    Raises:
+        UserError: A class is too small to stand on both sides.
+    """
+    side = paper_split(slices, seed).train
+    labels = slices.labels[side]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(side), dtype=torch.bool)
+    for label, name in enumerate(CLASS_NAMES):
+        members = (labels == label).nonzero()[:, 0]
+        size = round(VALIDATION_FRACTION * len(members))
+        if not 0 < size < len(members):
+            raise UserError(f"split validation: {len(members)} {name} slices are too few to divide")
+        drawn[members[torch.randperm(len(members), generator=generator)[:size]]] = True
+    return Split(
+        train=side[~drawn],
+        test=side[drawn],
+        name="validation",
+        description=(
+            f"To choose settings by: a tenth of the training slices of the paper's split from seed "
+            f"{seed}, whose own test slices are left out."
         ),
     )
 

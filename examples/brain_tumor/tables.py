@@ -49,6 +49,11 @@ TOO_SURE = (
 )
 BESIDE = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
 SHORT = ("Me", "Gl", "Pt")
+VIEWS = {
+    1: "the slice alone",
+    2: "mirror images averaged",
+    3: "mirrored and upside down averaged",
+}
 
 
 def percent(value: float) -> str:
@@ -172,15 +177,16 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
 
 
 def classifier_table(
-    reproduction: Reproduction, every: Sequence[Sequence[Classification]]
+    results: Sequence[Result], every: Sequence[Sequence[Classification]], synthetic: bool
 ) -> Table:
     """Return table 2: classifiers on the proposed training's embeddings, means over its seeds.
 
     Args:
-        reproduction: The finished runs.
-        every: For each seed the answers of the classifiers.
+        results: The proposed training by slice, a run a seed.
+        every: For each of them the answers of the classifiers.
+        synthetic: Whether the slices are phantoms, beside which the paper's rows do not stand.
     """
-    truths = [one.predictions.truth for one in reproduction.select("slice", PROPOSED)]
+    truths = [one.predictions.truth for one in results]
     rows = []
     for same in zip(*every, strict=True):
         metrics = [
@@ -197,7 +203,7 @@ def classifier_table(
         rows.append(
             [same[0].name, *metrics_row(mean), str(len(metrics)), bounds(interval), bounds(wilson)]
         )
-        if same[0].name in paper.CLASSIFIERS and not reproduction.synthetic:
+        if same[0].name in paper.CLASSIFIERS and not synthetic:
             rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
     return Table(["", *COLUMNS, *INTERVALS[:3]], rows)
 
@@ -241,7 +247,7 @@ def _by_patient(folds: Sequence[Result]) -> list[str]:
     accuracies = [fold.metrics.accuracy for fold in folds]
     mean, interval = seed_interval(accuracies)
     together = pooled(fold.predictions for fold in folds)
-    mirrored = np.mean([metrics_of(fold.mirrored).accuracy for fold in folds])
+    mirrored = [metrics_of(fold.by_views(2)).accuracy for fold in folds if fold.has_views(2)]
     hits, patients = votes(folds)
     return [
         percent(mean),
@@ -249,7 +255,7 @@ def _by_patient(folds: Sequence[Result]) -> list[str]:
         bounds(interval),
         percent(metrics_of(together).accuracy),
         bounds(patient_interval(together)),
-        percent(mirrored),
+        percent(np.mean(mirrored)) if len(mirrored) == len(folds) else "-",
         f"{percent(hits / patients)} ({hits} of {patients})",
         bounds(wilson_interval(hits, patients)),
     ]
@@ -341,16 +347,27 @@ def answer_table(
     """
     truth = np.concatenate([one.predictions.truth for one in results])
     reference = right(pooled(one.predictions for one in results))
-    mirrored = right(pooled(one.mirrored for one in results))
     rows = [
         _beside("k-NN, k = 1, as proposed", reference, None),
-        _beside("k-NN, k = 1, mirror images averaged", mirrored, reference),
+        *(
+            _beside(f"k-NN, k = 1, {text}", right(pooled(answers)), reference)
+            for views, text in VIEWS.items()
+            if (answers := _other_views(results, views))
+        ),
     ]
     for same in list(zip(*every, strict=True))[1:]:
         own = np.concatenate([one.predicted for one in same]) == truth
         rows.append(_beside(same[0].name, own, reference))
     rows += [_beside(name, own, reference) for name, own in together.items()]
     return Table(["answered", *BESIDE], rows, f"{caption} {TOO_SURE}")
+
+
+def _other_views(results: Sequence[Result], views: int) -> list[Predictions]:
+    """Return the answers from so many views, unless all were given from as many, or some lack."""
+    if all(one.run.settings.evaluation.views == views for one in results):
+        return []
+    every = [one.by_views(views) for one in results if one.has_views(views)]
+    return every if len(every) == len(results) else []
 
 
 def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:

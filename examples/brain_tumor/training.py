@@ -1,4 +1,4 @@
-"""The training loop: Adam on the network and on the loss's class centres, a checkpoint an epoch.
+"""The training loop: the network and the loss's class centres, a checkpoint an epoch.
 
 A checkpoint holds all that changes, random states included, so a resumed run ends where an
 uninterrupted one does (bit for bit on a CPU, with as many threads).
@@ -34,8 +34,9 @@ from .run_folder import (
     write_json,
 )
 from .settings import DataSettings, Settings, TrainingSettings
-from .slices import SliceSet, Split, paper_split, patient_split
+from .slices import SliceSet, Split, paper_split, patient_split, validation_split
 
+PAPER_EPOCHS = 275  # to which the paper's steps of the learning rate belong
 LOGGED_STEPS = 500  # enough to show how the angles settle, with and without annealing
 BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done rarely
 SAVING_SHARE = 0.1  # of the time at most goes into checkpoints: an epoch may take half a second
@@ -97,6 +98,8 @@ def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume
 
 def make_split(settings: DataSettings, slices: SliceSet) -> Split:
     """Return the split that the settings ask for."""
+    if settings.split == "validation":
+        return validation_split(slices, settings.split_seed)
     name, _, swapped = settings.split.partition("-")
     if name == "patient":
         return patient_split(slices, settings.fold, settings.split_seed, swap=bool(swapped))
@@ -107,6 +110,7 @@ def learning_rate(settings: TrainingSettings, epoch: float) -> float:
     """Return the learning rate `epoch` passes into the training, which may lie within one."""
     if settings.schedule == "cosine":
         return settings.learning_rate * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+    epoch = epoch * PAPER_EPOCHS / settings.epochs
     return settings.learning_rate * (1.0 if epoch < 125 else 0.1 if epoch < 175 else 0.01)
 
 
@@ -177,8 +181,7 @@ def _train_epoch(
     state.loss.train()
     steps = []
     for step, (images, labels) in enumerate(batches):
-        for group in state.optimiser.param_groups:
-            group["lr"] = learning_rate(settings.training, state.epoch + step / count)
+        state.set_learning_rate(learning_rate(settings.training, state.epoch + step / count))
         images = augment(images, settings.augmentation, state.generator)
         steps.append(take_step(state, images, labels, precision))
         bar.update()
@@ -205,6 +208,8 @@ def take_step(
         accuracy, angle = _beside_centres(state.loss, embeddings, labels)
     norm = torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters()])
     state.optimiser.step()
+    if state.average is not None:
+        state.average.update_parameters(state.network)
     return torch.stack([x.detach().double() for x in (loss, accuracy, angle, norm, annealing)])
 
 
@@ -230,7 +235,7 @@ def _finish_epoch(
     summary = {
         "epoch": state.epoch + 1,
         **_named(torch.cat([steps[:, :-1].mean(0), steps[-1, -1:]])),
-        "learning_rate": state.optimiser.param_groups[0]["lr"],
+        "learning_rate": state.optimiser.param_groups[-1]["lr"],
         "seconds": round(seconds, 3),
         "images_per_second": round(images_per_second, 1),
     }

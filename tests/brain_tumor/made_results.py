@@ -11,7 +11,14 @@ from examples.brain_tumor.plan import Budget, plan_runs
 from examples.brain_tumor.settings import write_settings
 from examples.brain_tumor.slices import CLASS_NAMES
 
-BUDGET = Budget("made", 32, 4, 1e-3, "cosine", 1.0, 3, 2, 2, 48, (0.5, 2.0))
+MADE = {
+    "image_size": 32,
+    "epochs": 4,
+    "learning_rate": 1e-3,
+    "schedule": "cosine",
+    "annealing_gamma": 1.0,
+}
+BUDGET = Budget("made", "paper", MADE, 3, 3, 2, 2, 48, (0.5, 2.0))
 COUNT = 90  # slices, three of each patient
 NUMBERS = 10 + 7 * np.arange(COUNT)
 PATIENTS = np.arange(COUNT) // 3
@@ -49,7 +56,7 @@ def write_run(folder, run):
     embeddings, mirrored = (make_embeddings(generator, noise) for noise in (0.8, 0.6))
     np.save(folder / "embeddings.npy", embeddings)
     write_rows(folder / "predictions.csv", answer(embeddings, train, test))
-    write_rows(folder / "predictions_mirrored.csv", answer(mirrored, train, test))
+    write_rows(folder / "predictions_views2.csv", answer(mirrored, train, test))
 
 
 def generator_of(name):

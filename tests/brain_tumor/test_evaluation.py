@@ -163,10 +163,10 @@ def test_angles_to_the_nearest_of_a_classs_centres():
 def test_mirror_images_count_the_same(trained, blobs):
     """Averaged over both, a slice and its mirror image cannot differ."""
     evaluate(trained, blobs)
-    once = read_predictions(trained / "predictions_mirrored.csv")
+    once = read_predictions(trained / "predictions_views2.csv")
     blobs.images[:] = blobs.images.flip(3)
     evaluate(trained, blobs)
-    again = read_predictions(trained / "predictions_mirrored.csv")
+    again = read_predictions(trained / "predictions_views2.csv")
     assert again.scores == pytest.approx(once.scores, abs=2e-6)
     assert (once.scores != read_predictions(trained / "predictions.csv").scores).any()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,11 @@ from examples.brain_tumor.reproduction_report import write_reproduction_report
 from examples.brain_tumor.run_folder import read_rows
 from examples.brain_tumor.slices import load_slices
 
-TINY = Budget("tiny", 32, 1, 1e-3, "cosine", 1.0, 2, 1, 1, 48, (2.0,))
+CHANGES = {
+    **{"image_size": 32, "epochs": 1, "learning_rate": 1e-3, "schedule": "cosine"},
+    "annealing_gamma": 1.0,
+}
+TINY = Budget("tiny", "paper", CHANGES, 2, 2, 1, 1, 48, (2.0,))
 CHOSEN = (
     "slice-sphereface-m5-seed0",
     "slice-sphereface-m5-seed1",
@@ -179,7 +184,7 @@ def test_an_unevaluated_run_is_evaluated_and_not_trained_again(copy, data, few):
 def test_another_reproduction_is_not_mixed_in(copy, data, few, tmp_path, other):
     budget, weights = TINY, None
     if other == "budget":
-        budget = Budget("tiny", 32, 2, 1e-3, "cosine", 1.0, 2, 1, 1, 48, (2.0,))
+        budget = replace(TINY, changes={**CHANGES, "epochs": 2})
     elif other == "weights":
         weights = tmp_path / "weights.safetensors"
         weights.write_bytes(b"something")

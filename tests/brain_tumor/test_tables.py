@@ -233,7 +233,7 @@ def test_by_slice_and_by_patient_side_by_side(reproduction, folder, training):
     seeds = [one.run.name for one in reproduction.select("slice", training)]
     folds = [f"patient-{training}-fold{fold}" for fold in range(1, 6)]
     each = [rights(folder, [name]).mean() for name in folds]
-    mirrored = [rights(folder, [name], "predictions_mirrored.csv").mean() for name in folds]
+    mirrored = [rights(folder, [name], "predictions_views2.csv").mean() for name in folds]
     together = rights(folder, folds)
     patients = np.concatenate([read_answers(folder, name)[3] for name in folds])
     low, high = patient_bootstrap(together, patients, seed=0)
@@ -308,7 +308,7 @@ def test_other_answers_from_the_same_networks(reproduction, folder):
     table = tables.answer_table(results, every, {"together": joined}, "A caption.")
     reference = rights(folder, names)
     others = {
-        "k-NN, k = 1, mirror images averaged": rights(folder, names, "predictions_mirrored.csv"),
+        "k-NN, k = 1, mirror images averaged": rights(folder, names, "predictions_views2.csv"),
         "forest": np.concatenate(answers) == np.concatenate(truths),
         "together": joined,
     }
