@@ -51,9 +51,9 @@ def head_box(image: np.ndarray) -> Box:
     """
     height, width = image.shape
     whole = Box(0, 0, height, width)
-    shifted = image.astype(np.float64) - image.min()
-    bright = shifted > THRESHOLD * np.quantile(shifted, BRIGHT)
-    solid = ndimage.uniform_filter(bright.astype(np.float64), WINDOW, mode="constant") > 0.5
+    least = float(image.min())
+    bright = image > least + THRESHOLD * (np.quantile(image, BRIGHT) - least)
+    solid = ndimage.uniform_filter(bright.astype(np.float32), WINDOW, mode="constant") > 0.5
     regions, count = ndimage.label(solid)
     if not count:
         return whole

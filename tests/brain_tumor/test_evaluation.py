@@ -178,7 +178,7 @@ def test_every_loss_is_evaluated_and_reported(tmp_path, blobs, blob_split, tiny_
     evaluate(tmp_path / "run", blobs)
     angles = np.load(tmp_path / "run" / "angles.npy")
     assert angles.shape == (24, 3)
-    assert ((angles > 0) & (angles < np.pi)).all()
+    assert ((angles >= 0) & (angles < np.pi)).all()
     assert "98.69" not in write_report(tmp_path / "run").read_text()
 
 

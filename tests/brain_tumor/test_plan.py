@@ -9,7 +9,18 @@ from safetensors.torch import save_file
 
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.objectives import make_loss
-from examples.brain_tumor.plan import BEYOND, BUDGETS, PROPOSED, SWAPPED, VARIANTS, plan_runs
+from examples.brain_tumor.plan import (
+    BEYOND,
+    BUDGETS,
+    DEVELOPMENT_FOLD,
+    PROPOSED,
+    SEARCH,
+    SEARCH_PACE,
+    SWAPPED,
+    VARIANTS,
+    plan_runs,
+)
+from examples.brain_tumor.settings import load_settings, override_settings
 
 
 @pytest.fixture(params=BUDGETS)
@@ -26,8 +37,8 @@ def test_seven_trainings_by_slice_and_on_every_fold_of_patients(budget):
     assert {training for group, training in counts if group == "slice"} == trainings
     for training in trainings:
         assert counts["patient", training] == 5
-        proposed = training in (PROPOSED, SWAPPED)
-        assert counts["slice", training] == (budget.seeds if proposed else budget.other_seeds)
+        seeds = {PROPOSED: budget.seeds, SWAPPED: budget.swapped_seeds}
+        assert counts["slice", training] == seeds.get(training, budget.other_seeds)
     folds = {run.settings.data.fold for run in runs if run.group == "patient"}
     assert folds == {1, 2, 3, 4, 5}
 
@@ -38,7 +49,10 @@ def test_the_papers_budget_is_the_papers_training():
     assert (settings.training.epochs, settings.data.image_size) == (275, 224)
     assert (settings.training.learning_rate, settings.training.schedule) == (1e-4, "paper")
     assert (settings.loss.loss, settings.loss.margin, settings.loss.scale) == ("sphereface", 5, 30)
-    first = [run for run in runs if run.settings.training.seed == 0][:7]
+    names = [run.name for run in runs]
+    assert names[:5] == [f"slice-{PROPOSED}-seed{seed}" for seed in range(5)]
+    assert names[5:10] == [f"patient-{PROPOSED}-fold{fold}" for fold in range(1, 6)]
+    first = [run for run in runs if run.settings.training.seed == 0 and run.group == "slice"][:7]
     assert len({run.training for run in first}) == 7  # they come before any second seed
     margins = {run.training: run.settings.loss.margin for run in first}
     assert (margins["sphereface-m4"], margins["sphereface-m6"]) == (4, 6)
@@ -70,21 +84,21 @@ def test_a_variant_differs_in_what_it_says_alone(budget):
 
 
 def test_every_planned_loss_can_be_made(budget):
-    runs = plan_runs(replace(budget, seeds=1, other_seeds=1), None)
+    runs = plan_runs(replace(budget, seeds=1, swapped_seeds=1, other_seeds=1), None)
     for run in runs:
         make_loss(run.settings.loss, 8)
     bare = {run.training for run in runs if not run.settings.loss.annealing}
-    assert bare == {name for name in BEYOND if name.endswith("-bare")}
+    papers = {"papers-own"} if budget.comparisons else set()
+    assert bare == {name for name in BEYOND if name.endswith("-bare")} | papers
 
 
 def test_the_margin_is_in_force_for_at_least_half_of_every_training(budget):
     """By slice: lambda = max(5, 1000 / (1 + gamma t)) is at its minimum by then."""
+    slices = {"paper": 2144, "validation": 1930}
     for run in plan_runs(budget, None):
-        if run.group in ("slice", "beyond-slice", "length") and not run.training.endswith(
-            "swapped"
-        ):
+        if run.settings.data.split in slices and run.settings.loss.annealing:
             loss, epochs = run.settings.loss, run.settings.training.epochs
-            middle = 2144 // 32 * epochs / 2
+            middle = slices[run.settings.data.split] // 32 * epochs / 2
             annealed = loss.annealing_base / (1 + loss.annealing_gamma * middle)
             assert annealed < 1.02 * loss.annealing_minimum
 
@@ -98,3 +112,38 @@ def test_the_network_is_built_for_the_weights_there_are(tmp_path, layout):
     save_file({"other": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(UserError, match="neither TF-slim's nor timm's"):
         plan_runs(BUDGETS["small"], tmp_path / "weights")
+
+
+def differences(settings, others):
+    return {
+        key: value
+        for table, values in asdict(settings).items()
+        for key, value in values.items()
+        if value != asdict(others)[table][key]
+    }
+
+
+def test_the_search_never_sees_a_test_slice_of_the_papers_split():
+    runs = plan_runs(BUDGETS["standard"], None)
+    for training, changes in SEARCH.items():
+        by_slice, by_patient = (run for run in runs if run.training == f"search-{training}")
+        assert (by_slice.group, by_slice.settings.data.split) == ("search-slice", "validation")
+        assert by_patient.settings.data.split == "patient"
+        assert by_patient.settings.data.fold == DEVELOPMENT_FOLD
+        for run, split in ((by_slice, {"split": "validation"}), (by_patient, {})):
+            base = override_settings(BUDGETS["standard"].settings(None), {**SEARCH_PACE, **split})
+            own = differences(run.settings, base)
+            own.pop("split", None), own.pop("fold", None)
+            assert own == changes
+
+
+def test_the_papers_own_recipe_keeps_a_row(tmp_path):
+    runs = plan_runs(BUDGETS["standard"], None)
+    own = [run for run in runs if run.training == "papers-own"]
+    assert [run.group for run in own] == ["paper-slice", "paper-patient"]
+    standard = BUDGETS["standard"].settings(None)
+    paper = load_settings("paper", {"weights": ""})
+    assert differences(own[0].settings, paper) == {
+        "annealing": False,  # of which the paper says nothing
+        "epochs": standard.training.epochs,  # as far as two cores carry it
+    }
