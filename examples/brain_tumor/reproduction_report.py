@@ -4,7 +4,7 @@ import dataclasses
 import platform
 from pathlib import Path
 
-from . import further_sections, paper, paper_sections, tables
+from . import further_sections, paper, paper_sections, recipe_sections, tables
 from .document import (
     Block,
     Code,
@@ -15,10 +15,12 @@ from .document import (
     to_markdown,
 )
 from .metrics import seed_interval
-from .plan import PROPOSED, SWAPPED
+from .plan import DEVELOPMENT_FOLD, PROPOSED, SWAPPED
 from .reporting import Report
 from .reproduction import SESSIONS
 from .run_folder import (
+    ENVIRONMENT,
+    EPOCHS,
     SPLIT,
     read_json,
     read_rows,
@@ -51,6 +53,7 @@ def write_reproduction_report(folder: Path) -> Path:
     report.figures.mkdir(exist_ok=True)
     sections = (
         _summary,
+        recipe_sections.recipe,
         paper_sections.samples_and_pipeline,
         paper_sections.golden,
         paper_sections.paper_tables,
@@ -61,6 +64,7 @@ def write_reproduction_report(folder: Path) -> Path:
         further_sections.patients,
         further_sections.beyond,
         further_sections.length,
+        recipe_sections.search,
         paper_sections.bars,
         further_sections.speed,
         further_sections.faults,
@@ -76,6 +80,7 @@ def write_reproduction_report(folder: Path) -> Path:
 
 def _summary(report: Report) -> list[Block]:
     reproduction, budget = report.reproduction, report.reproduction.budget
+    settings = budget.settings(None)
     total = len(reproduction.results) + len(reproduction.missing)
     blocks: list[Block] = [
         report.heading("HSADML, reproduced", 1),
@@ -93,8 +98,9 @@ def _summary(report: Report) -> list[Block]:
             "HSADML (Verma and Singh) trains MobileNet v1 with SphereFace's angular margin to tell "
             "meningioma, glioma and pituitary tumour apart in slices of brain MRI, and gives a "
             "slice the class of its nearest neighbour. Here its trainings were run anew with the "
-            f"budget `{budget.name}`: {budget.epochs} epochs at {budget.image_size} pixels where "
-            f"the paper has 275 at 224. {len(reproduction.results)} of {total} runs are finished."
+            f"budget `{budget.name}`: {settings.training.epochs} epochs at "
+            f"{settings.data.image_size} pixels where the paper has 275 at 224. "
+            f"{len(reproduction.results)} of {total} runs are finished."
         )
     )
     if budget.name == "small":
@@ -110,15 +116,23 @@ def _summary(report: Report) -> list[Block]:
     return [*blocks, _aims(report)]
 
 
+def _made_by(run: Path) -> str:
+    """Return the commit that trained a run, or a dash where it did not say."""
+    path = run / ENVIRONMENT
+    return read_json(path).get("commit", "-") if path.is_file() else "-"
+
+
 def _aims(report: Report) -> Table:
     rows = []
+    searched = report.reproduction.budget.comparisons
+    mark = f" (settings were chosen on fold {DEVELOPMENT_FOLD})" if searched else ""
     for group, training, name, aim in (
         ("slice", PROPOSED, "by slice, 70-30, mean over the seeds", paper.ACCURACY),
         ("slice", SWAPPED, "by slice, 30-70, mean over the seeds", SWAPPED_AIM),
         (
             "patient",
             PROPOSED,
-            "by patient, mean over the folds: what a clinic would see",
+            f"by patient, mean over the folds: what a clinic would see{mark}",
             PATIENT_AIM,
         ),
     ):
@@ -185,9 +199,16 @@ def _what_was_run(report: Report) -> list[Block]:
         text = "Settings of the proposed training, seed 0; the others differ as their names say."
         blocks += [Paragraph(text), Code(write_settings(settings).strip())]
     splits = [
-        [one.run.name, f"{len(split['train'])} / {len(split['test'])}", split["sha256"][:16]]
+        [
+            one.run.name,
+            f"{len(split['train'])} / {len(split['test'])}",
+            split["sha256"][:16],
+            _made_by(one.folder),
+            f"{sum(row['seconds'] for row in read_rows(one.folder / EPOCHS)) / 3600:.2f}",
+        ]
         for one in report.reproduction.results
         for split in [read_json(one.folder / SPLIT)]
     ]
-    blocks.append(Table(["run", "train / test", "SHA-256 of the split"], splits))
+    header = ["run", "train / test", "SHA-256 of the split", "commit", "hours"]
+    blocks.append(Table(header, splits))
     return blocks
