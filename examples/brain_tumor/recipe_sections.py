@@ -48,7 +48,8 @@ def recipe(report: Report) -> list[Block]:
     if any(name != "this recipe" for name, *_ in rows):
         text = (
             "The paper's recipe was run for as many epochs as the others, its steps of the "
-            "learning rate at the same shares of the training; the paper has 275 epochs. One run each."
+            "learning rate at the same shares of the training; the paper has 275 epochs. One run "
+            "each."
         )
         header = ["SphereFace, m = 5, 1-NN", "", "epochs", "accuracy", "Wilson 95 %"]
         blocks.append(Table(header, rows, text))

@@ -42,6 +42,21 @@ def write_reproduction(folder: Path, synthetic: bool = False, unfinished: tuple[
     return folder
 
 
+SUMS = {"slices_sha256": "a", "images_sha256": "b", "weights_sha256": "c"}
+LATE = ("patient-triplet-fold3", "slice-softmax-seed1")  # in the plan's order
+
+
+def reproduction(folder, unfinished=(), **sums):
+    """The same as a finished one stands on disk: with sums, checkpoints and environments."""
+    write_reproduction(folder, unfinished=unfinished)
+    path = folder / "reproduction.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **SUMS, **sums}))
+    for run in (folder / "runs").iterdir():
+        (run / "checkpoint.pt").write_bytes(b"large")
+        (run / "environment.json").write_text('{"precision": "float32", "commit": "abc"}')
+    return folder
+
+
 def write_run(folder, run):
     folder.mkdir()
     epochs, generator = run.settings.training.epochs, generator_of(run.name)

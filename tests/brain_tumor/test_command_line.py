@@ -9,9 +9,13 @@ from examples.brain_tumor import __main__ as command_line
 from examples.brain_tumor import training
 from examples.brain_tumor.__main__ import demo, main
 from examples.brain_tumor.phantoms import make_phantoms
+from examples.brain_tumor.plan import plan_runs
 from examples.brain_tumor.run_folder import read_rows
 from examples.brain_tumor.settings import read_settings, setting_fields
 
+from .made_results import BUDGET, LATE, reproduction
+
+RUNS = plan_runs(BUDGET, None)
 SMALL = ["--image-size", "32", "--epochs", "2", "--batch-size", "8", "--embedding-size", "16"]
 
 
@@ -209,14 +213,15 @@ def test_reproduce_measures_and_reports(phantoms, tmp_path, monkeypatch, capsys)
     done = []
     for name in ("run_plan", "measure"):
         monkeypatch.setattr(
-            command_line, name, lambda *given, name=name: done.append((name, given))
+            command_line, name, lambda *given, name=name, **more: done.append((name, given, more))
         )
     monkeypatch.setattr(command_line, "write_reproduction_report", lambda out: out / "report.html")
     arguments = ["--data", str(phantoms), "--out", str(tmp_path), "--budget", "paper"]
     assert main(["reproduce", *arguments, "--jobs", "3"]) == 0
-    assert [name for name, _ in done] == ["run_plan", "measure"]
-    assert done[0][1][3].epochs == 275
+    assert [name for name, *_ in done] == ["run_plan", "measure"]
+    assert done[0][1][3].settings(None).training.epochs == 275
     assert done[0][1][4] == 3
+    assert done[0][2] == {"chosen": "*", "take": None}
     assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
     assert "--jobs" in fault(capsys, ["reproduce", *arguments, "--jobs", "0"])
 
@@ -224,13 +229,28 @@ def test_reproduce_measures_and_reports(phantoms, tmp_path, monkeypatch, capsys)
 def test_a_reproduction_with_failures_is_reported_and_fails(
     phantoms, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command_line, "run_plan", lambda *given: ["a: diverged", "b: diverged"])
+    failed = ["a: diverged", "b: diverged"]
+    monkeypatch.setattr(command_line, "run_plan", lambda *given, **more: failed)
     monkeypatch.setattr(command_line, "measure", lambda *given: None)
     monkeypatch.setattr(command_line, "write_reproduction_report", lambda out: out / "report.html")
     assert main(["reproduce", "--data", str(phantoms), "--out", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert "report: " in captured.out
     assert captured.err == "error: 2 runs failed, the first: a: diverged\n"
+
+
+def test_finished_runs_go_out_and_in(phantoms, tmp_path, monkeypatch, capsys):
+    made, kept, out = reproduction(tmp_path / "made", LATE), tmp_path / "kept", tmp_path / "out"
+    assert main(["collect", str(made), str(kept)]) == 0
+    assert f"{len(RUNS) - len(LATE)} runs copied" in capsys.readouterr().out
+    reproduction(out, tuple(run.name for run in RUNS))
+    monkeypatch.setattr(command_line, "run_plan", lambda *_, take, **__: take(RUNS) or [])
+    monkeypatch.setattr(command_line, "measure", lambda *given: None)
+    arguments = ["--data", str(phantoms), "--out", str(out), "--merge", str(kept)]
+    assert main(["reproduce", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert f"{kept}: {len(RUNS) - len(LATE)} finished runs taken in" in printed
+    assert (out / "report.md").is_file()
 
 
 def test_report_of_no_reproduction_is_one_line(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Finished runs go from one reproduction into another, whole and of the same data, or not."""
 
-import json
 import shutil
 
 import numpy as np
@@ -12,21 +11,9 @@ from examples.brain_tumor.plan import plan_runs
 from examples.brain_tumor.reproduction_report import write_reproduction_report
 from examples.brain_tumor.results import read_reproduction
 
-from .made_results import BUDGET, write_reproduction
+from .made_results import BUDGET, LATE, SUMS, reproduction
 
 RUNS = plan_runs(BUDGET, None)
-SUMS = {"slices_sha256": "a", "images_sha256": "b", "weights_sha256": "c"}
-LATE = ("patient-triplet-fold3", "slice-softmax-seed1")  # in the plan's order
-
-
-def reproduction(folder, unfinished=(), **sums):
-    write_reproduction(folder, unfinished=unfinished)
-    path = folder / "reproduction.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **SUMS, **sums}))
-    for run in (folder / "runs").iterdir():
-        (run / "checkpoint.pt").write_bytes(b"large")
-        (run / "environment.json").write_text('{"precision": "float32", "commit": "abc"}')
-    return folder
 
 
 @pytest.fixture(scope="module")
