@@ -75,9 +75,9 @@ def load_slices(
 ) -> SliceSet:
     """Load every slice of a folder: 1.mat, 2.mat, ..., and cvind.mat if it is there.
 
-    Decoding takes a minute or two for the whole archive, so its result is kept, in one file per
-    image size and crop. That file is rebuilt when a slice's name, size or time of change differs, and
-    when it is damaged.
+    Decoding takes a minute or two for the whole archive, so its result is kept, in one file for
+    each image size and crop. That file is rebuilt when a slice's name, size or time of change
+    differs, and when it is damaged.
 
     Args:
         folder: Where the slices lie.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from h5py import File
 from PIL import Image
 
 from examples.brain_tumor import prediction as prediction_module
@@ -236,20 +237,25 @@ def test_a_prediction_cuts_and_averages_as_its_run_does(
         blobs, images=torch.from_numpy(np.stack(cropped))[:, None].to(torch.float16)
     )
     assert not np.allclose(resize(files[0], 32), cropped[0], atol=0.1)
-    settings = override_settings(tiny_settings, {"crop": "head", "views": 3})
+    settings = override_settings(tiny_settings, {"crop": "head", "views": 3, "epochs": 30})
     train(settings, slices, blob_split, tmp_path / "run")
     evaluate(tmp_path / "run", slices)
     drawn = []
     monkeypatch.setattr(
         prediction_module, "plot_prediction", lambda *given, **_: drawn.append(given)
     )
-    file = tmp_path / "20.png"
-    Image.fromarray((files[20] / files[20].max() * 255).round().astype(np.uint8)).save(file)
+    file = tmp_path / "21.mat"
+    with File(file, "w", userblock_size=512) as opened:
+        opened["cjdata/image"] = files[20].T
+        opened["cjdata/label"] = np.ones((1, 1))
+        opened["cjdata/PID"] = np.array([[ord("7")]], np.uint16)
+        opened["cjdata/tumorBorder"] = np.ones((1, 8))
+        opened["cjdata/tumorMask"] = np.ones((256, 256), np.uint8)
     (answer,), faults = predict(tmp_path / "run", [file], slices, tmp_path / "out")
     assert faults == []
     kept = np.load(tmp_path / "run" / "embeddings.npy")
-    cosines = np.sort(kept[:15] @ kept[20])[::-1][:5]  # the file's pixels are rounded to 8 bits
-    assert [one.cosine for one in answer.neighbours] == pytest.approx(cosines.tolist(), abs=0.02)
+    cosines = np.sort(kept[:15] @ kept[20])[::-1][:5]
+    assert [one.cosine for one in answer.neighbours] == pytest.approx(cosines.tolist(), abs=1e-5)
     assert np.ptp(kept[:15] @ kept[20]) > 0.1
     _, image, heat, *_ = drawn[0]
     assert image.shape == heat.shape == (256, 256)
