@@ -48,8 +48,8 @@ examples:
       a report in each run's folder, and a figure that compares their first steps
   {PROGRAM} download data/figshare --weights data/mobilenet.safetensors
       fetches the real slices and ImageNet weights; again continues what was cut off
-  {PROGRAM} reproduce --data data/figshare --weights data/mobilenet.safetensors --out runs/small
-      every table and figure of the paper, and the same by patient, in about an hour of two cores
+  {PROGRAM} reproduce --data data/figshare --weights data/mobilenet.safetensors --out runs/all
+      every table and figure of the paper, and the same by patient; with --budget small a first look
 
 data: Jun Cheng's brain tumor dataset, CC BY 4.0,
   {ARCHIVE}
