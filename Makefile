@@ -8,8 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
 
-test: lint  ## lint, type-check and test
-	$(BIN)/python -m pytest
+test: lint  ## lint, type-check and test, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
