@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: example test lint bench docs docs-serve docs-test clean
+.PHONY: example test lint bench docs docs-serve docs-test check-install constraints dist clean
 
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
 
-test: lint  ## lint, type-check and test
-	$(BIN)/python -m pytest
+test: lint  ## lint, type-check and test, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -30,8 +30,24 @@ docs-serve: docs  ## the same, at http://localhost:8000
 docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium and Node.js
 	$(BIN)/python -m tests.site
 
+check-install:  ## whether pip resolves every extra on each Python and platform; needs a network
+	$(PYTHON) -m tests.check_install
+
+constraints: .venv/bin/python  ## pin what an extra has brought, but not what torch pins itself
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-build \
+		--no-annotate --custom-compile-command "make constraints" -o constraints.txt pyproject.toml
+	grep -Ev '^(cuda|nvidia|setuptools|triton)' constraints.txt > constraints.new
+	mv constraints.new constraints.txt
+
+dist: .venv/bin/python  ## wheel and source distribution, in dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv dist docs/_build
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -217,6 +217,11 @@ class Chunks:
         return out.copy_(values)
 
 
+# On CUDA a product can be summed in a wider dtype than that of its factors, and since torch 2.10
+# added to a matrix of that dtype.
+_ADDS_WIDER = torch.__version__ >= "2.10"
+
+
 def multiply(first: Tensor, second: Tensor, *, out: Tensor, accumulate: bool = False) -> None:
     """The matrix product into ``out``, whose dtype may be wider than that of the factors."""
     if first.dtype == out.dtype:
@@ -224,12 +229,12 @@ def multiply(first: Tensor, second: Tensor, *, out: Tensor, accumulate: bool = F
             out.addmm_(first, second)
         else:
             torch.mm(first, second, out=out)
-    elif first.is_cuda:  # its sums are in float32, and stay there
+    elif first.is_cuda and _ADDS_WIDER:  # its sums are in float32, and stay there
         if accumulate:
             torch.addmm(out, first, second, out_dtype=out.dtype, out=out)
         else:
             torch.mm(first, second, out_dtype=out.dtype, out=out)
-    elif accumulate:  # the CPU rounds each product to the dtype of its factors
+    elif accumulate:  # each product is rounded to the dtype of its factors, as on the CPU
         out += torch.mm(first, second)
     else:
         out.copy_(torch.mm(first, second))

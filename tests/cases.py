@@ -3,12 +3,17 @@
 A new loss is one more row.
 """
 
+import itertools
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 import angular_losses as al
@@ -67,6 +72,26 @@ NAMES = [case.name for case in CASES]
 
 # Modes, each with a number of classes in a chunk; 2 leaves a ragged chunk where C is odd.
 MODES = [("dense", 2), ("stash", 2), ("stash", 2048), ("recompute", 2), ("recompute", 2048)]
+
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")),
+    reason="torch.compile's inductor needs a C++ compiler",
+)
+
+
+def spread(first, second, *others):
+    """Cases: every value of the first with every one of the second, while the others take turns.
+
+    Where the numbers of values have no common factor, every pair of any two comes up.
+    """
+    pairs = enumerate(itertools.product(first, second))
+    return [(*pair, *(values[k % len(values)] for values in others)) for k, pair in pairs]
+
+
+def identifier(value):
+    """What a test is called by; None leaves that to pytest."""
+    return value.name if isinstance(value, Case) else str(value)
 
 
 def in_chunks_of(size: int) -> AbstractContextManager[Any]:

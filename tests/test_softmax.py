@@ -8,17 +8,15 @@ from torch.nn import functional as F
 
 from angular_losses import arcface, margin_softmax_loss, sphereface
 from tests import reference
-from tests.cases import CASES, MODES, NAMES, in_chunks_of
+from tests.cases import CASES, MODES, identifier, in_chunks_of, needs_compiler, spread
 
-OPTIONS = [
-    {},
-    {"class_weight": torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)},
-    {"label_smoothing": 0.1},
-    {
-        "class_weight": torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64),
-        "label_smoothing": 0.3,
-    },
-]
+CLASS_WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+OPTIONS = {
+    "plain": {},
+    "weighted": {"class_weight": CLASS_WEIGHT},
+    "smoothed": {"label_smoothing": 0.1},
+    "both": {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.3},
+}
 REDUCTIONS = ["mean", "sum", "none"]
 
 
@@ -43,13 +41,14 @@ def cross_entropy(embeddings, weight, labels, margin, scale, **options):
     return F.cross_entropy(scale * cosine.scatter(1, column, target), labels, **options)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-@pytest.mark.parametrize(("mode", "chunk"), MODES)
-def test_equals_cross_entropy_on_margin_logits(mode, chunk, case, options, reduction):
-    embeddings, weight, labels = batch()
-    arguments = {"margin": case.margin, "scale": 8.0, "reduction": reduction, **options}
+@pytest.mark.parametrize(
+    ("case", "way", "options", "reduction"),
+    spread(CASES, MODES, list(OPTIONS), REDUCTIONS),
+    ids=identifier,
+)
+def test_equals_cross_entropy_on_margin_logits(case, way, options, reduction):
+    (mode, chunk), (embeddings, weight, labels) = way, batch()
+    arguments = {"margin": case.margin, "scale": 8.0, "reduction": reduction, **OPTIONS[options]}
     with in_chunks_of(chunk):
         ours = margin_softmax_loss(embeddings, weight, labels, mode=mode, **arguments)
     results = []
@@ -59,10 +58,10 @@ def test_equals_cross_entropy_on_margin_logits(mode, chunk, case, options, reduc
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_gradcheck_to_second_order(case, options, reduction):
+@pytest.mark.parametrize(
+    ("options", "reduction", "case"), spread(OPTIONS, REDUCTIONS, CASES), ids=identifier
+)
+def test_gradcheck_to_second_order(options, reduction, case):
     embeddings, weight, labels = batch()
 
     def loss(embeddings, weight):
@@ -74,24 +73,28 @@ def test_gradcheck_to_second_order(case, options, reduction):
             scale=4.0,
             reduction=reduction,
             mode="dense",
-            **options,
+            **OPTIONS[options],
         )
 
     assert torch.autograd.gradcheck(loss, (embeddings, weight))
     assert torch.autograd.gradgradcheck(loss, (embeddings, weight))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "smoothed", "both"])
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-@pytest.mark.parametrize(("mode", "chunk"), MODES)
-def test_gradcheck_of_every_mode(mode, chunk, case, options):
-    embeddings, weight, labels = batch()
+@pytest.mark.parametrize(("way", "options", "case"), spread(MODES, OPTIONS, CASES), ids=identifier)
+def test_gradcheck_of_every_mode(way, options, case):
+    (mode, chunk), (embeddings, weight, labels) = way, batch()
     scale = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64, requires_grad=True)
 
     def loss(embeddings, weight, scale):
         with in_chunks_of(chunk):
             return margin_softmax_loss(
-                embeddings, weight, labels, margin=case.margin, scale=scale, mode=mode, **options
+                embeddings,
+                weight,
+                labels,
+                margin=case.margin,
+                scale=scale,
+                mode=mode,
+                **OPTIONS[options],
             )
 
     assert torch.autograd.gradcheck(loss, (embeddings, weight, scale))
@@ -114,7 +117,7 @@ def test_a_scale_of_its_own_for_each_sample(mode, chunk):
 @pytest.mark.parametrize(("mode", "chunk"), MODES)
 def test_sample_weights_multiply_and_average_like_class_weights(mode, chunk, reduction):
     embeddings, weight, labels = batch()
-    options = {"margin": margin, "scale": 8.0, **OPTIONS[3]}
+    options = {"margin": margin, "scale": 8.0, **OPTIONS["both"]}
     sample_weight = torch.tensor([1.0, 0.0, 5.0, 2.0, 0.5, 1.0])
     with in_chunks_of(chunk):
         loss = margin_softmax_loss(
@@ -304,6 +307,7 @@ def test_per_sample_gradients_with_torch_func():
     assert torch.allclose(per_sample, expected, atol=1e-6)
 
 
+@needs_compiler
 def test_one_compiled_graph_with_the_same_values_and_gradients():
     embeddings, weight, labels = batch(torch.float32)
 
@@ -328,6 +332,7 @@ def test_one_compiled_graph_with_the_same_values_and_gradients():
         compiled(embeddings, weight, labels + 5)
 
 
+@needs_compiler
 def test_a_small_loss_survives_compilation():
     weight = torch.eye(2)
 
