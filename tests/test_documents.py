@@ -140,5 +140,13 @@ def test_every_public_name_has_its_page_in_the_reference(name):
     assert f"   {name}\n" in (DOCS / "reference.md").read_text()
 
 
+@pytest.mark.parametrize("section", ["how_to", "explanation"])
+def test_an_index_says_what_each_of_its_pages_is_for(section):
+    text = (DOCS / section / "index.md").read_text()
+    entries = re.search(r"```\{toctree\}\n:hidden:\n\n(.*?)```", text, re.DOTALL)[1].split()
+    listed = re.findall(r"^- \[.*\]\((\S*)\.md\): .", text, re.MULTILINE)
+    assert sorted(listed) == sorted(entries)
+
+
 def test_there_is_code_to_run():
     assert len(BLOCKS) >= 20
