@@ -24,7 +24,7 @@ FAMILIES = explorer_data.FAMILIES
 
 @pytest.fixture(scope="module")
 def data():
-    return explorer_data.data()
+    return explorer_data.data(FAMILIES)
 
 
 def unpacked(text):
@@ -102,11 +102,12 @@ def test_a_curve_that_does_not_fit_is_refused():
         explorer_data.packed(torch.full((181,), 84.0, dtype=torch.float64))
 
 
-def test_the_script_assigns_one_global_and_is_small():
-    script = explorer_data.script()
+@pytest.mark.parametrize(("page", "limit"), [("explorer", 500_000), ("index", 200_000)])
+def test_the_script_assigns_one_global_and_is_small(page, limit):
+    script = explorer_data.script(explorer_data.PAGES[page])
     assert re.match(r'window\.marginExplorerData = \{"unit":1e-05,', script)
     assert script.count(";") == 1
-    assert len(script) < 500_000
+    assert len(script) < limit
 
 
 def test_every_curve_is_used_and_complete(data):

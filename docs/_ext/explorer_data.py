@@ -1,7 +1,7 @@
 """The curves of the margin explorer, asked of the losses themselves when the site is built.
 
-Written beside the page: `_static/explorer_data.js`, a script that assigns one global (a page opened
-from a disk may not fetch), and `_static/explorer.svg`, which stands where no script runs.
+Written beside the pages: for each a script that assigns one global (a page opened from a disk may
+not fetch), and `_static/explorer.svg`, which stands where no script runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
     from torch import Tensor
 
-PAGE = "explorer"
 DEGREES = 180
 # The angles of the curves, in radians: each degree from 0 to pi.
 THETA = torch.arange(DEGREES + 1, dtype=torch.float64) * (math.pi / DEGREES)
@@ -114,6 +113,8 @@ FAMILIES = {
     },
 }
 SHOWN_AT_FIRST = ("softmax", "sphereface", "cosface", "arcface")
+# The losses of each page that has an explorer.
+PAGES = {"explorer": tuple(FAMILIES), "index": SHOWN_AT_FIRST}
 
 
 class Curves(NamedTuple):
@@ -146,15 +147,16 @@ def packed(curve: Tensor) -> str:
     return base64.b64encode(counts.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()).decode()
 
 
-def data() -> dict[str, Any]:
-    """All that the page is told: the losses, and the curves that they refer to by number."""
+def data(names: Iterable[str]) -> dict[str, Any]:
+    """All that a page is told: its losses, and the curves that they refer to by number."""
     numbers: dict[str, int] = {}
 
     def numbered(found: Curves) -> Iterator[int]:
         return (numbers.setdefault(packed(curve), len(numbers)) for curve in found)
 
     losses = []
-    for name, family in FAMILIES.items():
+    for name in names:
+        family = FAMILIES[name]
         values = family.values()
         psi, slope, eta = zip(*(numbered(curves(family, value)) for value in values), strict=True)
         losses.append(
@@ -174,9 +176,9 @@ def data() -> dict[str, Any]:
     return {"unit": UNIT, "losses": losses, "curves": list(numbers)}
 
 
-def script() -> str:
+def script(names: Iterable[str]) -> str:
     """The data as a script that assigns one global."""
-    return f"window.marginExplorerData = {json.dumps(data(), separators=(',', ':'))};\n"
+    return f"window.marginExplorerData = {json.dumps(data(names), separators=(',', ':'))};\n"
 
 
 def figure() -> Figure:
@@ -199,21 +201,22 @@ def figure() -> Figure:
 
 
 def write(app: Sphinx) -> None:
-    """Write the script and the figure, before the pages, which name them by their contents."""
+    """Write scripts and figure, before the pages, which name them by their contents."""
     if app.builder.format != "html":
         return
     static = Path(app.outdir) / "_static"
     static.mkdir(parents=True, exist_ok=True)
-    (static / "explorer_data.js").write_text(script(), encoding="utf-8")
-    with mpl.rc_context({"svg.hashsalt": PAGE, "svg.fonttype": "none"}):
+    for page, names in PAGES.items():
+        (static / f"{page}_curves.js").write_text(script(names), encoding="utf-8")
+    with mpl.rc_context({"svg.hashsalt": "explorer", "svg.fonttype": "none"}):
         figure().savefig(static / "explorer.svg", metadata={"Date": None})
 
 
 def load(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Load scripts and style on the explorer's page, and on no other."""
-    if page == PAGE:
+    """Load scripts and style on the pages with an explorer, and on no other."""
+    if page in PAGES:
         app.add_css_file("explorer.css")
-        app.add_js_file("explorer_data.js")
+        app.add_js_file(f"{page}_curves.js")
         app.add_js_file("explorer.js")
 
 

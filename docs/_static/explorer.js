@@ -1,5 +1,6 @@
-// The margin explorer. Its curves are those of explorer_data.js, which the losses themselves wrote
-// at each degree; nothing here knows a margin's formula.
+// The margin explorer. Its curves are those that the losses themselves wrote at each degree; nothing
+// here knows a margin's formula. A page may have a part of the plots and controls; one with a link to
+// the whole explorer keeps its settings there, and not in its own address.
 "use strict";
 (() => {
   const data = window.marginExplorerData;
@@ -114,7 +115,11 @@
   }
 
   let timer;
-  const keep = () => history.replaceState(null, "", toFragment());
+  const link = element("link");
+  function keep() {
+    if (link) link.hash = toFragment();
+    else history.replaceState(null, "", toFragment());
+  }
   function keepSoon() {
     clearTimeout(timer); // browsers count changes of the address, and refuse too many
     timer = setTimeout(keep, 200);
@@ -122,7 +127,8 @@
 
   // ---- the three curves --------------------------------------------------------------------------
 
-  const PLOTS = ["logit", "gradient", "probability"];
+  const QUANTITIES = ["logit", "gradient", "probability"];
+  const PLOTS = QUANTITIES.filter(element);
   const BOX = { left: 46, right: 348, top: 10, bottom: 212 };
   const across = (degree) => BOX.left + ((BOX.right - BOX.left) * degree) / 180;
   const spans = {}; // the lowest and highest value of each plot
@@ -251,17 +257,21 @@
     probability: (value) => (value < 0.001 ? value.toExponential(2) : value.toFixed(3)),
   };
 
-  // What depends on the angle: the readout, the marks on the curves, and what the plots say.
-  function drawAngle() {
-    const all = shown().map((found) => ({ ...found, now: values(found, state.angle, state) }));
+  function drawReadout(all) {
     element("angle").textContent = `At θ = ${atDegree(state.angle)}`;
     element("rows").innerHTML = all
       .map((one) => {
         const front = reach(one, (state.other * PI) / 180, 0);
-        const cells = PLOTS.map((name) => `<td data-quantity="${name}">${PRINTED[name](one.now[name])}</td>`);
+        const cells = QUANTITIES.map((name) => `<td data-quantity="${name}">${PRINTED[name](one.now[name])}</td>`);
         return `<tr data-loss="${one.loss.id}"><th scope="row">${swatch(one.loss)} ${one.loss.label}<br><small>${named(one)}</small></th>${cells.join("")}<td data-quantity="boundary">${front ? both(front) : "none"}</td></tr>`;
       })
       .join("");
+  }
+
+  // What depends on the angle: the readout, the marks on the curves, and what the plots say.
+  function drawAngle() {
+    const all = shown().map((found) => ({ ...found, now: values(found, state.angle, state) }));
+    if (element("rows")) drawReadout(all);
     for (const name of PLOTS) {
       const x = across(state.angle);
       const dots = all.map(({ loss, now }) => `<circle class="c${loss.number % 6}" cx="${x}" cy="${up(name, now[name]).toFixed(1)}" r="3.5"/>`);
@@ -273,6 +283,7 @@
   }
 
   function set(input, value, text) {
+    if (!input) return;
     input.value = value;
     input.setAttribute("aria-valuetext", text);
     element(`${input.name}-value`).textContent = text;
@@ -291,11 +302,12 @@
     }
     PLOTS.forEach(drawCurves);
     const [all, other] = [shown(), (state.other * PI) / 180];
-    drawCircle(all, other);
-    drawSphere(all, other);
     const boundaries = all.map((one) => `${one.loss.label}, ${named(one)}: ${both(reach(one, other, 0))}`);
-    for (const name of ["circle", "sphere"])
+    for (const [name, drawShape] of Object.entries({ circle: drawCircle, sphere: drawSphere })) {
+      if (!element(`${name}-drawing`)) continue;
+      drawShape(all, other);
       element(`${name}-text`).textContent = `Where the boundary is on the way from one centre to the other. ${boundaries.join("; ")}.`;
+    }
     drawAngle();
   }
 
@@ -322,7 +334,7 @@
       draw();
       keepSoon();
     });
-    element("copy").addEventListener("click", async () => {
+    element("copy")?.addEventListener("click", async () => {
       clearTimeout(timer);
       keep();
       const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
@@ -330,7 +342,7 @@
     });
     window.addEventListener("hashchange", ({ newURL }) => {
       const { hash } = new URL(newURL);
-      if (!hash.includes("=")) return; // a heading of this page
+      if (link || !hash.includes("=")) return; // a heading of this page
       clearTimeout(timer);
       fromFragment(hash);
       draw();
@@ -359,7 +371,7 @@
       return `<li><label><input type="checkbox" id="explorer-show-${loss.id}" value="${loss.id}"> ${swatch(loss)} ${loss.label}</label>${loss.symbol ? setting : ""}</li>`;
     })
     .join("");
-  if (location.hash.includes("=")) fromFragment(location.hash);
+  if (!link && location.hash.includes("=")) fromFragment(location.hash);
   listen();
   element("static").hidden = true;
   root.hidden = false;

@@ -1,6 +1,6 @@
 """
-Bring a backbone
-================
+Using a pretrained backbone
+===========================
 
 A network that is trained already, a scale and a margin chosen by looking at angles, and an honest
 test: retrieval among classes that the training never saw.

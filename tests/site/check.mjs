@@ -8,15 +8,18 @@ const [executablePath, address, folder, ...wanted] = process.argv.slice(2);
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const LIMIT = 1e6; // bytes of a page apart from its figures
 const WIDE = { width: 1280, height: 900 };
+const MIDDLE = { width: 768, height: 1024 };
 const NARROW = { width: 390, height: 844 };
 // A page of each type, which is looked at in dark mode too.
 const TYPES = [
   "index.html",
   "losses.html",
+  "comparison.html",
   "engine.html",
   "explorer.html",
   "tutorial/index.html",
   "tutorial/plot_1_first_embedding.html",
+  "how_to/which_loss.html",
   "how_to/debugging.html",
   "explanation/geometry.html",
   "brain_tumor_report.html",
@@ -170,6 +173,43 @@ if (pages.includes("losses.html")) {
   if (found !== "SphereFace2Loss,UniFaceLoss") fault("losses.html", `the filter found ${found}`);
   await page.getByLabel("Show losses with").fill("");
   if ((await column(0)).length !== all) fault("losses.html", "the filter does not let go");
+  await close();
+}
+
+// A table wider than its page scrolls by itself, and its first column stays in sight.
+for (const name of ["losses.html", "comparison.html"].filter((wide) => pages.includes(wide))) {
+  for (const viewport of [WIDE, MIDDLE, NARROW]) {
+    const { page, close } = await open(name, { viewport });
+    const { over, moved, left } = await page.evaluate(() => {
+      const table = document.querySelector("table.wide-table");
+      const first = table.rows[1].cells[0];
+      const before = first.getBoundingClientRect().left;
+      table.parentElement.scrollLeft = table.scrollWidth;
+      return {
+        over: document.documentElement.scrollWidth - window.innerWidth,
+        moved: table.parentElement.scrollLeft,
+        left: before - first.getBoundingClientRect().left,
+      };
+    });
+    if (over > 0) fault(name, `is ${over} pixels too wide at ${viewport.width}`);
+    if (left > 8) fault(name, `at ${viewport.width} the first column moves by ${left} of ${moved} pixels`);
+    await close();
+  }
+}
+
+// The explorer of the home page draws what is set, and its link takes that along.
+if (pages.includes("index.html")) {
+  const { page, close } = await open("index.html");
+  const curve = () => page.locator('#explorer-logit-drawing path[data-loss="arcface"]').getAttribute("d");
+  const before = await curve();
+  await page.locator("#explorer-arcface").focus();
+  await page.keyboard.press("ArrowRight");
+  if ((await curve()) === before) fault("index.html", "the slider does not move the curve");
+  await page.waitForFunction(() => document.querySelector("#explorer-link").hash);
+  await page.locator("#explorer-link").click();
+  await page.waitForSelector("#explorer-setting-arcface:not([hidden])");
+  if ((await curve()) === before) fault("index.html", "the link loses the settings");
+  if (!page.url().includes("arcface:0.55")) fault("index.html", `the link leads to ${page.url()}`);
   await close();
 }
 
