@@ -1,6 +1,7 @@
 """What torch itself brings: weight averaging, saving, functional calls, optimisers, TensorBoard."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -47,8 +48,7 @@ class TestAveragedModel:
         loss = averaged.module["loss"]
         assert torch.allclose(loss.weight, expected, rtol=1e-12)
         assert not torch.allclose(loss.weight, new)
-        if not use_buffers:
-            assert loss.schedule.step == 6
+        assert (loss.schedule.step.item() == 6) is not use_buffers
         points, labels = examples(8)
         assert loss(averaged.module["network"](points), labels).isfinite()
 
@@ -72,8 +72,9 @@ class TestSaving:
 
 
 class TestFunctional:
-    def test_gradients_of_a_functional_call(self):
-        model = both(*network_and_loss(schedule=None))
+    @pytest.mark.parametrize("schedule", [None, al.MarginWarmup(10)])
+    def test_gradients_of_a_functional_call(self, schedule):
+        model = both(*network_and_loss(schedule=schedule)).train(schedule is None)
         points, labels = examples()
 
         def value(parameters):
@@ -150,21 +151,56 @@ def test_centres_averaged_by_hand_train_as_in_one_process(processes):
         assert same(state, expected, 1e-10)
 
 
+def centres_apart(mesh, wrap):
+    """What the monitor warns of, with the loss beside DistributedDataParallel or in one too."""
+    network, loss = network_and_loss()
+    monitor = AngularMonitor(loss)
+    of_rank = batches()[mesh.get_rank() :: mesh.size()]
+    parts = DistributedDataParallel(network), DistributedDataParallel(loss) if wrap else loss
+    with monitor.attach():
+        plain(*parts, of_rank, optimiser=sgd(network, loss))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor.snapshot(across_ranks=False)
+        numbers = monitor.log(1)
+    return [str(warning.message) for warning in caught], numbers["rows"]
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_the_monitor_notices_centres_that_drift_apart(processes, wrap):
+    for messages, rows in processes.run(centres_apart, 2, wrap):
+        assert rows == 48
+        if wrap:
+            assert not messages
+        else:
+            assert len(messages) == 1
+            assert messages[0].startswith("weight: the class centres differ between processes")
+
+
+def watched(network, loss, batches):
+    monitor = AngularMonitor(loss)
+    with monitor.attach():
+        plain(network, loss, batches)
+    return monitor.log(1)["target_mean"]
+
+
 def train_fully_sharded(mesh):
     model = both(*network_and_loss())
     for part in model.values():
         fully_shard(part, mesh=mesh)
     size, rank = mesh.size(), mesh.get_rank()
     mine = [(points[rank::size], labels[rank::size]) for points, labels in batches()]
-    plain(*model.values(), mine)
+    angle = watched(*model.values(), mine)
     state = model.state_dict()
-    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}, angle
 
 
 def test_network_and_loss_fully_sharded_train_as_in_one_process(processes):
-    expected = plain(*network_and_loss(), batches())
-    for state in processes.run(train_fully_sharded, 2):
-        assert same(state, expected, 1e-10)
+    network, loss = network_and_loss()
+    expected = watched(network, loss, batches())
+    for state, angle in processes.run(train_fully_sharded, 2):
+        assert same(state, state_of(network, loss), 1e-10)
+        assert angle == pytest.approx(expected)
 
 
 class TestTensorBoard:
