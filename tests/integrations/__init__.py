@@ -1,6 +1,6 @@
 """The library in the tools that people use; a tool that is not installed skips its tests.
 
-`pip install -e ".[integrations]"` brings the tools.
+`pip install -e ".[dev,integrations]"` brings the tools.
 """
 
 import warnings

@@ -142,6 +142,56 @@ def test_training_goes_on_to_the_bit_where_it_was_cut_off(tmp_path):
     assert resumed.loss.schedule.step == 24
 
 
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"bf16": True}, 0.05),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
+    ],
+)
+def test_half_precision_and_compilation_are_near(tmp_path, options, tolerance):
+    ours, other = model().float(), model().float()
+    made = trainer(ours, tmp_path, **options)
+    batch = made.train_dataset
+    batch.points = batch.points.float()
+    made.train()
+    assert ours.loss.weight.dtype == torch.float32
+    batches = [(batch.points, batch.labels)] * 6
+    parts = other.network, other.loss
+    expected = plain(*parts, batches, clip=1.0, optimiser=optimiser_of(other))
+    assert same(state(ours), expected, tolerance), differences(state(ours), expected)
+
+
+class TextRecogniser(transformers.BertPreTrainedModel):
+    """A real backbone, tiny, with random weights: tokens (N, L) to embeddings (N, 16)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.loss = al.ArcFaceLoss(NUM_CLASSES, config.hidden_size, schedule=al.MarginWarmup(10))
+        self.post_init()
+
+    def forward(self, points, labels=None):
+        tokens = points.abs().mul(4).long().clamp(max=19)
+        return {"loss": self.loss(self.bert(tokens).pooler_output, labels)}
+
+
+def test_gradient_checkpointing_of_the_backbone_changes_nothing(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=20, intermediate_size=16, **sizes)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    trained = []
+    for checkpointing in (True, False):
+        torch.manual_seed(0)
+        recogniser = TextRecogniser(config)
+        made = trainer(recogniser, tmp_path, gradient_checkpointing=checkpointing)
+        made.train()
+        assert recogniser.is_gradient_checkpointing is checkpointing
+        assert recogniser.loss.schedule.step == 6
+        trained.append(recogniser.state_dict())
+    assert same(*trained, 1e-6)
+
+
 def test_evaluation_leaves_schedule_and_statistics_alone(tmp_path):
     recogniser = model()
     before = state(recogniser)
