@@ -7,6 +7,7 @@ plots, are here too. Angles are in radians, on plots in degrees as well.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 180
+# More than rounding on different devices makes of the same centres.
+APART = 1e-5
 # The sums kept of each class, in the order of their rows.
 ROWS, TARGET, NEAREST, MARGIN, VIOLATIONS, ERRORS, NOT_FINITE, GRADIENT = range(8)
 
@@ -200,15 +203,24 @@ class AngularMonitor:
 
         Args:
             across_ranks: Sum over all ranks where ``torch.distributed`` is initialised, which all
-                of them have to call then; False: this rank's own.
+                of them have to call then, and warn if their class centres differ; False: this
+                rank's own.
 
         Returns:
             :class:`Snapshot`.
         """
         sums = self._sums_on(self.loss.weight.device)
+        apart = sums.new_zeros(())
         if across_ranks:
-            sums = ranks.total(sums)
-        (target, nearest), per_class, gradients_seen = self._views(sums.cpu())
+            sums, apart = ranks.total(sums), self._apart()
+        counted = torch.cat([sums, apart[None]]).cpu()
+        if counted[-1] > APART:
+            warnings.warn(
+                "weight: the class centres differ between processes; wrap the loss as the network "
+                "is (DistributedDataParallel, accelerator.prepare), or shard it",
+                stacklevel=2,
+            )
+        (target, nearest), per_class, gradients_seen = self._views(counted[:-1])
         rows = per_class[ROWS]
         per_row = per_class / rows
         norms = per_class[GRADIENT] / gradients_seen
@@ -342,6 +354,15 @@ class AngularMonitor:
         histograms = sums[: 2 * BINS].view(2, BINS)
         per_class = sums[2 * BINS : -1].view(GRADIENT + 1, self.loss.num_classes)
         return histograms, per_class, sums[-1]
+
+    def _apart(self) -> Tensor:
+        """How far the processes' centres are apart, a scalar; 0 where they are the same."""
+        weight = self.loss.weight.detach()
+        precise = precise_dtype(weight.device)
+        if hasattr(weight, "full_tensor"):  # a DTensor, such as fully_shard's: parts of one weight
+            return torch.zeros((), dtype=precise, device=weight.device)
+        summed = weight.sum(0, dtype=precise)
+        return ranks.spread(summed).amax() / summed.abs().amax()
 
     def _centres(self) -> dict[str, float]:
         separation = centre_separation(self.loss.weight, self.loss.sub_centers)

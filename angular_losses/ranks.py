@@ -33,13 +33,18 @@ def total(values: Tensor) -> Tensor:
     return values / _copies if _copies > 1 else values
 
 
-def largest(value: Tensor) -> Tensor:
-    """The largest over the processes of a number each."""
+def largest(values: Tensor) -> Tensor:
+    """The largest over the processes, number by number."""
     if not _are_several():
-        return value
-    value = value.clone()
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value
+        return values
+    values = values.clone()
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def spread(values: Tensor) -> Tensor:
+    """How far apart the processes are, number by number; 0 where they have the same."""
+    return largest(torch.stack([values, -values])).sum(0)
 
 
 def mean(values: Tensor, kept: Tensor | None) -> Tensor:
