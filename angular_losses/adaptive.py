@@ -177,7 +177,7 @@ class AdaFaceLoss(MarginLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        self.margin = checks.number("margin", margin, 0.0, math.pi / 2, " radians")
+        self.margin = checks.number("margin", margin, 0.0, math.pi / 2, "radians")
         self.h = checks.positive("h", h)
         self.momentum = checks.share("momentum", momentum)
         self.register_buffer("mean", torch.tensor(20.0, device=options.get("device")))
@@ -412,7 +412,7 @@ class KappaFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        class_counts: Tensor,
+        class_counts: Tensor | Sequence[float],
         margin: float = 0.8,
         scale: float = 64.0,
         *,
@@ -472,7 +472,7 @@ class KappaFaceLoss(MarginLoss):
         return lambda theta, share: margins.arcface(theta, share * margin)
 
 
-def ldam_margins(class_counts: Tensor, largest: float = 0.5) -> Tensor:
+def ldam_margins(class_counts: Tensor | Sequence[float], largest: float = 0.5) -> Tensor:
     r"""LDAM's margins: larger for rare classes, :math:`m_c \propto n_c^{-1/4}`.
 
     For :class:`CosFaceLoss`; LDAM is that loss with these margins and, in its authors' code, scale
@@ -503,7 +503,9 @@ def ldam_margins(class_counts: Tensor, largest: float = 0.5) -> Tensor:
 
 
 def power_law_margins(
-    class_counts: Tensor, bounds: tuple[float, float] = (0.05, 0.5), power: float = 0.25
+    class_counts: Tensor | Sequence[float],
+    bounds: tuple[float, float] = (0.05, 0.5),
+    power: float = 0.25,
 ) -> Tensor:
     r"""Margins that fall with the size of a class, :math:`m_c = a\,n_c^{-\lambda} + b`.
 

@@ -83,14 +83,16 @@ class SphereFace2Loss(MarginLoss):
         self.balance = checks.positive("balance", checks.number("balance", balance, 0.0, 1.0))
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self.bias = nn.Parameter(self.weight.new_full((), self._balanced_bias(scale)))
+        self.bias = nn.Parameter(self.weight.new_full((), self._balanced_bias(float(scale))))
 
     def _balanced_bias(self, scale: float) -> float:
         at = torch.tensor(math.pi / 2, dtype=torch.float64)
         positive = scale * self.target(at, 1.0).item()
         negative = scale * self._negative(at.cos()).item()
         odds = self.balance / ((1 - self.balance) * (self.num_classes - 1))
-        root = math.sqrt((1 - odds) ** 2 + 4 * odds * math.exp(positive - negative))
+        root = math.hypot(1 - odds, 2 * math.sqrt(odds) * math.exp((positive - negative) / 2))
+        if odds > 1:  # where 1 - odds + root would cancel
+            return math.log((odds - 1 + root) / 2) - positive
         return math.log(2 * odds) - negative - math.log(1 - odds + root)
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
@@ -176,7 +178,7 @@ class UniFaceLoss(MarginLoss):
         _refuse_smoothing(self)
         self.margin = checks.cosine_margin("margin", margin)
         self.balance = checks.positive("balance", balance)
-        self.bias = nn.Parameter(self.weight.new_full((), math.log(10 * num_classes)))
+        self.bias = nn.Parameter(self.weight.new_full((), math.log(10 * self.num_classes)))
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta) less the share of the margin in force."""
@@ -229,8 +231,6 @@ class P2SGradLoss(MarginLoss):
         Zhang et al., "P2SGrad: Refined Gradients for Optimizing Deep Face Models", CVPR 2019,
         arXiv:1905.02479, eq. (11).
     """
-
-    scale_decides = False
 
     scale_decides = False
 

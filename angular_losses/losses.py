@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,7 +93,7 @@ class CosFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Tensor = 0.35,
+        margin: float | Tensor | Sequence[float] = 0.35,
         scale: float = 64.0,
         **options: Unpack[LossOptions],
     ) -> None:
@@ -142,7 +143,7 @@ class ArcFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Tensor = 0.5,
+        margin: float | Tensor | Sequence[float] = 0.5,
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",
@@ -198,7 +199,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Tensor = 0.5,
+        margin: float | Tensor | Sequence[float] = 0.5,
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .base import MarginLoss
+from .centres import watch
 from .gathering import Gathering
 from .optimizers import shard_optimizer as shard_optimizer
 from .saving import load as load
@@ -126,7 +127,7 @@ def shard(
     sharded.weight = weight
     sharded.is_random = loss.is_random or sample_rate < 1
     sharded.batches = 0
-    sharded._watch, sharded._unchanged = None, 0
+    watch(sharded)
     return loss
 
 
@@ -193,5 +194,5 @@ def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
         if parameter is not None:
             values = centres if name == "weight" else parameter.detach().clone()
             whole._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    whole._watch, whole._unchanged = None, 0
+    watch(whole)
     return whole
