@@ -164,8 +164,10 @@ class NPCFaceLoss(MarginLoss):
         m1: How much the hard negatives add to the margin.
         t: The factor of hard negatives.
         a: The offset of hard negatives.
-        mask_margin: The margin, in radians, that decides what is hard. All defaults are those of
+        mask_margin: The margin, in radians, that decides what is hard. All numbers are those of
             FaceX-Zoo, by one of the paper's authors; the paper's could not be checked.
+        beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`. FaceX-Zoo has
+            "easy": no margin where the target's cosine is 0 or less.
         **options: See :class:`MarginLoss`. Each forward pass takes one more matrix product.
 
     Shape:
@@ -197,6 +199,7 @@ class NPCFaceLoss(MarginLoss):
         t: float = 1.1,
         a: float = 0.2,
         mask_margin: float = 0.5,
+        beyond: str = "decreasing",
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
@@ -205,6 +208,8 @@ class NPCFaceLoss(MarginLoss):
         self.t = checks.positive("t", t)
         self.a = checks.number("a", a, 0.0)
         self.mask_margin = checks.angular_margin("mask_margin", mask_margin)
+        checks.choice("beyond", beyond, margins.ARCFACE_BEYOND)
+        self.beyond = beyond
 
     @torch.no_grad()
     def threshold(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -221,7 +226,7 @@ class NPCFaceLoss(MarginLoss):
         )
         total, count = self.shard.total(sums)
         margin = self.margin + self.m1 * total / count.clamp(min=1)
-        return lambda theta, share: margins.arcface(theta, share * margin)
+        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives stretched and raised."""

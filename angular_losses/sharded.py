@@ -186,7 +186,8 @@ def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
     cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
     whole = cast(MarginLoss, cls.__new__(cls))
     of_shards = {"gathering", "factor", "sample_rate", "seed", "shard", "is_random", "batches"}
-    vars(whole).update({k: v for k, v in vars(loss).items() if k not in of_shards})
+    own = {k: v for k, v in vars(loss).items() if k not in of_shards}
+    vars(whole).update({k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()})
     whole._parameters = dict(loss._parameters)
     whole._buffers, whole._modules = copy.deepcopy(loss._buffers), copy.deepcopy(loss._modules)
     whole.shard = WHOLE
