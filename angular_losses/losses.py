@@ -215,6 +215,10 @@ class LiArcFaceLoss(MarginLoss):
     .. math:: f = s\,\frac{\pi - 2(\theta_y + m)}{\pi}, \qquad
         z_j = s\,\frac{\pi - 2\theta_j}{\pi}
 
+    The other classes' angles come from their cosines. In float32 that costs the gradient of an
+    embedding that is 1e-3 rad from a wrong centre 14 % at worst, and nearer the part of that class,
+    71 % (:mod:`angular_losses.negatives`); float64 does not.
+
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.

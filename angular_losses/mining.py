@@ -301,6 +301,9 @@ class InterTopKLoss(MarginLoss):
     .. math:: z_j = s\cos(\theta_j - m') \text{ ("arc") or } s\,(c_j + m') \text{ ("cos")}
         \quad \text{for the k largest } c_j, \text{ else } s\,c_j
 
+    With "arc" the angles of the k come from their cosines, which in float32 costs the gradient 1 %
+    at 1e-3 rad from a wrong centre and 6 % at most (:mod:`angular_losses.negatives`).
+
     Args:
         num_classes: The number of classes, C > k.
         embedding_size: The length of an embedding, d.

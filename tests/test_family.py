@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 from unittest import mock
 
 import pytest
@@ -221,6 +222,42 @@ def test_logits_are_those_of_inference(row):
     keeps_length = row.name in ("SphereFace", "SphereFace-annealed", *SOFT)
     scale = embeddings.norm(dim=1, keepdim=True) if keeps_length else loss.scale
     assert torch.allclose(logits, scale * cosine)
+
+
+@pytest.mark.parametrize("name", ["Li-ArcFace", "InterTopK-arc", "SphereFace-R-v2"])
+@pytest.mark.parametrize("mode", ["dense", "stash"])
+@pytest.mark.parametrize(
+    ("dtype", "angle", "error"),
+    [
+        (torch.float64, 1e-5, 1e-5),
+        (torch.float64, 3e-4, 1e-7),
+        (torch.float32, 1e-2, 0.01),
+        (torch.float32, 1e-3, 0.3),
+    ],
+)
+def test_gradients_near_a_wrong_centre(name, mode, dtype, angle, error):
+    row = FAMILY[NAMES.index(name)]
+    loss = built(row, mode=mode).float().to(dtype)  # the centres in float32
+    wrong = F.normalize(loss.weight.detach().double()[1], dim=0)
+    towards = torch.randn(32, SIZE, dtype=torch.float64)
+    towards = F.normalize(towards - (towards @ wrong)[:, None] * wrong)
+    embeddings = (math.cos(angle) * wrong + math.sin(angle) * towards).to(dtype).requires_grad_()
+    labels = torch.zeros(32, dtype=torch.int64)
+    (found,) = torch.autograd.grad(loss(embeddings, labels), embeddings)
+    precise = embeddings.detach().double().requires_grad_()
+    expected = row.paper(loss, precise, loss.weight.detach().double(), labels).mean()
+    (expected,) = torch.autograd.grad(expected, precise)
+    worst = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max()
+    assert worst < error
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", ["InterTopK-arc", "NPCFace"])
+def test_a_rule_that_looks_at_all_classes_first_compiles_whole_if_dense(name):
+    loss = built(FAMILY[NAMES.index(name)], mode="dense")
+    embeddings, labels = batch()
+    value = torch.compile(loss, backend="eager", fullgraph=True)(embeddings, labels)
+    assert torch.allclose(value, loss(embeddings, labels))
 
 
 def test_every_loss_has_a_row():
