@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .chunks import Rule
 from .geometry import directions, lengths, nearest_sub_centers
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class AdaCosLoss(MarginLoss):
@@ -177,7 +178,7 @@ class AdaFaceLoss(MarginLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        self.margin = checks.number("margin", margin, 0.0, math.pi / 2, " radians")
+        self.margin = checks.number("margin", margin, 0.0, math.pi / 2, "radians")
         self.h = checks.positive("h", h)
         self.momentum = checks.share("momentum", momentum)
         self.register_buffer("mean", torch.tensor(20.0, device=options.get("device")))
@@ -367,12 +368,16 @@ class KappaFaceLoss(MarginLoss):
     with n_c the images of a class, K = 1.05 max n as in the authors' code, and r-bar the length of
     the mean direction of its embeddings. Forward passes in training mode gather those directions;
     call :meth:`update_margins` at the end of each epoch. In the first epoch the margin is m. The
-    authors keep one direction an image, mixed with its last; here an epoch counts as it was.
+    authors keep one direction an image, mixed with its last; here an epoch counts as it was. A
+    class of which one image is there or was seen has no concentration, and counts as one of
+    middling; in the authors' code its r-bar of 1 makes an outlier of it, which leaves all other
+    classes with nearly the same w^kappa. So does, here too, a class of copies of one image.
 
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
-        class_counts: (C,) the number of training images of each class, n.
+        class_counts: (C,) the number of training images of each class, n, a tensor or any other
+            sequence of numbers.
         margin: m in radians, in [0, pi).
         scale: The scale s > 0.
         temperature: T >= 0.
@@ -412,7 +417,7 @@ class KappaFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        class_counts: Tensor,
+        class_counts: Tensor | Sequence[float],
         margin: float = 0.8,
         scale: float = 64.0,
         *,
@@ -428,8 +433,8 @@ class KappaFaceLoss(MarginLoss):
         counts = checks.class_counts("class_counts", class_counts, num_classes).to(device=device)
         self.register_buffer("class_counts", counts)
         self.register_buffer("margin", torch.full_like(counts, margin))
-        self.register_buffer("direction_sums", counts.new_zeros(num_classes, embedding_size))
-        self.register_buffer("seen", torch.zeros_like(counts))
+        self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
+        self.seen = torch.zeros_like(counts)
 
     def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
         """Add the directions of the batch to those of its classes."""
@@ -447,17 +452,42 @@ class KappaFaceLoss(MarginLoss):
         nothing = self.direction_sums.new_zeros(num_new, self.embedding_size)
         self.direction_sums = torch.cat([self.direction_sums, nothing])
 
+    @contextmanager
+    def _gathered_as_buffers(self) -> Iterator[None]:
+        """While this lasts; otherwise DistributedDataParallel copies rank 0's to all others."""
+        names = ("direction_sums", "seen")
+        for name in names:
+            self.register_buffer(name, vars(self).pop(name))
+        try:
+            yield
+        finally:
+            vars(self).update({name: self._buffers.pop(name) for name in names})
+
+    def _apply(self, *arguments: Any) -> Self:  # noqa: ANN401
+        with self._gathered_as_buffers():
+            super()._apply(*arguments)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401
+        with self._gathered_as_buffers():
+            super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401
+        with self._gathered_as_buffers():
+            super()._load_from_state_dict(*arguments)
+
     @torch.no_grad()
     def update_margins(self) -> None:
         """Set the margins from the embeddings seen since the last call, by all processes."""
         sums, seen = ranks.total(self.direction_sums), ranks.total(self.seen)
         mean = lengths(sums) / seen.clamp(min=1)
         kappa = mean * (self.embedding_size - mean**2) / (1 - mean**2).clamp(min=1e-6)
-        kappa = kappa.where(seen > 0, torch.nan)
+        scatters = (seen > 1) & (self.class_counts > 1)  # the mean of one direction has length 1
+        kappa = kappa.where(scatters, torch.nan)
         centre = kappa.nanmean()
         square = (kappa - centre).square()
-        deviation = (square.nansum() / ((seen > 0).sum() - 1).clamp(min=1)).sqrt()
-        # A class not seen counts as one of middling concentration.
+        deviation = (square.nansum() / (scatters.sum() - 1).clamp(min=1)).sqrt()
+        # A class without a concentration counts as one of middling.
         standard = ((kappa - centre) / deviation.clamp(min=1e-12)).nan_to_num(nan=0.0)
         hardness = 1 - torch.sigmoid(self.temperature * standard)
         rarity = (1 + torch.cos(math.pi * self.class_counts / (1.05 * self.class_counts.max()))) / 2
@@ -472,7 +502,7 @@ class KappaFaceLoss(MarginLoss):
         return lambda theta, share: margins.arcface(theta, share * margin)
 
 
-def ldam_margins(class_counts: Tensor, largest: float = 0.5) -> Tensor:
+def ldam_margins(class_counts: Tensor | Sequence[float], largest: float = 0.5) -> Tensor:
     r"""LDAM's margins: larger for rare classes, :math:`m_c \propto n_c^{-1/4}`.
 
     For :class:`CosFaceLoss`; LDAM is that loss with these margins and, in its authors' code, scale
@@ -503,7 +533,9 @@ def ldam_margins(class_counts: Tensor, largest: float = 0.5) -> Tensor:
 
 
 def power_law_margins(
-    class_counts: Tensor, bounds: tuple[float, float] = (0.05, 0.5), power: float = 0.25
+    class_counts: Tensor | Sequence[float],
+    bounds: tuple[float, float] = (0.05, 0.5),
+    power: float = 0.25,
 ) -> Tensor:
     r"""Margins that fall with the size of a class, :math:`m_c = a\,n_c^{-\lambda} + b`.
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import NoReturn, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, margins
+from .centres import ClassCentres, watch
 from .geometry import angle_between, cosines, directions, lengths, nearest_sub_centers
 from .planner import MODES
 from .reductions import REDUCTIONS
 from .schedules import Schedule
 from .shards import WHOLE, Shard, Whole
 from .softmax import NegativeFunction, margin_softmax_loss
-
-if TYPE_CHECKING:
-    pass
-
-# Forward passes in training mode without a change of the weight; more than most accumulate over.
-FORGOTTEN_AFTER = 20
 
 Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 
@@ -34,7 +30,7 @@ class LossOptions(TypedDict, total=False):
     gradient: str
     sub_centers: int
     reduction: str
-    class_weight: Tensor | None
+    class_weight: Tensor | Sequence[float] | None
     label_smoothing: float
     ignore_index: int
     mode: str
@@ -57,7 +53,7 @@ class BatchOptions(TypedDict):
     shard: Shard | Whole
 
 
-class MarginLoss(nn.Module):
+class MarginLoss(ClassCentres, nn.Module):
     """What all margin losses share: class centres, a scale, and the margin softmax.
 
     A new loss derives from this class, keeps its margin in ``__init__`` and defines ``target``::
@@ -84,7 +80,8 @@ class MarginLoss(nn.Module):
         sub_centers: The number of centres of a class; its angle is that of the nearest. For noisy
             labels: the wrong images of a class gather at a centre of their own.
         reduction: "mean", "sum" or "none".
-        class_weight: (C,) weight of each class, as in ``nn.CrossEntropyLoss``; kept as a buffer.
+        class_weight: (C,) weight of each class, as in ``nn.CrossEntropyLoss``, a tensor or any
+            other sequence of numbers; kept as a buffer.
         label_smoothing: In [0, 1), as in ``nn.CrossEntropyLoss``.
         ignore_index: Rows with this label have loss 0 and gradient 0.
         mode: "auto", "dense", "stash" or "recompute": how the softmax is computed
@@ -104,6 +101,7 @@ class MarginLoss(nn.Module):
         ValueError: If one is out of range; the message starts with its name.
     """
 
+    ignore_index: int
     # Whether only the directions of the centres count, and not their lengths.
     normalize_weight = True
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
@@ -121,16 +119,19 @@ class MarginLoss(nn.Module):
         gradient: str = "exact",
         sub_centers: int = 1,
         reduction: str = "mean",
-        class_weight: Tensor | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         mode: str = "auto",
         memory_budget: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
         cls = type(self)
+        if unknown:
+            raise checks.unknown_options(cls, unknown)
         if cls.target is MarginLoss.target and cls.row_target is MarginLoss.row_target:
             raise TypeError(f"{cls.__name__}: expected a loss that defines target or row_target")
         self.num_classes = checks.positive_integer("num_classes", num_classes)
@@ -140,11 +141,12 @@ class MarginLoss(nn.Module):
         checks.choice("reduction", reduction, REDUCTIONS)
         checks.choice("mode", mode, MODES)
         if memory_budget is not None:
-            checks.positive_integer("memory_budget", memory_budget)
+            memory_budget = checks.positive_integer("memory_budget", memory_budget)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a Schedule, got {schedule!r}")
         if class_weight is not None:
-            checks.floating("class_weight", class_weight, num_classes)
+            class_weight = checks.of_classes("class_weight", class_weight)
+            checks.floating("class_weight", class_weight, self.num_classes)
             class_weight = class_weight.detach().to(device=device)
         self.schedule = schedule
         self.gradient = gradient
@@ -158,13 +160,17 @@ class MarginLoss(nn.Module):
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
         self.weight = nn.Parameter(
-            torch.empty(num_classes * sub_centers, embedding_size, device=device, dtype=dtype)
+            torch.empty(
+                self.num_classes * self.sub_centers,
+                self.embedding_size,
+                device=device,
+                dtype=dtype,
+            )
         )
-        self._watch: tuple[int, Tensor] | None = None
-        self._unchanged = 0
         if self.scale_decides:
-            self._warn_of_small_scale(scale)
+            self._warn_of_small_scale(self.scale)
         self.reset_parameters()
+        watch(self)
 
     def reset_parameters(self) -> None:
         """Draw the class centres anew."""
@@ -252,8 +258,6 @@ class MarginLoss(nn.Module):
             loss = self._mixed(embeddings, labels, sample_weight, other_labels, lam)
         if self.training and self.schedule is not None:
             self.schedule.advance()
-        if loss.requires_grad and not torch.compiler.is_compiling():
-            self._warn_if_forgotten()
         return loss
 
     def batch_loss(
@@ -331,13 +335,14 @@ class MarginLoss(nn.Module):
     def of_classes(
         self,
         name: str,
-        value: float | Tensor,
+        value: float | Tensor | Sequence[float],
         check: Callable[[str, object], float],
         device: torch.device | str | None,
     ) -> float | Tensor:
         """A number, checked, or one for each class (C,), kept as a buffer of that name."""
-        if not isinstance(value, Tensor):
+        if isinstance(value, (Real, str)):
             return check(name, value)
+        value = checks.of_classes(name, value)
         checks.floating(name, value, self.num_classes)
         for extreme in value.aminmax():
             check(name, extreme.item())
@@ -358,9 +363,8 @@ class MarginLoss(nn.Module):
             TypeError: If the embeddings are not floating-point.
             ValueError: If their shape or device does not fit ``weight``.
         """
-        checks.floating(
-            "embeddings", embeddings, "N", self.embedding_size, device=self.weight.device
-        )
+        checks.floating("embeddings", embeddings, "N", "d", device=self.weight.device)
+        checks.width("embeddings", embeddings, self.embedding_size, self.num_classes)
         with torch.autocast(embeddings.device.type, enabled=False):
             cosine = cosines(embeddings, self.weight)
             if not self.normalize_weight:
@@ -396,7 +400,7 @@ class MarginLoss(nn.Module):
             >>> loss.get_logits(torch.randn(1, 64)).shape
             torch.Size([1, 12])
         """
-        checks.positive_integer("num_new", num_new)
+        num_new = checks.positive_integer("num_new", num_new)
         old, each = self.weight, self.sub_centers
         drawn = torch.randn(num_new * each, self.embedding_size, dtype=torch.float32)
         new = directions(drawn.to(old.device))
@@ -412,7 +416,7 @@ class MarginLoss(nn.Module):
             torch.cat([old, new.to(old.dtype)]), requires_grad=old.requires_grad
         )
         self.num_classes += num_new
-        self._watch, self._unchanged = None, 0
+        watch(self)
 
     def extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
@@ -445,25 +449,6 @@ class MarginLoss(nn.Module):
                 f"scale: {scale:g} is small for {self.num_classes} classes: with less than "
                 f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
                 stacklevel=4,
-            )
-
-    def _warn_if_forgotten(self) -> None:
-        """Warn, once, if training goes on but no optimiser has touched the class centres."""
-        if self._unchanged < 0 or not (self.training and self.weight.requires_grad):
-            return
-        version = self.weight._version
-        if self._watch is None:
-            self._watch = version, self.weight.detach()[:1].clone()
-        self._unchanged = -1 if self._watch[0] != version else self._unchanged + 1
-        if self._unchanged < FORGOTTEN_AFTER:
-            return
-        self._unchanged = -1  # says it once
-        if torch.equal(self._watch[1], self.weight.detach()[:1]):  # .data is not counted
-            warnings.warn(
-                f"weight: the class centres have not changed in {FORGOTTEN_AFTER} forward passes "
-                "in training mode; does the optimiser hold the loss's parameters? See "
-                "parameter_groups",
-                stacklevel=3,
             )
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:

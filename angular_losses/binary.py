@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,24 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class SphereFace2Loss(MarginLoss):
+class _WithBias(MarginLoss):
+    """One versus the rest with a bias that is learned, (1,): FSDP shards no scalars."""
+
+    bias: nn.Parameter
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *others: Any,  # noqa: ANN401
+    ) -> None:
+        saved = state_dict.get(f"{prefix}bias")
+        if isinstance(saved, Tensor) and saved.dim() == 0:  # as it was saved before
+            state_dict[f"{prefix}bias"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class SphereFace2Loss(_WithBias):
     r"""SphereFace2: C binary classifications with margins, in place of a softmax.
 
     .. math:: L = \frac{\lambda}{r}\log(1 + e^{-(r\,p + b)})
@@ -35,11 +52,11 @@ class SphereFace2Loss(MarginLoss):
         kind: "C" or "A".
         t: The power t > 0 of the similarity adjustment.
         balance: lambda in (0, 1), the weight of the positive against the negatives.
-        **options: See :class:`MarginLoss`; no ``label_smoothing``. ``gradient="detached"``
-            detaches the positive's margin.
+        **options: See :class:`MarginLoss`; no ``label_smoothing``. ``gradient="detached"`` is
+            OpenSphere's: every class has the gradient of its cosine, without g and the margin.
 
     Attributes:
-        bias: b, a parameter of one number. It starts where it has no gradient while every angle is
+        bias: b, a parameter (1,). It starts where it has no gradient while every angle is
             pi / 2.
 
     Shape:
@@ -83,14 +100,16 @@ class SphereFace2Loss(MarginLoss):
         self.balance = checks.positive("balance", checks.number("balance", balance, 0.0, 1.0))
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self.bias = nn.Parameter(self.weight.new_full((), self._balanced_bias(scale)))
+        self.bias = nn.Parameter(self.weight.new_full((1,), self._balanced_bias(float(scale))))
 
     def _balanced_bias(self, scale: float) -> float:
         at = torch.tensor(math.pi / 2, dtype=torch.float64)
         positive = scale * self.target(at, 1.0).item()
         negative = scale * self._negative(at.cos()).item()
         odds = self.balance / ((1 - self.balance) * (self.num_classes - 1))
-        root = math.sqrt((1 - odds) ** 2 + 4 * odds * math.exp(positive - negative))
+        root = math.hypot(1 - odds, 2 * math.sqrt(odds) * math.exp((positive - negative) / 2))
+        if odds > 1:  # where 1 - odds + root would cancel
+            return math.log((odds - 1 + root) / 2) - positive
         return math.log(2 * odds) - negative - math.log(1 - odds + root)
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
@@ -102,7 +121,8 @@ class SphereFace2Loss(MarginLoss):
 
     def _negative(self, cosine: Tensor) -> Tensor:
         adjusted = _adjusted(cosine, self.t)
-        return adjusted + self.margin if self.kind == "C" else adjusted
+        value = adjusted + self.margin if self.kind == "C" else adjusted
+        return cosine + (value - cosine).detach() if self.gradient == "detached" else value
 
     def batch_loss(
         self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
@@ -125,7 +145,7 @@ class SphereFace2Loss(MarginLoss):
         )
 
 
-class UniFaceLoss(MarginLoss):
+class UniFaceLoss(_WithBias):
     r"""UniFace: one threshold, learned, that every positive is above and every negative below.
 
     .. math:: L = \log(1 + e^{-s(\cos\theta_y - m) + b})
@@ -140,7 +160,7 @@ class UniFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`; no ``label_smoothing``.
 
     Attributes:
-        bias: b, a parameter of one number, log(10 C) at first, as in the authors' code. That code
+        bias: b, a parameter (1,), log(10 C) at first, as in the authors' code. That code
             also clamps both exponents to [-s, s], where gradients vanish; here they do not.
 
     Shape:
@@ -176,7 +196,7 @@ class UniFaceLoss(MarginLoss):
         _refuse_smoothing(self)
         self.margin = checks.cosine_margin("margin", margin)
         self.balance = checks.positive("balance", balance)
-        self.bias = nn.Parameter(self.weight.new_full((), math.log(10 * num_classes)))
+        self.bias = nn.Parameter(self.weight.new_full((1,), math.log(10 * self.num_classes)))
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta) less the share of the margin in force."""
@@ -229,8 +249,6 @@ class P2SGradLoss(MarginLoss):
         Zhang et al., "P2SGrad: Refined Gradients for Optimizing Deep Face Models", CVPR 2019,
         arXiv:1905.02479, eq. (11).
     """
-
-    scale_decides = False
 
     scale_decides = False
 

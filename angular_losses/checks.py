@@ -6,23 +6,30 @@ label values are asserted on the device that holds them.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, SupportsIndex, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, unit: str = "") -> float:
-    """Return ``value`` as a float when low <= value < high.
+    """Return ``value``, a number of Python or NumPy, as a float when low <= value < high.
 
     Raises:
         TypeError: If ``value`` is not a real number.
         ValueError: If it is outside the range or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number{unit}, got {_describe(value)}")
-    if not low <= value < high:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        of_unit = f" of {unit}" if unit else ""
+        raise TypeError(f"{name}: expected a number{of_unit}, got {_describe(value)}")
+    if not low <= float(value) < high:
+        unit = f" {unit}" if unit else ""
         raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}){unit}, got {value!r}")
     return float(value)
 
@@ -34,7 +41,7 @@ def positive(name: str, value: object) -> float:
         TypeError: If ``value`` is not a real number.
         ValueError: If it is not positive and finite.
     """
-    if isinstance(value, (int, float)) and value == 0:
+    if isinstance(value, Real) and value == 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     return number(name, value, 0.0)
 
@@ -47,9 +54,9 @@ def multiplicative_margin(name: str, value: object) -> float:
 def angular_margin(name: str, value: object) -> float:
     """Return a margin that is added to the angle: radians in [0, pi). Raises as :func:`number`."""
     try:
-        return number(name, value, 0.0, math.pi, " radians")
+        return number(name, value, 0.0, math.pi, "radians")
     except ValueError as error:
-        if isinstance(value, (int, float)) and math.pi <= value < 180:
+        if isinstance(value, Real) and math.pi <= float(value) < 180:
             in_radians = f"{value:g} degrees would be {math.radians(value):.4f} radians"
             raise ValueError(f"{error}; degrees are not accepted ({in_radians})") from None
         raise
@@ -69,17 +76,21 @@ def share(name: str, value: object) -> float:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """Return ``value`` when it is an int of at least 1.
+    """Return ``value``, whatever Python takes for an index, as an int when it is at least 1.
 
     Raises:
-        TypeError: If ``value`` is not an int.
+        TypeError: If ``value`` is not an integer.
         ValueError: If it is below 1.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        found = operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {_describe(value)}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
+    if found < 1:
+        raise ValueError(f"{name}: expected at least 1, got {found}")
+    return found
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -113,15 +124,45 @@ def floating(
         )
 
 
+def width(name: str, value: Tensor, size: int, num_classes: int) -> None:
+    """Raise ValueError unless ``value`` (N, d) is as wide as the class centres, of ``size``."""
+    if value.shape[1] == size:
+        return
+    guess = ""
+    if value.shape[1] == num_classes:
+        guess = (
+            f". As wide as there are classes: are these logits, or are num_classes {num_classes} "
+            f"and embedding_size {size} exchanged?"
+        )
+    raise ValueError(
+        f"{name}: expected shape (N, {size}), the class centres' size, got {tuple(value.shape)}"
+        f"{guess}"
+    )
+
+
+def of_classes(name: str, value: object) -> Tensor:
+    """Return a tensor as it is, and any other sequence of numbers, one a class, as a tensor (C,).
+
+    Raises:
+        TypeError: If ``value`` is neither.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (str, bytes)) or not (
+        isinstance(value, Sequence) or hasattr(value, "__array__")
+    ):
+        raise TypeError(f"{name}: expected a number for each class (C,), got {_describe(value)}")
+    return torch.tensor([number(name, each, -math.inf) for each in cast(Iterable[Any], value)])
+
+
 def class_counts(name: str, value: object, num_classes: int | None = None) -> Tensor:
     """Return the number of samples of each class (C,), all at least 1, as float32.
 
     Raises:
-        TypeError: If ``value`` is not a tensor.
+        TypeError: If ``value`` is neither a tensor nor a sequence of numbers.
         ValueError: If its shape is another, or a class has no sample.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor (C,), got {_describe(value)}")
+    value = of_classes(name, value)
     if value.dim() != 1 or value.numel() == 0 or num_classes not in (None, len(value)):
         expected = "C" if num_classes is None else num_classes
         raise ValueError(f"{name}: expected shape ({expected},), got {tuple(value.shape)}")
@@ -156,13 +197,14 @@ def batch(
         ValueError: If a shape, a device or a label is out of place.
     """
     floating("embeddings", embeddings, "N", "d")
-    floating("weight", weight, "C", embeddings.shape[1], device=embeddings.device)
+    floating("weight", weight, "C", "d", device=embeddings.device)
     if weight.shape[0] % sub_centers:
         raise ValueError(
             f"weight: expected a multiple of sub_centers {sub_centers} rows, got {weight.shape[0]}"
         )
     if num_classes is None:
         num_classes = weight.shape[0] // sub_centers
+    width("embeddings", embeddings, weight.shape[1], num_classes)
     if 0 in (num_classes, embeddings.shape[1]):
         raise ValueError(
             f"weight: expected at least one class and one dimension, got {tuple(weight.shape)}"
@@ -182,6 +224,38 @@ def batch(
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# What the options are called here, by what they are called elsewhere.
+ELSEWHERE = {
+    "s": "scale",
+    "m": "margin",
+    "gamma": "scale",
+    "temperature": "scale",
+    "easy_margin": "beyond",
+    "weight": "class_weight",
+    "K": "sub_centers",
+    "smoothing": "label_smoothing",
+    "size_average": "reduction",
+    **dict.fromkeys(("in_features", "embed_dim", "feat_dim", "descriptors_dim"), "embedding_size"),
+    **dict.fromkeys(("out_features", "class_num", "num_class", "n_classes"), "num_classes"),
+}
+
+
+def unknown_options(cls: type[nn.Module], unknown: Iterable[str]) -> TypeError:
+    """The error for options that a module does not take, with what may have been meant."""
+    known = [
+        name
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    lines = []
+    for name in unknown:
+        meant = [ELSEWHERE[name]] if ELSEWHERE.get(name) in known else []
+        meant = meant or difflib.get_close_matches(name, known, 1) or sorted(set(known))
+        lines.append(f"{name}: {cls.__name__} has no such option, expected {' or '.join(meant)}")
+    return TypeError("\n".join(lines))
 
 
 def is_transformed(tensor: Tensor) -> bool:

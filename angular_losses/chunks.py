@@ -81,6 +81,14 @@ class Terms:
         self.bias_slope += of_bias
         return slopes
 
+    def rescale(self, factor: Tensor) -> None:
+        """The slopes so far by the bias, times a factor (N,), as the weights they were taken with.
+
+        Where terms are not summed, those are relative to the largest logit so far.
+        """
+        if self.bias_slope is not None:
+            self.bias_slope *= factor
+
 
 class Chunks:
     """The classes, chunk by chunk, in one workspace; a class has one row, or as many as centres."""

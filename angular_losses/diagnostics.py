@@ -10,13 +10,13 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks, ranks
-from .base import MarginLoss
+from .centres import ClassCentres
 from .geometry import precise_dtype
 from .measures import BatchAngles as BatchAngles
 from .measures import CentreSeparation as CentreSeparation
@@ -87,14 +87,15 @@ class AngularMonitor:
     device, 64 bytes a class; only :meth:`snapshot`, :meth:`summary` and :meth:`log` wait for it.
 
     Args:
-        loss: The loss to watch; it is not changed.
+        loss: The loss to watch, one of this package or of :mod:`angular_losses.metric_learning`; it
+            is not changed.
         every: Look at every k-th batch only.
 
     Attributes:
         history: The dicts that :meth:`log` returned, for :func:`plot_history`.
 
     Raises:
-        TypeError: If the loss is not a :class:`angular_losses.MarginLoss`, or ``every`` no int.
+        TypeError: If the loss is none of those, or ``every`` no int.
         ValueError: If the loss has fewer than two classes, or ``every`` is below 1.
 
     Example:
@@ -107,10 +108,10 @@ class AngularMonitor:
         (32.0, '0.50')
     """
 
-    def __init__(self, loss: MarginLoss, *, every: int = 1) -> None:
-        if not isinstance(loss, MarginLoss):
+    def __init__(self, loss: ClassCentres, *, every: int = 1) -> None:
+        if not isinstance(loss, ClassCentres):
             raise TypeError(f"loss: expected a MarginLoss, got {loss!r}")
-        if loss.shard != WHOLE:
+        if getattr(loss, "shard", WHOLE) != WHOLE:
             raise TypeError("loss: expected a whole loss; unshard(loss) makes one")
         if loss.num_classes < 2:
             raise ValueError(f"loss: expected at least 2 classes, got {loss.num_classes}")
@@ -136,9 +137,10 @@ class AngularMonitor:
         if not self._is_sampled():
             return
         loss = self.loss
-        kept = checks.batch(embeddings, loss.weight, labels, loss.ignore_index, loss.sub_centers)
+        centres = loss.by_centre(loss.centres)
+        kept = checks.batch(embeddings, centres, labels, loss.ignore_index, loss.sub_centers)
         labels = labels.long() if kept is None else labels.long().where(kept, 0)
-        angles = batch_angles(embeddings, loss.weight, labels, loss.sub_centers)
+        angles = batch_angles(embeddings, centres, labels, loss.sub_centers)
         margin = loss.margin_function(embeddings, labels)
         finite = angles.target.isfinite() & angles.nearest.isfinite()
         counted = finite if kept is None else finite & kept
@@ -151,7 +153,7 @@ class AngularMonitor:
             VIOLATIONS: margin_violations(angles, margin),
             ERRORS: angles.gap <= 0,
         }
-        histograms, per_class, _ = self._views(self._sums_on(loss.weight.device))
+        histograms, per_class, _ = self._views(self._sums_on(centres.device))
         for histogram, theta in zip(histograms, angles[:2], strict=True):
             histogram += angle_histogram(theta.masked_fill(~counted, torch.nan), BINS)
         columns = {name: value.where(counted, 0) for name, value in measured.items()}
@@ -164,8 +166,8 @@ class AngularMonitor:
         """Count the gradient of the class centres, where the batch seen last was sampled.
 
         Args:
-            gradient: As the loss's weight, such as ``loss.weight.grad`` after ``backward``; mind
-                that a ``GradScaler`` scales it.
+            gradient: As the loss's weight, such as ``loss.weight.grad`` after ``backward`` (``W``
+                where that is the name); mind that a ``GradScaler`` scales it.
 
         Raises:
             TypeError: If the gradient is not a floating-point tensor.
@@ -173,7 +175,8 @@ class AngularMonitor:
         """
         if not self._is_sampled():
             return
-        checks.floating("gradient", gradient, *self.loss.weight.shape)
+        checks.floating("gradient", gradient, *self.loss.centres.shape)
+        gradient = self.loss.by_centre(gradient)
         _, per_class, gradients_seen = self._views(self._sums_on(gradient.device))
         per_class[GRADIENT] += gradient_norm_per_class(gradient, self.loss.sub_centers)
         gradients_seen += 1
@@ -188,8 +191,9 @@ class AngularMonitor:
             A context manager; leaving it, or its ``close()``, detaches the monitor again.
         """
         hooks = ExitStack()
-        before = self.loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        after = self.loss.weight.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
+        loss = cast(nn.Module, self.loss)
+        before = loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        after = self.loss.centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
         hooks.callback(before.remove)
         hooks.callback(after.remove)
         return hooks
@@ -209,7 +213,7 @@ class AngularMonitor:
         Returns:
             :class:`Snapshot`.
         """
-        sums = self._sums_on(self.loss.weight.device)
+        sums = self._sums_on(self.loss.centres.device)
         apart = sums.new_zeros(())
         if across_ranks:
             sums, apart = ranks.total(sums), self._apart()
@@ -268,7 +272,7 @@ class AngularMonitor:
             A dict of floats.
         """
         numbers = self.snapshot(across_ranks=across_ranks).numbers
-        return numbers | self._centres() if centres else numbers
+        return numbers | self._separation() if centres else numbers
 
     def log(
         self,
@@ -298,7 +302,7 @@ class AngularMonitor:
         if writer is not None and not hasattr(writer, "add_scalar"):
             raise TypeError(f"writer: expected an object with add_scalar, got {writer!r}")
         snapshot = self.snapshot()
-        numbers = snapshot.numbers | (self._centres() if centres else {})
+        numbers = snapshot.numbers | (self._separation() if centres else {})
         if writer is not None:
             _write(writer, step, numbers, snapshot, self.figures(snapshot) if figures else {})
         self.history.append({"step": float(step), **numbers})
@@ -332,7 +336,7 @@ class AngularMonitor:
         return max(self._batches - 1, 0) % self.every == 0
 
     def _before_forward(
-        self, loss: MarginLoss, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if loss.training:
             given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
@@ -357,15 +361,16 @@ class AngularMonitor:
 
     def _apart(self) -> Tensor:
         """How far the processes' centres are apart, a scalar; 0 where they are the same."""
-        weight = self.loss.weight.detach()
-        precise = precise_dtype(weight.device)
-        if hasattr(weight, "full_tensor"):  # a DTensor, such as fully_shard's: parts of one weight
-            return torch.zeros((), dtype=precise, device=weight.device)
-        summed = weight.sum(0, dtype=precise)
+        centres = self.loss.centres.detach()
+        precise = precise_dtype(centres.device)
+        if hasattr(centres, "full_tensor"):  # a DTensor, of fully_shard: parts of one tensor
+            return torch.zeros((), dtype=precise, device=centres.device)
+        summed = centres.sum(0, dtype=precise)
         return ranks.spread(summed).amax() / summed.abs().amax()
 
-    def _centres(self) -> dict[str, float]:
-        separation = centre_separation(self.loss.weight, self.loss.sub_centers)
+    def _separation(self) -> dict[str, float]:
+        centres = self.loss.by_centre(self.loss.centres)
+        separation = centre_separation(centres, self.loss.sub_centers)
         collapsed = collapsed_classes(separation)
         return {
             "separation_min": float(separation.minimum),

@@ -83,6 +83,7 @@ def forward(
             total *= decay
             if differentiate:
                 pull *= decay[:, None]
+                terms.rescale(decay)
             exponentials, sums = chunks.exponentiate(logits, largest, kept)
         total += sums
         if differentiate:
@@ -95,7 +96,9 @@ def forward(
     if not rule.summed:
         negatives = total.log() if bounded else total.log() + largest
         if differentiate:
-            pull *= total.reciprocal().masked_fill_(total == 0, 0).to(unit.dtype)[:, None]
+            over_total = total.reciprocal().masked_fill_(total == 0, 0).to(unit.dtype)
+            pull *= over_total[:, None]
+            terms.rescale(over_total)
     mean_cosine = unit @ mean_direction if has_mean else unit.new_zeros(unit.shape[0])
     return (
         theta,

@@ -18,7 +18,7 @@ from . import checks
 
 
 def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Unit vectors along the last dimension, for vectors of any finite length.
+    """Unit vectors along the last dimension, for vectors of any finite length that is not tiny.
 
     A vector whose largest component is below ``finfo(vectors.dtype).tiny ** (7 / 8)`` (6e-34 in
     float32 and bfloat16, 2e-4 in float16, 3e-270 in float64) counts as zero: its direction is the
@@ -124,7 +124,8 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
     Returns:
         (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
     """
-    if vectors.device.type == "cpu":  # elsewhere the test would wait for the device
+    # Elsewhere the test would wait for the device, or be a gap in the compiled graph.
+    if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
         if _is_safe(length, vectors):
             torch.mul(vectors, length.reciprocal_(), out=out)
@@ -146,7 +147,7 @@ def target_angle(
     .. math:: \theta_i = \angle(x_i, w_{y_i})
 
     Args:
-        embeddings: (N, d), floating point, of any finite length.
+        embeddings: (N, d), floating point; :func:`directions` says which lengths count as 0.
         weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
         labels: (N,) integers in [0, C).
         sub_centers: The number of centres of a class; the nearest counts.
@@ -204,7 +205,7 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
     """The cosine of every embedding with every class centre.
 
     Args:
-        embeddings: (N, d), floating point, of any finite length.
+        embeddings: (N, d), floating point; :func:`directions` says which lengths count as 0.
         weight: (C, d) class centres, floating point.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,7 +93,7 @@ class CosFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Tensor = 0.35,
+        margin: float | Tensor | Sequence[float] = 0.35,
         scale: float = 64.0,
         **options: Unpack[LossOptions],
     ) -> None:
@@ -142,7 +143,7 @@ class ArcFaceLoss(MarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Tensor = 0.5,
+        margin: float | Tensor | Sequence[float] = 0.5,
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",
@@ -198,7 +199,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Tensor = 0.5,
+        margin: float | Tensor | Sequence[float] = 0.5,
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",
@@ -213,6 +214,10 @@ class LiArcFaceLoss(MarginLoss):
 
     .. math:: f = s\,\frac{\pi - 2(\theta_y + m)}{\pi}, \qquad
         z_j = s\,\frac{\pi - 2\theta_j}{\pi}
+
+    The other classes' angles come from their cosines. In float32 that costs the gradient of an
+    embedding that is 1e-3 rad from a wrong centre 14 % at worst, and nearer the part of that class,
+    71 % (:mod:`angular_losses.negatives`); float64 does not.
 
     Args:
         num_classes: The number of classes, C.

@@ -119,7 +119,7 @@ def arcface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> 
     """
     _check(checks.angular_margin, m=m)
     checks.choice("beyond", beyond, ARCFACE_BEYOND)
-    return _unrolled_cosine(theta + m) if beyond == "decreasing" else _BEYOND[beyond](theta, m)
+    return _unrolled_cosine(theta + m) if beyond == "decreasing" else BEYOND[beyond](theta, m)
 
 
 def combined(
@@ -248,7 +248,7 @@ def _cos(m: float | Tensor) -> float | Tensor:
     return torch.cos(m) if isinstance(m, Tensor) else math.cos(m)
 
 
-_BEYOND: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
+BEYOND: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
     "plain": lambda theta, m: torch.cos(theta + m),
     "linear": _past_pi(lambda theta, m: torch.cos(theta) - m * _sin(m)),
     "shifted": _past_pi(lambda theta, m: torch.cos(theta) - (1 - _cos(m))),
@@ -258,7 +258,7 @@ _BEYOND: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
 }
 
 SPHEREFACE_BEYOND = ("decreasing", "plain")
-ARCFACE_BEYOND = ("decreasing", *_BEYOND)
+ARCFACE_BEYOND = ("decreasing", *BEYOND)
 
 
 class Additive(NamedTuple):

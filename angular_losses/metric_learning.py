@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checks, margins
+from .centres import ClassCentres, watch
 from .geometry import angle_between, directions, lengths, nearest_sub_centers, target_angle
 from .softmax import margin_softmax_loss
 
@@ -45,6 +46,7 @@ try:
     from pytorch_metric_learning import losses as pml_losses
     from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
     from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
+    from pytorch_metric_learning.reducers import ThresholdReducer
     from pytorch_metric_learning.utils import common_functions as c_f
     from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weights
 except ModuleNotFoundError as error:
@@ -102,7 +104,11 @@ class Options(WeightOptions, total=False):
     memory_budget: int | None
 
 
-class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore[misc]
+class _ClassificationLoss(
+    ClassCentres,
+    WeightRegularizerMixin,  # type: ignore[misc]
+    BaseMetricLossFunction,  # type: ignore[misc]
+):
     """What the losses share: the centres W, their margin softmax, and PML's contract.
 
     A new loss defines ``target``, and perhaps ``row_scale`` or ``init_margin``. PML's own hooks
@@ -113,6 +119,8 @@ class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # ty
     scale: float
     sub_centers = 1
     normalize_weight = True
+    centres_name = "W"
+    centres_are_columns = True
 
     def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
@@ -139,8 +147,10 @@ class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # ty
         self.init_margin()
         self.add_to_recordable_attributes(list_of_names=["num_classes", *settings], is_stat=False)
         self.add_to_recordable_attributes(name="avg_angle", is_stat=True)
-        self.W = nn.Parameter(torch.empty(embedding_size, num_classes * self.sub_centers))
+        centres = torch.empty(self.embedding_size, self.num_classes * self.sub_centers)
+        self.W = nn.Parameter(centres)
         self.weight_init_func(self.W)
+        watch(self)
 
     def get_default_distance(self) -> nn.Module:
         """CosineSimilarity."""
@@ -157,6 +167,10 @@ class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # ty
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
         """The target logits before scaling (N,) from the target angles (N,), in radians."""
         raise NotImplementedError(f"{type(self).__name__} does not define target")
+
+    def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
+        """The target logits before scaling (N,) as a function of the target angles alone."""
+        return lambda theta: self.target(theta, labels)
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
         """The scale of the logits: a number, or (N,)."""
@@ -183,6 +197,9 @@ class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # ty
         checks.batch(embeddings, self.W.t(), labels, sub_centers=self.sub_centers)
         self._collect(embeddings, labels)
         losses = self.row_losses(embeddings, labels.long())
+        if any(isinstance(part, ThresholdReducer) for part in self.reducer.modules()):
+            # What PML's cross-entropy rounds to 0, such a reducer leaves out of its mean.
+            losses = losses.where(losses > torch.finfo(losses.dtype).eps / 2, 0)
         loss_dict = {
             "loss": {
                 "losses": losses * convert_to_weights(indices_tuple, labels, dtype=losses.dtype),
@@ -199,7 +216,7 @@ class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # ty
             embeddings,
             self.W.t().contiguous(),  # centres as columns take up to half as long again
             labels,
-            margin=lambda theta: self.target(theta, labels),
+            margin=self.margin_function(embeddings, labels),
             scale=self.row_scale(embeddings),
             sub_centers=self.sub_centers,
             normalize_weight=self.normalize_weight,
@@ -218,7 +235,8 @@ class _ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # ty
             TypeError: If the embeddings are not floating-point.
             ValueError: If their shape or device does not fit W.
         """
-        checks.floating("embeddings", embeddings, "N", self.W.shape[0], device=self.W.device)
+        checks.floating("embeddings", embeddings, "N", "d", device=self.W.device)
+        checks.width("embeddings", embeddings, self.W.shape[0], self.num_classes)
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
             return self.logits(embeddings.to(dtype), self.W.to(dtype))
@@ -254,7 +272,7 @@ class ArcFaceLoss(_ClassificationLoss):
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
-        margin: m in **degrees**, in [0, 180); the attribute is in radians, as PML has it.
+        margin: m in **degrees**, in [-180, 180); the attribute is in radians, as PML has it.
         scale: The scale s > 0.
         **options: PML's ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer``, ``distance``,
@@ -297,11 +315,11 @@ class ArcFaceLoss(_ClassificationLoss):
 
     def init_margin(self) -> None:
         """From degrees to radians."""
-        self.margin = math.radians(checks.number("margin", self.margin, 0.0, 180.0, " degrees"))
+        self.margin = math.radians(checks.number("margin", self.margin, -180.0, 180.0, "degrees"))
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
         """cos(theta + m), and PML's line past pi - m."""
-        return margins.arcface(theta, self.margin, beyond="linear")
+        return margins.BEYOND["linear"](theta, self.margin)
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss):
@@ -388,7 +406,7 @@ class CosFaceLoss(_ClassificationLoss):
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
-        margin: m in [0, 2).
+        margin: m, any number.
         scale: The scale s > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
 
@@ -413,12 +431,12 @@ class CosFaceLoss(_ClassificationLoss):
         super().__init__(num_classes, embedding_size, settings, **options)
 
     def init_margin(self) -> None:
-        """A margin in [0, 2)."""
-        self.margin = checks.cosine_margin("margin", self.margin)
+        """A margin below 0 too, as PML takes it."""
+        self.margin = checks.number("margin", self.margin, -math.inf)
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
         """cos(theta) - m."""
-        return margins.cosface(theta, self.margin)
+        return theta.cos() - self.margin
 
 
 class LargeMarginSoftmaxLoss(_ClassificationLoss):
@@ -567,7 +585,7 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
         )
 
 
-class P2SGradLoss(BaseMetricLossFunction):  # type: ignore[misc]
+class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
     r"""PML's P2SGradLoss: the mean square of the cosines, the target's less 1.
 
     .. math:: L = \frac{1}{NC} \sum_{ij} (\cos\theta_{ij} - [j = y_i])^2
@@ -597,14 +615,22 @@ class P2SGradLoss(BaseMetricLossFunction):  # type: ignore[misc]
         Zhang et al., "P2SGrad", CVPR 2019, arXiv:1905.02479, eq. (11).
     """
 
+    sub_centers = 1
+    centres_are_columns = True
+
     def __init__(
         self, descriptors_dim: int, num_classes: int, **options: Unpack[BaseOptions]
     ) -> None:
         super().__init__(**options)
         self.descriptors_dim = checks.positive_integer("descriptors_dim", descriptors_dim)
         self.num_classes = checks.positive_integer("num_classes", num_classes)
-        drawn = torch.empty(descriptors_dim, num_classes).uniform_(-1, 1)
+        drawn = torch.empty(self.descriptors_dim, self.num_classes).uniform_(-1, 1)
         self.weight = nn.Parameter(directions(drawn.t()).t().contiguous())
+        watch(self)
+
+    def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
+        """The cosine: there is no margin."""
+        return torch.cos
 
     def compute_loss(
         self,

@@ -3,7 +3,15 @@ r"""Negatives: plain functions that reweight the cosines of the other classes.
 Each takes some cosines (K classes, N rows) and the target logits before scaling (N,), and returns
 what takes the place of the cosines before scaling (K, N). Each cosine is treated by itself, so a
 loss can be computed in chunks of classes and no more than a chunk is ever held. Every function has
-a finite derivative everywhere. A function of your own works wherever one of these does::
+a finite derivative everywhere. A function of your own works wherever one of these does.
+
+Three turn a cosine back into an angle (:func:`linear_angle`, :func:`divided_angle` and the angular
+:func:`nearest_penalty`) and are no more exact than float32's cosines near a *wrong* centre. Of 64
+rows (d = 128) whose angle to one was 1e-2, 3e-3, 1e-3 and 3e-4 rad, the worst gradient was off by
+0.2, 3, 14 and 56 % in :class:`angular_losses.LiArcFaceLoss`, by 0.02, 0.3, 1 and 4 % in
+:class:`angular_losses.InterTopKLoss` and by 0.01 % at most in "v2" of
+:class:`angular_losses.SphereFaceRLoss`; nearer still, that class's part of the gradient is lost: 71
+and 6 % in the first two. In float64 all were right to 2e-6 down to 1e-5 rad. For example::
 
     margin_softmax_loss(
         embeddings, weight, labels, scale=64.0,
@@ -24,9 +32,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .geometry import directions, normalize
-
-# Between these no square root of 1 - c^2 and no acos has a derivative above 1e3.
-_LARGEST_COSINE = 1 - 5e-7
 
 
 def curricularface(cosine: Tensor, target: Tensor, t: float | Tensor) -> Tensor:
@@ -158,10 +163,7 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
         Zhao et al., "Multi-query Multi-head Attention Pooling and Inter-topK Penalty for Speaker
         Verification", ICASSP 2022, arXiv:2110.05042.
     """
-    nearer = cosine + m
-    if angular:
-        inside = cosine.clamp(-_LARGEST_COSINE, _LARGEST_COSINE)
-        nearer = math.cos(m) * cosine + math.sin(m) * (1 - inside.square()).sqrt()
+    nearer = torch.cos(_angle(cosine) - m) if angular else cosine + m
     return torch.where(cosine >= threshold, nearer, cosine)
 
 
@@ -183,8 +185,7 @@ def linear_angle(cosine: Tensor) -> Tensor:
         Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
         workshops 2019, arXiv:1907.12256.
     """
-    theta = torch.acos(cosine.clamp(-_LARGEST_COSINE, _LARGEST_COSINE))
-    return 1 - 2 / math.pi * theta
+    return 1 - 2 / math.pi * _angle(cosine)
 
 
 def divided_angle(cosine: Tensor, m: float) -> Tensor:
@@ -204,7 +205,7 @@ def divided_angle(cosine: Tensor, m: float) -> Tensor:
     References:
         Liu et al., "SphereFace Revived", TPAMI 2022, arXiv:2109.05565.
     """
-    return torch.cos(torch.acos(cosine.clamp(-_LARGEST_COSINE, _LARGEST_COSINE)) / m)
+    return torch.cos(_angle(cosine) / m)
 
 
 @torch.no_grad()
@@ -277,6 +278,16 @@ def sums_above(
         total += cosine.where(above, 0).sum(0)
         count += above.sum(0)
     return torch.stack([total, count])
+
+
+def _angle(cosine: Tensor) -> Tensor:
+    """acos, and its tangent where a cosine is so near to 1 or -1 that it is mostly rounding.
+
+    There acos itself has no finite derivative, and that of a clamped cosine is 0.
+    """
+    largest = 1 - 4 * torch.finfo(cosine.dtype).eps
+    inside = cosine.clamp(-largest, largest)
+    return torch.acos(inside) - (cosine - inside) / math.sqrt(1 - largest**2)
 
 
 def _others(

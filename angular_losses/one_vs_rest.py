@@ -43,8 +43,9 @@ def one_vs_rest_loss(
     precision and memory are those of :func:`margin_softmax_loss`.
 
     Args:
-        embeddings: (N, d), floating point, of any finite length.
-        weight: (C, d) class centres, floating point, of any finite length.
+        embeddings: (N, d), floating point, of any finite length (below 6e-34, in float16 2e-4, a
+            vector counts as zero: no direction, no gradient, pi / 2 from everything).
+        weight: (C, d) class centres, floating point, likewise.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         positive: A function of the target angles theta (N,), in radians, float64, that returns the
             loss of the targets (N,).

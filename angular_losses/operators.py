@@ -60,7 +60,7 @@ def margin_parts(
         stash: Whether E is kept for the backward pass, or computed again.
         rule: How the other classes enter; under ``torch.compile`` only the plain one.
         row_target: (N,) the logit of the target before scaling, for a rule that looks at it.
-        row_bias: (N,) the bias of a summed rule, in the :func:`working_dtype`, or None.
+        row_bias: (N,) the bias of a rule, in the :func:`working_dtype`, or None.
         begin_sum: Where the classes are shared between processes: what begins to sum the gradient
             of the embeddings over them, and returns how to end that. Between the two the gradient
             of the weight is computed.

@@ -92,9 +92,9 @@ def plan(
     """
     checks.choice("mode", mode, MODES)
     if num_rows != 0:  # an empty batch is one too
-        checks.positive_integer("num_rows", num_rows)
-    checks.positive_integer("num_classes", num_classes)
-    checks.positive_integer("embedding_size", embedding_size)
+        num_rows = checks.positive_integer("num_rows", num_rows)
+    num_classes = checks.positive_integer("num_classes", num_classes)
+    embedding_size = checks.positive_integer("embedding_size", embedding_size)
     working = torch.promote_types(dtype, torch.float32)
     product = working if product_dtype is None else product_dtype
     gradient_bytes = (num_rows + num_classes) * embedding_size * dtype.itemsize

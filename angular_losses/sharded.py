@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .base import MarginLoss
+from .centres import watch
 from .gathering import Gathering
 from .optimizers import shard_optimizer as shard_optimizer
 from .saving import load as load
@@ -126,7 +127,7 @@ def shard(
     sharded.weight = weight
     sharded.is_random = loss.is_random or sample_rate < 1
     sharded.batches = 0
-    sharded._watch, sharded._unchanged = None, 0
+    watch(sharded)
     return loss
 
 
@@ -185,7 +186,8 @@ def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
     cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
     whole = cast(MarginLoss, cls.__new__(cls))
     of_shards = {"gathering", "factor", "sample_rate", "seed", "shard", "is_random", "batches"}
-    vars(whole).update({k: v for k, v in vars(loss).items() if k not in of_shards})
+    own = {k: v for k, v in vars(loss).items() if k not in of_shards}
+    vars(whole).update({k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()})
     whole._parameters = dict(loss._parameters)
     whole._buffers, whole._modules = copy.deepcopy(loss._buffers), copy.deepcopy(loss._modules)
     whole.shard = WHOLE
@@ -193,5 +195,5 @@ def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
         if parameter is not None:
             values = centres if name == "weight" else parameter.detach().clone()
             whole._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    whole._watch, whole._unchanged = None, 0
+    watch(whole)
     return whole

@@ -51,7 +51,7 @@ def margin_softmax_loss(
 
     In exact arithmetic this is ``F.cross_entropy(logits, labels)`` with ``logits = scale *
     cosines(embeddings, weight)`` whose target column is replaced by f. Here the loss keeps its
-    relative precision (a few scale * eps) however small it is, where cross_entropy returns 0, and
+    relative precision (a few scale * eps) down to 1e-38, where cross_entropy returns 0, and
     the target's angle and gradient are exact at every angle (:func:`angle_between`).
 
     The modes differ in their rounding only. "stash" keeps one N x C matrix for the backward pass,
@@ -61,8 +61,9 @@ def margin_softmax_loss(
     "dense"; weight and gradients stay as they are.
 
     Args:
-        embeddings: (N, d), floating point, of any finite length.
-        weight: (C, d) class centres, floating point, of any finite length.
+        embeddings: (N, d), floating point, of any finite length (below 6e-34, in float16 2e-4, a
+            vector counts as zero: no direction, no gradient, pi / 2 from everything).
+        weight: (C, d) class centres, floating point, likewise.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         margin: A function of the target angles theta (N,), in radians, float64, that returns the
             target logits before scaling (N,): one of :mod:`angular_losses.margins`, such as
@@ -113,7 +114,7 @@ def margin_softmax_loss(
         >>> f"{loss.item():.3e}"
         '4.053e-25'
     """
-    rule = _rule(negatives, sub_centers, normalize_weight, scale)
+    rule = _rule(negatives, sub_centers, normalize_weight)
     num_classes = shard.num_classes_of(weight, sub_centers)
     kept = checks.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -132,15 +133,18 @@ def margin_softmax_loss(
         before = None
         if negatives:
             before = _target_before(embeddings, weight, own, margin, dtype, shard)
+        # A scale of each row is part of a function's terms, whose derivatives are autograd's.
+        of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
         parts = modes.parts(
             embeddings,
             weight,
             own,
             chosen,
-            scale=scale,
+            scale=scale if of_rows is None else 1.0,
             class_share=here if rule == PLAIN else None,
             rule=rule,
             target=before,
+            bias=of_rows,
             shard=shard,
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
@@ -202,7 +206,6 @@ def _rule(
     negatives: NegativeFunction | None,
     sub_centers: int,
     normalize_weight: bool,
-    scale: float | Tensor,
 ) -> Rule:
     checks.positive_integer("sub_centers", sub_centers)
     if negatives is None:
@@ -212,8 +215,6 @@ def _rule(
             "negatives: expected a function of cosines (K, N) and target logits (N,), "
             f"got {negatives!r}"
         )
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise ValueError("scale: expected one without a gradient, beside a function of negatives")
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         assert target is not None
@@ -223,7 +224,7 @@ def _rule(
             raise ValueError(
                 f"negatives: expected it to return shape {tuple(cosine.shape)}, got {got}"
             )
-        return found
+        return found if bias is None else bias * found
 
     return Rule(terms, sub_centers=sub_centers, keep_lengths=not normalize_weight)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import checks
-from .base import MarginLoss
+from .centres import ClassCentres
 
 
 def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
@@ -93,7 +93,7 @@ def parameter_groups(
         parameter
         for module in modules
         for part in module.modules()
-        if isinstance(part, MarginLoss)
+        if isinstance(part, ClassCentres)
         for parameter in part.parameters()
     )
     if not of_losses:

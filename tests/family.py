@@ -121,6 +121,11 @@ FAMILY = [
         with_defaults(al.SphereFaceRLoss, normalization="soft"),
         soft_formula,
     ),
+    Row(
+        "SphereFace-R-v2-soft",
+        with_defaults(al.SphereFaceRLoss, kind="v2", normalization="soft"),
+        soft_formula,
+    ),
     fixed(
         "SphereFace-R-detached",
         with_defaults(al.SphereFaceRLoss, kind="v2", gradient="detached"),
@@ -227,17 +232,21 @@ FAMILY = [
         for kind in ("arc", "cos")
         for adaptive in (True, False)
     ),
-    fixed(
-        "NPCFace",
-        al.NPCFaceLoss,
-        papers.npcface,
-        exact=False,
-        margin=of("mask_margin"),
-        m0=of("margin"),
-        m1=of("m1"),
-        t=of("t"),
-        a=of("a"),
-        scale=of("scale"),
+    *(
+        fixed(
+            f"NPCFace{'-easy' if easy else ''}",
+            with_defaults(al.NPCFaceLoss, beyond="easy" if easy else "decreasing"),
+            papers.npcface,
+            exact=False,
+            margin=of("mask_margin"),
+            m0=of("margin"),
+            m1=of("m1"),
+            t=of("t"),
+            a=of("a"),
+            scale=of("scale"),
+            easy_margin=easy,
+        )
+        for easy in (False, True)
     ),
     fixed(
         "Circle",
@@ -273,6 +282,18 @@ FAMILY = [
             **MARGIN_AND_SCALE,
         )
         for kind in ("C", "A")
+    ),
+    fixed(
+        "SphereFace2-detached",
+        with_defaults(al.SphereFace2Loss, gradient="detached"),
+        papers.sphereface2,
+        exact=False,
+        smoothing=False,
+        bias=of("bias"),
+        t=of("t"),
+        balance=of("balance"),
+        detach_characteristic=True,
+        **MARGIN_AND_SCALE,
     ),
     fixed(
         "UniFace",

@@ -10,6 +10,7 @@ defines something else. "code" is the authors' own; numbers with a ? are from me
 
 import math
 
+import mpmath as mp
 import torch
 
 
@@ -118,7 +119,19 @@ def spherefacer_norm(embeddings, *, scale, t):
     return t * (lengths(embeddings) - scale).abs()
 
 
-def sphereface2(embeddings, weight, labels, *, bias, margin, scale, t, balance, kind="C"):
+def sphereface2(
+    embeddings,
+    weight,
+    labels,
+    *,
+    bias,
+    margin,
+    scale,
+    t,
+    balance,
+    kind="C",
+    detach_characteristic=False,
+):
     """SphereFace2, 2108.01513 eq. 5? and appendix: with g(z) = 2 ((z + 1) / 2)^t - 1,
 
     lambda / r log(1 + exp(-(r p + b))) + (1 - lambda) / r sum_j!=y log(1 + exp(r n_j + b)).
@@ -139,6 +152,9 @@ def sphereface2(embeddings, weight, labels, *, bias, margin, scale, t, balance, 
         theta = torch.acos(target)
         theta = theta + margin if kind == "A" else margin * theta
         positive, negative = adjusted(torch.cos(theta.clamp(max=math.pi))), adjusted(cosine)
+    if detach_characteristic:  # opensphere sphereface2.py: cos_theta + d_theta for every class
+        positive = target + (positive - target).detach()
+        negative = cosine + (negative - cosine).detach()
     others = softplus(scale * negative + bias).masked_fill(one_hot(labels, len(weight)), 0.0)
     return (
         balance * softplus(-(scale * positive + bias)) + (1 - balance) * others.sum(dim=1)
@@ -155,8 +171,10 @@ def sphereface2_bias(classes, *, margin, scale, t, balance, kind="C"):
         g = 2 * ((math.cos(min(math.pi, theta)) + 1) / 2) ** t - 1
         positive, negative = scale * g, scale * at_zero
     z = balance / ((1 - balance) * (classes - 1))
-    root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(positive - negative))
-    return math.log(2 * z) - negative - math.log(1 - z + root)
+    with mp.workdps(800):  # the code loses all digits where z > 1
+        z, difference = mp.mpf(z), mp.mpf(positive) - negative
+        root = mp.sqrt((1 - z) ** 2 + 4 * z * mp.exp(difference))
+        return float(mp.log(2 * z) - negative - mp.log(1 - z + root))
 
 
 def uniface(embeddings, weight, labels, *, bias, margin, scale, balance=1.0):

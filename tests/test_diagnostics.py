@@ -697,7 +697,7 @@ COUNTS = torch.ones(4)
         (lambda: diagnostics.AngularMonitor(torch.nn.Linear(1, 1)), TypeError, "loss:"),
         (lambda: diagnostics.AngularMonitor(al.ArcFaceLoss(1, 2)), ValueError, "loss:"),
         (lambda: watched(every=0), ValueError, "every:"),
-        (lambda: watched().update(ONES, LABELS), ValueError, "weight: expected shape"),
+        (lambda: watched().update(ONES, LABELS), ValueError, "embeddings: expected shape"),
         (lambda: watched().update_gradients(ONES), ValueError, "gradient:"),
         (lambda: diagnostics.plot_angles([1], COUNTS), TypeError, "target:"),
         (lambda: diagnostics.plot_angles(COUNTS, COUNTS[:2]), ValueError, "nearest: .*4"),

@@ -152,6 +152,18 @@ def test_the_comparison_knows_what_is_there():
     assert not names & set(angular_losses.__all__)
 
 
+def test_papers_are_those_of_the_docstrings():
+    docstrings = "".join(path.read_text() for path in (ROOT / "angular_losses").glob("*.py"))
+    links = re.findall(
+        r"\[([^\]]+)\]\(https://arxiv\.org/abs/([^)]*)\)", (DOCS / "losses.md").read_text()
+    )
+    assert len(links) > 20
+    for text, number in links:
+        assert text == number
+        assert re.fullmatch(r"\d{4}\.\d{5}", number)
+        assert f"arXiv:{number}" in docstrings
+
+
 @pytest.mark.parametrize("name", [*angular_losses.__all__, *sharded.__all__])
 def test_every_public_name_has_its_page_in_the_reference(name):
     assert f"   {name}\n" in (DOCS / "reference.md").read_text()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import angular_losses as al
+from tests import papers
 from tests.cases import CASES, NAMES
 
 
@@ -233,3 +234,26 @@ def test_one_compiled_graph_advances_the_schedule():
 def test_bad_arguments_are_named(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+class TestBias:
+    @pytest.mark.parametrize("scale", [1.0, 40.0, 46.0, 64.0, 1000.0])
+    @pytest.mark.parametrize(("kind", "balance"), [("C", 0.7), ("A", 0.7), ("C", 0.5)])
+    @pytest.mark.parametrize("num_classes", [2, 3, 1000])
+    def test_spherefaces_starts_where_the_paper_has_it(self, num_classes, scale, kind, balance):
+        options = {"kind": kind, "balance": balance, "scale": scale}
+        loss = al.SphereFace2Loss(num_classes, 4, dtype=torch.float64, **options)
+        expected = papers.sphereface2_bias(num_classes, margin=0.4, t=3.0, **options)
+        assert loss.bias.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+    @pytest.mark.parametrize("cls", [al.SphereFace2Loss, al.UniFaceLoss])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_it_is_no_scalar_but_those_saved_as_one_are_loaded(self, cls, assign):
+        losses = torch.nn.ModuleList([cls(5, 4), cls(5, 4)])
+        assert all(parameter.dim() for parameter in losses.parameters())
+        state = losses.state_dict()
+        state["1.bias"] = torch.tensor(2.5)
+        losses.load_state_dict(state, assign=assign)
+        assert losses[1].bias.shape == (1,)
+        assert losses[1].bias.item() == 2.5
+        assert state["1.bias"].shape == ()  # the caller's own

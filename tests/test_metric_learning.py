@@ -7,11 +7,15 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
 
-from angular_losses import arcface, margin_softmax_loss
+import angular_losses
+from angular_losses import arcface, margin_softmax_loss, parameter_groups
+from angular_losses.centres import FORGOTTEN_AFTER
+from angular_losses.diagnostics import AngularMonitor
 from tests.profiling import peak_bytes
 
 pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is missing")
@@ -37,7 +41,9 @@ CASES = [
     ("ArcFaceLoss", {}),
     ("ArcFaceLoss", {"margin": 80, "scale": 7}),
     ("CosFaceLoss", {}),
+    ("ArcFaceLoss", {"margin": -20, "scale": 7}),
     ("CosFaceLoss", {"margin": 0.1, "scale": 30}),
+    ("CosFaceLoss", {"margin": -0.1, "scale": np.float32(30)}),
     ("SphereFaceLoss", {}),
     ("SphereFaceLoss", {"margin": 3, "scale": 5}),
     ("LargeMarginSoftmaxLoss", {}),
@@ -130,6 +136,82 @@ def test_logits_are_pmls(name, options, dtype):
 @each_class
 def test_reducers(name, reducer):
     assert_equal(*pair(name, reducer=reducer), *batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_pml_rounds_to_0_do_not_count(dtype):
+    options = {"margin": 5, "scale": 400, "reducer": reducers.AvgNonZeroReducer()}
+    first, second = (loss.to(dtype) for loss in pair("ArcFaceLoss", **options))
+    embeddings, labels = batch(dtype)
+    with torch.no_grad():
+        embeddings[:20] = first.W.t()[labels[:20]] + 1e-2 * embeddings[:20]
+        rows = margin_softmax_loss(
+            embeddings,
+            first.W.t().double(),
+            labels,
+            margin=lambda theta: arcface(theta, first.margin),
+            scale=400.0,
+            reduction="none",
+        )
+    assert 4 < ((rows > 0) & (rows < 1e-16)).sum() < ROWS
+    assert_equal(first, second, embeddings, labels, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_sizes_may_be_numpys(integer):
+    loss = ours.SubCenterArcFaceLoss(integer(200), integer(3), np.float32(28.6), sub_centers=3)
+    assert loss.W.shape == (3, 600)
+    assert loss.margin == pytest.approx(math.radians(28.6))
+
+
+@each_class
+def test_the_forgotten_centres_are_warned_of(name):
+    loss, network = pair(name)[1], torch.nn.Linear(SIZE, SIZE).double()
+    embeddings, labels = batch()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01)
+    for _ in range(FORGOTTEN_AFTER):
+        loss(network(embeddings.detach()), labels).backward()
+        optimiser.step()
+    loss(network(embeddings.detach()), labels).backward()
+    with pytest.warns(UserWarning, match=rf"W: the class centres of {name} have not changed"):
+        optimiser.step()
+
+
+def test_parameter_groups_know_these_losses():
+    network = torch.nn.Linear(2, 3)
+    for name, _ in EACH:
+        loss = pair(name)[1]
+        groups = parameter_groups(network, loss, lr=0.1, weight_decay=0.5)
+        assert [len(group["params"]) for group in groups] == [2, 1]
+        assert groups[1]["params"][0] is loss.W
+        assert groups[1]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "SubCenterArcFaceLoss", "CosFaceLoss"])
+def test_a_monitor_sees_what_it_sees_of_a_loss_of_this_package(name):
+    of_pml = pair(name)[1]
+    options = {"beyond": "linear"} if "Arc" in name else {}
+    own = getattr(angular_losses, name)(CLASSES, SIZE, of_pml.margin, **options).double()
+    with torch.no_grad():
+        own.weight.copy_(of_pml.W.t())
+    embeddings, labels = batch()
+    summaries = []
+    for loss in (own, of_pml):
+        monitor = AngularMonitor(loss)
+        with monitor.attach():
+            loss(embeddings, labels).backward()
+        summaries.append(monitor.summary(centres=True))
+    assert summaries[1] == pytest.approx(summaries[0], rel=1e-6)
+    assert summaries[1]["gradient_norm_max"] > 0
+
+
+def test_a_monitor_of_p2sgrad():
+    loss, (embeddings, labels) = ours.P2SGradLoss(SIZE, CLASSES), batch(torch.float32)
+    monitor = AngularMonitor(loss)
+    with monitor.attach():
+        loss(embeddings, labels).backward()
+    assert monitor.summary()["margin_mean"] == pytest.approx(0, abs=1e-6)
+    assert monitor.summary()["gradient_norm_max"] > 0
 
 
 @each_class
@@ -585,8 +667,9 @@ def test_the_distance_has_to_be_the_cosine(name):
     [
         (lambda: ours.ArcFaceLoss(0, 3), ValueError, "num_classes: "),
         (lambda: ours.ArcFaceLoss(2, 3.0), TypeError, "embedding_size: expected an int"),
-        (lambda: ours.ArcFaceLoss(2, 3, margin=180), ValueError, r"margin: .*\[0, 180\) degrees"),
-        (lambda: ours.CosFaceLoss(2, 3, margin=2), ValueError, "margin: "),
+        (lambda: ours.ArcFaceLoss(2, 3, margin=180), ValueError, r"margin: .*, 180\) degrees"),
+        (lambda: ours.ArcFaceLoss(2, 3, margin="a"), TypeError, "margin: .*number of degrees, got"),
+        (lambda: ours.CosFaceLoss(2, 3, margin=math.nan), ValueError, "margin: "),
         (lambda: ours.SphereFaceLoss(2, 3, margin=0.5), ValueError, "margin: "),
         (lambda: ours.SubCenterArcFaceLoss(2, 3, sub_centers=0), ValueError, "sub_centers: "),
         (lambda: ours.NormalizedSoftmaxLoss(2, 3, temperature=0), ValueError, "temperature: "),

@@ -33,9 +33,10 @@ ROOMS = {
     "negatives": {"geometry"},
     "schedules": {"checks"},
     "ranks": set(),
+    "centres": {"margins"},
     "base": {
-        *("checks", "geometry", "margins", "planner", "reductions", "schedules", "shards"),
-        "softmax",
+        *("centres", "checks", "geometry", "margins", "planner", "reductions", "schedules"),
+        *("shards", "softmax"),
     },
     "losses": {"base", "checks", "margins", "negatives", "softmax"},
     "multiplicative": {"base", "checks", "geometry", "margins", "negatives", "softmax"},
@@ -43,22 +44,24 @@ ROOMS = {
     "mining": {"base", "checks", "geometry", "margins", "negatives", "ranks", "softmax"},
     "binary": {"base", "checks", "one_vs_rest"},
     "catalogue": {"base", "adaptive", "binary", "losses", "mining", "multiplicative"},
-    "training": {"base", "checks"},
+    "training": {"centres", "checks"},
     "gathering": {"shards"},
     "sharding": {"base", "checks", "gathering", "ranks", "shards"},
     "optimizers": {"base", "sharding"},
     "saving": {"base", "sharding"},
-    "sharded": {"base", "checks", "gathering", "optimizers", "saving", "sharding", "shards"},
+    "sharded": {
+        *("base", "centres", "checks", "gathering", "optimizers", "saving", "sharding", "shards"),
+    },
     "packing": {"checks"},
     "measures": {"checks", "geometry", "margins", "packing"},
     "plots": {"checks", "margins", "measures", "matplotlib"},
     "diagnostics": {
-        *("base", "checks", "geometry", "measures", "packing", "plots", "ranks", "shards"),
+        *("centres", "checks", "geometry", "measures", "packing", "plots", "ranks", "shards"),
         "matplotlib",
     },
     "checkpoints": {"checks"},
     "metric_learning": {
-        *("checks", "geometry", "margins", "softmax", "pytorch_metric_learning"),
+        *("centres", "checks", "geometry", "margins", "softmax", "pytorch_metric_learning"),
     },
 }
 OUTSIDE = {"torch", "typing_extensions", *sys.stdlib_module_names}

@@ -1,5 +1,6 @@
 """Running statistics against the papers' updates: in training, in eval, over processes."""
 
+import copy
 import socket
 
 import pytest
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 import angular_losses as al
 from tests import papers
 from tests.cases import in_chunks_of
+from tests.processes import Processes
 
 SIZE, CLASSES = 6, 7
 
@@ -154,6 +156,49 @@ def test_kappaface_gives_classes_it_has_not_seen_a_margin():
     assert loss.margin.isfinite().all()
 
 
+def test_kappaface_of_one_image_leaves_the_others_apart():
+    """A mean of one direction has length 1, a concentration without bound."""
+    counts = torch.full((CLASSES,), 40.0)
+    counts[-1] = 1
+    spread = torch.arange(1.0, CLASSES + 1, dtype=torch.float64)
+    labels = torch.cat([torch.arange(40 * (CLASSES - 1)) % (CLASSES - 1), torch.tensor([6])])
+    torch.manual_seed(0)
+    embeddings = torch.randn(len(labels), SIZE, dtype=torch.float64)
+    embeddings += spread[labels, None] * torch.eye(CLASSES, SIZE, dtype=torch.float64)[labels]
+    margins = []
+    for rows in (slice(None), slice(-1), [*range(len(labels)), -1]):  # with it, without, twice
+        loss = built(al.KappaFaceLoss, counts, gamma=1.0)
+        loss(embeddings[rows], labels[rows])
+        loss.update_margins()
+        margins.append(loss.margin)
+    assert torch.allclose(margins[0], margins[1])
+    assert torch.allclose(margins[0], margins[2])
+    assert margins[0][:-1].std() > 0.05
+    assert margins[0][-1].item() == pytest.approx(0.4)
+
+
+def test_what_kappaface_gathers_moves_and_is_saved_but_is_no_buffer():
+    loss = built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0))
+    loss(*batch())
+    names = {"direction_sums", "seen"}
+    assert not names & dict(loss.named_buffers()).keys()
+    assert names < loss.state_dict().keys()
+    outer = torch.nn.ModuleDict({"loss": built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0))})
+    outer.load_state_dict({f"loss.{name}": value for name, value in loss.state_dict().items()})
+    assert torch.equal(outer["loss"].direction_sums, loss.direction_sums)
+    assert outer["loss"].seen.sum() == 9
+    del (state := outer.state_dict())["loss.seen"]
+    state["loss.direction_sums"] = torch.zeros(2, 2)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Missing key.*loss.seen.*size mismatch for loss.dir"
+    ):
+        outer.load_state_dict(state)
+    assert copy.deepcopy(loss).seen is not loss.seen
+    loss.to("meta")
+    assert loss.seen.is_meta
+    assert not names & dict(loss.named_buffers()).keys()
+
+
 def test_margins_of_counts():
     counts = torch.tensor([3, 1000, 20, 20])
     assert torch.allclose(
@@ -215,6 +260,30 @@ def test_bad_input_changes_nothing(name):
         loss(embeddings, labels + CLASSES)
     for key, value in loss.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def _in_ddp(mesh):
+    loss = built(al.KappaFaceLoss, torch.arange(1.0, CLASSES + 1))
+    in_ddp = torch.nn.parallel.DistributedDataParallel(loss)
+    for seed in range(3):
+        embeddings, labels = batch(10, seed)
+        mine = slice(0, 7) if mesh.get_rank() == 0 else slice(7, 10)
+        in_ddp(embeddings[mine].requires_grad_(), labels[mine]).backward()
+    loss.update_margins()
+    return loss.margin.tolist()
+
+
+def test_kappaface_in_ddp_counts_the_rows_of_all():
+    processes = Processes(2)
+    try:
+        found = processes.run(_in_ddp, 2)
+    finally:
+        processes.close()
+    loss = built(al.KappaFaceLoss, torch.arange(1.0, CLASSES + 1))
+    for seed in range(3):
+        loss(*batch(10, seed))
+    loss.update_margins()
+    assert found[0] == found[1] == pytest.approx(loss.margin.tolist(), rel=1e-5)
 
 
 def _run(rank, world_size, port, path):

@@ -1,12 +1,15 @@
 """What people trip over: forgotten parameters, small scales, weight decay, export, new classes."""
 
+import collections
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import angular_losses as al
-from angular_losses.base import FORGOTTEN_AFTER
+from angular_losses.centres import FORGOTTEN_AFTER
 from tests.family import FAMILY, NAMES
 
 
@@ -67,13 +70,31 @@ class TestForgottenParameters:
                 optimiser.step()
                 optimiser.zero_grad()
 
-    def test_a_warning_says_so_once(self):
+    # The compiler looks at .grad of what enters a graph.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_warning_says_so_once(self, compiled):
         loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
         optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
-        self.train(loss, network, optimiser, FORGOTTEN_AFTER - 1)
-        with pytest.warns(UserWarning, match=r"weight: .*parameter_groups"):
-            self.train(loss, network, optimiser, 1)
-        self.train(loss, network, optimiser, 2 * FORGOTTEN_AFTER)
+        called = torch.compile(loss, backend="aot_eager") if compiled else loss
+        self.train(called, network, optimiser, FORGOTTEN_AFTER)
+        with pytest.warns(UserWarning, match=r"weight: .*parameter_groups") as said:
+            self.train(called, network, optimiser, 1)
+        assert said[0].filename == __file__
+        self.train(called, network, optimiser, 2 * FORGOTTEN_AFTER)
+
+    def test_no_accumulation_is_too_long(self):
+        loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        optimiser = torch.optim.SGD(al.parameter_groups(network, loss, lr=0.1))
+        steps = 3 * FORGOTTEN_AFTER
+        self.train(loss, network, optimiser, 2 * steps, accumulate=steps)
+
+    def test_the_steps_of_another_model_do_not_count(self):
+        loss = al.ArcFaceLoss(5, 8)
+        loss(*batch()).backward()
+        other, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        optimiser = torch.optim.SGD(al.parameter_groups(network, other, lr=0.1))
+        self.train(other, network, optimiser, 2 * FORGOTTEN_AFTER)
 
     @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
     def test_no_warning_where_the_centres_learn(self, optimiser):
@@ -82,9 +103,10 @@ class TestForgottenParameters:
         self.train(loss, network, optimiser(groups), 2 * FORGOTTEN_AFTER, accumulate=16)
 
     def test_no_warning_where_they_are_changed_unseen_by_autograd(self):
-        loss = al.ArcFaceLoss(5, 8)
-        for step in range(2 * FORGOTTEN_AFTER):
-            loss(*batch(step))
+        loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+        for _ in range(2 * FORGOTTEN_AFTER):
+            self.train(loss, network, optimiser, 1)
             loss.weight.data = loss.weight.data * 1.01
 
     def test_new_classes_are_watched_anew(self):
@@ -93,15 +115,20 @@ class TestForgottenParameters:
         self.train(loss, network, optimiser, 3)
         loss.extend(2)
         with pytest.warns(UserWarning, match="weight: "):
-            self.train(loss, network, optimiser, FORGOTTEN_AFTER)
+            self.train(loss, network, optimiser, FORGOTTEN_AFTER + 1)
 
     @pytest.mark.parametrize("quiet", ["eval", "frozen", "no graph"])
     def test_no_warning_where_they_are_not_meant_to_learn(self, quiet):
-        loss = al.ArcFaceLoss(5, 8).train(quiet != "eval")
+        loss, network = al.ArcFaceLoss(5, 8).train(quiet != "eval"), torch.nn.Linear(8, 8)
         loss.weight.requires_grad_(quiet != "frozen")
+        optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
         for step in range(2 * FORGOTTEN_AFTER):
+            points, labels = batch(step)
             with torch.set_grad_enabled(quiet != "no graph"):
-                loss(*batch(step))
+                value = loss(network(points), labels)
+            if quiet != "no graph":
+                value.backward()
+            optimiser.step()
 
 
 class TestParameterGroups:
@@ -142,6 +169,85 @@ class TestParameterGroups:
     def test_bad_arguments_are_named(self, modules, options, error, message):
         with pytest.raises(error, match=message):
             al.parameter_groups(*modules, **{"lr": 0.1, **options})
+
+
+class TestOptions:
+    """What comes from configuration files, from NumPy, and from other libraries."""
+
+    @pytest.mark.parametrize("of", [list, tuple, collections.deque, np.array, np.float32])
+    def test_what_is_kept_for_each_class_comes_in_any_sequence(self, of):
+        numbers = [0.25, 0.5, 0.75, 0.125, 1.0]
+        kept = torch.tensor(numbers)
+        assert torch.equal(al.ArcFaceLoss(5, 8, of(numbers)).margin, kept)
+        assert torch.equal(al.CosFaceLoss(5, 8, of(numbers)).margin, kept)
+        assert torch.equal(al.ArcFaceLoss(5, 8, class_weight=of(numbers)).class_weight, kept)
+        counts = of([1, 2, 3, 4, 5])
+        loss = al.KappaFaceLoss(5, 8, counts)
+        assert torch.equal(loss.class_counts, torch.arange(1.0, 6))
+        assert torch.equal(al.ldam_margins(counts), al.ldam_margins(torch.arange(1, 6)))
+
+    @pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor])
+    def test_sizes_may_be_numpys(self, integer):
+        with_numpy = al.SubCenterArcFaceLoss(integer(200), integer(8), sub_centers=integer(3))
+        assert with_numpy.weight.shape == (600, 8)
+        assert type(with_numpy.num_classes) is type(with_numpy.sub_centers) is int
+        assert al.UniFaceLoss(integer(200), 8).bias.item() == pytest.approx(math.log(2000))
+        assert al.plan(integer(200), integer(200), 8) == al.plan(200, 200, 8)
+
+    @pytest.mark.parametrize("real", [np.float32, np.float64, np.int64])
+    def test_numbers_may_be_numpys(self, real):
+        torch.manual_seed(0)
+        embeddings, labels = batch()
+        losses = [al.SphereFaceLoss(5, 8, kind(2), kind(32)) for kind in (float, real)]
+        losses[1].weight.data = losses[0].weight.data
+        assert torch.equal(losses[0](embeddings, labels), losses[1](embeddings, labels))
+        assert type(losses[1].margin) is type(losses[1].scale) is float
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"marign": 0.5}, "marign: ArcFaceLoss has no such option, expected margin"),
+            ({"class_weights": [1.0]}, "class_weights: .*, expected class_weight"),
+            ({"s": 64}, "s: .*, expected scale"),
+            ({"m": 0.5}, "m: .*, expected margin"),
+            ({"easy_margin": True}, "easy_margin: .*, expected beyond"),
+            ({"weight": torch.ones(5)}, "weight: .*, expected class_weight"),
+            ({"in_features": 8}, "in_features: .*, expected embedding_size"),
+            ({"out_features": 8}, "out_features: .*, expected num_classes"),
+            ({"xyzzy": 8}, "xyzzy: .*, expected beyond or class_weight or "),
+            ({"margin": [0.1, 0.2]}, r"margin: expected shape \(5,\)"),
+            ({"margin": [0.1, "a", 0.1, 0.1, 0.1]}, "margin: expected a number, got 'a'"),
+            ({"class_weight": "heavy"}, r"class_weight: expected a number for each class \(C,\)"),
+            ({"class_weight": 2.0}, r"class_weight: expected a number for each class \(C,\)"),
+            ({"scale": np.array([64.0])}, "scale: expected a number, got"),
+        ],
+    )
+    def test_bad_options_are_named(self, options, message):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            al.ArcFaceLoss(5, 8, **options)
+
+    def test_the_option_meant_is_one_that_there_is(self):
+        with pytest.raises(TypeError, match=r"^easy_margin: CosFaceLoss has .*, expected margin"):
+            al.CosFaceLoss(5, 8, easy_margin=True)
+
+
+class TestWidth:
+    @pytest.mark.parametrize(
+        ("sizes", "width", "guess"),
+        [
+            ((7, 5), 7, "logits, or are num_classes 7 and embedding_size 5 exchanged"),
+            ((7, 5), 6, ""),
+        ],
+    )
+    @pytest.mark.parametrize("call", ["forward", "get_logits"])
+    def test_embeddings_of_another_width_are_named(self, sizes, width, guess, call):
+        loss, embeddings = al.ArcFaceLoss(*sizes), torch.randn(4, width)
+        arguments = (embeddings, torch.arange(4))[: 1 if call == "get_logits" else 2]
+        with pytest.raises(
+            ValueError, match=r"^embeddings: expected shape \(N, 5\), .*" + guess
+        ) as e:
+            getattr(loss, call)(*arguments)
+        assert ("exchanged" in str(e.value)) == bool(guess)
 
 
 every_loss = pytest.mark.parametrize("row", FAMILY, ids=NAMES)
