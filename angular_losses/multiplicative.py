@@ -154,10 +154,11 @@ class SphereFaceRLoss(MarginLoss):
         """The eta of "v2"."""
         if self.kind != "v2":
             return None
+        margin, is_detached = self.margin, self.gradient == "detached"
 
         def eta(cosine: Tensor, target: Tensor) -> Tensor:
-            value = negatives.divided_angle(cosine, self.margin)
-            return cosine + (value - cosine).detach() if self.gradient == "detached" else value
+            value = negatives.divided_angle(cosine, margin)
+            return cosine + (value - cosine).detach() if is_detached else value
 
         return eta
 

@@ -24,6 +24,7 @@ ROOMS = {
     "shards": set(),
     "modes": {"checks", "chunks", "engine", "geometry", "operators", "planner", "shards"},
     "reductions": {"checks"},
+    "state": set(),
     "softmax": {
         *("checks", "chunks", "engine", "geometry", "margins", "modes", "reductions", "shards"),
     },
@@ -35,7 +36,7 @@ ROOMS = {
     "ranks": set(),
     "base": {
         *("checks", "geometry", "margins", "planner", "reductions", "schedules", "shards"),
-        "softmax",
+        *("softmax", "state"),
     },
     "losses": {"base", "checks", "margins", "negatives", "softmax"},
     "multiplicative": {"base", "checks", "geometry", "margins", "negatives", "softmax"},
