@@ -222,7 +222,7 @@ class LSoftmaxLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The length of the target's centre times psi(theta)."""
-        length = self.shard.of_targets(lengths, *self.centres_here(labels))
+        length = self.shard.of_targets(lambda centres: lengths(centres), *self.centres_here(labels))
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
             return length * margins.sphereface(theta, 1 + share * (self.margin - 1))
