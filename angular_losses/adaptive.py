@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import checks, margins, modes, ranks
 from .base import LossOptions, MarginLoss, Target
@@ -26,7 +27,7 @@ class AdaCosLoss(MarginLoss):
         s \leftarrow \frac{\log \frac1N \sum_i \sum_{j \ne y_i} e^{s\cos\theta_{ij}}}
         {\cos\min(\pi/4,\ \mathrm{median}_i\,\theta_{i y_i})}
 
-    Fixed, the scale stays s0. Dynamic, each forward pass in training mode updates it before use;
+    Fixed, the scale stays s0. Dynamic, each training step updates it before use;
     across processes the median is the mean of theirs. The scale is kept at 1 or more.
 
     Args:
@@ -57,6 +58,7 @@ class AdaCosLoss(MarginLoss):
 
     scale: Tensor
     scale_decides = False  # as it is when the base class looks
+    statistics = ("scale",)
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class AdaCosLoss(MarginLoss):
         if not self.dynamic:
             self.scale.fill_(_fixed_scale(self.num_classes + num_new))
 
-    def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Make the scale that of this batch."""
         if not self.dynamic:
             return
@@ -91,18 +93,18 @@ class AdaCosLoss(MarginLoss):
         parts = modes.parts(
             embeddings, weight, own, chosen, scale=self.scale, rule=rule, shard=self.shard
         )
-        weights = torch.ones_like(parts.theta) if kept is None else kept.to(parts.theta.dtype)
-        angle = parts.theta.where(weights > 0, torch.nan).nanmedian()
-        has_any = (~angle.isnan()).to(angle.dtype)
+        each = torch.ones_like(parts.theta) if weights is None else weights.to(parts.theta.dtype)
+        angle, has_any = _median(parts.theta, each)
         # The largest is taken out of the exponentials, the same one in every process.
-        largest = ranks.largest(parts.negatives.where(weights > 0, -torch.inf).amax())
+        exponents = parts.negatives.where(each > 0, -torch.inf)
+        largest = ranks.largest(F.pad(exponents, (0, 1), value=-torch.inf).amax())
         sums = ranks.total(
             torch.stack(
                 [
-                    ((parts.negatives - largest).exp() * weights).where(weights > 0, 0).sum(),
-                    weights.sum(),
-                    angle.nan_to_num() * has_any,
-                    has_any,
+                    ((exponents - largest).exp() * each).where(each > 0, 0).sum(),
+                    each.sum(),
+                    angle.where(has_any, 0),
+                    has_any.to(angle.dtype),
                 ]
             )
         )
@@ -112,8 +114,8 @@ class AdaCosLoss(MarginLoss):
         self.scale.copy_(torch.where(found.isfinite(), found, self.scale))
 
     def row_scale(self, embeddings: Tensor) -> Tensor:
-        """The scale as it is now; the next batch may change it before the backward pass."""
-        return self.scale.clone()
+        """The scale as it is now."""
+        return self.scale
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta)."""
@@ -127,7 +129,7 @@ class AdaFaceLoss(MarginLoss):
         \hat z = \mathrm{clip}\Bigl(\frac{|x| - \mu}{\sigma / h},\ -1,\ 1\Bigr)
 
     The quality is a constant to the gradient. mu and sigma are running statistics of the lengths,
-    of all processes, updated by each forward pass in training mode before they are used. Where
+    of all processes, updated by each training step before they are used. Where
     theta is below m z-hat the cosine goes on falling (unrolled), as :func:`arcface` does past pi.
 
     Args:
@@ -165,6 +167,7 @@ class AdaFaceLoss(MarginLoss):
 
     mean: Tensor
     deviation: Tensor
+    statistics = ("mean", "deviation")
 
     def __init__(
         self,
@@ -184,9 +187,9 @@ class AdaFaceLoss(MarginLoss):
         self.register_buffer("mean", torch.tensor(20.0, device=options.get("device")))
         self.register_buffer("deviation", torch.tensor(100.0, device=options.get("device")))
 
-    def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Move the statistics towards those of the batch."""
-        found = ranks.mean_and_deviation(_clipped(embeddings), kept)
+        found = ranks.mean_and_deviation(_clipped(embeddings), weights)
         for running, new in zip((self.mean, self.deviation), found, strict=True):
             new = new.to(running.dtype)  # NaN where the batch has too few rows
             running.lerp_(torch.where(new.isnan(), running, new), self.momentum)
@@ -366,7 +369,7 @@ class KappaFaceLoss(MarginLoss):
         \kappa = \frac{\bar r\,(d - \bar r^2)}{1 - \bar r^2}
 
     with n_c the images of a class, K = 1.05 max n as in the authors' code, and r-bar the length of
-    the mean direction of its embeddings. Forward passes in training mode gather those directions;
+    the mean direction of its embeddings. Training steps gather those directions;
     call :meth:`update_margins` at the end of each epoch. In the first epoch the margin is m. The
     authors keep one direction an image, mixed with its last; here an epoch counts as it was. A
     class of which one image is there or was seen has no concentration, and counts as one of
@@ -436,12 +439,12 @@ class KappaFaceLoss(MarginLoss):
         self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
         self.seen = torch.zeros_like(counts)
 
-    def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Add the directions of the batch to those of its classes."""
         unit = directions(embeddings, self.direction_sums.dtype)
-        weights = unit.new_ones(len(labels)) if kept is None else kept.to(unit.dtype)
-        self.direction_sums.index_add_(0, labels, unit * weights[:, None])
-        self.seen.index_add_(0, labels, weights)
+        each = unit.new_ones(len(labels)) if weights is None else weights.to(unit.dtype)
+        self.direction_sums.index_add_(0, labels, unit * each[:, None])
+        self.seen.index_add_(0, labels, each)
 
     def extend_buffers(self, num_new: int) -> None:
         """New classes count as the rarest, with the largest margin, until the counts are set."""
@@ -465,7 +468,7 @@ class KappaFaceLoss(MarginLoss):
 
     def _apply(self, *arguments: Any) -> Self:  # noqa: ANN401
         with self._gathered_as_buffers():
-            super()._apply(*arguments)  # type: ignore[no-untyped-call]
+            super()._apply(*arguments)
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401
@@ -583,6 +586,16 @@ def _pair(
     if low >= high:
         raise ValueError(f"{name}: expected the lower first, got {pair!r}")
     return low, high
+
+
+def _median(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The median of values (N,), weighted, the lower of two; and whether any has a weight."""
+    ordered, order = values.sort()
+    reached = weights.index_select(0, order).cumsum(0)
+    # Rows without a weight are not counted; where there is no other, nor any row, it is infinite.
+    is_median = (2 * reached >= weights.sum()) & (reached > 0)
+    median = F.pad(ordered.where(is_median, torch.inf), (0, 1), value=torch.inf).amin()
+    return median, median.isfinite()
 
 
 def _clipped(embeddings: Tensor) -> Tensor:

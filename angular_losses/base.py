@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import NoReturn, TypeAlias, TypedDict
 
@@ -13,12 +15,20 @@ from torch import Tensor, nn
 
 from . import checks, margins
 from .centres import ClassCentres, watch
-from .geometry import angle_between, cosines, directions, lengths, nearest_sub_centers
+from .geometry import (
+    angle_between,
+    cosines,
+    directions,
+    lengths,
+    nearest_sub_centers,
+    without_autocast,
+)
 from .planner import MODES
-from .reductions import REDUCTIONS
+from .reductions import REDUCTIONS, without_ignored
 from .schedules import Schedule
 from .shards import WHOLE, Shard, Whole
 from .softmax import NegativeFunction, margin_softmax_loss
+from .state import copied, is_in_backward
 
 Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 
@@ -64,7 +74,14 @@ class MarginLoss(ClassCentres, nn.Module):
 
     A margin that differs between rows is a function that :meth:`row_target` returns; a scale that
     does, what :meth:`row_scale` returns. :meth:`negatives_function` reweights the other classes,
-    :meth:`penalty` adds to the loss of a row, and :meth:`observe` updates running statistics.
+    :meth:`penalty` adds to the loss of a row, and :meth:`observe` updates running statistics, which
+    ``statistics`` names.
+
+    Each forward pass in training mode with gradients enabled is a training step: it moves the
+    schedule and the statistics. A pass under ``torch.no_grad()`` moves nothing and uses them as
+    they are. Where ``torch.utils.checkpoint`` runs a pass again it is still one step; for other
+    repeated passes (SAM, accumulated gradients) there is :meth:`same_step`. Buffers stay
+    float32 at least, whatever the loss is cast to.
 
     Remember to give the loss's parameters to the optimiser, beside those of the network
     (:func:`angular_losses.parameter_groups`).
@@ -73,8 +90,9 @@ class MarginLoss(ClassCentres, nn.Module):
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
         scale: The scale s > 0 of the cosines.
-        schedule: A :class:`LambdaAnnealing` or :class:`MarginWarmup`, advanced by each forward
-            pass in training mode; by default the whole margin is in force from the start.
+        schedule: A :class:`LambdaAnnealing` or :class:`MarginWarmup`, of which the loss takes a
+            copy and advances it by each training step; by default the whole margin is in force
+            from the start.
         gradient: "exact", or "detached": the margin moves the logit but is not differentiated
             (:func:`angular_losses.detached`), as insightface and OpenSphere train.
         sub_centers: The number of centres of a class; its angle is that of the nearest. For noisy
@@ -83,7 +101,7 @@ class MarginLoss(ClassCentres, nn.Module):
         class_weight: (C,) weight of each class, as in ``nn.CrossEntropyLoss``, a tensor or any
             other sequence of numbers; kept as a buffer.
         label_smoothing: In [0, 1), as in ``nn.CrossEntropyLoss``.
-        ignore_index: Rows with this label have loss 0 and gradient 0.
+        ignore_index: Rows with this label have loss 0 and gradient 0, whatever is in them.
         mode: "auto", "dense", "stash" or "recompute": how the softmax is computed
             (:func:`angular_losses.margin_softmax_loss`).
         memory_budget: Bytes that may be used beyond embeddings, weight and their gradients; by
@@ -108,6 +126,12 @@ class MarginLoss(ClassCentres, nn.Module):
     scale_decides = True
     # Whether a forward pass in training mode draws random numbers.
     is_random = False
+    # The buffers that ``observe`` updates and that the loss reads.
+    statistics: tuple[str, ...] = ()
+    # Whether passes belong to the training step before: see same_step.
+    _is_same_step = False
+    # Passes in training mode without gradients, since the last step.
+    _uncounted = 0
 
     def __init__(
         self,
@@ -148,7 +172,7 @@ class MarginLoss(ClassCentres, nn.Module):
             class_weight = checks.of_classes("class_weight", class_weight)
             checks.floating("class_weight", class_weight, self.num_classes)
             class_weight = class_weight.detach().to(device=device)
-        self.schedule = schedule
+        self.schedule = copy.deepcopy(schedule)
         self.gradient = gradient
         self.sub_centers = checks.positive_integer("sub_centers", sub_centers)
         self.reduction = reduction
@@ -212,13 +236,14 @@ class MarginLoss(ClassCentres, nn.Module):
         """What is added to the loss of each row, (N,), or None, as by default."""
         return None
 
-    def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
-        """Update running statistics, before the loss, in training mode, without a graph.
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Update running statistics, before the loss, at each training step, without a graph.
 
         Args:
-            embeddings: (N, d).
+            embeddings: (N, d); zero in ignored rows.
             labels: (N,) int64 in [0, C).
-            kept: (N,) which rows are not ignored; None where all are kept.
+            weights: (N,) how much each row counts: not at all if it is ignored, by the share of its
+                label if it is mixed; None where all count alike.
         """
 
     def forward(
@@ -249,16 +274,53 @@ class MarginLoss(ClassCentres, nn.Module):
             ValueError: If a shape, a device or a label is out of place.
         """
         kept = self._check(embeddings, labels)  # before anything is looked up or updated
-        if self.training and type(self).observe is not MarginLoss.observe:
-            with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
-                self.observe(embeddings.detach(), self.known(labels), kept)
-        if other_labels is None and lam is None:
+        weights, is_mixed = kept, other_labels is not None or lam is not None
+        if is_mixed:
+            embeddings, labels, sample_weight, kept, weights = self._mixed(
+                embeddings, labels, sample_weight, other_labels, lam
+            )
+        embeddings = without_ignored(embeddings, kept)
+        repeats = self._repeats_a_step()
+        is_step = self.training and torch.is_grad_enabled() and not repeats
+        if is_step and type(self).observe is not MarginLoss.observe:
+            with torch.no_grad(), without_autocast(embeddings.device):
+                self.observe(embeddings.detach(), self.known(labels), weights)
+        with self._state_of_a_pass(repeats):
             loss = self.batch_loss(embeddings, labels, sample_weight)
-        else:
-            loss = self._mixed(embeddings, labels, sample_weight, other_labels, lam)
-        if self.training and self.schedule is not None:
+        if is_step:
+            self.advance()
+        if not torch.compiler.is_compiling():
+            self._count(is_step)
+        return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss
+
+    def advance(self) -> None:
+        """Count a training step."""
+        if self.schedule is not None:
             self.schedule.advance()
-        return loss
+
+    @contextmanager
+    def same_step(self) -> Iterator[None]:
+        """While this lasts, forward passes belong to the training step before, and move no state.
+
+        They use the schedule's share and the statistics that the last step used. For a step that
+        takes several forward passes, such as SAM's, or gradients accumulated over small batches
+        where a schedule is to count the optimiser's steps.
+
+        Example:
+            >>> from angular_losses import ArcFaceLoss, MarginWarmup
+            >>> loss = ArcFaceLoss(10, 64, schedule=MarginWarmup(100))
+            >>> embeddings, labels = torch.randn(8, 64), torch.arange(8)
+            >>> first = loss(embeddings, labels)
+            >>> with loss.same_step():
+            ...     second = loss(embeddings, labels)
+            >>> bool(first == second), loss.schedule.step.item()
+            (True, 1)
+        """
+        before, self._is_same_step = self._is_same_step, True
+        try:
+            yield
+        finally:
+            self._is_same_step = before
 
     def batch_loss(
         self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
@@ -344,8 +406,9 @@ class MarginLoss(ClassCentres, nn.Module):
             return check(name, value)
         value = checks.of_classes(name, value)
         checks.floating(name, value, self.num_classes)
-        for extreme in value.aminmax():
-            check(name, extreme.item())
+        if checks.has_values(value):
+            for extreme in value.aminmax():
+                check(name, extreme.item())
         kept = value.detach().clone().to(device=device)
         self.register_buffer(name, kept)
         return kept
@@ -365,7 +428,7 @@ class MarginLoss(ClassCentres, nn.Module):
         """
         checks.floating("embeddings", embeddings, "N", "d", device=self.weight.device)
         checks.width("embeddings", embeddings, self.embedding_size, self.num_classes)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             cosine = cosines(embeddings, self.weight)
             if not self.normalize_weight:
                 cosine = cosine * lengths(self.weight).to(cosine.dtype)
@@ -464,10 +527,13 @@ class MarginLoss(ClassCentres, nn.Module):
         sample_weight: Tensor | None,
         other_labels: Tensor | None,
         lam: float | Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Both labels in one batch of twice the size, each row weighted by its share.
 
         The two of a row are neighbours, so that the rows of a process stay together.
+
+        Returns:
+            Embeddings, labels, sample weights, which rows are kept, and their shares.
         """
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
@@ -479,16 +545,63 @@ class MarginLoss(ClassCentres, nn.Module):
             checks.share("lam", lam)
         share = torch.as_tensor(lam, device=embeddings.device).to(self.weight.dtype)
         share = share.expand(len(labels))
-        weights = torch.stack([share, 1 - share], 1)
+        shares = torch.stack([share, 1 - share], 1)
+        both = torch.stack([labels.long(), other_labels.long()], 1).flatten()
+        kept = both != self.ignore_index
+        weights = shares
         if sample_weight is not None:
             checks.floating("sample_weight", sample_weight, len(labels), device=embeddings.device)
-            weights = weights * sample_weight[:, None]
-        loss = self.batch_loss(
+            weights = shares * sample_weight[:, None]
+        return (
             embeddings.repeat_interleave(2, 0),
-            torch.stack([labels, other_labels], 1).flatten(),
+            both,
             weights.flatten(),
+            kept,
+            shares.flatten().where(kept, 0),
         )
-        return loss.view(-1, 2).sum(1) if self.reduction == "none" else loss
+
+    def _repeats_a_step(self) -> bool:
+        """Whether a pass belongs to the step before.
+
+        One inside a backward pass does: checkpointing recomputes what the backward pass needs. Not
+        if the pass to be recomputed had no gradients, as reentrant checkpointing has it.
+        """
+        if not self.training:
+            return False
+        return self._is_same_step or (is_in_backward() and not self._uncounted)
+
+    def _count(self, is_step: bool) -> None:
+        """Take notice of a pass that a backward pass may have to recompute."""
+        if self.training and not torch.is_grad_enabled():
+            self._uncounted += 1
+        elif is_step:
+            self._uncounted = self._uncounted - 1 if is_in_backward() else 0
+
+    @contextmanager
+    def _state_of_a_pass(self, repeats: bool) -> Iterator[None]:
+        """While this lasts, the loss reads copies of its state: that now, or of the step before."""
+        moving: list[tuple[nn.Module, str]] = [(self, name) for name in self.statistics]
+        if self.schedule is not None:
+            moving.append((self.schedule, "step"))
+        with copied(moving):
+            if repeats and self.schedule is not None:
+                self.schedule.step.sub_(1).clamp_(min=0)
+            yield
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
+        """Keep the buffers in float32 at least: in half precision running statistics stall."""
+        buffers, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers = buffers
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                dtype = torch.promote_types(moved.dtype, torch.float32)
+                is_kept = moved.dtype in (dtype, buffer.dtype)
+                buffers[name] = moved if is_kept else buffer.to(moved.device, dtype)
+        return self
 
 
 _SHOWN_FIRST = ("training", "num_classes", "embedding_size")

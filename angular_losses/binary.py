@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,9 +104,9 @@ class SphereFace2Loss(_WithBias):
         self.bias = nn.Parameter(self.weight.new_full((1,), self._balanced_bias(float(scale))))
 
     def _balanced_bias(self, scale: float) -> float:
-        at = torch.tensor(math.pi / 2, dtype=torch.float64)
+        at = torch.tensor(math.pi / 2, dtype=torch.float64, device="cpu")
         positive = scale * self.target(at, 1.0).item()
-        negative = scale * self._negative(at.cos()).item()
+        negative = scale * self._negative()(at.cos()).item()
         odds = self.balance / ((1 - self.balance) * (self.num_classes - 1))
         root = math.hypot(1 - odds, 2 * math.sqrt(odds) * math.exp((positive - negative) / 2))
         if odds > 1:  # where 1 - odds + root would cancel
@@ -119,16 +120,22 @@ class SphereFace2Loss(_WithBias):
             return _adjusted(torch.cos(theta), self.t) - m
         return _adjusted(torch.cos((theta + m).clamp(max=math.pi)), self.t)
 
-    def _negative(self, cosine: Tensor) -> Tensor:
-        adjusted = _adjusted(cosine, self.t)
-        value = adjusted + self.margin if self.kind == "C" else adjusted
-        return cosine + (value - cosine).detach() if self.gradient == "detached" else value
+    def _negative(self) -> Callable[[Tensor], Tensor]:
+        """The n of the formula, with the settings as they are now."""
+        t, m = self.t, self.margin if self.kind == "C" else 0.0
+        is_detached = self.gradient == "detached"
+
+        def negative(cosine: Tensor) -> Tensor:
+            value = _adjusted(cosine, t) + m
+            return cosine + (value - cosine).detach() if is_detached else value
+
+        return negative
 
     def batch_loss(
         self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
     ) -> Tensor:
         """One versus the rest, with the bias learned."""
-        target = self.margin_function(embeddings, self.known(labels))
+        target, n = self.margin_function(embeddings, self.known(labels)), self._negative()
         r, of_positive, of_negatives = self.scale, self.balance, 1 - self.balance
         return one_vs_rest_loss(
             embeddings,
@@ -138,7 +145,7 @@ class SphereFace2Loss(_WithBias):
                 of_positive / r * F.softplus(-(r * target(theta) + self.bias), threshold=50)
             ),
             negative=lambda cosine, bias: (
-                of_negatives / r * F.softplus(r * self._negative(cosine) + bias, threshold=50)
+                of_negatives / r * F.softplus(r * n(cosine) + bias, threshold=50)
             ),
             bias=self.bias,
             **self.batch_options(embeddings, sample_weight),

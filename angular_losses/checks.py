@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, unit: str = "") -> float:
@@ -166,8 +167,7 @@ def class_counts(name: str, value: object, num_classes: int | None = None) -> Te
     if value.dim() != 1 or value.numel() == 0 or num_classes not in (None, len(value)):
         expected = "C" if num_classes is None else num_classes
         raise ValueError(f"{name}: expected shape ({expected},), got {tuple(value.shape)}")
-    smallest = value.min().item()
-    if not smallest >= 1:
+    if has_values(value) and not (smallest := value.min().item()) >= 1:
         raise ValueError(f"{name}: expected at least 1 sample of each class, got {smallest}")
     return value.detach().float()
 
@@ -186,8 +186,10 @@ def batch(
     none, ``num_classes`` says how many there are.
 
     On the CPU a label out of range raises at once. On other devices, and under ``torch.compile``,
-    it is asserted where the labels live, without a synchronisation. Inside a ``torch.func``
-    transform label values cannot be read; the lookup of the class centre raises instead.
+    it is asserted where the labels live, without a synchronisation; on MPS until torch 2.13, which
+    has no such operator, it raises at once too, and is not looked at under ``torch.compile``.
+    Inside a ``torch.func`` transform label values cannot be read; the lookup of the class centre
+    raises instead.
 
     Returns:
         Which labels are not ``ignore_index``, (N,); None where it is known that all are not.
@@ -223,7 +225,14 @@ def batch(
     return _kept(labels, num_classes, ignore_index)
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
+# Devices on which nothing can be asserted without waiting: MPS, until torch 2.13.
+_WITHOUT_ASSERT: tuple[str, ...] = ("mps",)
+if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", "MPS"):
+    _WITHOUT_ASSERT = ()
 
 
 # What the options are called here, by what they are called elsewhere.
@@ -265,11 +274,20 @@ def is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to read: not on the meta device, nor where a graph is traced."""
+    is_traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return not (is_traced or tensor.is_meta)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and has_values(tensor) and not is_transformed(tensor)
+
+
 def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
-    readable = not (
-        torch.compiler.is_compiling() or labels.device.type != "cpu" or is_transformed(labels)
-    )
-    if readable and labels.numel() and (ignore_index is None or ignore_index < 0):
+    labels = labels.long()  # in a narrower type the other numbers would wrap around
+    if is_readable(labels) and labels.numel() and (ignore_index is None or ignore_index < 0):
         lowest, highest = (extreme.item() for extreme in labels.aminmax())
         if lowest >= 0 and highest < num_classes:
             return None
@@ -279,9 +297,13 @@ def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor 
         inside = inside | ~kept
     ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
     message = f"labels: expected values in [0, {num_classes}){ignored}"
-    if readable and not inside.all():
-        raise ValueError(f"{message}, got {int(labels[~inside][0])}")
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+    if is_transformed(labels):
+        return kept
+    can_assert = labels.device.type not in _WITHOUT_ASSERT
+    if is_readable(labels) or (has_values(labels) and not can_assert):
+        if not inside.all():
+            raise ValueError(f"{message}, got {int(labels[~inside][0])}")
+    elif can_assert:
         torch._assert_async(inside.all(), message)
     return kept
 

@@ -42,7 +42,9 @@ class Rule(NamedTuple):
     def of_classes(self, cosines: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         """The terms of classes (K, N), from the cosines of their centres (K * sub_centers, N)."""
         if self.sub_centers > 1:
-            cosines = cosines.view(-1, self.sub_centers, cosines.shape[1]).max(1).values
+            num_centres, num_rows = cosines.shape
+            shape = (num_centres // self.sub_centers, self.sub_centers, num_rows)
+            cosines = cosines.view(shape).max(1).values
         return cosines if self.terms is None else self.terms(cosines, target, bias)
 
 

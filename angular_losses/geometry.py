@@ -9,6 +9,7 @@ and second derivatives that autograd takes through them.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
     """
     # Elsewhere the test would wait for the device, or be a gap in the compiled graph.
-    if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.is_readable(vectors):
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
         if _is_safe(length, vectors):
             torch.mul(vectors, length.reciprocal_(), out=out)
@@ -255,3 +256,11 @@ def _resolution(vectors: Tensor) -> float:
 def precise_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: float64, but on Apple's MPS float32."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """While this lasts, autocast leaves dtypes alone; on devices that have none (meta) too."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -6,7 +6,6 @@ None of those that take a batch holds an (N, C) matrix or waits for an accelerat
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
-from .geometry import directions, target_angle
+from .geometry import directions, target_angle, without_autocast
 from .margins import MarginFunction
 from .packing import separation_bound
 
@@ -343,7 +342,7 @@ def _nearest_other_class(rows: Tensor, weight: Tensor, classes: Tensor, sub_cent
     found = torch.zeros_like(classes)
     at_once = min(CLASSES_AT_ONCE, max(1, COSINES_AT_ONCE // max(1, len(rows))))
     at_once = max(1, at_once // sub_centers)
-    with _without_autocast(rows.device):
+    with without_autocast(rows.device):
         unit = directions(rows, dtype)
         for start in range(0, weight.shape[0] // sub_centers, at_once):
             centres = weight[start * sub_centers : (start + at_once) * sub_centers]
@@ -369,13 +368,6 @@ def _cosines(unit: Tensor, centres: Tensor) -> Tensor:
 def _has_direction(unit: Tensor) -> Tensor:
     """Whether a direction is one: neither zero nor NaN."""
     return unit.square().sum(-1) > 0.5
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Full precision, on devices without autocast (meta) too."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _check_weight(weight: Tensor, sub_centers: int) -> int:

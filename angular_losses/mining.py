@@ -21,8 +21,8 @@ class CurricularFaceLoss(MarginLoss):
     .. math:: f = s\cos(\theta_y + m), \qquad z_j = s\,c_j\,(t + c_j)
         \text{ where } c_j > \cos(\theta_y + m), \text{ else } s\,c_j
 
-    t is the running mean of the target cosines: 0 at first, and updated by each forward pass in
-    training mode before it is used.
+    t is the running mean of the target cosines: 0 at first, and updated by each training step
+    before it is used.
 
     Args:
         num_classes: The number of classes, C.
@@ -52,6 +52,7 @@ class CurricularFaceLoss(MarginLoss):
     """
 
     t: Tensor
+    statistics = ("t",)
 
     def __init__(
         self,
@@ -68,10 +69,10 @@ class CurricularFaceLoss(MarginLoss):
         self.momentum = checks.share("momentum", momentum)
         self.register_buffer("t", torch.zeros((), device=options.get("device")))
 
-    def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Move t towards the mean cosine of the batch's targets."""
         theta = self.target_angles(embeddings, labels)
-        found = ranks.mean(theta.cos(), kept).to(self.t.dtype)
+        found = ranks.mean(theta.cos(), weights).to(self.t.dtype)
         self.t.lerp_(torch.where(found.isnan(), self.t, found), self.momentum)
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class CurricularFaceLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives weighted by their cosines and t."""
-        t = self.t.clone()  # the next batch changes it before this one's backward pass, perhaps
+        t = self.t
         return lambda cosine, target: negatives.curricularface(cosine, target, t)
 
 
@@ -235,7 +236,8 @@ class NPCFaceLoss(MarginLoss):
                 torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32
             )
         )
-        return lambda cosine, target: negatives.npcface(cosine, threshold, self.t, self.a)
+        t, a = self.t, self.a
+        return lambda cosine, target: negatives.npcface(cosine, threshold, t, a)
 
 
 class CircleLoss(MarginLoss):
@@ -292,7 +294,8 @@ class CircleLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The other side of the circle."""
-        return lambda cosine, target: negatives.circle(cosine, self.margin)
+        margin = self.margin
+        return lambda cosine, target: negatives.circle(cosine, margin)
 
 
 class InterTopKLoss(MarginLoss):

@@ -27,12 +27,14 @@ def choose(
     if mode == "auto" and (checks.is_transformed(embeddings) or checks.is_transformed(weight)):
         mode = "dense"
     (num_rows, size), num_centres, device = embeddings.shape, weight.shape[0], weight.device
-    product_dtype = None
+    product_dtype = working_dtype(embeddings, weight)
     if (
         num_centres > FEW_CLASSES
-        and working_dtype(embeddings, weight) == torch.float32
+        and product_dtype == torch.float32
+        and torch.amp.is_autocast_available(device.type)
         and torch.is_autocast_enabled(device.type)
         and torch.get_autocast_dtype(device.type) != torch.float32
+        and _multiplies_bfloat16(device)
     ):
         product_dtype = torch.bfloat16  # for float16 too, whose range cannot hold E
     return plan(
@@ -46,6 +48,11 @@ def choose(
         memory_budget=memory_budget,
         reweighted=not rule.is_linear,
     )
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device is faster in bfloat16: a CPU without instructions for it is far slower."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def parts(

@@ -155,10 +155,11 @@ class SphereFaceRLoss(MarginLoss):
         """The eta of "v2"."""
         if self.kind != "v2":
             return None
+        margin, is_detached = self.margin, self.gradient == "detached"
 
         def eta(cosine: Tensor, target: Tensor) -> Tensor:
-            value = negatives.divided_angle(cosine, self.margin)
-            return cosine + (value - cosine).detach() if self.gradient == "detached" else value
+            value = negatives.divided_angle(cosine, margin)
+            return cosine + (value - cosine).detach() if is_detached else value
 
         return eta
 
@@ -222,7 +223,7 @@ class LSoftmaxLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The length of the target's centre times psi(theta)."""
-        length = self.shard.of_targets(lengths, *self.centres_here(labels))
+        length = self.shard.of_targets(lambda centres: lengths(centres), *self.centres_here(labels))
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
             return length * margins.sphereface(theta, 1 + share * (self.margin - 1))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import directions, normalize
+from .geometry import directions, normalize, without_autocast
 
 
 def curricularface(cosine: Tensor, target: Tensor, t: float | Tensor) -> Tensor:
@@ -301,9 +301,9 @@ def _others(
         rows = slice(start * sub_centers, (start + chunk) * sub_centers)
         centres = torch.empty_like(weight[rows], dtype=dtype)
         normalize(weight[rows], centres, out=centres)
-        with torch.autocast(unit.device.type, enabled=False):
+        with without_autocast(unit.device):
             cosine = centres @ unit.T
-        cosine = cosine.view(-1, sub_centers, len(labels)).amax(1)
+        cosine = cosine.view(len(centres) // sub_centers, sub_centers, len(labels)).amax(1)
         own = labels - start
         row = own.clamp(0, len(cosine) - 1)
         present = cosine.gather(0, row[None]).masked_fill(row == own, -2.0)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import checks, modes
 from .chunks import Rule
 from .engine import working_dtype
-from .geometry import nearest_sub_centers
+from .geometry import nearest_sub_centers, without_autocast
 from .margins import MarginFunction
-from .reductions import check_weights, reduce
+from .reductions import check_weights, reduce, without_ignored
 from .shards import WHOLE, Shard, Whole
 
 
@@ -94,9 +93,10 @@ def one_vs_rest_loss(
     labels = labels.long() if kept is None else labels.long().where(kept, 0)
     dtype = working_dtype(embeddings, weight)
     rule = Rule(_terms(negative), summed=True, sub_centers=sub_centers)
+    embeddings = without_ignored(embeddings, kept)
     weight = shard.centres(weight, sub_centers)
     chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         own = nearest_sub_centers(embeddings, weight, shard.local(labels), sub_centers)
         offset = embeddings.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)
         parts = modes.parts(

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from . import engine
 from .chunks import PLAIN, Rule
 from .engine import working_dtype
-from .geometry import precise_dtype
+from .geometry import precise_dtype, without_autocast
 
 _Result = TypeVar("_Result", bound=tuple[Tensor, ...])
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
@@ -104,7 +104,7 @@ def _without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result
     """The function with its dtypes as it has them, whatever surrounds the call."""
 
     def run(first: Tensor, *others: Any) -> _Result:
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             return function(first, *others)
 
     return run
@@ -190,7 +190,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, _, row_target, row_bias = ctx.saved_tensors
+    *tensors, bias_slope, row_target, row_bias = ctx.saved_tensors  # to be read once
     like = (tensors[5], tensors[6], tensors[7][:, 0])
     of_parts = [
         torch.zeros_like(part) if grad is None else grad
@@ -216,7 +216,13 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     embeddings, weight, row_scale = (
         grad if wanted else None for grad, wanted in zip(found, needed, strict=True)
     )
-    return embeddings, weight, None, row_scale, *[None] * 7
+    gradients = embeddings, weight, None, row_scale, *[None] * 7
+    if len(ctx.needs_input_grad) == len(gradients):
+        return gradients
+    of_bias = None
+    if ctx.needs_input_grad[13] and grads[1] is not None:
+        of_bias = grads[1].to(bias_slope.dtype) * bias_slope
+    return *gradients, None, None, of_bias, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -236,14 +242,7 @@ class _Eager(torch.autograd.Function):
         _save(ctx, arguments, output)
         return output[:3]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _differentiate(ctx, *grads)
-        grad_bias = None
-        if ctx.needs_input_grad[13] and grads[1] is not None:
-            bias_slope = ctx.saved_tensors[-3]
-            grad_bias = grads[1].to(bias_slope.dtype) * bias_slope
-        return *found, None, None, grad_bias, None
+    backward = staticmethod(_differentiate)
 
 
 class _Once(torch.autograd.Function):

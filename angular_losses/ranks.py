@@ -47,23 +47,26 @@ def spread(values: Tensor) -> Tensor:
     return largest(torch.stack([values, -values])).sum(0)
 
 
-def mean(values: Tensor, kept: Tensor | None) -> Tensor:
-    """The mean of the rows (N,) that are kept, over all processes; NaN where there is none."""
-    weights = torch.ones_like(values) if kept is None else kept.to(values.dtype)
-    summed = total(torch.stack([values.where(weights > 0, 0).sum(), weights.sum()]))
+def mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of the rows (N,), weighted, over all processes; NaN where no row has a weight."""
+    weights = _weights_of(values, weights)
+    summed = total(torch.stack([(values * weights).sum(), weights.sum()]))
     return summed[0] / summed[1]
 
 
-def mean_and_deviation(values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation (unbiased) of the rows kept, over all processes.
+def mean_and_deviation(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation (unbiased) of the rows, weighted, over all processes.
 
-    The deviation is NaN where there are fewer than two rows, as the mean is where there is none.
+    The deviation is NaN where the weights sum to less than two rows', as the mean is where to none.
     """
-    weights = torch.ones_like(values) if kept is None else kept.to(values.dtype)
-    centre = mean(values, kept)
-    square = ((values - centre).square() * weights).where(weights > 0, 0).sum()
+    centre, weights = mean(values, weights), _weights_of(values, weights)
+    square = ((values - centre).square() * weights).sum()
     summed = total(torch.stack([square, weights.sum()]))
     return centre, (summed[0] / (summed[1] - 1).clamp(min=0)).sqrt()
+
+
+def _weights_of(values: Tensor, weights: Tensor | None) -> Tensor:
+    return torch.ones_like(values) if weights is None else weights.to(values.dtype)
 
 
 def _are_several() -> bool:

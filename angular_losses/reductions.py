@@ -28,6 +28,16 @@ def check_weights(
         checks.floating("penalty", penalty, num_rows, device=device)
 
 
+def without_ignored(embeddings: Tensor, kept: Tensor | None) -> Tensor:
+    """The embeddings (N, d), zero in the rows that are not kept: a NaN there reaches no gradient.
+
+    Args:
+        embeddings: (N, d).
+        kept: (N,) which rows are not ignored; None where all are kept.
+    """
+    return embeddings if kept is None else embeddings.where(kept[:, None], 0)
+
+
 def reduce(
     total: Tensor,
     reduction: str,
@@ -47,7 +57,8 @@ def reduce(
     """
     row_weight = None if kept is None else kept.to(total.dtype)
     if sample_weight is not None:
-        row_weight = _product(sample_weight.to(total.dtype), row_weight)
+        row_weight = sample_weight.to(total.dtype)
+        row_weight = row_weight if kept is None else row_weight.where(kept, 0)
     if row_weight is not None:
         total = total * row_weight
     if reduction == "none":
@@ -55,12 +66,8 @@ def reduce(
     if reduction == "sum" or total.numel() == 0:
         return total.sum()
     if of_class is not None:
-        row_weight = _product(of_class, row_weight)
+        row_weight = of_class if row_weight is None else of_class * row_weight
     if row_weight is None:
         return total.mean()
     denominator = row_weight.sum()
     return total.sum() / denominator.masked_fill(denominator == 0, 1)
-
-
-def _product(first: Tensor, second: Tensor | None) -> Tensor:
-    return first if second is None else first * second

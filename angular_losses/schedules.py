@@ -1,8 +1,8 @@
 """Schedules: how much of the margin is in force as training goes on.
 
-A schedule belongs to one loss, which hands it the margin at each forward pass and advances it by
-one step with each forward pass in training mode. Its step is a buffer, so it is saved and restored
-with the loss's ``state_dict``, and it stands still in eval mode.
+A loss takes a copy of the schedule that it is given, hands it the margin at each forward pass and
+advances it by one with each training step: a forward pass in training mode with gradients enabled.
+Its step is a buffer, so it is saved and restored with the loss's ``state_dict``.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class ShardedLoss(MarginLoss):
     sample_rate: float
     seed: int
     gathering: Gathering
-    batches: int  # counts them, where something is drawn
+    batches: int  # counts training steps, where something is drawn
 
     @_disable_dynamo
     def forward(
@@ -75,10 +75,16 @@ class ShardedLoss(MarginLoss):
             )
         return self.shard.own(found, len(embeddings)) if self.reduction == "none" else found
 
-    def observe(self, embeddings: Tensor, labels: Tensor, kept: Tensor | None) -> None:
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """As the loss does, with the rows of all ranks."""
         with ranks.rows_of_several(self.shard.size):
-            super().observe(embeddings, labels, kept)
+            super().observe(embeddings, labels, weights)
+
+    def advance(self) -> None:
+        """Count a training step, whose draws are its own."""
+        super().advance()
+        if self.is_random:
+            self.batches += 1
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Not from a part of the classes: see :func:`unshard`."""
@@ -110,11 +116,14 @@ class ShardedLoss(MarginLoss):
         if not (self.training and self.is_random):
             yield
             return
-        self.batches += 1
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type):
-            torch.manual_seed(mixed(self.seed, self.batches))
+            torch.manual_seed(mixed(self.seed, self._batch()))
             yield
+
+    def _batch(self) -> int:
+        """The number of the training step that a pass belongs to, from 1."""
+        return self.batches if self._repeats_a_step() else self.batches + 1
 
     def _sample(self, rows: Batch) -> Tensor | None:
         """Classes for this batch, in ascending order: those of its labels, and others by chance."""
@@ -127,7 +136,7 @@ class ShardedLoss(MarginLoss):
         # As many as there are labels at least, which may all differ: to count them would wait.
         wanted = min(count, max(math.ceil(self.sample_rate * count), len(labels)))
         generator = torch.Generator(device)
-        generator.manual_seed(mixed(self.seed, self.batches, self.shard.rank))
+        generator.manual_seed(mixed(self.seed, self._batch(), self.shard.rank))
         chances = torch.rand(count + 1, generator=generator, device=device)
         here = self.known(labels) - self.shard.first
         is_here = (here >= 0) & (here < count)

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from . import checks, modes
 from .chunks import PLAIN, Rule
 from .engine import working_dtype
-from .geometry import angle_between, nearest_sub_centers
+from .geometry import angle_between, nearest_sub_centers, without_autocast
 from .margins import MarginFunction
-from .reductions import check_weights, reduce
+from .reductions import check_weights, reduce, without_ignored
 from .shards import WHOLE, Shard, Whole
 
 NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -85,7 +85,7 @@ def margin_softmax_loss(
         sample_weight: (N,) weight of each row, on top of that of its class.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1), as in
             ``F.cross_entropy``.
-        ignore_index: Rows with this label have loss 0 and gradient 0.
+        ignore_index: Rows with this label have loss 0 and gradient 0, whatever is in them.
         mode: "auto", "dense", "stash" or "recompute". "auto" is :func:`plan`'s choice of the last
             two, but "dense" inside ``torch.func``.
         memory_budget: Bytes that may be used beyond the arguments and their gradients; by default
@@ -120,6 +120,7 @@ def margin_softmax_loss(
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     check_weights(embeddings, num_classes, reduction, class_weight, sample_weight, penalty)
     _check_margin(margin, scale, embeddings)
+    embeddings = without_ignored(embeddings, kept)
     weight = shard.centres(weight, sub_centers)
     chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
     labels = labels.long() if kept is None else labels.long().where(kept, 0)
@@ -127,7 +128,7 @@ def margin_softmax_loss(
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
     share = _class_share(weight, num_classes, class_weight, dtype) if label_smoothing else None
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         here = None if share is None else shard.of_classes(share)
         own = nearest_sub_centers(embeddings, weight, shard.local(labels), sub_centers)
         before = None

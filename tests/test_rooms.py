@@ -24,6 +24,7 @@ ROOMS = {
     "shards": set(),
     "modes": {"checks", "chunks", "engine", "geometry", "operators", "planner", "shards"},
     "reductions": {"checks"},
+    "state": set(),
     "softmax": {
         *("checks", "chunks", "engine", "geometry", "margins", "modes", "reductions", "shards"),
     },
@@ -36,7 +37,7 @@ ROOMS = {
     "centres": {"margins"},
     "base": {
         *("centres", "checks", "geometry", "margins", "planner", "reductions", "schedules"),
-        *("shards", "softmax"),
+        *("shards", "softmax", "state"),
     },
     "losses": {"base", "checks", "margins", "negatives", "softmax"},
     "multiplicative": {"base", "checks", "geometry", "margins", "negatives", "softmax"},
