@@ -33,9 +33,9 @@ docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium an
 check-install:  ## whether pip resolves every extra on each Python and platform; needs a network
 	$(PYTHON) -m tests.check_install
 
-constraints: .venv/bin/python  ## pin what an extra has brought, but not what torch pins itself
+constraints: .venv/bin/python  ## pin what tests and docs need, but not what torch pins itself
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-build \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --extra docs --no-build \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt pyproject.toml
 	grep -Ev '^(cuda|nvidia|setuptools|triton)' constraints.txt > constraints.new
 	mv constraints.new constraints.txt
