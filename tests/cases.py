@@ -81,10 +81,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def spread(first, second, *others):
-    """Cases: every value of the first with every one of the second, while the others take turns.
-
-    Where the numbers of values have no common factor, every pair of any two comes up.
-    """
+    """Cases: every value of the first with every one of the second, while the others take turns."""
     pairs = enumerate(itertools.product(first, second))
     return [(*pair, *(values[k % len(values)] for values in others)) for k, pair in pairs]
 
