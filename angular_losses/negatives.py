@@ -286,8 +286,8 @@ def _angle(cosine: Tensor) -> Tensor:
     There acos itself has no finite derivative, and that of a clamped cosine is 0.
     """
     largest = 1 - 4 * torch.finfo(cosine.dtype).eps
-    inside = cosine.clamp(-largest, largest)
-    return torch.acos(inside) - (cosine - inside) / math.sqrt(1 - largest**2)
+    beyond = F.softshrink(cosine, largest)  # by how much a cosine is outside, else 0
+    return torch.acos(cosine.clamp(-largest, largest)) - beyond / math.sqrt(1 - largest**2)
 
 
 def _others(
