@@ -166,7 +166,6 @@ class MarginLoss(nn.Module):
             raise TypeError(f"schedule: expected a Schedule, got {schedule!r}")
         if class_weight is not None:
             checks.floating("class_weight", class_weight, num_classes)
-            class_weight = class_weight.detach().to(device=device)
         self.schedule = copy.deepcopy(schedule)
         self.gradient = gradient
         self.sub_centers = checks.positive_integer("sub_centers", sub_centers)
@@ -176,11 +175,13 @@ class MarginLoss(nn.Module):
         self.mode = mode
         self.memory_budget = memory_budget
         self.shard: Shard | Whole = WHOLE
-        self.class_weight: Tensor | None
-        self.register_buffer("class_weight", class_weight)
         self.weight = nn.Parameter(
             torch.empty(num_classes * sub_centers, embedding_size, device=device, dtype=dtype)
         )
+        if class_weight is not None:
+            class_weight = class_weight.detach().to(self.weight.device)
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
         self._watch: tuple[int, Tensor] | None = None
         self._unchanged = 0
         if self.scale_decides:
@@ -388,20 +389,16 @@ class MarginLoss(nn.Module):
         return labels.where(labels != self.ignore_index, 0)
 
     def of_classes(
-        self,
-        name: str,
-        value: float | Tensor,
-        check: Callable[[str, object], float],
-        device: torch.device | str | None,
+        self, name: str, value: float | Tensor, check: Callable[[str, object], float]
     ) -> float | Tensor:
         """A number, checked, or one for each class (C,), kept as a buffer of that name."""
         if not isinstance(value, Tensor):
             return check(name, value)
         checks.floating(name, value, self.num_classes)
-        if checks.has_values(value):
-            for extreme in value.aminmax():
+        for extreme in value.aminmax():
+            if checks.has_values(extreme):
                 check(name, extreme.item())
-        kept = value.detach().clone().to(device=device)
+        kept = value.detach().clone().to(self.weight.device)
         self.register_buffer(name, kept)
         return kept
 
