@@ -171,7 +171,6 @@ class MarginLoss(ClassCentres, nn.Module):
         if class_weight is not None:
             class_weight = checks.of_classes("class_weight", class_weight)
             checks.floating("class_weight", class_weight, self.num_classes)
-            class_weight = class_weight.detach().to(device=device)
         self.schedule = copy.deepcopy(schedule)
         self.gradient = gradient
         self.sub_centers = checks.positive_integer("sub_centers", sub_centers)
@@ -181,8 +180,6 @@ class MarginLoss(ClassCentres, nn.Module):
         self.mode = mode
         self.memory_budget = memory_budget
         self.shard: Shard | Whole = WHOLE
-        self.class_weight: Tensor | None
-        self.register_buffer("class_weight", class_weight)
         self.weight = nn.Parameter(
             torch.empty(
                 self.num_classes * self.sub_centers,
@@ -191,6 +188,10 @@ class MarginLoss(ClassCentres, nn.Module):
                 dtype=dtype,
             )
         )
+        if class_weight is not None:
+            class_weight = class_weight.detach().to(self.weight.device)
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
         if self.scale_decides:
             self._warn_of_small_scale(self.scale)
         self.reset_parameters()
@@ -399,17 +400,16 @@ class MarginLoss(ClassCentres, nn.Module):
         name: str,
         value: float | Tensor | Sequence[float],
         check: Callable[[str, object], float],
-        device: torch.device | str | None,
     ) -> float | Tensor:
         """A number, checked, or one for each class (C,), kept as a buffer of that name."""
         if isinstance(value, (Real, str)):
             return check(name, value)
         value = checks.of_classes(name, value)
         checks.floating(name, value, self.num_classes)
-        if checks.has_values(value):
-            for extreme in value.aminmax():
+        for extreme in value.aminmax():
+            if checks.has_values(extreme):
                 check(name, extreme.item())
-        kept = value.detach().clone().to(device=device)
+        kept = value.detach().clone().to(self.weight.device)
         self.register_buffer(name, kept)
         return kept
 

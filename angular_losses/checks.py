@@ -167,8 +167,9 @@ def class_counts(name: str, value: object, num_classes: int | None = None) -> Te
     if value.dim() != 1 or value.numel() == 0 or num_classes not in (None, len(value)):
         expected = "C" if num_classes is None else num_classes
         raise ValueError(f"{name}: expected shape ({expected},), got {tuple(value.shape)}")
-    if has_values(value) and not (smallest := value.min().item()) >= 1:
-        raise ValueError(f"{name}: expected at least 1 sample of each class, got {smallest}")
+    smallest = value.min()
+    if has_values(smallest) and not smallest.item() >= 1:
+        raise ValueError(f"{name}: expected at least 1 sample of each class, got {smallest.item()}")
     return value.detach().float()
 
 

@@ -261,6 +261,9 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """While this lasts, autocast leaves dtypes alone; on devices that have none (meta) too."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    # Where it is off, nothing has to be switched; the compiler cannot always ask.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

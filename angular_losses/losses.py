@@ -98,8 +98,7 @@ class CosFaceLoss(MarginLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        device = options.get("device")
-        self.margin = self.of_classes("margin", margin, checks.cosine_margin, device)
+        self.margin = self.of_classes("margin", margin, checks.cosine_margin)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta) less the share of the margin in force."""
@@ -151,8 +150,7 @@ class ArcFaceLoss(MarginLoss):
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
         checks.choice("beyond", beyond, margins.ARCFACE_BEYOND)
-        device = options.get("device")
-        self.margin = self.of_classes("margin", margin, checks.angular_margin, device)
+        self.margin = self.of_classes("margin", margin, checks.angular_margin)
         self.beyond = beyond
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:

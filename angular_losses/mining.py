@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks, margins, negatives, ranks
+from . import checks, margins, modes, negatives, ranks
 from .base import LossOptions, MarginLoss, Target
 from .softmax import NegativeFunction
 
@@ -364,9 +364,16 @@ class InterTopKLoss(MarginLoss):
         """The k nearest brought nearer."""
         weight, here = self.centres_here(labels)
         found = self.shard.nearest(
-            negatives.nearest(embeddings, weight, here, self.k, sub_centers=self.sub_centers)
+            negatives.nearest(
+                embeddings,
+                weight,
+                here,
+                self.k,
+                sub_centers=self.sub_centers,
+                product_dtype=modes.product_dtype(embeddings, weight, self.mode),
+            )
         )
-        # The engine's products may round otherwise.
+        # The engine's sums may round otherwise.
         threshold = found[:, -1] - 8 * torch.finfo(found.dtype).eps
         m, angular = self.nearest_penalty, self.kind == "arc"
         return lambda cosine, target: negatives.nearest_penalty(

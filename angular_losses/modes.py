@@ -27,27 +27,33 @@ def choose(
     if mode == "auto" and (checks.is_transformed(embeddings) or checks.is_transformed(weight)):
         mode = "dense"
     (num_rows, size), num_centres, device = embeddings.shape, weight.shape[0], weight.device
-    product_dtype = working_dtype(embeddings, weight)
-    if (
-        num_centres > FEW_CLASSES
-        and product_dtype == torch.float32
-        and torch.amp.is_autocast_available(device.type)
-        and torch.is_autocast_enabled(device.type)
-        and torch.get_autocast_dtype(device.type) != torch.float32
-        and _multiplies_bfloat16(device)
-    ):
-        product_dtype = torch.bfloat16  # for float16 too, whose range cannot hold E
     return plan(
         num_rows,
         max(num_centres, 1),  # where others have all
         size,
         dtype=weight.dtype,
-        product_dtype=product_dtype,
+        product_dtype=product_dtype(embeddings, weight, mode),
         device=device,
         mode=mode,
         memory_budget=memory_budget,
         reweighted=not rule.is_linear,
     )
+
+
+def product_dtype(embeddings: Tensor, weight: Tensor, mode: str) -> torch.dtype:
+    """The dtype of the factors of the matrix products, as autocast has it."""
+    dtype, kind = working_dtype(embeddings, weight), weight.device.type
+    if (
+        len(weight) > FEW_CLASSES
+        and mode != "dense"
+        and dtype == torch.float32
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and torch.get_autocast_dtype(kind) != torch.float32
+        and _multiplies_bfloat16(weight.device)
+    ):
+        return torch.bfloat16  # for float16 too, whose range cannot hold E
+    return dtype
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import directions, normalize, without_autocast
+from .chunks import multiply
+from .geometry import directions, normalize, precise_dtype, without_autocast
 
 
 def curricularface(cosine: Tensor, target: Tensor, t: float | Tensor) -> Tensor:
@@ -217,6 +218,7 @@ def nearest(
     *,
     sub_centers: int = 1,
     chunk: int = 1024,
+    product_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The cosines of the k nearest other classes, in chunks of classes; without a graph.
 
@@ -227,6 +229,7 @@ def nearest(
         k: How many.
         sub_centers: The number of centres of a class.
         chunk: The number of centres in a chunk.
+        product_dtype: The dtype of the factors of the products; by default that of the cosines.
 
     Returns:
         (N, k), the largest first, and -2 where there are fewer; float32, or float64 when either
@@ -238,7 +241,7 @@ def nearest(
     """
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
     found = embeddings.new_full((k, len(labels)), -2.0, dtype=dtype)
-    for cosine in _others(embeddings, weight, labels, sub_centers, chunk):
+    for cosine in _others(embeddings, weight, labels, sub_centers, chunk, product_dtype):
         found = torch.cat([found, cosine]).topk(k, 0).values
     return found.T
 
@@ -291,18 +294,24 @@ def _angle(cosine: Tensor) -> Tensor:
 
 
 def _others(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int, chunk: int
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sub_centers: int,
+    chunk: int,
+    product_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
-    """The cosines of each chunk's classes (K, N), -2 for the target's own."""
+    """The cosines of each chunk's classes (K, N), -2 for the target's own; as the engine rounds."""
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
-    unit = directions(embeddings, dtype)
-    chunk = max(1, chunk // sub_centers)
+    unit = directions(embeddings, precise_dtype(embeddings.device)).to(dtype)
+    factors, chunk = unit.to(product_dtype or dtype).T, max(1, chunk // sub_centers)
     for start in range(0, weight.shape[0] // sub_centers, chunk):
         rows = slice(start * sub_centers, (start + chunk) * sub_centers)
         centres = torch.empty_like(weight[rows], dtype=dtype)
         normalize(weight[rows], centres, out=centres)
+        cosine = unit.new_empty(len(centres), len(labels))
         with without_autocast(unit.device):
-            cosine = centres @ unit.T
+            multiply(centres.to(factors.dtype), factors, out=cosine)
         cosine = cosine.view(len(centres) // sub_centers, sub_centers, len(labels)).amax(1)
         own = labels - start
         row = own.clamp(0, len(cosine) - 1)

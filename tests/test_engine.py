@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from angular_losses import ArcFaceLoss, arcface, engine, margin_softmax_loss, operators
+from angular_losses import ArcFaceLoss, arcface, engine, margin_softmax_loss, modes, operators
 from angular_losses.operators import margin_parts
 from tests.cases import in_chunks_of
 from tests.profiling import matrix_products, peak_bytes
@@ -353,7 +353,10 @@ def test_compiled_second_derivative_is_refused_too():
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_autocast_multiplies_in_bfloat16_and_keeps_weight_and_gradients_in_float32(mode, autocast):
+def test_autocast_multiplies_in_bfloat16_and_keeps_weight_and_gradients_in_float32(
+    mode, autocast, monkeypatch
+):
+    monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
     embeddings, weight, labels = batch(32, 5000, 64)
     exact = results(embeddings, weight, labels, scale=30.0, mode=mode, chunk=512)
     with torch.autocast("cpu", dtype=autocast):

@@ -31,7 +31,7 @@ ROOMS = {
     "one_vs_rest": {
         *("checks", "chunks", "engine", "geometry", "margins", "modes", "reductions", "shards"),
     },
-    "negatives": {"geometry"},
+    "negatives": {"chunks", "geometry"},
     "schedules": {"checks"},
     "ranks": set(),
     "centres": {"margins"},
@@ -42,7 +42,7 @@ ROOMS = {
     "losses": {"base", "checks", "margins", "negatives", "softmax"},
     "multiplicative": {"base", "checks", "geometry", "margins", "negatives", "softmax"},
     "adaptive": {"base", "checks", "chunks", "geometry", "margins", "modes", "ranks"},
-    "mining": {"base", "checks", "geometry", "margins", "negatives", "ranks", "softmax"},
+    "mining": {"base", "checks", "geometry", "margins", "modes", "negatives", "ranks", "softmax"},
     "binary": {"base", "checks", "one_vs_rest"},
     "catalogue": {"base", "adaptive", "binary", "losses", "mining", "multiplicative"},
     "training": {"centres", "checks"},

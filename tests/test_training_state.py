@@ -50,7 +50,7 @@ def step(loss, seed, call=None):
     """The loss of a batch and its gradients; the same random draws for the same seed."""
     torch.manual_seed(seed)
     embeddings, labels = batch(seed)
-    value = (call or loss)(embeddings, labels)
+    value = (loss if call is None else call)(embeddings, labels)
     value.backward()
     gradients = [embeddings.grad, *(parameter.grad for parameter in loss.parameters())]
     loss.zero_grad()
