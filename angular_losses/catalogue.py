@@ -25,6 +25,9 @@ def available() -> dict[str, str]:
         name: (loss.__doc__ or "").partition("\n")[0]
         for room in (adaptive, binary, losses, mining, multiplicative)
         for name, loss in vars(room).items()
-        if isinstance(loss, type) and issubclass(loss, MarginLoss) and loss is not MarginLoss
+        if isinstance(loss, type)
+        and issubclass(loss, MarginLoss)
+        and loss is not MarginLoss
+        and not name.startswith("_")
     }
     return dict(sorted(found.items()))
