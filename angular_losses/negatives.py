@@ -164,7 +164,11 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
         Zhao et al., "Multi-query Multi-head Attention Pooling and Inter-topK Penalty for Speaker
         Verification", ICASSP 2022, arXiv:2110.05042.
     """
-    nearer = torch.cos(_angle(cosine) - m) if angular else cosine + m
+    nearer = cosine + m
+    if angular:
+        inside, beyond = _inside(cosine)
+        sine = (1 - inside.square()).sqrt() - beyond.abs()
+        nearer = math.cos(m) * cosine + math.sin(m) * sine
     return torch.where(cosine >= threshold, nearer, cosine)
 
 
@@ -284,13 +288,19 @@ def sums_above(
 
 
 def _angle(cosine: Tensor) -> Tensor:
-    """acos, and its tangent where a cosine is so near to 1 or -1 that it is mostly rounding.
+    """acos, and its tangent beyond the last cosines that are more than rounding."""
+    inside, beyond = _inside(cosine)
+    return torch.acos(inside) - beyond
 
-    There acos itself has no finite derivative, and that of a clamped cosine is 0.
+
+def _inside(cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """A cosine kept where acos has a finite derivative, and what its tangent adds beyond, or 0.
+
+    A clamped cosine alone has the derivative 0 there.
     """
     largest = 1 - 4 * torch.finfo(cosine.dtype).eps
-    beyond = F.softshrink(cosine, largest)  # by how much a cosine is outside, else 0
-    return torch.acos(cosine.clamp(-largest, largest)) - beyond / math.sqrt(1 - largest**2)
+    beyond = F.softshrink(cosine, largest) / math.sqrt(1 - largest**2)
+    return cosine.clamp(-largest, largest), beyond
 
 
 def _others(

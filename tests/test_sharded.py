@@ -152,7 +152,7 @@ GOOD = torch.ones(2, sharding.SIZE), torch.tensor([0, 9])
         ((GOOD[0], torch.tensor([0, 10])), "ValueError", "labels: expected values in [0, 10)"),
         ((GOOD[0], torch.tensor([0])), "ValueError", "labels: expected shape (2,)"),
         ((GOOD[0].int(), GOOD[1]), "TypeError", "embeddings: expected a floating-point tensor"),
-        ((torch.ones(2, 5), GOOD[1]), "ValueError", "embeddings: expected shape (N, 8)"),
+        ((torch.ones(2, 5), GOOD[1]), "ValueError", "embeddings: expected shape (N, 6)"),
         ((torch.ones(5, sharding.SIZE), torch.zeros(5).long()), "ValueError", "batch_size 4"),
         ((GOOD[0], [0, 9]), "TypeError", "labels: expected an integer tensor, got [0, 9]"),
         ((*GOOD, torch.ones(3)), "ValueError", "sample_weight: expected shape (2,)"),
