@@ -171,7 +171,10 @@ class MarginLoss(ClassCentres, nn.Module):
         if class_weight is not None:
             class_weight = checks.of_classes("class_weight", class_weight)
             checks.floating("class_weight", class_weight, self.num_classes)
-        self.schedule = copy.deepcopy(schedule)
+        if schedule is not None:  # a copy; of buffers as clones, which those without values have
+            clones = {id(buffer): buffer.clone() for buffer in schedule.buffers()}
+            schedule = copy.deepcopy(schedule, clones)
+        self.schedule = schedule
         self.gradient = gradient
         self.sub_centers = checks.positive_integer("sub_centers", sub_centers)
         self.reduction = reduction

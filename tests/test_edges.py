@@ -262,3 +262,22 @@ def test_bfloat16_products_only_where_the_processor_has_them(monkeypatch, is_nat
     with torch.autocast("cpu", dtype=torch.bfloat16):
         chosen = modes.choose(embeddings, weight, "auto", None)
     assert chosen.product_dtype == (torch.bfloat16 if is_native else torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["arc", "cos"])
+def test_the_nearest_classes_are_found_with_the_rounding_of_the_engine(kind, monkeypatch):
+    """At least k are penalised in each row; not fewer because two products round otherwise."""
+    monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
+    penalised = []
+
+    def counted(cosine, threshold, m, *, angular):
+        penalised.append((cosine >= threshold).sum(0))
+        return cosine
+
+    monkeypatch.setattr(al.negatives, "nearest_penalty", counted)
+    torch.manual_seed(0)
+    loss = al.InterTopKLoss(5000, 32, kind=kind, k=3)
+    labels = torch.arange(16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss(torch.randn(16, 32), labels)
+    assert sum(penalised).min() >= 3
