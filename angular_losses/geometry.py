@@ -148,7 +148,8 @@ def target_angle(
     .. math:: \theta_i = \angle(x_i, w_{y_i})
 
     Args:
-        embeddings: (N, d), floating point; :func:`directions` says which lengths count as 0.
+        embeddings: (N, d), floating point; rows with no component above 6e-34 (2e-4 in float16,
+            3e-270 in float64) count as 0.
         weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
         labels: (N,) integers in [0, C).
         sub_centers: The number of centres of a class; the nearest counts.
@@ -206,7 +207,8 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
     """The cosine of every embedding with every class centre.
 
     Args:
-        embeddings: (N, d), floating point; :func:`directions` says which lengths count as 0.
+        embeddings: (N, d), floating point; rows with no component above 6e-34 (2e-4 in float16,
+            3e-270 in float64) count as 0.
         weight: (C, d) class centres, floating point.
 
     Returns:

@@ -39,7 +39,7 @@ exclude_patterns = [
 nitpicky = True
 nitpick_ignore_regex = [  # what is outside: no inventory is fetched
     ("py:.*", r"(torch|nn|abc|numpy|pytorch_metric_learning)\b.*"),
-    ("py:class", r"angular_losses\.shards\.Shard"),
+    ("py:class", r"angular_losses\.(shards\.Shard|centres\.ClassCentres|binary\._WithBias)"),
 ]
 
 autodoc_member_order = "bysource"

@@ -23,7 +23,8 @@ ADAPTIVE = ("AdaCos", "AdaFace", "CurricularFace", "KappaFace")
 
 
 def refuses_schedules(row):
-    return row.name == "Circle" or row.name in ("SphereFace-R-v2", "SphereFace-R-detached")
+    refusing = ("Circle", "SphereFace-R-v2", "SphereFace-R-v2-soft", "SphereFace-R-detached")
+    return row.name in refusing
 
 
 def build(name, schedule="warm-up", **options):
