@@ -668,7 +668,11 @@ COUNTS = torch.ones(4)
         (lambda: diagnostics.batch_angles(ONES, ONES, LABELS + 2), ValueError, "labels: .*got 2"),
         (lambda: diagnostics.batch_angles(ONES.long(), ONES, LABELS), TypeError, "embeddings:"),
         (lambda: diagnostics.batch_angles(ONES, ONES[:1], LABELS), ValueError, "weight: .*two cl"),
-        (lambda: diagnostics.batch_angles(ONES, ONES[:, :2], LABELS), ValueError, "weight: .*3"),
+        (
+            lambda: diagnostics.batch_angles(ONES, ONES[:, :2], LABELS),
+            ValueError,
+            r"embeddings: .*\(N, 2\)",
+        ),
         (lambda: diagnostics.batch_angles(ONES, ONES, LABELS, 3), ValueError, "weight: .*multiple"),
         (
             lambda: diagnostics.batch_angles(ONES, ONES.repeat(2, 1), LABELS + 2, 2),

@@ -230,13 +230,13 @@ def awkward(seed):
     return embeddings, labels.to(torch.int16)
 
 
-def compiled_alike(name, schedule, backend, dynamic, steps, **tolerance):
+def compiled_alike(name, schedule, backend, dynamic, steps, batch=awkward, **tolerance):
     torch.compiler.reset()
     loss, reference = build(name, schedule), build(name, schedule)
     compiled = torch.compile(loss, backend=backend, dynamic=dynamic)
     for seed in range(steps):
-        found = step(loss, seed, compiled, awkward)
-        assert_same(found, step(reference, seed, reference, awkward), **tolerance)
+        found = step(loss, seed, compiled, batch)
+        assert_same(found, step(reference, seed, reference, batch), **tolerance)
         assert_same_state(loss, reference)
 
 
@@ -252,6 +252,15 @@ ONE_OF_A_CLASS = {
 @pytest.mark.parametrize("name", sorted(ONE_OF_A_CLASS.values()))
 def test_compiled_steps_are_those_of_eager_mode(name):
     compiled_alike(name, "warm-up", "aot_eager", None, 3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [("ArcFace", 0), ("ArcFace", 1), ("AdaCos", 0), ("InterTopK-arc", 0), ("NPCFace", 0)],
+)
+def test_a_compiled_step_of_no_row_or_one(name, num_rows):
+    compiled_alike(name, "annealing", "aot_eager", None, 1, lambda seed: batch(seed, num_rows))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
