@@ -70,10 +70,9 @@ def eta_of(row):
     """What the page's three losses with logits of their own make of an angle; else the cosine."""
     theta = math.radians(row["theta"])
     c = math.cos(theta)
-    inside = min(max(c, -1 + 5e-7), 1 - 5e-7)  # as the package bounds an acos
     return {
-        "liarcface": 1 - 2 * math.acos(inside) / math.pi,
-        "spherefacer-v2": math.cos(math.acos(inside) / row["value"]),
+        "liarcface": 1 - 2 * theta / math.pi,
+        "spherefacer-v2": math.cos(theta / row["value"]),
         "circle": max(c + row["value"], 0) * (c - row["value"]),
     }.get(row["loss"], c)
 

@@ -94,7 +94,7 @@ def run_plan(
         UserError: The folder holds another reproduction, or the data are at fault.
     """
     with locked(out):
-        slices = _load(data, budget.settings(weights), progress=sys.stderr.isatty())
+        slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
         _begin(out, _describe(slices, weights, budget), slices)
         runs = plan_runs(budget, weights)
         if take is not None:
@@ -124,7 +124,7 @@ def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None
         out: The reproduction's folder.
         budget: How much is spent.
     """
-    slices = _load(data, budget.settings(weights), progress=sys.stderr.isatty())
+    slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
     if not (out / SAMPLES).is_file():
         index = {number: place for place, number in enumerate(slices.numbers)}
         pictures = {

@@ -232,9 +232,9 @@ def test_the_training_embeddings_are_made_by_the_model(tmp_path, half_run, run, 
 def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, traced, monkeypatch):
     asked = []
 
-    def spy(network, images, precision):
+    def spy(network, images, precision, views):
         asked.append(precision)
-        return embed(network, images, precision)
+        return embed(network, images, precision, views)
 
     monkeypatch.setattr(export_module, "embed", spy)
     described = export(half_run, blobs, tmp_path / "out")

@@ -357,9 +357,9 @@ def test_everything_is_embedded_in_the_runs_precision(tmp_path, run, scaled, dra
     (run / "embeddings.npy").unlink()
     asked = []
 
-    def spy(network, images, precision=torch.float32):
+    def spy(network, images, precision=torch.float32, views=1):
         asked.append((len(images), precision))
-        return embed(network, images, precision)
+        return embed(network, images, precision, views)
 
     monkeypatch.setattr(prediction_module, "embed", spy)
     predict(run, [write_mat(tmp_path, scaled, 16)], scaled, tmp_path / "out")
@@ -406,7 +406,7 @@ def test_a_network_that_answers_with_nan_is_named(tmp_path, run, scaled, drawn, 
     [("grad_cam", np.full((32, 32), np.inf)), ("embed", torch.full((1, 16), np.nan))],
 )
 def test_a_step_that_overflows_is_refused(tmp_path, run, scaled, drawn, monkeypatch, step, value):
-    monkeypatch.setattr(prediction_module, step, lambda *given: value)
+    monkeypatch.setattr(prediction_module, step, lambda *given, **named: value)
     file = write_mat(tmp_path, scaled, 16)
     answers, faults = predict(run, [file], scaled, tmp_path / "out")
     assert answers == drawn == []
@@ -420,7 +420,7 @@ def test_grad_cam_is_of_the_answer_against_the_nearest_of_another_class(
     monkeypatch.setattr(
         prediction_module,
         "grad_cam",
-        lambda network, image, direction, shape: asked.append(direction) or np.ones(shape),
+        lambda network, image, direction, shape, views: asked.append(direction) or np.ones(shape),
     )
     predict(run, [write_mat(tmp_path, scaled, 20)], scaled, tmp_path / "out")
     embeddings, labels = np.load(run / "embeddings.npy"), scaled.labels.numpy()[:15]

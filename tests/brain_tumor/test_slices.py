@@ -555,14 +555,14 @@ def test_cache_is_used_until_something_changes(folder, decoded, tmp_path):
     assert len(decoded) == 9
     (folder / "10.mat").unlink()
     assert load_slices(folder, 16, cache, progress=False).numbers == [1, 2]
-    assert {path.name for path in cache.iterdir()} == {"slices-16.npz", "slices-24.npz"}
+    assert {path.name for path in cache.iterdir()} == {"slices-16-none.npz", "slices-24-none.npz"}
 
 
 def test_cache_lies_in_the_folder_by_default(folder, decoded):
     load_slices(folder, 16, progress=False)
     load_slices(folder, 16, progress=False)
     assert len(decoded) == 3
-    assert [path.name for path in (folder / ".cache").iterdir()] == ["slices-16.npz"]
+    assert [path.name for path in (folder / ".cache").iterdir()] == ["slices-16-none.npz"]
 
 
 def damage_pixel(path):
@@ -621,7 +621,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_rebuilt(folder, decoded, tmp_path, damage):
     first = load_slices(folder, 16, tmp_path, progress=False)
-    DAMAGES[damage](tmp_path / "slices-16.npz")
+    DAMAGES[damage](tmp_path / "slices-16-none.npz")
     again = load_slices(folder, 16, tmp_path, progress=False)
     assert len(decoded) == 6
     assert torch.equal(first.images, again.images)
