@@ -173,12 +173,12 @@ def test_mirror_images_count_the_same(trained, blobs):
 
 @pytest.mark.parametrize("loss", ["softmax", "triplet", "subcenter-arcface"])
 def test_every_loss_is_evaluated_and_reported(tmp_path, blobs, blob_split, tiny_settings, loss):
-    changed = {"loss": loss, "margin": 0.2, "epochs": 1}
+    changed = {"loss": loss, "margin": 0.2, "epochs": 20}  # fewer leave BatchNorm no statistics
     train(override_settings(tiny_settings, changed), blobs, blob_split, tmp_path / "run")
     evaluate(tmp_path / "run", blobs)
     angles = np.load(tmp_path / "run" / "angles.npy")
     assert angles.shape == (24, 3)
-    assert ((angles >= 0) & (angles < np.pi)).all()
+    assert ((angles > 0) & (angles < np.pi)).all()
     assert "98.69" not in write_report(tmp_path / "run").read_text()
 
 
