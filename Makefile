@@ -28,7 +28,7 @@ docs-serve: docs  ## the same, at http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
 docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium and Node.js
-	$(BIN)/python -m tests.site
+	$(BIN)/python -m tests.docs.site
 
 check-install:  ## whether pip resolves every extra on each Python and platform; needs a network
 	$(PYTHON) -m tests.check_install

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import validation
 
 
 def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -126,7 +126,7 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
     """
     # Elsewhere the test would wait for the device, or be a gap in the compiled graph.
-    if checks.is_readable(vectors):
+    if validation.is_readable(vectors):
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
         if _is_safe(length, vectors):
             torch.mul(vectors, length.reciprocal_(), out=out)
@@ -167,7 +167,7 @@ def target_angle(
         >>> target_angle(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), weight, torch.tensor([0, 1]))
         tensor([0.0000, 0.7854], dtype=torch.float64)
     """
-    checks.batch(embeddings, weight, labels, sub_centers=sub_centers)
+    validation.batch(embeddings, weight, labels, sub_centers=sub_centers)
     own = nearest_sub_centers(embeddings, weight, labels.long(), sub_centers)
     return angle_between(embeddings, weight.index_select(0, own))
 

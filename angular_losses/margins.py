@@ -31,7 +31,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import checks
+from . import validation
 
 MarginFunction: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -63,8 +63,8 @@ def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") 
         Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017,
         arXiv:1704.08063, eq. (7); eq. (3) of HSADML.
     """
-    _check(checks.multiplicative_margin, m=m)
-    checks.choice("beyond", beyond, SPHEREFACE_BEYOND)
+    _check(validation.multiplicative_margin, m=m)
+    validation.choice("beyond", beyond, SPHEREFACE_BEYOND)
     return torch.cos(m * theta) if beyond == "plain" else _unrolled_cosine(m * theta)
 
 
@@ -90,7 +90,7 @@ def cosface(theta: Tensor, m: float | Tensor) -> Tensor:
         Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018,
         arXiv:1801.09414, eq. (4).
     """
-    _check(checks.cosine_margin, m=m)
+    _check(validation.cosine_margin, m=m)
     return torch.cos(theta) - m
 
 
@@ -117,8 +117,8 @@ def arcface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> 
         Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition",
         CVPR 2019, arXiv:1801.07698, eq. (3).
     """
-    _check(checks.angular_margin, m=m)
-    checks.choice("beyond", beyond, ARCFACE_BEYOND)
+    _check(validation.angular_margin, m=m)
+    validation.choice("beyond", beyond, ARCFACE_BEYOND)
     return _unrolled_cosine(theta + m) if beyond == "decreasing" else BEYOND[beyond](theta, m)
 
 
@@ -155,10 +155,10 @@ def combined(
     References:
         Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4).
     """
-    _check(checks.positive, m1=m1)
-    _check(checks.angular_margin, m2=m2)
-    _check(checks.cosine_margin, m3=m3)
-    checks.choice("beyond", beyond, SPHEREFACE_BEYOND)
+    _check(validation.positive, m1=m1)
+    _check(validation.angular_margin, m2=m2)
+    _check(validation.cosine_margin, m3=m3)
+    validation.choice("beyond", beyond, SPHEREFACE_BEYOND)
     phi = m1 * theta + m2
     return (torch.cos(phi) if beyond == "plain" else _unrolled_cosine(phi)) - m3
 
@@ -214,7 +214,7 @@ def linear_angle(theta: Tensor, m: float | Tensor) -> Tensor:
         Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
         workshops 2019, arXiv:1907.12256.
     """
-    _check(checks.angular_margin, m=m)
+    _check(validation.angular_margin, m=m)
     return 1 - 2 / math.pi * (theta + m)
 
 
@@ -269,8 +269,8 @@ class Additive(NamedTuple):
 
 
 ADDITIVE = {
-    "arc": Additive(arcface, checks.angular_margin),
-    "cos": Additive(cosface, checks.cosine_margin),
+    "arc": Additive(arcface, validation.angular_margin),
+    "cos": Additive(cosface, validation.cosine_margin),
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import validation
 
 
 class Schedule(nn.Module, ABC):
@@ -73,10 +73,10 @@ class LambdaAnnealing(Schedule):
         self, base: float = 1000.0, gamma: float = 0.12, power: float = 1.0, minimum: float = 5.0
     ) -> None:
         super().__init__()
-        self.base = checks.number("base", base, 0.0)
-        self.gamma = checks.number("gamma", gamma, 0.0)
-        self.power = checks.number("power", power, 0.0)
-        self.minimum = checks.number("minimum", minimum, 0.0)
+        self.base = validation.number("base", base, 0.0)
+        self.gamma = validation.number("gamma", gamma, 0.0)
+        self.power = validation.number("power", power, 0.0)
+        self.minimum = validation.number("minimum", minimum, 0.0)
 
     def value(self) -> Tensor:
         """The present lambda, a float32 scalar on the schedule's device."""
@@ -116,7 +116,7 @@ class MarginWarmup(Schedule):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.steps = checks.positive_integer("steps", steps)
+        self.steps = validation.positive_integer("steps", steps)
 
     def value(self) -> Tensor:
         """The present share of the margin in [0, 1], a float32 scalar on the schedule's device."""

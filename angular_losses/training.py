@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from . import checks
-from .centres import ClassCentres
+from . import validation
+from .losses.centres import ClassCentres
 
 
 def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
@@ -39,11 +39,11 @@ def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
     References:
         Zhang et al., "AdaCos", CVPR 2019, arXiv:1905.00292.
     """
-    checks.positive_integer("num_classes", num_classes)
+    validation.positive_integer("num_classes", num_classes)
     if num_classes < 3:
         raise ValueError(f"num_classes: expected at least 3, got {num_classes}")
-    probability = checks.positive(
-        "target_probability", checks.number("target_probability", target_probability, 0.0, 1.0)
+    probability = validation.positive(
+        "target_probability", validation.number("target_probability", target_probability, 0.0, 1.0)
     )
     odds = probability / (1 - probability)
     return max(1.0, math.sqrt(2) * math.log((num_classes - 1) * odds))
@@ -85,10 +85,10 @@ def parameter_groups(
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"modules: expected torch.nn.Modules, got {module!r}")
-    checks.number("lr", lr, 0.0)
-    checks.number("weight_decay", weight_decay, 0.0)
+    validation.number("lr", lr, 0.0)
+    validation.number("weight_decay", weight_decay, 0.0)
     if lr_of_losses is not None:
-        checks.number("lr_of_losses", lr_of_losses, 0.0)
+        validation.number("lr_of_losses", lr_of_losses, 0.0)
     of_losses = _unique(
         parameter
         for module in modules

@@ -17,7 +17,7 @@ import torch
 from pytorch_metric_learning import losses as pml
 
 import angular_losses as al
-from angular_losses.operators import margin_parts
+from angular_losses.engine.operators import margin_parts
 from tests import reference
 from tests.strategies import pair_at
 

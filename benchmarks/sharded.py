@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from angular_losses import ArcFaceLoss, parameter_groups
-from angular_losses.sharded import load, save, shard, shard_optimizer
+from angular_losses.distributed import load, save, shard, shard_optimizer
 
 PIXELS, TRAITS, HELD_OUT = 128, 32, 1000
 

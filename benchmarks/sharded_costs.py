@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from angular_losses import ArcFaceLoss, plan
-from angular_losses.sharded import shard, shard_optimizer
+from angular_losses.distributed import shard, shard_optimizer
 
 RESULTS = Path(__file__).parent.parent / "docs" / "sharding_results.json"
 FLOAT, DOUBLE, INTEGER = 4, 8, 8  # bytes
@@ -64,7 +64,7 @@ def held(num_rows, num_classes, size, ranks, sample_rate, optimizer, **options):
         num_classes: Of all ranks.
         size: Of an embedding.
         ranks: How many there are.
-        sample_rate: As :func:`angular_losses.sharded.shard` has it.
+        sample_rate: As :func:`angular_losses.distributed.shard` has it.
         optimizer: One of ``OPTIMIZERS``.
         **options: For :func:`angular_losses.plan`.
     """

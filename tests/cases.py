@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import angular_losses as al
-from angular_losses import planner
+from angular_losses.engine import planner
 from tests import reference
 
 

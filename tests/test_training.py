@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import angular_losses as al
-from angular_losses.centres import FORGOTTEN_AFTER
+from angular_losses.losses.centres import FORGOTTEN_AFTER
 from tests.family import FAMILY, NAMES
 
 

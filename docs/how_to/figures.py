@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from angular_losses import ArcFaceLoss
 from angular_losses.diagnostics import AngularMonitor, Snapshot
-from angular_losses.plots import BLUE, GREEN, ORANGE
+from angular_losses.diagnostics.plots import BLUE, GREEN, ORANGE
 
 CLASSES, INPUTS, SIZE, BATCH = 100, 64, 8, 128
 STEPS, WINDOW = 1000, 50

@@ -1,0 +1,391 @@
+"""The monitor: what a person looks at while training, collected step by step."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import collectives, validation
+from ..engine.placement import WHOLE
+from ..geometry import precise_dtype
+from ..losses.centres import ClassCentres
+from .measures import (
+    angle_histogram,
+    batch_angles,
+    centre_separation,
+    collapsed_classes,
+    effective_margin,
+    gradient_norm_per_class,
+    histogram_quantile,
+    margin_violations,
+)
+from .plots import plot_angles, plot_gradient_norms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BINS = 180
+# More than rounding on different devices makes of the same centres.
+APART = 1e-5
+# The sums kept of each class, in the order of their rows.
+ROWS, TARGET, NEAREST, MARGIN, VIOLATIONS, ERRORS, NOT_FINITE, GRADIENT = range(8)
+
+
+class Snapshot(NamedTuple):
+    """What a monitor has collected, on the CPU; made by :meth:`AngularMonitor.snapshot`.
+
+    Attributes:
+        numbers: What :meth:`AngularMonitor.summary` returns.
+        target: (180,) counts of the target angles, a bin a degree.
+        nearest: (180,) counts of the angles to the nearest other class.
+        rows: (C,) rows seen of each class.
+        target_mean: (C,) mean target angle of each class, radians; NaN where no row was seen.
+        violation_rate: (C,) share of each class's rows that violate the margin.
+        gradient_norm: (C,) mean gradient norm of each class's centre; NaN where none was seen.
+    """
+
+    numbers: dict[str, float]
+    target: Tensor
+    nearest: Tensor
+    rows: Tensor
+    target_mean: Tensor
+    violation_rate: Tensor
+    gradient_norm: Tensor
+
+
+class AngularMonitor:
+    """Collects angles, violations and gradients while a loss trains, without waiting for a GPU.
+
+    ::
+
+        monitor = AngularMonitor(loss, every=10)
+        with monitor.attach():                        # or call update yourself
+            for step, (images, labels) in enumerate(batches):
+                loss(network(images), labels).backward()
+                ...
+                if step % 1000 == 999:
+                    print(monitor.log(step, writer))  # a dict; starts the next window
+
+    A sampled step costs one (N, d) x (d, C) product in float32, where the loss takes three or four,
+    and one pass over the gradient of the centres. Sums and histograms are kept on the loss's
+    device, 64 bytes a class; only :meth:`snapshot`, :meth:`summary` and :meth:`log` wait for it.
+
+    Args:
+        loss: The loss to watch, one of this package or of its
+            :mod:`~angular_losses.integrations.pytorch_metric_learning`; it is not changed.
+        every: Look at every k-th batch only.
+
+    Attributes:
+        history: The dicts that :meth:`log` returned, for :func:`plot_history`.
+
+    Raises:
+        TypeError: If the loss is none of those, or ``every`` no int.
+        ValueError: If the loss has fewer than two classes, or ``every`` is below 1.
+
+    Example:
+        >>> from angular_losses import ArcFaceLoss
+        >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
+        >>> monitor = AngularMonitor(loss)
+        >>> monitor.update(torch.randn(32, 64), torch.arange(32) % 10)
+        >>> summary = monitor.summary()
+        >>> summary["rows"], f"{summary['margin_mean']:.2f}"
+        (32.0, '0.50')
+    """
+
+    def __init__(self, loss: ClassCentres, *, every: int = 1) -> None:
+        if not isinstance(loss, ClassCentres):
+            raise TypeError(f"loss: expected a MarginLoss, got {loss!r}")
+        if getattr(loss, "shard", WHOLE) != WHOLE:
+            raise TypeError("loss: expected a whole loss; unshard(loss) makes one")
+        if loss.num_classes < 2:
+            raise ValueError(f"loss: expected at least 2 classes, got {loss.num_classes}")
+        self.loss = loss
+        self.every = validation.positive_integer("every", every)
+        self.history: list[dict[str, float]] = []
+        self._batches = 0
+        self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Count a batch, with the margin that is in force now; does not wait for a GPU.
+
+        Args:
+            embeddings: (N, d), floating point.
+            labels: (N,) integers in [0, C), or the loss's ``ignore_index``: such rows are left out.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If a shape, a device or a label is out of place.
+        """
+        self._batches += 1
+        if not self._is_sampled():
+            return
+        loss = self.loss
+        centres = loss.by_centre(loss.centres)
+        kept = validation.batch(embeddings, centres, labels, loss.ignore_index, loss.sub_centers)
+        labels = labels.long() if kept is None else labels.long().where(kept, 0)
+        angles = batch_angles(embeddings, centres, labels, loss.sub_centers)
+        margin = loss.margin_function(embeddings, labels)
+        finite = angles.target.isfinite() & angles.nearest.isfinite()
+        counted = finite if kept is None else finite & kept
+        lost = ~finite if kept is None else ~finite & kept
+        measured = {
+            ROWS: counted,
+            TARGET: angles.target,
+            NEAREST: angles.nearest,
+            MARGIN: effective_margin(margin, angles.target),
+            VIOLATIONS: margin_violations(angles, margin),
+            ERRORS: angles.gap <= 0,
+        }
+        histograms, per_class, _ = self._views(self._sums_on(centres.device))
+        for histogram, theta in zip(histograms, angles[:2], strict=True):
+            histogram += angle_histogram(theta.masked_fill(~counted, torch.nan), BINS)
+        columns = {name: value.where(counted, 0) for name, value in measured.items()}
+        columns[NOT_FINITE] = lost
+        stacked = torch.stack([columns[row].to(per_class.dtype) for row in range(GRADIENT)])
+        per_class[:GRADIENT].index_add_(1, labels, stacked)
+
+    @torch.no_grad()
+    def update_gradients(self, gradient: Tensor) -> None:
+        """Count the gradient of the class centres, where the batch seen last was sampled.
+
+        Args:
+            gradient: As the loss's weight, such as ``loss.weight.grad`` after ``backward`` (``W``
+                where that is the name); mind that a ``GradScaler`` scales it.
+
+        Raises:
+            TypeError: If the gradient is not a floating-point tensor.
+            ValueError: If its shape does not fit.
+        """
+        if not self._is_sampled():
+            return
+        validation.floating("gradient", gradient, *self.loss.centres.shape)
+        gradient = self.loss.by_centre(gradient)
+        _, per_class, gradients_seen = self._views(self._sums_on(gradient.device))
+        per_class[GRADIENT] += gradient_norm_per_class(gradient, self.loss.sub_centers)
+        gradients_seen += 1
+
+    def attach(self) -> ExitStack:
+        """Let the loss itself call the two updates, in training mode.
+
+        The margin counted is the one that a schedule has in force for that batch; where a margin
+        follows running statistics of the embeddings, it is that before the batch was observed.
+
+        Returns:
+            A context manager; leaving it, or its ``close()``, detaches the monitor again.
+        """
+        hooks = ExitStack()
+        loss = cast(nn.Module, self.loss)
+        before = loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        after = self.loss.centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
+        hooks.callback(before.remove)
+        hooks.callback(after.remove)
+        return hooks
+
+    def reset(self) -> None:
+        """Forget what was counted, but not ``history``."""
+        self._sums = None
+
+    def snapshot(self, *, across_ranks: bool = True) -> Snapshot:
+        """All that was counted since the last reset; waits for the device, once.
+
+        Args:
+            across_ranks: Sum over all ranks where ``torch.distributed`` is initialised, which all
+                of them have to call then, and warn if their class centres differ; False: this
+                rank's own.
+
+        Returns:
+            :class:`Snapshot`.
+        """
+        sums = self._sums_on(self.loss.centres.device)
+        apart = sums.new_zeros(())
+        if across_ranks:
+            sums, apart = collectives.total(sums), self._apart()
+        counted = torch.cat([sums, apart[None]]).cpu()
+        if counted[-1] > APART:
+            warnings.warn(
+                "weight: the class centres differ between processes; wrap the loss as the network "
+                "is (DistributedDataParallel, accelerator.prepare), or shard it",
+                stacklevel=2,
+            )
+        (target, nearest), per_class, gradients_seen = self._views(counted[:-1])
+        rows = per_class[ROWS]
+        per_row = per_class / rows
+        norms = per_class[GRADIENT] / gradients_seen
+        total = per_class.sum(1)
+        mean = (total / total[ROWS]).tolist()
+        numbers = {
+            "rows": float(total[ROWS]),
+            "not_finite": float(total[NOT_FINITE]),
+            "classes_seen": float((rows > 0).sum()),
+            "target_mean": mean[TARGET],
+            "target_median": histogram_quantile(target, 0.5),
+            "nearest_mean": mean[NEAREST],
+            "nearest_median": histogram_quantile(nearest, 0.5),
+            "margin_mean": mean[MARGIN],
+            "violation_rate": mean[VIOLATIONS],
+            "error_rate": mean[ERRORS],
+            "gradient_norm_mean": float(norms.mean()),
+            "gradient_norm_max": float(norms.max()),
+        }
+        of_classes = per_row[TARGET], per_row[VIOLATIONS]
+        return Snapshot(numbers, target, nearest, rows, *of_classes, norms)
+
+    def summary(self, *, centres: bool = False, across_ranks: bool = True) -> dict[str, float]:
+        """The numbers of a :meth:`snapshot`.
+
+        Angles are radians; a number of which nothing was seen is NaN.
+
+        - ``rows``, ``classes_seen``: how many rows, of how many classes, were counted.
+        - ``not_finite``: rows with a NaN or infinity; they are counted nowhere else.
+        - ``target_mean``, ``target_median``, ``nearest_mean``, ``nearest_median``: angles to the
+          own class and to the nearest other one; medians to within 1 degree (0.017).
+        - ``margin_mean``: what the margin asks for (:func:`effective_margin`).
+        - ``violation_rate``, ``error_rate``: share of the rows on the wrong side of the boundary
+          with the margin (:func:`margin_violations`) and without it.
+        - ``gradient_norm_mean``, ``gradient_norm_max``: over the classes, of the mean over batches.
+        - With ``centres``: ``separation_min``, ``separation_bound``, ``collapsed_pairs`` and
+          ``without_direction`` of :func:`centre_separation` and :func:`collapsed_classes`.
+
+        Args:
+            centres: Compare the class centres too: a (C, d) x (d, C) product, as much as C / N
+                batches.
+            across_ranks: See :meth:`snapshot`.
+
+        Returns:
+            A dict of floats.
+        """
+        numbers = self.snapshot(across_ranks=across_ranks).numbers
+        return numbers | self._separation() if centres else numbers
+
+    def log(
+        self,
+        step: int,
+        writer: Any = None,  # noqa: ANN401 - whatever has add_scalar
+        *,
+        centres: bool = False,
+        figures: bool = False,
+    ) -> dict[str, float]:
+        """Summarise the batches since the last log, write that down, and start anew.
+
+        Args:
+            step: The training step, for the writer's axis and for ``history``.
+            writer: A ``SummaryWriter`` of TensorBoard or one alike: scalars go to its
+                ``add_scalar``, the distributions of angles (degrees) to its ``add_histogram`` and
+                figures to its ``add_figure``, where it has them.
+            centres: See :meth:`summary`.
+            figures: Draw the figures too, which needs matplotlib.
+
+        Returns:
+            The :meth:`summary`, with "step"; also the new end of ``history``.
+
+        Raises:
+            TypeError: If the writer has no ``add_scalar``.
+            ImportError: If figures are asked for and matplotlib is not installed.
+        """
+        if writer is not None and not hasattr(writer, "add_scalar"):
+            raise TypeError(f"writer: expected an object with add_scalar, got {writer!r}")
+        snapshot = self.snapshot()
+        numbers = snapshot.numbers | (self._separation() if centres else {})
+        if writer is not None:
+            _write(writer, step, numbers, snapshot, self.figures(snapshot) if figures else {})
+        self.history.append({"step": float(step), **numbers})
+        self.reset()
+        return self.history[-1]
+
+    def figures(self, snapshot: Snapshot | None = None) -> dict[str, Figure]:
+        """The figures of what was counted: "angles", and "gradient_norms" if there were any.
+
+        Args:
+            snapshot: What to draw; the present one by default.
+
+        Returns:
+            A dict of matplotlib figures, empty where nothing was counted.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        snapshot = self.snapshot() if snapshot is None else snapshot
+        drawn = {}
+        if snapshot.rows.any():
+            margin = snapshot.numbers["margin_mean"]
+            drawn["angles"] = plot_angles(snapshot.target, snapshot.nearest, margin=margin)
+        if snapshot.gradient_norm.nan_to_num().any():
+            norms = snapshot.gradient_norm
+            drawn["gradient_norms"] = plot_gradient_norms(norms, snapshot.rows)
+        return drawn
+
+    def _is_sampled(self) -> bool:
+        """Whether the batch seen last is one of those looked at."""
+        return max(self._batches - 1, 0) % self.every == 0
+
+    def _before_forward(
+        self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if loss.training:
+            given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
+            self.update(given["embeddings"], given["labels"])
+
+    def _after_backward(self, gradient: Tensor) -> None:
+        if self.loss.training:
+            self.update_gradients(gradient)
+
+    def _sums_on(self, device: torch.device) -> Tensor:
+        """All that is counted, in one tensor: one all_reduce and one copy to the host move it."""
+        if self._sums is None or self._sums.device != device:
+            size = 2 * BINS + (GRADIENT + 1) * self.loss.num_classes + 1
+            self._sums = torch.zeros(size, dtype=precise_dtype(device), device=device)
+        return self._sums
+
+    def _views(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Histograms (2, bins), sums per class (8, C), and the number of gradients seen."""
+        histograms = sums[: 2 * BINS].view(2, BINS)
+        per_class = sums[2 * BINS : -1].view(GRADIENT + 1, self.loss.num_classes)
+        return histograms, per_class, sums[-1]
+
+    def _apart(self) -> Tensor:
+        """How far the processes' centres are apart, a scalar; 0 where they are the same."""
+        centres = self.loss.centres.detach()
+        precise = precise_dtype(centres.device)
+        if hasattr(centres, "full_tensor"):  # a DTensor, of fully_shard: parts of one tensor
+            return torch.zeros((), dtype=precise, device=centres.device)
+        summed = centres.sum(0, dtype=precise)
+        return collectives.spread(summed).amax() / summed.abs().amax()
+
+    def _separation(self) -> dict[str, float]:
+        centres = self.loss.by_centre(self.loss.centres)
+        separation = centre_separation(centres, self.loss.sub_centers)
+        collapsed = collapsed_classes(separation)
+        return {
+            "separation_min": float(separation.minimum),
+            "separation_bound": separation.bound,
+            "collapsed_pairs": float(len(collapsed.pairs)),
+            "without_direction": float(len(collapsed.without_direction)),
+        }
+
+
+def _write(
+    writer: Any,  # noqa: ANN401
+    step: int,
+    numbers: dict[str, float],
+    snapshot: Snapshot,
+    figures: dict[str, Figure],
+) -> None:
+    for name, number in numbers.items():
+        writer.add_scalar(f"angular/{name}", number, step)
+    if hasattr(writer, "add_histogram") and snapshot.rows.any():
+        middles = torch.arange(BINS) + 0.5
+        for name, counts in (("target", snapshot.target), ("nearest", snapshot.nearest)):
+            # Writers take values, not counts: so many that no bin's share is off by more.
+            share = (counts * min(1.0, 1e4 / float(counts.sum()))).round().long()
+            values = middles.repeat_interleave(share)
+            writer.add_histogram(f"angular/{name}_degrees", values, step)
+    if hasattr(writer, "add_figure"):
+        for name, figure in figures.items():
+            writer.add_figure(f"angular/{name}", figure, step)

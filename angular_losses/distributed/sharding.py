@@ -1,0 +1,177 @@
+"""Sharding a loss, and making it whole again."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation
+from ..engine.placement import WHOLE, Shard
+from ..losses.base import MarginLoss
+from ..losses.centres import watch
+from .gathering import Gathering
+from .sharded_loss import ShardedLoss, mixed
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+BACKBONES = ("exact", "ddp")
+_Loss = TypeVar("_Loss", bound=MarginLoss)
+
+
+def shard(
+    loss: _Loss,
+    mesh: DeviceMesh,
+    *,
+    backbone: str = "exact",
+    sample_rate: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> _Loss:
+    """Share the classes of a loss between the processes of a mesh, in place.
+
+    Call it on every rank, before an optimiser is made. Rank r keeps rows of ``loss.weight``: those
+    of classes r * ceil(C / R) and up, of which the last ranks may have fewer or none.
+
+    Args:
+        loss: Any loss of this package. If its weight is on the meta device, each rank draws its own
+            part, and the whole exists nowhere.
+        mesh: One dimension, on the device of the loss: ``init_device_mesh("cuda", (R,))``, or
+            ``mesh["classes"]`` of one that has more.
+        backbone: "exact": the gradients of the embeddings are those of the loss returned. "ddp":
+            they are R times that, because DistributedDataParallel and fully_shard then divide by R
+            when they average gradients over the ranks that share the classes.
+        sample_rate: Which part of a rank's classes takes part in a training step, in (0, 1], as in
+            Partial FC: those of the batch's labels, and others by chance; as many as the batch has
+            rows at least. Below 1 the gradient of the weight is sparse, and
+            :func:`shard_optimizer` is needed.
+        seed: What the choice of classes, and centres drawn here, depend on.
+        batch_size: The most rows that any rank brings to a step. Without it the ranks tell each
+            other at each step, and a GPU is waited for once; with it nothing waits, all rows up to
+            that number are computed, and where a GPU's rank refuses its batch the others learn of
+            it from the process group's timeout alone.
+
+    Returns:
+        The loss, now a :class:`ShardedLoss` too.
+
+    Raises:
+        TypeError: If the loss is none of this package, or is sharded already.
+        ValueError: If the mesh has several dimensions, or an argument is out of range.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from angular_losses import ArcFaceLoss
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> loss = shard(ArcFaceLoss(1000, 64), init_device_mesh("cpu", (1,)))
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+        >>> loss.shard
+        0:1000 of 1000 classes
+        >>> dist.destroy_process_group()
+
+    References:
+        An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
+        Recognition CNNs by Partial FC", CVPR 2022, arXiv:2203.15565.
+    """
+    if not isinstance(loss, MarginLoss):
+        raise TypeError(f"loss: expected a loss of this package, got {loss!r}")
+    if isinstance(loss, ShardedLoss):
+        raise TypeError("loss: expected one that is not sharded yet")
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh: expected one dimension, such as mesh['classes'], got {mesh.ndim} dimensions"
+        )
+    validation.choice("backbone", backbone, BACKBONES)
+    validation.positive("sample_rate", validation.share("sample_rate", sample_rate))
+    if batch_size is not None:
+        validation.positive_integer("batch_size", batch_size)
+    if sample_rate < 1:
+        _check_may_sample(loss)
+    for name, buffer in loss.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(f"loss: its {name} has values, and cannot be on the meta device")
+    place = Shard(mesh, loss.num_classes)
+    weight = _own_centres(loss, place, seed)
+    sharded = cast(ShardedLoss, loss)
+    sharded.__class__ = _sharded(type(loss))
+    sharded.shard, sharded.seed = place, seed
+    sharded.sample_rate = float(sample_rate)
+    sharded.factor = float(place.size) if backbone == "ddp" else 1.0
+    sharded.gathering = Gathering(place, loss.ignore_index, batch_size)
+    sharded.weight = weight
+    sharded.is_random = loss.is_random or sample_rate < 1
+    sharded.batches = 0
+    watch(sharded)
+    return loss
+
+
+def unshard(loss: MarginLoss) -> MarginLoss:
+    """The whole loss, with the centres of all ranks, on each of them; the shards stay as they are.
+
+    Args:
+        loss: A :class:`ShardedLoss`. Every rank has to call this.
+
+    Returns:
+        A new loss of the class that was sharded.
+
+    Raises:
+        TypeError: If the loss is not sharded.
+    """
+    if not isinstance(loss, ShardedLoss):
+        raise TypeError(f"loss: expected a sharded one, got {type(loss).__name__}")
+    each = -(-loss.num_classes // loss.shard.size) * loss.sub_centers
+    own = loss.weight.new_zeros(each, loss.embedding_size)
+    own[: len(loss.weight)] = loss.weight.detach()
+    centres = loss.shard.gathered(own).flatten(0, 1)[: loss.num_classes * loss.sub_centers]
+    return _whole(loss, centres.clone())
+
+
+def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
+    return cast("type[ShardedLoss]", type(f"Sharded{cls.__name__}", (ShardedLoss, cls), {}))
+
+
+def _check_may_sample(loss: MarginLoss) -> None:
+    if type(loss).batch_loss is not MarginLoss.batch_loss:
+        raise ValueError(
+            f"sample_rate: expected 1 for {type(loss).__name__}, which is a sum over all classes"
+        )
+    if loss.label_smoothing:
+        raise ValueError(
+            "sample_rate: expected 1 with label smoothing, which is a mean over all classes"
+        )
+
+
+def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
+    each, weight = loss.sub_centers, loss.weight
+    own = weight.detach()[place.first * each : (place.first + place.count) * each]
+    if not weight.is_meta:
+        own = own.clone()
+    else:
+        device = torch.device(place.mesh.device_type)
+        if device.type != "cpu":
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
+        generator = torch.Generator(device).manual_seed(mixed(seed, place.rank))
+        own = torch.empty_like(own, device=device)
+        nn.init.normal_(own, std=loss.embedding_size**-0.5, generator=generator)
+    return nn.Parameter(own, requires_grad=weight.requires_grad)
+
+
+def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
+    cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
+    whole = cast(MarginLoss, cls.__new__(cls))
+    of_shards = {"gathering", "factor", "sample_rate", "seed", "shard", "is_random", "batches"}
+    own = {k: v for k, v in vars(loss).items() if k not in of_shards}
+    vars(whole).update({k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()})
+    whole._parameters = dict(loss._parameters)
+    whole._buffers, whole._modules = copy.deepcopy(loss._buffers), copy.deepcopy(loss._modules)
+    whole.shard = WHOLE
+    for name, parameter in whole._parameters.items():
+        if parameter is not None:
+            values = centres if name == "weight" else parameter.detach().clone()
+            whole._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    watch(whole)
+    return whole

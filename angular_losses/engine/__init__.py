@@ -1,0 +1,1 @@
+"""How the losses are computed: modes, chunks of classes, operators, where the centres are."""

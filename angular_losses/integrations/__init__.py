@@ -1,0 +1,1 @@
+"""Beside other libraries: their interfaces, and their checkpoints."""

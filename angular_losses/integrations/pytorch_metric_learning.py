@@ -1,0 +1,672 @@
+"""pytorch-metric-learning's face: its class names, arguments, units and state, our numerics.
+
+Where a program says ``from pytorch_metric_learning import losses``, it may say::
+
+    from angular_losses.integrations import pytorch_metric_learning as losses
+
+Every other name of PML's ``losses`` is found here too. Reducers, miners, regularisers, trainers,
+testers and wrappers work as before, and ``state_dict`` fits both ways. Values and gradients are
+PML's, to rounding, wherever PML's are right, and neither NaN nor zero where it is not; the N x C
+logits are never held.
+
+Written for and tested with PML 2.9. PML 3 has other units and layouts, near to those of
+:mod:`angular_losses` itself, which is what to use beside it.
+
+What differs on purpose: an embedding's own dtype never lowers the precision (losses and logits are
+float32 at least, and autocast leaves ``W`` as it is); labels of every integer type are accepted;
+SphereFaceLoss and LargeMarginSoftmaxLoss honour margins that are not integers;
+SubCenterArcFaceLoss takes its sizes by position too, and its ``get_outliers`` returns the outliers
+alone where it should; second derivatives need ``mode="dense"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import margins, validation
+from ..functional import margin_softmax_loss
+from ..geometry import angle_between, directions, lengths, nearest_sub_centers, target_angle
+from ..losses.centres import ClassCentres, watch
+
+try:
+    import pytorch_metric_learning
+
+    if int(pytorch_metric_learning.__version__.partition(".")[0]) > 2:
+        raise ImportError(
+            "angular_losses.integrations is written for pytorch-metric-learning 2.9, found "
+            f"{pytorch_metric_learning.__version__}: pip install angular-losses[pml], or use "
+            "angular_losses itself"
+        )
+    from pytorch_metric_learning import losses as pml_losses
+    from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
+    from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
+    from pytorch_metric_learning.reducers import ThresholdReducer
+    from pytorch_metric_learning.utils import common_functions as c_f
+    from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weights
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "angular_losses.integrations needs pytorch-metric-learning: pip install angular-losses[pml]"
+    ) from error
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "LargeMarginSoftmaxLoss",
+    "NormalizedSoftmaxLoss",
+    "P2SGradLoss",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
+]
+
+
+_HOOKS_OF_PML = {
+    "get_angles",
+    "get_cos_with_margin",
+    "get_cosine",
+    "get_target_mask",
+    "modify_cosine_of_target_classes",
+    "scale_logits",
+}
+
+
+class BaseOptions(TypedDict, total=False):
+    """The keyword arguments of PML's base class."""
+
+    embedding_regularizer: nn.Module | None
+    embedding_reg_weight: float
+    reducer: nn.Module | None
+    distance: nn.Module | None
+    collect_stats: bool | None
+
+
+class WeightOptions(BaseOptions, total=False):
+    """Those of PML's classification losses."""
+
+    weight_regularizer: nn.Module | None
+    weight_reg_weight: float
+    weight_init_func: Callable[[Tensor], object] | None
+
+
+class Options(WeightOptions, total=False):
+    """Two of ours beside them."""
+
+    mode: str
+    memory_budget: int | None
+
+
+class _ClassificationLoss(
+    ClassCentres,
+    WeightRegularizerMixin,  # type: ignore[misc]
+    BaseMetricLossFunction,  # type: ignore[misc]
+):
+    """What the losses share: the centres W, their margin softmax, and PML's contract.
+
+    A new loss defines ``target``, and perhaps ``row_scale`` or ``init_margin``. PML's own hooks
+    work on the N x C cosines, which are never there.
+    """
+
+    margin: float
+    scale: float
+    sub_centers = 1
+    normalize_weight = True
+    centres_name = "W"
+    centres_are_columns = True
+
+    def __init_subclass__(cls, **arguments: object) -> None:
+        super().__init_subclass__(**arguments)
+        for name in _HOOKS_OF_PML & vars(cls).keys():
+            raise TypeError(f"{name}: {cls.__name__} defines it, but only target would be called")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        settings: dict[str, float],
+        *,
+        mode: str = "auto",
+        memory_budget: int | None = None,
+        **options: Unpack[WeightOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.num_classes = validation.positive_integer("num_classes", num_classes)
+        self.embedding_size = validation.positive_integer("embedding_size", embedding_size)
+        self.mode, self.memory_budget = mode, memory_budget
+        self.check_distance()
+        for name, value in settings.items():
+            setattr(self, name, value)
+        self.init_margin()
+        self.add_to_recordable_attributes(list_of_names=["num_classes", *settings], is_stat=False)
+        self.add_to_recordable_attributes(name="avg_angle", is_stat=True)
+        centres = torch.empty(self.embedding_size, self.num_classes * self.sub_centers)
+        self.W = nn.Parameter(centres)
+        self.weight_init_func(self.W)
+        watch(self)
+
+    def get_default_distance(self) -> nn.Module:
+        """CosineSimilarity."""
+        distance: nn.Module = CosineSimilarity()
+        return distance
+
+    def check_distance(self) -> None:
+        """Raise AssertionError, as PML does, unless the distance is the cosine."""
+        c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
+
+    def init_margin(self) -> None:
+        """Check ``margin`` and bring it to the unit it is used in."""
+
+    def target(self, theta: Tensor, labels: Tensor) -> Tensor:
+        """The target logits before scaling (N,) from the target angles (N,), in radians."""
+        raise NotImplementedError(f"{type(self).__name__} does not define target")
+
+    def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
+        """The target logits before scaling (N,) as a function of the target angles alone."""
+        return lambda theta: self.target(theta, labels)
+
+    def row_scale(self, embeddings: Tensor) -> float | Tensor:
+        """The scale of the logits: a number, or (N,)."""
+        return self.scale
+
+    def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Bring W to the device and, outside autocast, the dtype of the embeddings."""
+        _follow(self.W, dtype, device)
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> dict[str, dict[str, Any]]:
+        """The losses of the rows, in the form that PML's reducers take."""
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        assert labels is not None
+        self.cast_types(embeddings.dtype, embeddings.device)
+        # No label is ignored here, -100 neither.
+        validation.batch(embeddings, self.W.t(), labels, sub_centers=self.sub_centers)
+        self._collect(embeddings, labels)
+        losses = self.row_losses(embeddings, labels.long())
+        if any(isinstance(part, ThresholdReducer) for part in self.reducer.modules()):
+            # What PML's cross-entropy rounds to 0, such a reducer leaves out of its mean.
+            losses = losses.where(losses > torch.finfo(losses.dtype).eps / 2, 0)
+        loss_dict = {
+            "loss": {
+                "losses": losses * convert_to_weights(indices_tuple, labels, dtype=losses.dtype),
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+            }
+        }
+        self.add_weight_regularization_to_loss_dict(loss_dict, self.W.t())
+        return loss_dict
+
+    def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The margin softmax of each row, (N,)."""
+        return margin_softmax_loss(
+            embeddings,
+            self.W.t().contiguous(),  # centres as columns take up to half as long again
+            labels,
+            margin=self.margin_function(embeddings, labels),
+            scale=self.row_scale(embeddings),
+            sub_centers=self.sub_centers,
+            normalize_weight=self.normalize_weight,
+            reduction="none",
+            mode=self.mode,
+            memory_budget=self.memory_budget,
+        )
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """The scaled logits (N, C) without a margin, float32 at least: for inference.
+
+        Args:
+            embeddings: (N, d), floating point, on the device of W.
+
+        Raises:
+            TypeError: If the embeddings are not floating-point.
+            ValueError: If their shape or device does not fit W.
+        """
+        validation.floating("embeddings", embeddings, "N", "d", device=self.W.device)
+        validation.width("embeddings", embeddings, self.W.shape[0], self.num_classes)
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.logits(embeddings.to(dtype), self.W.to(dtype))
+
+    def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        """Those of embeddings (N, d) and a weight (d, C * K), by PML's own distance."""
+        cosine = self.distance(embeddings, weight.t())
+        cosine = cosine.view(-1, self.num_classes, self.sub_centers).amax(2)
+        if not self.normalize_weight:
+            cosine = cosine * lengths(weight.t()).to(cosine.dtype)
+        scale = torch.as_tensor(self.row_scale(embeddings), device=cosine.device)
+        scaled: Tensor = cosine * scale.to(cosine.dtype).reshape(-1, 1)
+        return scaled
+
+    @torch.no_grad()
+    def _collect(self, embeddings: Tensor, labels: Tensor) -> None:
+        """What is recorded, where that is asked for: the one place that waits for the device."""
+        centres = self.W.t()
+        if self.collect_stats:
+            theta = target_angle(embeddings, centres, labels, self.sub_centers)
+            self.avg_angle = math.degrees(theta.mean().item())
+        if self.distance.collect_stats:
+            vectors = (embeddings, centres)
+            self.distance.set_default_stats(*vectors, *map(self.distance.maybe_normalize, vectors))
+
+
+class ArcFaceLoss(_ClassificationLoss):
+    r"""PML's ArcFaceLoss: the margin, in degrees, added to the target's angle.
+
+    .. math:: f = s\cos(\theta_y + m), \quad
+        s\,(\cos\theta_y - m\sin m) \text{ past } \theta_y + m = \pi
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in **degrees**, in [-180, 180); the attribute is in radians, as PML has it.
+        scale: The scale s > 0.
+        **options: PML's ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func``,
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer``, ``distance``,
+            ``collect_stats``; and the ``mode`` and ``memory_budget`` of
+            :func:`angular_losses.margin_softmax_loss`.
+
+    Attributes:
+        W: (d, C) parameter, the class centres as columns.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give what the reducer makes
+        of (N,) losses, float32 at least.
+
+    Raises:
+        AssertionError: If the distance is not a plain CosineSimilarity.
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range, labels are missing, or references are given.
+
+    Example:
+        >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64, margin=28.6)
+        >>> f"{loss.margin:.2f}"
+        '0.50'
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (3); past pi - m its first version.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        **options: Unpack[Options],
+    ) -> None:
+        settings = {"margin": margin, "scale": scale}
+        super().__init__(num_classes, embedding_size, settings, **options)
+
+    def init_margin(self) -> None:
+        """From degrees to radians."""
+        self.margin = math.radians(
+            validation.number("margin", self.margin, -180.0, 180.0, "degrees")
+        )
+
+    def target(self, theta: Tensor, labels: Tensor) -> Tensor:
+        """cos(theta + m), and PML's line past pi - m."""
+        return margins.BEYOND["linear"](theta, self.margin)
+
+
+class SubCenterArcFaceLoss(ArcFaceLoss):
+    """PML's SubCenterArcFaceLoss: ArcFace with K centres a class, for noisy labels.
+
+    A class's angle is that of its nearest centre.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: As in :class:`ArcFaceLoss`, in **degrees**.
+        scale: The scale s > 0.
+        sub_centers: The number of centres of a class, K.
+        **options: As in :class:`ArcFaceLoss`, whose shapes and errors are these too.
+
+    Attributes:
+        W: (d, C * K) parameter; sub-centre k of class c is column c * K + k.
+
+    Example:
+        >>> SubCenterArcFaceLoss(num_classes=10, embedding_size=64).W.shape
+        torch.Size([64, 30])
+
+    References:
+        Deng et al., "Sub-center ArcFace", ECCV 2020.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        sub_centers: int = 3,
+        **options: Unpack[Options],
+    ) -> None:
+        # Before the centres are made.
+        self.sub_centers = validation.positive_integer("sub_centers", sub_centers)
+        super().__init__(num_classes, embedding_size, margin, scale, **options)
+
+    @torch.no_grad()
+    def get_outliers(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        threshold: float = 75,
+        return_dominant_centers: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The embeddings that are far from their class's dominant centre, nearest to most of it.
+
+        Args:
+            embeddings: (N, d), floating point.
+            labels: (N,) integers in [0, C).
+            threshold: The angle from which on an embedding is far, in **degrees**.
+            return_dominant_centers: Whether the dominant centres are returned too.
+
+        Returns:
+            The indices of the outliers, int64, by class; and if asked for, the dominant centres
+            (d, C) in the embeddings' dtype: of a class without embeddings, its first centre.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If shapes do not fit, or a label is out of range.
+        """
+        centres, labels = self.W.t().to(embeddings.device), labels.to(embeddings.device)
+        validation.batch(embeddings, centres, labels, sub_centers=self.sub_centers)
+        labels = labels.long()
+        nearest = nearest_sub_centers(embeddings, centres, labels, self.sub_centers)
+        counts = torch.bincount(nearest, minlength=len(centres)).view(-1, self.sub_centers)
+        first = torch.arange(0, len(centres), self.sub_centers, device=labels.device)
+        dominant = centres[first + counts.argmax(1)]
+        far = angle_between(embeddings, dominant[labels]) > math.radians(threshold)
+        by_class = labels.argsort(stable=True)
+        outliers = by_class[far[by_class]]
+        if not return_dominant_centers:
+            return outliers
+        return outliers, dominant.t().to(embeddings).contiguous()
+
+
+class CosFaceLoss(_ClassificationLoss):
+    r"""PML's CosFaceLoss: the margin taken off the target's cosine.
+
+    .. math:: f = s\,(\cos\theta_y - m)
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m, any number.
+        scale: The scale s > 0.
+        **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
+
+    Example:
+        >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Wang et al., "CosFace", CVPR 2018, arXiv:1801.09414, eq. (4).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float = 64,
+        **options: Unpack[Options],
+    ) -> None:
+        settings = {"margin": margin, "scale": scale}
+        super().__init__(num_classes, embedding_size, settings, **options)
+
+    def init_margin(self) -> None:
+        """A margin below 0 too, as PML takes it."""
+        self.margin = validation.number("margin", self.margin, -math.inf)
+
+    def target(self, theta: Tensor, labels: Tensor) -> Tensor:
+        """cos(theta) - m."""
+        return theta.cos() - self.margin
+
+
+class LargeMarginSoftmaxLoss(_ClassificationLoss):
+    r"""PML's LargeMarginSoftmaxLoss (L-Softmax): the lengths of embedding and centre are kept.
+
+    .. math:: f = s\,|w_y|\,|x|\,\psi(\theta_y), \quad z_j = s\,w_j \cdot x, \quad
+        \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad k = \lfloor m\theta / \pi \rfloor
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m >= 1, any real number; PML cuts off what comes after the point.
+        scale: The scale s > 0.
+        **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
+
+    Example:
+        >>> loss = LargeMarginSoftmaxLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Liu et al., "Large-Margin Softmax Loss", ICML 2016, arXiv:1612.02295, eq. (6).
+    """
+
+    normalize_weight = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 4,
+        scale: float = 1,
+        **options: Unpack[Options],
+    ) -> None:
+        settings = {"margin": margin, "scale": scale}
+        super().__init__(num_classes, embedding_size, settings, **options)
+
+    def init_margin(self) -> None:
+        """A margin of at least 1."""
+        self.margin = validation.multiplicative_margin("margin", self.margin)
+
+    def target(self, theta: Tensor, labels: Tensor) -> Tensor:
+        """psi(theta), times the length of the centre where that is kept."""
+        psi = margins.sphereface(theta, self.margin)
+        return psi if self.normalize_weight else psi * lengths(self.W.t().index_select(0, labels))
+
+    def row_scale(self, embeddings: Tensor) -> Tensor:
+        """The scale times the lengths of the embeddings, (N,)."""
+        scaled: Tensor = self.scale * lengths(embeddings)
+        return scaled
+
+
+class SphereFaceLoss(LargeMarginSoftmaxLoss):
+    r"""PML's SphereFaceLoss (A-Softmax): the length of the embedding is kept.
+
+    .. math:: f = s\,|x|\,\psi(\theta_y), \quad z_j = s\,|x|\cos\theta_j
+
+    Arguments, attributes and errors are those of :class:`LargeMarginSoftmaxLoss`.
+
+    Example:
+        >>> loss = SphereFaceLoss(num_classes=10, embedding_size=64, margin=1.7)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063, eq. (7).
+    """
+
+    normalize_weight = True
+
+
+class NormalizedSoftmaxLoss(_ClassificationLoss):
+    r"""PML's NormalizedSoftmaxLoss: softmax on cosines over a temperature, no margin.
+
+    .. math:: z_j = \cos\theta_j / T
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        temperature: T > 0.
+        **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too,
+            but for the ``distance``: any but a plain dot product of normalised embeddings is
+            computed by PML, on N x C logits.
+
+    Example:
+        >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019,
+        arXiv:1811.12649.
+    """
+
+    temperature: float
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        temperature: float = 0.05,
+        **options: Unpack[Options],
+    ) -> None:
+        settings = {"embedding_size": embedding_size, "temperature": temperature}
+        super().__init__(num_classes, embedding_size, settings, **options)
+
+    def get_default_distance(self) -> nn.Module:
+        """DotProductSimilarity, of normalised embeddings."""
+        distance: nn.Module = DotProductSimilarity()
+        return distance
+
+    def check_distance(self) -> None:
+        """Any will do."""
+
+    def init_margin(self) -> None:
+        """A temperature above 0."""
+        self.temperature = validation.positive("temperature", self.temperature)
+
+    def row_scale(self, embeddings: Tensor) -> float | Tensor:
+        """1 / T."""
+        return 1 / self.temperature
+
+    def target(self, theta: Tensor, labels: Tensor) -> Tensor:
+        """cos(theta)."""
+        return theta.cos()
+
+    def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """As for any loss, or PML's way."""
+        if self._is_cosine():
+            return super().row_losses(embeddings, labels)
+        return F.cross_entropy(self.get_logits(embeddings), labels, reduction="none")
+
+    def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        """Similarities, or distances below 0, over T."""
+        centres = self.distance.normalize(weight, dim=0).t()
+        sign = 1 if self.distance.is_inverted else -1
+        logits: Tensor = sign * self.distance(embeddings, centres) / self.temperature
+        return logits
+
+    def _is_cosine(self) -> bool:
+        distance = self.distance
+        return (
+            type(distance) in (CosineSimilarity, DotProductSimilarity)
+            and bool(distance.normalize_embeddings)
+            and (distance.p, distance.power) == (2, 1)
+        )
+
+
+class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
+    r"""PML's P2SGradLoss: the mean square of the cosines, the target's less 1.
+
+    .. math:: L = \frac{1}{NC} \sum_{ij} (\cos\theta_{ij} - [j = y_i])^2
+
+    As in PML, every forward pass sets the centres to unit length, and the gradient is that of the
+    dot product with them: it has a part along the centre.
+
+    Args:
+        descriptors_dim: The length of an embedding, d.
+        num_classes: The number of classes, C.
+        **options: As in :class:`ArcFaceLoss`, but for weights, ``mode`` and ``memory_budget``.
+
+    Attributes:
+        weight: (d, C) parameter, the class centres as columns.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size is out of range, labels are missing, or references or a miner's
+            indices are given.
+
+    Example:
+        >>> loss = P2SGradLoss(descriptors_dim=64, num_classes=10)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Zhang et al., "P2SGrad", CVPR 2019, arXiv:1905.02479, eq. (11).
+    """
+
+    sub_centers = 1
+    centres_are_columns = True
+
+    def __init__(
+        self, descriptors_dim: int, num_classes: int, **options: Unpack[BaseOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.descriptors_dim = validation.positive_integer("descriptors_dim", descriptors_dim)
+        self.num_classes = validation.positive_integer("num_classes", num_classes)
+        drawn = torch.empty(self.descriptors_dim, self.num_classes).uniform_(-1, 1)
+        self.weight = nn.Parameter(directions(drawn.t()).t().contiguous())
+        watch(self)
+
+    def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
+        """The cosine: there is no margin."""
+        return torch.cos
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> dict[str, dict[str, Any]]:
+        """The mean, already reduced."""
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        c_f.indices_tuple_not_supported(indices_tuple)
+        assert labels is not None
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        self.weight.data = directions(self.weight.data.t(), dtype).t().to(self.weight.dtype)
+        _follow(self.weight, embeddings.dtype, embeddings.device)
+        validation.batch(embeddings, self.weight.t(), labels)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            cosine = directions(embeddings, dtype) @ self.weight.to(dtype)
+            one = cosine.new_ones(len(labels), 1)
+            error = cosine.scatter_add(1, labels.long()[:, None], -one)
+            loss = error.square().mean()
+        return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+
+
+def _follow(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
+    """Bring a parameter where PML would, but leave its dtype alone under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = parameter.dtype
+    parameter.data = parameter.data.to(device, dtype)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """PML's other losses, so that this module can stand in for its ``losses``."""
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(pml_losses, name)

@@ -1,0 +1,604 @@
+"""Losses whose margin or scale follows the batch, the classes or chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import collectives, margins, validation
+from ..engine import modes
+from ..engine.chunks import Rule
+from ..geometry import directions, lengths, nearest_sub_centers
+from .base import LossOptions, MarginLoss, Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class AdaCosLoss(MarginLoss):
+    r"""AdaCos: no margin, and a scale that needs no tuning.
+
+    .. math:: s_0 = \sqrt 2\,\log(C - 1), \qquad
+        s \leftarrow \frac{\log \frac1N \sum_i \sum_{j \ne y_i} e^{s\cos\theta_{ij}}}
+        {\cos\min(\pi/4,\ \mathrm{median}_i\,\theta_{i y_i})}
+
+    Fixed, the scale stays s0. Dynamic, each training step updates it before use;
+    across processes the median is the mean of theirs. The scale is kept at 1 or more.
+
+    Args:
+        num_classes: The number of classes, C >= 3.
+        embedding_size: The length of an embedding, d.
+        dynamic: Whether the scale follows the batches.
+        **options: See :class:`MarginLoss`. A dynamic scale takes one more matrix product.
+
+    Attributes:
+        scale: The scale, a buffer.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> AdaCosLoss(num_classes=1001, embedding_size=64, dynamic=False).scale
+        tensor(9.7690)
+
+    References:
+        Zhang et al., "AdaCos: Adaptively Scaling Cosine Logits for Effectively Learning Deep Face
+        Representations", CVPR 2019, arXiv:1905.00292.
+    """
+
+    scale: Tensor
+    scale_decides = False  # as it is when the base class looks
+    statistics = ("scale",)
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        dynamic: bool = True,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, 1.0, **options)
+        if num_classes < 3:
+            raise ValueError(f"num_classes: expected at least 3 for AdaCos, got {num_classes}")
+        self.dynamic = dynamic
+        del self.scale
+        fixed = torch.tensor(_fixed_scale(num_classes), device=options.get("device"))
+        self.register_buffer("scale", fixed)
+
+    def extend_buffers(self, num_new: int) -> None:
+        """A fixed scale is that of all classes; a dynamic one finds its way."""
+        super().extend_buffers(num_new)
+        if not self.dynamic:
+            self.scale.fill_(_fixed_scale(self.num_classes + num_new))
+
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Make the scale that of this batch."""
+        if not self.dynamic:
+            return
+        rule = Rule(sub_centers=self.sub_centers)
+        weight, here = self.centres_here(labels)
+        own = nearest_sub_centers(embeddings, weight, here, self.sub_centers)
+        chosen = modes.choose(embeddings, weight, self.mode, self.memory_budget, rule)
+        parts = modes.parts(
+            embeddings, weight, own, chosen, scale=self.scale, rule=rule, shard=self.shard
+        )
+        each = torch.ones_like(parts.theta) if weights is None else weights.to(parts.theta.dtype)
+        angle, has_any = _median(parts.theta, each)
+        # The largest is taken out of the exponentials, the same one in every process.
+        exponents = parts.negatives.where(each > 0, -torch.inf)
+        largest = collectives.largest(F.pad(exponents, (0, 1), value=-torch.inf).amax())
+        sums = collectives.total(
+            torch.stack(
+                [
+                    ((exponents - largest).exp() * each).where(each > 0, 0).sum(),
+                    each.sum(),
+                    angle.where(has_any, 0),
+                    has_any.to(angle.dtype),
+                ]
+            )
+        )
+        log_mean = largest + (sums[0] / sums[1]).log()
+        found = log_mean / (sums[2] / sums[3]).clamp(max=math.pi / 4).cos()
+        found = found.clamp(min=1.0).to(self.scale.dtype)
+        self.scale.copy_(torch.where(found.isfinite(), found, self.scale))
+
+    def row_scale(self, embeddings: Tensor) -> Tensor:
+        """The scale as it is now."""
+        return self.scale
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """cos(theta)."""
+        return torch.cos(theta)
+
+
+class AdaFaceLoss(MarginLoss):
+    r"""AdaFace: the margin of a row follows the quality of its image, read off its length.
+
+    .. math:: f = s\,\bigl(\cos(\theta_y - m\hat z) - m\hat z - m\bigr), \qquad
+        \hat z = \mathrm{clip}\Bigl(\frac{|x| - \mu}{\sigma / h},\ -1,\ 1\Bigr)
+
+    The quality is a constant to the gradient. mu and sigma are running statistics of the lengths,
+    of all processes, updated by each training step before they are used. Where
+    theta is below m z-hat the cosine goes on falling (unrolled), as :func:`arcface` does past pi.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d. Do not normalise embeddings before.
+        margin: m in radians, in [0, pi / 2).
+        scale: The scale s > 0.
+        h: The concentration h > 0.
+        momentum: The share of the new batch in mu and sigma: 0.01 as in the authors' README. Their
+            code's default is 1.0, and the paper prints 0.99.
+        **options: See :class:`MarginLoss`.
+
+    Attributes:
+        mean: mu, a buffer, 20 at first, as in the authors' code.
+        deviation: sigma, a buffer, 100 at first. Like that code it is increased by 1e-3 where it
+            divides, and lengths are clipped to [1e-3, 100].
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = AdaFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(20 * torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022,
+        arXiv:2204.00964, eq. (18), whose brackets its author corrected.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    statistics = ("mean", "deviation")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.4,
+        scale: float = 64.0,
+        *,
+        h: float = 0.333,
+        momentum: float = 0.01,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.margin = validation.number("margin", margin, 0.0, math.pi / 2, "radians")
+        self.h = validation.positive("h", h)
+        self.momentum = validation.share("momentum", momentum)
+        self.register_buffer("mean", torch.tensor(20.0, device=options.get("device")))
+        self.register_buffer("deviation", torch.tensor(100.0, device=options.get("device")))
+
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Move the statistics towards those of the batch."""
+        found = collectives.mean_and_deviation(_clipped(embeddings), weights)
+        for running, new in zip((self.mean, self.deviation), found, strict=True):
+            new = new.to(running.dtype)  # NaN where the batch has too few rows
+            running.lerp_(torch.where(new.isnan(), running, new), self.momentum)
+
+    def quality(self, embeddings: Tensor) -> Tensor:
+        """The quality z-hat of each row (N,), in [-1, 1]."""
+        length = _clipped(embeddings.detach())
+        deviation = self.deviation.to(length.dtype) + 1e-3
+        return ((length - self.mean) / deviation * self.h).clamp(-1, 1)
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The margin of each row, as its quality has it."""
+        turned = self.margin * self.quality(embeddings)
+
+        def target(theta: Tensor, share: float | Tensor) -> Tensor:
+            cosine = margins.arcface(theta, -share * turned)
+            return cosine - share * (turned + self.margin)
+
+        return target
+
+
+class MagFaceLoss(MarginLoss):
+    r"""MagFace: the margin grows with the embedding's length, which learns to tell quality.
+
+    .. math:: f = s\cos(\theta_y + m(a)), \quad
+        m(a) = l_m + \frac{u_m - l_m}{u_a - l_a}(a - l_a), \quad
+        a = \mathrm{clip}(|x|,\ l_a,\ u_a)
+
+    To the loss of each row is added lambda_g (1 / a + a / u_a^2).
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d. Do not normalise embeddings before.
+        scale: The scale s > 0.
+        length_bounds: (l_a, u_a), the bounds of the length.
+        margin_bounds: (l_m, u_m), the margins at those, in radians, in [0, pi).
+        lambda_g: The weight of the regulariser, 35 as in the authors' runs (20 in their code). For
+            a single optimum it has to be at least s (u_m - l_m) / (u_a - l_a) u_a^2 l_a^2 /
+            (u_a^2 - l_a^2): 22.6 with the defaults.
+        beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`. The authors'
+            code has "easy" by default.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = MagFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(20 * torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
+        Assessment", CVPR 2021, arXiv:2103.06627.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float = 64.0,
+        *,
+        length_bounds: tuple[float, float] = (10.0, 110.0),
+        margin_bounds: tuple[float, float] = (0.45, 0.8),
+        lambda_g: float = 35.0,
+        beyond: str = "decreasing",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.length_bounds = _pair("length_bounds", length_bounds, validation.positive)
+        self.margin_bounds = _pair("margin_bounds", margin_bounds, validation.angular_margin)
+        self.lambda_g = validation.number("lambda_g", lambda_g, 0.0)
+        validation.choice("beyond", beyond, margins.ARCFACE_BEYOND)
+        self.beyond = beyond
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """ArcFace with the margin of each row's length."""
+        (shortest, longest), (least, most) = self.length_bounds, self.margin_bounds
+        length = lengths(embeddings).clamp(shortest, longest)
+        margin = least + (most - least) / (longest - shortest) * (length - shortest)
+        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+
+    def penalty(self, embeddings: Tensor) -> Tensor:
+        """lambda_g times g of the lengths."""
+        length = lengths(embeddings).clamp(*self.length_bounds)
+        return self.lambda_g * (1 / length + length / self.length_bounds[1] ** 2)
+
+
+class ElasticFaceLoss(MarginLoss):
+    r"""ElasticFace: ArcFace or CosFace with a margin drawn for each row, at each forward pass.
+
+    .. math:: f = s\cos(\theta_y + \epsilon) \text{ ("arc") or } s\,(\cos\theta_y - \epsilon)
+        \text{ ("cos")}, \qquad \epsilon \sim \mathcal N(m, \sigma)
+
+    With ``plus`` the rows furthest from their centres get the largest draws. (The authors' code
+    applies the inverse of that order.) In eval mode the margin is m.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m: radians in [0, pi) for "arc", by default 0.5; in [0, 2) for "cos", 0.35.
+        scale: The scale s > 0.
+        kind: "arc" or "cos".
+        plus: Whether draws are handed out by difficulty (ElasticFace+).
+        deviation: sigma >= 0; by default that of the authors' settings: 0.05, but with ``plus``
+            0.0175 for "arc" and 0.02 for "cos".
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = ElasticFaceLoss(num_classes=10, embedding_size=64, plus=True)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Boutros et al., "ElasticFace: Elastic Margin Loss for Deep Face Recognition",
+        CVPR workshops 2022, arXiv:2109.09416.
+    """
+
+    is_random = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | None = None,
+        scale: float = 64.0,
+        *,
+        kind: str = "arc",
+        plus: bool = False,
+        deviation: float | None = None,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        validation.choice("kind", kind, tuple(margins.ADDITIVE))
+        if margin is None:
+            margin = {"arc": 0.5, "cos": 0.35}[kind]
+        if deviation is None:
+            deviation = {"arc": 0.0175, "cos": 0.02}[kind] if plus else 0.05
+        self.kind, self.plus = kind, plus
+        self.margin = margins.ADDITIVE[kind].check("margin", margin)
+        self.deviation = validation.number("deviation", deviation, 0.0)
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The margin of the kind, in training mode drawn anew for each row."""
+        function = margins.ADDITIVE[self.kind].function
+        if not self.training:
+            return lambda theta, share: function(theta, share * self.margin)
+        drawn = torch.randn(len(labels), device=labels.device) * self.deviation + self.margin
+        ascending = drawn.sort().values
+
+        def target(theta: Tensor, share: float | Tensor) -> Tensor:
+            of_rows = ascending[theta.detach().argsort().argsort()] if self.plus else drawn
+            return function(theta, share * of_rows)
+
+        return target
+
+
+class KappaFaceLoss(MarginLoss):
+    r"""KappaFace: larger margins for classes that are rare or whose embeddings scatter.
+
+    .. math:: m_c = m\,(\gamma\,w^\kappa_c + (1 - \gamma)\,w^n_c), \quad w^\kappa
+        = 1 - \sigma\Bigl(T\,\frac{\kappa_c - \bar\kappa}{\mathrm{std}\,\kappa}\Bigr), \quad
+        w^n = \frac{1 + \cos(\pi n_c / K)}{2}, \quad
+        \kappa = \frac{\bar r\,(d - \bar r^2)}{1 - \bar r^2}
+
+    with n_c the images of a class, K = 1.05 max n as in the authors' code, and r-bar the length of
+    the mean direction of its embeddings. Training steps gather those directions;
+    call :meth:`update_margins` at the end of each epoch. In the first epoch the margin is m. The
+    authors keep one direction an image, mixed with its last; here an epoch counts as it was. A
+    class of which one image is there or was seen has no concentration, and counts as one of
+    middling; in the authors' code its r-bar of 1 makes an outlier of it, which leaves all other
+    classes with nearly the same w^kappa. So does, here too, a class of copies of one image.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        class_counts: (C,) the number of training images of each class, n, a tensor or any other
+            sequence of numbers.
+        margin: m in radians, in [0, pi).
+        scale: The scale s > 0.
+        temperature: T >= 0.
+        gamma: The share of concentration against rarity, in [0, 1]. The defaults are those of the
+            authors' settings; their code's own are 0.62, 0.55 and 0.7.
+        **options: See :class:`MarginLoss`.
+
+    Attributes:
+        margin: (C,) buffer, the margins in force.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = KappaFaceLoss(3, 64, class_counts=torch.tensor([500, 20, 50]))
+        >>> _ = loss(torch.randn(60, 64), torch.arange(60) % 3)
+        >>> loss.update_margins()
+        >>> bool(loss.margin[1] > loss.margin[0])
+        True
+
+    References:
+        Oinar et al., "KappaFace: Adaptive Additive Angular Margin Loss for Deep Face Recognition",
+        IEEE Access 2023, arXiv:2201.07394.
+    """
+
+    margin: Tensor
+    class_counts: Tensor
+    direction_sums: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        class_counts: Tensor | Sequence[float],
+        margin: float = 0.8,
+        scale: float = 64.0,
+        *,
+        temperature: float = 0.4,
+        gamma: float = 0.7,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.base_margin = validation.angular_margin("margin", margin)
+        self.temperature = validation.number("temperature", temperature, 0.0)
+        self.gamma = validation.share("gamma", gamma)
+        counts = validation.class_counts("class_counts", class_counts, num_classes)
+        counts = counts.to(self.weight.device)
+        self.register_buffer("class_counts", counts)
+        self.register_buffer("margin", torch.full_like(counts, margin))
+        self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
+        self.seen = torch.zeros_like(counts)
+
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Add the directions of the batch to those of its classes."""
+        unit = directions(embeddings, self.direction_sums.dtype)
+        each = unit.new_ones(len(labels)) if weights is None else weights.to(unit.dtype)
+        self.direction_sums.index_add_(0, labels, unit * each[:, None])
+        self.seen.index_add_(0, labels, each)
+
+    def extend_buffers(self, num_new: int) -> None:
+        """New classes count as the rarest, with the largest margin, until the counts are set."""
+        super().extend_buffers(num_new)
+        rarest = self.class_counts.min().expand(num_new)
+        self.class_counts = torch.cat([self.class_counts, rarest])
+        self.seen = torch.cat([self.seen, torch.zeros_like(rarest)])
+        nothing = self.direction_sums.new_zeros(num_new, self.embedding_size)
+        self.direction_sums = torch.cat([self.direction_sums, nothing])
+
+    @contextmanager
+    def _gathered_as_buffers(self) -> Iterator[None]:
+        """While this lasts; otherwise DistributedDataParallel copies rank 0's to all others."""
+        names = ("direction_sums", "seen")
+        for name in names:
+            self.register_buffer(name, vars(self).pop(name))
+        try:
+            yield
+        finally:
+            vars(self).update({name: self._buffers.pop(name) for name in names})
+
+    def _apply(self, *arguments: Any) -> Self:  # noqa: ANN401
+        with self._gathered_as_buffers():
+            super()._apply(*arguments)
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401
+        with self._gathered_as_buffers():
+            super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401
+        with self._gathered_as_buffers():
+            super()._load_from_state_dict(*arguments)
+
+    @torch.no_grad()
+    def update_margins(self) -> None:
+        """Set the margins from the embeddings seen since the last call, by all processes."""
+        sums, seen = collectives.total(self.direction_sums), collectives.total(self.seen)
+        mean = lengths(sums) / seen.clamp(min=1)
+        kappa = mean * (self.embedding_size - mean**2) / (1 - mean**2).clamp(min=1e-6)
+        scatters = (seen > 1) & (self.class_counts > 1)  # the mean of one direction has length 1
+        kappa = kappa.where(scatters, torch.nan)
+        centre = kappa.nanmean()
+        square = (kappa - centre).square()
+        deviation = (square.nansum() / (scatters.sum() - 1).clamp(min=1)).sqrt()
+        # A class without a concentration counts as one of middling.
+        standard = ((kappa - centre) / deviation.clamp(min=1e-12)).nan_to_num(nan=0.0)
+        hardness = 1 - torch.sigmoid(self.temperature * standard)
+        rarity = (1 + torch.cos(math.pi * self.class_counts / (1.05 * self.class_counts.max()))) / 2
+        weight = self.gamma * hardness + (1 - self.gamma) * rarity
+        self.margin.copy_(self.base_margin * weight)
+        self.direction_sums.zero_()
+        self.seen.zero_()
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """ArcFace with the margin of each row's class."""
+        margin = self.margin.index_select(0, labels)
+        return lambda theta, share: margins.arcface(theta, share * margin)
+
+
+def ldam_margins(class_counts: Tensor | Sequence[float], largest: float = 0.5) -> Tensor:
+    r"""LDAM's margins: larger for rare classes, :math:`m_c \propto n_c^{-1/4}`.
+
+    For :class:`CosFaceLoss`; LDAM is that loss with these margins and, in its authors' code, scale
+    30. They later weight the classes too (deferred re-weighting): ``class_weight``.
+
+    Args:
+        class_counts: (C,) the number of training samples of each class, above 0.
+        largest: The margin of the rarest class.
+
+    Returns:
+        (C,) margins.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a count is below 1, or ``largest`` outside [0, 2).
+
+    Example:
+        >>> ldam_margins(torch.tensor([16, 1, 256]))
+        tensor([0.2500, 0.5000, 0.1250])
+
+    References:
+        Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+        NeurIPS 2019, arXiv:1906.07413.
+    """
+    validation.cosine_margin("largest", largest)
+    powers = validation.class_counts("class_counts", class_counts).double() ** -0.25
+    return (largest * powers / powers.max()).float()
+
+
+def power_law_margins(
+    class_counts: Tensor | Sequence[float],
+    bounds: tuple[float, float] = (0.05, 0.5),
+    power: float = 0.25,
+) -> Tensor:
+    r"""Margins that fall with the size of a class, :math:`m_c = a\,n_c^{-\lambda} + b`.
+
+    For :class:`ArcFaceLoss`, with a and b such that the largest class has the lower bound and the
+    smallest the upper. If all classes are of one size, all have the middle of the bounds.
+
+    Args:
+        class_counts: (C,) the number of training samples of each class, above 0.
+        bounds: The least and the largest margin in radians.
+        power: lambda > 0.
+
+    Returns:
+        (C,) margins in radians.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a count is below 1, or another argument is out of range.
+
+    Example:
+        >>> power_law_margins(torch.tensor([1, 16, 256]))
+        tensor([0.5000, 0.2000, 0.0500])
+
+    References:
+        Ha et al., "Google Landmark Recognition 2020 Competition Third Place Solution", 2020,
+        arXiv:2010.05350.
+    """
+    low, high = _pair("bounds", bounds, validation.angular_margin)
+    exponent = -validation.positive("power", power)
+    powers = validation.class_counts("class_counts", class_counts).double() ** exponent
+    span = powers.max() - powers.min()
+    place = torch.where(span > 0, (powers - powers.min()) / span, 0.5)
+    return (low + (high - low) * place).float()
+
+
+def _fixed_scale(num_classes: int) -> float:
+    return math.sqrt(2) * math.log(num_classes - 1)
+
+
+def _pair(
+    name: str, pair: tuple[float, float], check: Callable[[str, object], float]
+) -> tuple[float, float]:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"{name}: expected two numbers, the lower first, got {pair!r}")
+    low, high = (check(name, value) for value in pair)
+    if low >= high:
+        raise ValueError(f"{name}: expected the lower first, got {pair!r}")
+    return low, high
+
+
+def _median(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The median of values (N,), weighted, the lower of two; and whether any has a weight."""
+    ordered, order = values.sort()
+    reached = weights.index_select(0, order).cumsum(0)
+    # Rows without a weight are not counted; where there is no other, nor any row, it is infinite.
+    is_median = (2 * reached >= weights.sum()) & (reached > 0)
+    median = F.pad(ordered.where(is_median, torch.inf), (0, 1), value=torch.inf).amin()
+    return median, median.isfinite()
+
+
+def _clipped(embeddings: Tensor) -> Tensor:
+    """The lengths within what AdaFace's statistics take notice of."""
+    return lengths(embeddings).clamp(1e-3, 100.0)

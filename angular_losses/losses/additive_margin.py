@@ -1,0 +1,320 @@
+"""Losses with a margin added to the angle or the cosine: their defaults and margin, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import margins, negatives, validation
+from ..negatives import NegativeFunction
+from .base import LossOptions, MarginLoss, Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class NormalizedSoftmaxLoss(MarginLoss):
+    r"""Softmax on scaled cosines, no margin (NormFace, "Modified SoftMax").
+
+    .. math:: L_i = -\log\frac{e^{s\cos\theta_{y_i}}}{\sum_j e^{s\cos\theta_j}}
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        scale: The scale s > 0; the default is the paper's temperature 0.05 as 1 / 0.05.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or the scale is out of range.
+
+    Example:
+        >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Wang et al., "NormFace", ACM MM 2017, arXiv:1704.06369;
+        Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning",
+        BMVC 2019, arXiv:1811.12649.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float = 20.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """cos(theta)."""
+        return torch.cos(theta)
+
+
+class CosFaceLoss(MarginLoss):
+    r"""CosFace (AM-Softmax): the margin taken off the target's cosine.
+
+    .. math:: f = s\,(\cos\theta_{y} - m)
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in [0, 2), or one for each class (C,), such as :func:`ldam_margins`.
+        scale: The scale s > 0.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, 2), or a size or the scale is out of range.
+
+    Example:
+        >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Wang et al., "CosFace", CVPR 2018, arXiv:1801.09414, eq. (4).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | Tensor | Sequence[float] = 0.35,
+        scale: float = 64.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.margin = self.of_classes("margin", margin, validation.cosine_margin)
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """cos(theta) less the share of the margin in force."""
+        margin = margins.of_rows(self.margin, labels)
+        return lambda theta, share: margins.cosface(theta, share * margin)
+
+
+class ArcFaceLoss(MarginLoss):
+    r"""ArcFace (AAM-Softmax): the margin added to the target's angle.
+
+    .. math:: f = s\cos(\theta_{y} + m)
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in radians, in [0, pi), or one for each class (C,), such as
+            :func:`power_law_margins`.
+        scale: The scale s > 0.
+        beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, pi), as one in degrees is, or a size or the scale
+            is out of range.
+
+    Example:
+        >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (3).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | Tensor | Sequence[float] = 0.5,
+        scale: float = 64.0,
+        *,
+        beyond: str = "decreasing",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        validation.choice("beyond", beyond, margins.ARCFACE_BEYOND)
+        self.margin = self.of_classes("margin", margin, validation.angular_margin)
+        self.beyond = beyond
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """cos(theta + the share of the margin in force), unrolled."""
+        margin = margins.of_rows(self.margin, labels)
+        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+
+
+class SubCenterArcFaceLoss(ArcFaceLoss):
+    r"""Sub-centre ArcFace: ArcFace with K centres a class, for noisy labels.
+
+    .. math:: f = s\cos(\theta_{y} + m), \qquad \theta_j = \min_k \angle(x, w_{jk})
+
+    A class's clean images gather at one of its centres and the wrongly labelled ones at others.
+    Any other loss does the same with ``sub_centers``.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in radians, in [0, pi), or one for each class (C,).
+        scale: The scale s > 0.
+        beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
+        **options: See :class:`MarginLoss`; ``sub_centers``, K, is 3 by default.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
+
+    Example:
+        >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss.weight.shape
+        torch.Size([30, 64])
+
+    References:
+        Deng et al., "Sub-center ArcFace: Boosting Face Recognition by Large-Scale Noisy Web
+        Faces", ECCV 2020.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | Tensor | Sequence[float] = 0.5,
+        scale: float = 64.0,
+        *,
+        beyond: str = "decreasing",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        options.setdefault("sub_centers", 3)
+        super().__init__(num_classes, embedding_size, margin, scale, beyond=beyond, **options)
+
+
+class LiArcFaceLoss(MarginLoss):
+    r"""Li-ArcFace (AirFace): logits linear in the angle, the margin added to the target's.
+
+    .. math:: f = s\,\frac{\pi - 2(\theta_y + m)}{\pi}, \qquad
+        z_j = s\,\frac{\pi - 2\theta_j}{\pi}
+
+    The other classes' angles come from their cosines. In float32 that costs the gradient of an
+    embedding that is 1e-3 rad from a wrong centre 14 % at worst, and nearer the part of that class,
+    71 % (:mod:`angular_losses.negatives`); float64 does not.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in radians, in [0, pi). The paper's value could not be checked; code that
+            follows it has 0.40, 0.42 and 0.45.
+        scale: The scale s > 0.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
+
+    Example:
+        >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
+        workshops 2019, arXiv:1907.12256.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.45,
+        scale: float = 64.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.margin = validation.angular_margin("margin", margin)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """The line through the angle and the share of the margin in force."""
+        return margins.linear_angle(theta, share * self.margin)
+
+    def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
+        """The same line, without a margin."""
+        return lambda cosine, target: negatives.linear_angle(cosine)
+
+
+class CombinedMarginLoss(MarginLoss):
+    r"""The combined margin cos(m1 theta + m2) - m3.
+
+    .. math:: f = s\,(\cos(m_1\theta_{y} + m_2) - m_3)
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        m1: Multiplicative margin, above 0.
+        m2: Additive margin on the angle in radians, in [0, pi).
+        m3: Additive margin on the cosine, in [0, 2).
+        scale: The scale s > 0.
+        beyond: See :func:`angular_losses.combined`.
+        **options: See :class:`MarginLoss`.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a margin, a size or the scale is out of range.
+
+    Example:
+        >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. (4); the defaults are its CM1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        m1: float = 1.0,
+        m2: float = 0.3,
+        m3: float = 0.2,
+        scale: float = 64.0,
+        *,
+        beyond: str = "decreasing",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        validation.choice("beyond", beyond, margins.SPHEREFACE_BEYOND)
+        self.m1 = validation.positive("m1", m1)
+        self.m2 = validation.angular_margin("m2", m2)
+        self.m3 = validation.cosine_margin("m3", m3)
+        self.beyond = beyond
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """The combined margin with the share of each part that is in force."""
+        m1 = 1 + share * (self.m1 - 1)
+        return margins.combined(theta, m1, share * self.m2, share * self.m3, beyond=self.beyond)

@@ -1,0 +1,623 @@
+"""What all losses of the family share: class centres, options, and the order of a forward pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import NoReturn, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from .. import margins, validation
+from ..engine.placement import WHOLE, Shard, Whole
+from ..engine.planner import MODES
+from ..functional import REDUCTIONS, margin_softmax_loss, without_ignored
+from ..geometry import (
+    angle_between,
+    cosines,
+    directions,
+    lengths,
+    nearest_sub_centers,
+    without_autocast,
+)
+from ..negatives import NegativeFunction
+from ..schedules import Schedule
+from .centres import ClassCentres, watch
+from .state import copied, is_in_backward
+
+Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments that every loss takes; :class:`MarginLoss` describes them."""
+
+    schedule: Schedule | None
+    gradient: str
+    sub_centers: int
+    reduction: str
+    class_weight: Tensor | Sequence[float] | None
+    label_smoothing: float
+    ignore_index: int
+    mode: str
+    memory_budget: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class BatchOptions(TypedDict):
+    """What every loss function takes beside the batch and the loss itself."""
+
+    sub_centers: int
+    penalty: Tensor | None
+    reduction: str
+    class_weight: Tensor | None
+    sample_weight: Tensor | None
+    ignore_index: int
+    mode: str
+    memory_budget: int | None
+    shard: Shard | Whole
+
+
+class MarginLoss(ClassCentres, nn.Module):
+    """What all margin losses share: class centres, a scale, and the margin softmax.
+
+    A new loss derives from this class, keeps its margin in ``__init__`` and defines ``target``::
+
+        class QuadraticMargin(MarginLoss):
+            def target(self, theta, share):
+                return torch.cos(theta) - 0.1 * share * theta**2
+
+    A margin that differs between rows is a function that :meth:`row_target` returns; a scale that
+    does, what :meth:`row_scale` returns. :meth:`negatives_function` reweights the other classes,
+    :meth:`penalty` adds to the loss of a row, and :meth:`observe` updates running statistics, which
+    ``statistics`` names.
+
+    Each forward pass in training mode with gradients enabled is a training step: it moves the
+    schedule and the statistics. A pass under ``torch.no_grad()`` moves nothing and uses them as
+    they are. Where ``torch.utils.checkpoint`` runs a pass again it is still one step; for other
+    repeated passes (SAM, accumulated gradients) there is :meth:`same_step`. Buffers stay
+    float32 at least, whatever the loss is cast to.
+
+    Remember to give the loss's parameters to the optimiser, beside those of the network
+    (:func:`angular_losses.parameter_groups`).
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        scale: The scale s > 0 of the cosines.
+        schedule: A :class:`LambdaAnnealing` or :class:`MarginWarmup`, of which the loss takes a
+            copy and advances it by each training step; by default the whole margin is in force
+            from the start.
+        gradient: "exact", or "detached": the margin moves the logit but is not differentiated
+            (:func:`angular_losses.detached`), as insightface and OpenSphere train.
+        sub_centers: The number of centres of a class; its angle is that of the nearest. For noisy
+            labels: the wrong images of a class gather at a centre of their own.
+        reduction: "mean", "sum" or "none".
+        class_weight: (C,) weight of each class, as in ``nn.CrossEntropyLoss``, a tensor or any
+            other sequence of numbers; kept as a buffer.
+        label_smoothing: In [0, 1), as in ``nn.CrossEntropyLoss``.
+        ignore_index: Rows with this label have loss 0 and gradient 0, whatever is in them.
+        mode: "auto", "dense", "stash" or "recompute": how the softmax is computed
+            (:func:`angular_losses.margin_softmax_loss`).
+        memory_budget: Bytes that may be used beyond embeddings, weight and their gradients; by
+            default as :func:`angular_losses.plan` says.
+        device: Where to make ``weight``.
+        dtype: The dtype of ``weight``.
+
+    Attributes:
+        weight: (C * sub_centers, d) parameter, the class centres, sub-centre k of class c in row
+            c * sub_centers + k; only their directions enter the loss. Drawn from a normal
+            distribution with standard deviation d ** -0.5, so of length about 1.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range; the message starts with its name.
+    """
+
+    ignore_index: int
+    # Whether only the directions of the centres count, and not their lengths.
+    normalize_weight = True
+    # Whether the scale is all that makes logits of cosines, with a softmax after it.
+    scale_decides = True
+    # Whether a forward pass in training mode draws random numbers.
+    is_random = False
+    # The buffers that ``observe`` updates and that the loss reads.
+    statistics: tuple[str, ...] = ()
+    # Whether passes belong to the training step before: see same_step.
+    _is_same_step = False
+    # Passes in training mode without gradients, since the last step.
+    _uncounted = 0
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float,
+        *,
+        schedule: Schedule | None = None,
+        gradient: str = "exact",
+        sub_centers: int = 1,
+        reduction: str = "mean",
+        class_weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        mode: str = "auto",
+        memory_budget: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        super().__init__()
+        cls = type(self)
+        if unknown:
+            raise validation.unknown_options(cls, unknown)
+        if cls.target is MarginLoss.target and cls.row_target is MarginLoss.row_target:
+            raise TypeError(f"{cls.__name__}: expected a loss that defines target or row_target")
+        self.num_classes = validation.positive_integer("num_classes", num_classes)
+        self.embedding_size = validation.positive_integer("embedding_size", embedding_size)
+        self.scale: float | Tensor = validation.positive("scale", scale)
+        validation.choice("gradient", gradient, ("exact", "detached"))
+        validation.choice("reduction", reduction, REDUCTIONS)
+        validation.choice("mode", mode, MODES)
+        if memory_budget is not None:
+            memory_budget = validation.positive_integer("memory_budget", memory_budget)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: expected a Schedule, got {schedule!r}")
+        if class_weight is not None:
+            class_weight = validation.of_classes("class_weight", class_weight)
+            validation.floating("class_weight", class_weight, self.num_classes)
+        if schedule is not None:  # a copy; of buffers as clones, which those without values have
+            clones = {id(buffer): buffer.clone() for buffer in schedule.buffers()}
+            schedule = copy.deepcopy(schedule, clones)
+        self.schedule = schedule
+        self.gradient = gradient
+        self.sub_centers = validation.positive_integer("sub_centers", sub_centers)
+        self.reduction = reduction
+        self.label_smoothing = validation.number("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.ignore_index = ignore_index
+        self.mode = mode
+        self.memory_budget = memory_budget
+        self.shard: Shard | Whole = WHOLE
+        self.weight = nn.Parameter(
+            torch.empty(
+                self.num_classes * self.sub_centers,
+                self.embedding_size,
+                device=device,
+                dtype=dtype,
+            )
+        )
+        if class_weight is not None:
+            class_weight = class_weight.detach().to(self.weight.device)
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
+        if self.scale_decides:
+            self._warn_of_small_scale(self.scale)
+        self.reset_parameters()
+        watch(self)
+
+    def reset_parameters(self) -> None:
+        """Draw the class centres anew."""
+        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """The target logits before scaling.
+
+        Args:
+            theta: Target angles (N,) in radians, float64.
+            share: How much of the margin is in force, in [0, 1]; 1 without a warm-up.
+
+        Returns:
+            (N,).
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines row_target instead")
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The function that :meth:`target` is by default, for margins that differ between rows.
+
+        Args:
+            embeddings: (N, d).
+            labels: (N,) int64 in [0, C).
+
+        Returns:
+            A function of theta (N,) and share, without side effects.
+        """
+        return self.target
+
+    def row_scale(self, embeddings: Tensor) -> float | Tensor:
+        """The scale of the logits, a number or (N,); by default ``scale``."""
+        return self.scale
+
+    def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction | None:
+        """What reweights the other classes of this batch; None, as by default, leaves them."""
+        return None
+
+    def penalty(self, embeddings: Tensor) -> Tensor | None:
+        """What is added to the loss of each row, (N,), or None, as by default."""
+        return None
+
+    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Update running statistics, before the loss, at each training step, without a graph.
+
+        Args:
+            embeddings: (N, d); zero in ignored rows.
+            labels: (N,) int64 in [0, C).
+            weights: (N,) how much each row counts: not at all if it is ignored, by the share of its
+                label if it is mixed; None where all count alike.
+        """
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        other_labels: Tensor | None = None,
+        lam: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; see :func:`angular_losses.margin_softmax_loss`.
+
+        Args:
+            embeddings: (N, d), floating point.
+            labels: (N,) integers in [0, C), or ``ignore_index``.
+            sample_weight: (N,) weight of each row, on top of that of its class.
+            other_labels: (N,) second labels of mixed rows (mixup, CutMix): the loss of a row is
+                lam times that with its label plus 1 - lam times that with the other. It takes
+                the time of two batches.
+            lam: The share of ``labels`` in [0, 1], a number or (N,); needed with ``other_labels``.
+
+        Returns:
+            A scalar, or (N,) for reduction "none"; float32 at least.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If a shape, a device or a label is out of place.
+        """
+        kept = self._check(embeddings, labels)  # before anything is looked up or updated
+        weights, is_mixed = kept, other_labels is not None or lam is not None
+        if is_mixed:
+            embeddings, labels, sample_weight, kept, weights = self._mixed(
+                embeddings, labels, sample_weight, other_labels, lam
+            )
+        embeddings = without_ignored(embeddings, kept)
+        repeats = self._repeats_a_step()
+        is_step = self.training and torch.is_grad_enabled() and not repeats
+        if is_step and type(self).observe is not MarginLoss.observe:
+            with torch.no_grad(), without_autocast(embeddings.device):
+                self.observe(embeddings.detach(), self.known(labels), weights)
+        with self._state_of_a_pass(repeats):
+            loss = self.batch_loss(embeddings, labels, sample_weight)
+        if is_step:
+            self.advance()
+        if not torch.compiler.is_compiling():
+            self._count(is_step)
+        return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss
+
+    def advance(self) -> None:
+        """Count a training step."""
+        if self.schedule is not None:
+            self.schedule.advance()
+
+    @contextmanager
+    def same_step(self) -> Iterator[None]:
+        """While this lasts, forward passes belong to the training step before, and move no state.
+
+        They use the schedule's share and the statistics that the last step used. For a step that
+        takes several forward passes, such as SAM's, or gradients accumulated over small batches
+        where a schedule is to count the optimiser's steps.
+
+        Example:
+            >>> from angular_losses import ArcFaceLoss, MarginWarmup
+            >>> loss = ArcFaceLoss(10, 64, schedule=MarginWarmup(100))
+            >>> embeddings, labels = torch.randn(8, 64), torch.arange(8)
+            >>> first = loss(embeddings, labels)
+            >>> with loss.same_step():
+            ...     second = loss(embeddings, labels)
+            >>> bool(first == second), loss.schedule.step.item()
+            (True, 1)
+        """
+        before, self._is_same_step = self._is_same_step, True
+        try:
+            yield
+        finally:
+            self._is_same_step = before
+
+    def batch_loss(
+        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
+    ) -> Tensor:
+        """The loss with one label a row, state left as it is: the margin softmax."""
+        own = self.known(labels)
+        return margin_softmax_loss(
+            embeddings,
+            self.weight,
+            labels,
+            margin=self.margin_function(embeddings, own),
+            scale=self.row_scale(embeddings),
+            negatives=self.negatives_function(embeddings, own),
+            normalize_weight=self.normalize_weight,
+            label_smoothing=self.label_smoothing,
+            **self.batch_options(embeddings, sample_weight),
+        )
+
+    def batch_options(self, embeddings: Tensor, sample_weight: Tensor | None) -> BatchOptions:
+        """The options that do not depend on which loss it is."""
+        return {
+            "sub_centers": self.sub_centers,
+            "penalty": self.penalty(embeddings),
+            "reduction": self.reduction,
+            "class_weight": self.class_weight,
+            "sample_weight": sample_weight,
+            "ignore_index": self.ignore_index,
+            "mode": self.mode,
+            "memory_budget": self.memory_budget,
+            "shard": self.shard,
+        }
+
+    def centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The centres that this process holds, all as a rule, and the labels as they count them."""
+        return self.shard.centres(self.weight, self.sub_centers), self.shard.local(labels)
+
+    def target_angles(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The angles to the targets' nearest centres (N,); the gradient reaches the centres."""
+        weight, here = self.centres_here(labels)
+        own = nearest_sub_centers(embeddings, weight, here, self.sub_centers)
+        return self.shard.of_targets(
+            lambda centres: angle_between(embeddings, centres), weight, own
+        )
+
+    def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
+        """The margin now in force for a batch, as a function of its target angles.
+
+        Schedule and gradient mode are included.
+
+        Args:
+            embeddings: (N, d).
+            labels: (N,) int64 in [0, C).
+
+        Returns:
+            A function of theta (N,), in radians, that returns the target logits before scaling.
+        """
+        target, schedule = self.row_target(embeddings, labels), self.schedule
+
+        def margin(theta: Tensor) -> Tensor:
+            if schedule is None:
+                return target(theta, 1.0)
+            scheduled: Tensor = schedule(target, theta)
+            return scheduled
+
+        return margins.detached(margin) if self.gradient == "detached" else margin
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Labels to look things up with: those to be ignored are 0."""
+        labels = labels.long()
+        if 0 <= self.ignore_index < self.num_classes:
+            return labels
+        return labels.where(labels != self.ignore_index, 0)
+
+    def of_classes(
+        self,
+        name: str,
+        value: float | Tensor | Sequence[float],
+        check: Callable[[str, object], float],
+    ) -> float | Tensor:
+        """A number, checked, or one for each class (C,), kept as a buffer of that name."""
+        if isinstance(value, (Real, str)):
+            return check(name, value)
+        value = validation.of_classes(name, value)
+        validation.floating(name, value, self.num_classes)
+        for extreme in value.aminmax():
+            if validation.has_values(extreme):
+                check(name, extreme.item())
+        kept = value.detach().clone().to(self.weight.device)
+        self.register_buffer(name, kept)
+        return kept
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Scale times cosine for every class, without a margin: what to use for inference.
+
+        Args:
+            embeddings: (N, d), floating point.
+
+        Returns:
+            (N, C), float32 at least.
+
+        Raises:
+            TypeError: If the embeddings are not floating-point.
+            ValueError: If their shape or device does not fit ``weight``.
+        """
+        validation.floating("embeddings", embeddings, "N", "d", device=self.weight.device)
+        validation.width("embeddings", embeddings, self.embedding_size, self.num_classes)
+        with without_autocast(embeddings.device):
+            cosine = cosines(embeddings, self.weight)
+            if not self.normalize_weight:
+                cosine = cosine * lengths(self.weight).to(cosine.dtype)
+            if self.sub_centers > 1:
+                cosine = cosine.view(-1, self.num_classes, self.sub_centers).amax(2)
+            scale = self.row_scale(embeddings)
+            if isinstance(scale, Tensor):
+                scale = scale.to(cosine.dtype).reshape(-1, 1)
+            return scale * cosine
+
+    @torch.no_grad()
+    def extend(self, num_new: int, init: Tensor | None = None) -> None:
+        """Add classes to a trained loss; those it has keep their centres and their numbers.
+
+        ``weight`` becomes a new parameter, so make a new optimiser, or give it this one. Of what is
+        kept for each class, new classes have weight 1 and the largest of the margins.
+
+        Args:
+            num_new: How many classes are added.
+            init: (num_new, d) the directions of their centres, such as the mean embedding of each
+                class (its sub-centres all start near it), floating point; drawn at random by
+                default. They are given the mean length of the centres there are.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If one is out of range or has the wrong shape. Nothing is changed then.
+
+        Example:
+            >>> from angular_losses import ArcFaceLoss
+            >>> loss = ArcFaceLoss(10, 64)
+            >>> loss.extend(2)
+            >>> loss.get_logits(torch.randn(1, 64)).shape
+            torch.Size([1, 12])
+        """
+        num_new = validation.positive_integer("num_new", num_new)
+        old, each = self.weight, self.sub_centers
+        drawn = torch.randn(num_new * each, self.embedding_size, dtype=torch.float32)
+        new = directions(drawn.to(old.device))
+        if init is not None:
+            validation.floating("init", init, num_new, self.embedding_size)
+            given = directions(init.detach().to(old.device, torch.float32))
+            # Sub-centres at one place would stay together.
+            apart = 0.0 if each == 1 else 0.1
+            new = directions(given.repeat_interleave(each, 0) + apart * new)
+        new = new * lengths(old).mean().to(new.dtype)
+        self.extend_buffers(num_new)
+        self.weight = nn.Parameter(
+            torch.cat([old, new.to(old.dtype)]), requires_grad=old.requires_grad
+        )
+        self.num_classes += num_new
+        watch(self)
+
+    def extend_buffers(self, num_new: int) -> None:
+        """Make room for new classes in what is kept for each class."""
+        for name, fill in (("class_weight", 1.0), ("margin", None)):
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                last = buffer.max() if fill is None else buffer.new_tensor(fill)
+                setattr(self, name, torch.cat([buffer, last.expand(num_new)]))
+
+    def extra_repr(self) -> str:
+        """The settings, with options left at their defaults left out."""
+        settings = (
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if not name.startswith("_")
+            and name not in _SHOWN_FIRST
+            and value != _DEFAULTS.get(name)
+        )
+        return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])
+
+    def _warn_of_small_scale(self, scale: float) -> None:
+        """Warn if even embeddings on their centres would be far from sure of their class."""
+        if self.num_classes < 2:
+            return
+        # CosFace's bound: the smallest scale for probability 0.9 with the best of all centres.
+        share = (self.num_classes - 1) / self.num_classes
+        least = share * math.log(9 * (self.num_classes - 1))
+        if scale < least:
+            warnings.warn(
+                f"scale: {scale:g} is small for {self.num_classes} classes: with less than "
+                f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
+                stacklevel=4,
+            )
+
+    def _check(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
+        num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
+        return validation.batch(
+            embeddings, self.weight, labels, self.ignore_index, self.sub_centers, num_classes
+        )
+
+    def _mixed(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        other_labels: Tensor | None,
+        lam: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Both labels in one batch of twice the size, each row weighted by its share.
+
+        The two of a row are neighbours, so that the rows of a process stay together.
+
+        Returns:
+            Embeddings, labels, sample weights, which rows are kept, and their shares.
+        """
+        if other_labels is None or lam is None:
+            missing = "other_labels" if other_labels is None else "lam"
+            raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
+        self._check(embeddings, other_labels)
+        if isinstance(lam, Tensor) and lam.dim():
+            validation.floating("lam", lam, len(labels), device=embeddings.device)
+        elif not isinstance(lam, Tensor):
+            validation.share("lam", lam)
+        share = torch.as_tensor(lam, device=embeddings.device).to(self.weight.dtype)
+        share = share.expand(len(labels))
+        shares = torch.stack([share, 1 - share], 1)
+        both = torch.stack([labels.long(), other_labels.long()], 1).flatten()
+        kept = both != self.ignore_index
+        weights = shares
+        if sample_weight is not None:
+            validation.floating(
+                "sample_weight", sample_weight, len(labels), device=embeddings.device
+            )
+            weights = shares * sample_weight[:, None]
+        return (
+            embeddings.repeat_interleave(2, 0),
+            both,
+            weights.flatten(),
+            kept,
+            shares.flatten().where(kept, 0),
+        )
+
+    def _repeats_a_step(self) -> bool:
+        """Whether a pass belongs to the step before.
+
+        One inside a backward pass does: checkpointing recomputes what the backward pass needs. Not
+        if the pass to be recomputed had no gradients, as reentrant checkpointing has it.
+        """
+        if not self.training:
+            return False
+        return self._is_same_step or (is_in_backward() and not self._uncounted)
+
+    def _count(self, is_step: bool) -> None:
+        """Take notice of a pass that a backward pass may have to recompute."""
+        if self.training and not torch.is_grad_enabled():
+            self._uncounted += 1
+        elif is_step:
+            self._uncounted = self._uncounted - 1 if is_in_backward() else 0
+
+    @contextmanager
+    def _state_of_a_pass(self, repeats: bool) -> Iterator[None]:
+        """While this lasts, the loss reads copies of its state: that now, or of the step before."""
+        moving: list[tuple[nn.Module, str]] = [(self, name) for name in self.statistics]
+        if self.schedule is not None:
+            moving.append((self.schedule, "step"))
+        with copied(moving):
+            if repeats and self.schedule is not None:
+                self.schedule.step.sub_(1).clamp_(min=0)
+            yield
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
+        """Keep the buffers in float32 at least: in half precision running statistics stall."""
+        buffers, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers = buffers
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                dtype = torch.promote_types(moved.dtype, torch.float32)
+                is_kept = moved.dtype in (dtype, buffer.dtype)
+                buffers[name] = moved if is_kept else buffer.to(moved.device, dtype)
+        return self
+
+
+_SHOWN_FIRST = ("training", "num_classes", "embedding_size")
+_DEFAULTS = {
+    "gradient": "exact",
+    "sub_centers": 1,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "mode": "auto",
+    "beyond": "decreasing",
+    "scale_decides": True,
+    "shard": WHOLE,
+}

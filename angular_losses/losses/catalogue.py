@@ -1,0 +1,35 @@
+"""Which losses there are."""
+
+from __future__ import annotations
+
+from . import adaptive_margin, additive_margin, hard_negatives, multiplicative_margin, one_vs_rest
+from .base import MarginLoss
+
+_MODULES = (adaptive_margin, additive_margin, hard_negatives, multiplicative_margin, one_vs_rest)
+
+
+def available() -> dict[str, str]:
+    """The losses of this package, by name, with a line about each.
+
+    Returns:
+        Class names and first lines of their documentation, in alphabetical order.
+
+    Example:
+        >>> from angular_losses import available
+        >>> available()["ArcFaceLoss"]
+        "ArcFace (AAM-Softmax): the margin added to the target's angle."
+        >>> for name, line in available().items():
+        ...     print(f"{name:22} {line}")  # doctest: +ELLIPSIS
+        AdaCosLoss             AdaCos: no margin, and a scale that needs no tuning.
+        ...
+    """
+    found = {
+        name: (loss.__doc__ or "").partition("\n")[0]
+        for module in _MODULES
+        for name, loss in vars(module).items()
+        if isinstance(loss, type)
+        and issubclass(loss, MarginLoss)
+        and loss is not MarginLoss
+        and not name.startswith("_")
+    }
+    return dict(sorted(found.items()))

@@ -1,0 +1,298 @@
+"""Losses that judge each class by itself: one versus the rest, without a softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import validation
+from ..functional import one_vs_rest_loss
+from .base import LossOptions, MarginLoss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _WithBias(MarginLoss):
+    """One versus the rest with a bias that is learned, (1,): FSDP shards no scalars."""
+
+    bias: nn.Parameter
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *others: Any,  # noqa: ANN401
+    ) -> None:
+        saved = state_dict.get(f"{prefix}bias")
+        if isinstance(saved, Tensor) and saved.dim() == 0:  # as it was saved before
+            state_dict[f"{prefix}bias"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class SphereFace2Loss(_WithBias):
+    r"""SphereFace2: C binary classifications with margins, in place of a softmax.
+
+    .. math:: L = \frac{\lambda}{r}\log(1 + e^{-(r\,p + b)})
+        + \frac{1 - \lambda}{r}\sum_{j \ne y}\log(1 + e^{r\,n_j + b}), \qquad
+        g(z) = 2\Bigl(\frac{z + 1}{2}\Bigr)^t - 1
+
+    with p = g(cos theta_y) - m and n = g(cos theta_j) + m ("C"), or p = g(cos(min(theta_y + m,
+    pi))) and n = g(cos theta_j) ("A"). OpenSphere multiplies this by a constant, lw.
+
+    Args:
+        num_classes: The number of classes, C >= 2.
+        embedding_size: The length of an embedding, d.
+        margin: m: in [0, 2) for "C", radians in [0, pi) for "A", where OpenSphere has 0.5.
+        scale: r > 0.
+        kind: "C" or "A".
+        t: The power t > 0 of the similarity adjustment.
+        balance: lambda in (0, 1), the weight of the positive against the negatives.
+        **options: See :class:`MarginLoss`; no ``label_smoothing``. ``gradient="detached"`` is
+            OpenSphere's: every class has the gradient of its cosine, without g and the margin.
+
+    Attributes:
+        bias: b, a parameter (1,). It starts where it has no gradient while every angle is
+            pi / 2.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = SphereFace2Loss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Wen et al., "SphereFace2: Binary Classification is All You Need for Deep Face Recognition",
+        ICLR 2022, arXiv:2108.01513; the defaults are those of OpenSphere, its authors' code.
+    """
+
+    scale_decides = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.4,
+        scale: float = 40.0,
+        *,
+        kind: str = "C",
+        t: float = 3.0,
+        balance: float = 0.7,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        _refuse_smoothing(self)
+        validation.choice("kind", kind, ("C", "A"))
+        check = validation.cosine_margin if kind == "C" else validation.angular_margin
+        self.kind, self.margin = kind, check("margin", margin)
+        self.t = validation.positive("t", t)
+        self.balance = validation.positive(
+            "balance", validation.number("balance", balance, 0.0, 1.0)
+        )
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        self.bias = nn.Parameter(self.weight.new_full((1,), self._balanced_bias(float(scale))))
+
+    def _balanced_bias(self, scale: float) -> float:
+        at = torch.tensor(math.pi / 2, dtype=torch.float64, device="cpu")
+        positive = scale * self.target(at, 1.0).item()
+        negative = scale * self._negative()(at.cos()).item()
+        odds = self.balance / ((1 - self.balance) * (self.num_classes - 1))
+        root = math.hypot(1 - odds, 2 * math.sqrt(odds) * math.exp((positive - negative) / 2))
+        if odds > 1:  # where 1 - odds + root would cancel
+            return math.log((odds - 1 + root) / 2) - positive
+        return math.log(2 * odds) - negative - math.log(1 - odds + root)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """p, with the share of the margin in force."""
+        m = share * self.margin
+        if self.kind == "C":
+            return _adjusted(torch.cos(theta), self.t) - m
+        return _adjusted(torch.cos((theta + m).clamp(max=math.pi)), self.t)
+
+    def _negative(self) -> Callable[[Tensor], Tensor]:
+        """The n of the formula, with the settings as they are now."""
+        t, m = self.t, self.margin if self.kind == "C" else 0.0
+        is_detached = self.gradient == "detached"
+
+        def negative(cosine: Tensor) -> Tensor:
+            value = _adjusted(cosine, t) + m
+            return cosine + (value - cosine).detach() if is_detached else value
+
+        return negative
+
+    def batch_loss(
+        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
+    ) -> Tensor:
+        """One versus the rest, with the bias learned."""
+        target, n = self.margin_function(embeddings, self.known(labels)), self._negative()
+        r, of_positive, of_negatives = self.scale, self.balance, 1 - self.balance
+        return one_vs_rest_loss(
+            embeddings,
+            self.weight,
+            labels,
+            positive=lambda theta: (
+                of_positive / r * F.softplus(-(r * target(theta) + self.bias), threshold=50)
+            ),
+            negative=lambda cosine, bias: (
+                of_negatives / r * F.softplus(r * n(cosine) + bias, threshold=50)
+            ),
+            bias=self.bias,
+            **self.batch_options(embeddings, sample_weight),
+        )
+
+
+class UniFaceLoss(_WithBias):
+    r"""UniFace: one threshold, learned, that every positive is above and every negative below.
+
+    .. math:: L = \log(1 + e^{-s(\cos\theta_y - m) + b})
+        + \lambda\sum_{j \ne y}\log(1 + e^{s\cos\theta_j - b})
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        margin: m in [0, 2).
+        scale: The scale s > 0.
+        balance: lambda > 0, the weight of the negatives.
+        **options: See :class:`MarginLoss`; no ``label_smoothing``.
+
+    Attributes:
+        bias: b, a parameter (1,), log(10 C) at first, as in the authors' code. That code
+            also clamps both exponents to [-s, s], where gradients vanish; here they do not.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = UniFaceLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Zhou et al., "UniFace: Unified Cross-Entropy Loss for Deep Face Recognition", ICCV 2023.
+    """
+
+    scale_decides = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.4,
+        scale: float = 64.0,
+        *,
+        balance: float = 1.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        _refuse_smoothing(self)
+        self.margin = validation.cosine_margin("margin", margin)
+        self.balance = validation.positive("balance", balance)
+        self.bias = nn.Parameter(self.weight.new_full((1,), math.log(10 * self.num_classes)))
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """cos(theta) less the share of the margin in force."""
+        return torch.cos(theta) - share * self.margin
+
+    def batch_loss(
+        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
+    ) -> Tensor:
+        """One versus the rest, with the bias learned."""
+        target = self.margin_function(embeddings, self.known(labels))
+        scale, balance = self.scale, self.balance
+        return one_vs_rest_loss(
+            embeddings,
+            self.weight,
+            labels,
+            positive=lambda theta: F.softplus(self.bias - scale * target(theta), threshold=50),
+            negative=lambda cosine, bias: balance * F.softplus(scale * cosine - bias, threshold=50),
+            bias=self.bias,
+            **self.batch_options(embeddings, sample_weight),
+        )
+
+
+class P2SGradLoss(MarginLoss):
+    r"""P2SGrad: the squared distance of the cosines from 1 and 0; no margin, no scale.
+
+    .. math:: L = (1 - \cos\theta_y)^2 + \sum_{j \ne y}\cos^2\theta_j
+
+    The paper gives a gradient, which is half of this one's. pytorch-metric-learning divides the sum
+    by C.
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        **options: See :class:`MarginLoss`; no ``label_smoothing``.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> loss = P2SGradLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Zhang et al., "P2SGrad: Refined Gradients for Optimizing Deep Face Models", CVPR 2019,
+        arXiv:1905.02479, eq. (11).
+    """
+
+    scale_decides = False
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, **options: Unpack[LossOptions]
+    ) -> None:
+        super().__init__(num_classes, embedding_size, 1.0, **options)
+        _refuse_smoothing(self)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """cos(theta)."""
+        return torch.cos(theta)
+
+    def batch_loss(
+        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
+    ) -> Tensor:
+        """One versus the rest, by squares."""
+        return one_vs_rest_loss(
+            embeddings,
+            self.weight,
+            labels,
+            positive=lambda theta: 4 * torch.sin(theta / 2) ** 4,  # (1 - cos theta)^2
+            negative=lambda cosine, bias: cosine.square(),
+            **self.batch_options(embeddings, sample_weight),
+        )
+
+
+def _adjusted(cosine: Tensor, t: float) -> Tensor:
+    # Rounding may put a cosine below -1, where a fractional power is NaN.
+    return 2 * ((cosine + 1) / 2).clamp(min=1e-7) ** t - 1
+
+
+def _refuse_smoothing(loss: MarginLoss) -> None:
+    if loss.label_smoothing:
+        raise ValueError(
+            f"label_smoothing: expected 0, as {type(loss).__name__} has no softmax, "
+            f"got {loss.label_smoothing}"
+        )

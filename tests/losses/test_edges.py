@@ -1,0 +1,284 @@
+"""Every loss at the edges of its input: no rows, one, ignored ones, small integers, no values."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import angular_losses as al
+from angular_losses import validation
+from angular_losses.engine import modes
+from tests.cases import in_chunks_of
+from tests.family import CLASSES, FAMILY
+from tests.losses.test_training_state import SIZE, assert_same, batch, build, state
+
+NAMES = [row.name for row in FAMILY]
+SMOOTHED = {row.name for row in FAMILY if row.smoothing}
+every_loss = pytest.mark.parametrize("name", NAMES)
+every_mode = pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+
+
+def ways(loss):
+    """The loss as it is called in eager mode and checkpointed."""
+    yield loss
+    for use_reentrant in (False, True):
+        yield (
+            lambda *given, r=use_reentrant, **more: (
+                checkpoint(loss, *given, use_reentrant=r, **more)
+                if not (r and more)
+                else loss(*given, **more)
+            )
+        )
+
+
+def gradients(loss, value, embeddings):
+    return torch.autograd.grad(value, [embeddings, *loss.parameters()], allow_unused=True)
+
+
+@every_loss
+@every_mode
+def test_an_empty_batch_gives_zero_with_zero_gradients(name, mode):
+    nothing, labels = torch.empty(0, SIZE, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    class_weight = torch.rand(CLASSES, dtype=torch.float64)
+    for smoothing, sub_centers, reduction in itertools.product(
+        (0.0, 0.1), (1, 2), ("mean", "sum", "none")
+    ):
+        options = {"label_smoothing": smoothing} if name in SMOOTHED else {}
+        if name != "L-Softmax" and not name.startswith("L-Softmax"):
+            options["sub_centers"] = sub_centers
+        loss = build(name, mode=mode, reduction=reduction, class_weight=class_weight, **options)
+        before = state(loss)
+        for given, more in (
+            ((labels,), {}),
+            ((labels, nothing[:, 0]), {"other_labels": labels, "lam": 0.3}),
+        ):
+            embeddings = nothing.clone().requires_grad_()
+            value = loss(embeddings, *given, **more)
+            assert value.shape == ((0,) if reduction == "none" else ())
+            assert value.sum() == 0
+            value.sum().backward()
+            assert embeddings.grad.shape == (0, SIZE)
+            for parameter in loss.parameters():
+                assert parameter.grad is None or not parameter.grad.any()
+        for key, buffer in loss.named_buffers():
+            if key != "schedule.step":
+                assert torch.equal(buffer, before[key]), key
+
+
+@every_loss
+def test_one_row_is_the_mean_of_itself_twice(name):
+    if name.startswith(("Elastic", "AdaFace")):
+        pytest.skip("rows differ by chance, or one has no deviation")
+    for checkpointed in (False, True):
+        loss, twice = build(name), build(name)
+        embeddings, labels = batch(5, 1)
+
+        def call(loss, *given, checkpointed=checkpointed):
+            return checkpoint(loss, *given, use_reentrant=False) if checkpointed else loss(*given)
+
+        value = call(loss, embeddings, labels)
+        pair = call(twice, embeddings.repeat(2, 1), labels.repeat(2))
+        assert torch.allclose(value, pair)
+        assert_same(gradients(loss, value, embeddings), gradients(twice, pair, embeddings))
+
+
+@every_loss
+@every_mode
+def test_ignored_rows_are_as_if_they_were_not_there(name, mode):
+    """With NaN and infinity in them, for loss, gradients and statistics."""
+    if name.startswith("Elastic"):
+        pytest.skip("draws a margin for each row")
+    embeddings, labels = batch(1)
+    bad = embeddings.detach().clone()
+    bad[2], bad[5, 0] = math.nan, math.inf
+    with_ignored = labels.clone()
+    with_ignored[[2, 5]] = -100
+    kept = labels[with_ignored >= 0]
+    weights = torch.rand(8, dtype=torch.float64)
+    weights[2] = math.nan
+    reference = build(name, mode=mode)
+    rows = embeddings.detach()[with_ignored >= 0].requires_grad_()
+    expected = reference(rows, kept, weights[with_ignored >= 0])
+    of_rows, *of_parameters = gradients(reference, expected, rows)
+    for way in (0, 1, 2):
+        loss = build(name, mode=mode)
+        call = list(ways(loss))[way]
+        given = bad.clone().requires_grad_()
+        with in_chunks_of(3):
+            value = call(given, with_ignored, weights)
+            value.backward()
+        if way < 2 or not loss.statistics:  # the first reentrant pass returns the value
+            torch.testing.assert_close(value, expected)
+        assert not given.grad[[2, 5]].any()
+        torch.testing.assert_close(given.grad[with_ignored >= 0], of_rows)
+        found = [parameter.grad for parameter in loss.parameters()]
+        assert_same(found, of_parameters, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(state(loss), state(reference))
+
+
+@pytest.mark.parametrize("call", ["softmax", "one_vs_rest"])
+def test_ignored_rows_of_the_functions_too(call):
+    embeddings, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    embeddings[1] = math.nan
+    embeddings.requires_grad_()
+    labels = torch.tensor([0, -100, 2])
+    if call == "softmax":
+        value = al.margin_softmax_loss(embeddings, weight, labels, margin=torch.cos, scale=8.0)
+    else:
+        value = al.one_vs_rest_loss(
+            embeddings,
+            weight,
+            labels,
+            positive=lambda theta: theta.square(),
+            negative=lambda cosine, bias: cosine.square(),
+        )
+    value.backward()
+    assert value.isfinite()
+    assert weight.grad.isfinite().all()
+    assert not embeddings.grad[1].any()
+
+
+NARROW = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", NARROW)
+def test_labels_of_narrow_types_are_those_of_int64(name, dtype):
+    embeddings, labels = batch(2)
+    for way in (0, 1):
+        loss, reference = build(name), build(name)
+        torch.manual_seed(0)
+        found = list(ways(loss))[way](embeddings, labels.to(dtype))
+        torch.manual_seed(0)
+        expected = reference(embeddings, labels)
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(state(loss), state(reference))
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_narrow_labels_do_not_wrap_around(backend):
+    """156 is -100 in 8 bits, 259 is 3, and 200 and 300 classes are more than int8 counts."""
+    torch.compiler.reset()
+    embeddings, labels = torch.randn(2, SIZE), torch.tensor([156, 3])
+    for classes, ignore_index in ((200, -100), (300, 259)):
+        loss = al.ArcFaceLoss(classes, SIZE, reduction="none", ignore_index=ignore_index)
+        call = loss if backend is None else torch.compile(loss, backend=backend, fullgraph=True)
+        expected = loss(embeddings, labels)
+        assert expected.count_nonzero() == 2
+        assert torch.equal(call(embeddings, labels.to(torch.uint8)), expected)
+        small = torch.tensor([100, -100], dtype=torch.int8)
+        if ignore_index == -100:
+            assert loss(embeddings, small)[1] == 0
+            assert loss(embeddings, small)[0] > 0
+
+
+@every_loss
+@every_mode
+def test_a_loss_is_made_and_runs_where_there_are_no_values(name, mode):
+    row = FAMILY[NAMES.index(name)]
+
+    def run(device):
+        with torch.device(device):
+            loss = row.build(CLASSES, SIZE, mode=mode).train()
+            embeddings = torch.randn(5, SIZE, requires_grad=True)
+            for _ in range(2):
+                loss(embeddings, torch.zeros(5, dtype=torch.int64)).backward()
+        assert embeddings.grad.shape == embeddings.shape
+        assert loss.weight.grad.shape == loss.weight.shape
+
+    with in_chunks_of(3):
+        run("meta")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            run("cpu")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: al.KappaFaceLoss(CLASSES, SIZE, torch.ones(CLASSES)),
+        lambda: al.ArcFaceLoss(CLASSES, SIZE, margin=torch.rand(CLASSES)),
+    ],
+)
+def test_settings_may_be_without_values(build):
+    with torch.device("meta"):
+        loss = build()
+        loss(torch.randn(5, SIZE), torch.zeros(5, dtype=torch.int64)).backward()
+    for _ in range(21):  # nor does the warning of forgotten centres read any
+        loss(torch.randn(5, SIZE, device="meta"), torch.zeros(5, device="meta").long()).backward()
+
+
+def test_labels_are_checked_on_the_host_where_a_device_cannot_assert(monkeypatch):
+    def no_kernel(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "_assert_async", no_kernel)
+    loss, embeddings = al.ArcFaceLoss(CLASSES, SIZE), torch.randn(2, SIZE)
+    compiled = torch.compile(loss, backend="eager")
+    with pytest.raises(NotImplementedError):
+        compiled(embeddings, torch.tensor([0, 1]))
+    torch.compiler.reset()
+    monkeypatch.setattr(validation, "_WITHOUT_ASSERT", ("cpu",))
+    assert compiled(embeddings, torch.tensor([0, 1])).isfinite()
+    with pytest.raises(ValueError, match=r"labels: expected values in \[0, 7\)"):
+        loss(embeddings, torch.tensor([0, CLASSES]))
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute", "dense"])
+@pytest.mark.parametrize("name", ["ArcFace", "UniFace", "L-Softmax"])
+def test_float64_embeddings_with_float32_centres_compute_in_float64(name, mode):
+    loss, reference = (build(name, "none", mode=mode).eval() for _ in range(2))
+    loss.float()
+    for one, other in zip(reference.parameters(), loss.parameters(), strict=True):
+        one.data.copy_(other.data)
+    embeddings, labels = batch(3)
+    assert torch.allclose(loss(embeddings, labels), reference(embeddings, labels), rtol=1e-13)
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels), (embeddings,))
+
+
+class Unpacked:
+    def __init__(self):
+        self.times = 0
+
+    def __call__(self, tensor):
+        self.times += 1
+        return tensor
+
+
+@pytest.mark.parametrize("name", ["ArcFace", "SphereFace2-C", "UniFace"])
+def test_what_a_backward_pass_saved_is_unpacked_once(name):
+    packed, unpacked = Unpacked(), Unpacked()
+    loss = build(name, mode="stash")
+    with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
+        loss(*batch(0)).backward()
+    assert 0 < unpacked.times <= packed.times
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_bfloat16_products_only_where_the_processor_has_them(monkeypatch, is_native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_native)
+    embeddings, weight = torch.randn(2, 4), torch.randn(5000, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chosen = modes.choose(embeddings, weight, "auto", None)
+    assert chosen.product_dtype == (torch.bfloat16 if is_native else torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["arc", "cos"])
+def test_the_nearest_classes_are_found_with_the_rounding_of_the_engine(kind, monkeypatch):
+    """At least k are penalised in each row; not fewer because two products round otherwise."""
+    monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
+    penalised = []
+
+    def counted(cosine, threshold, m, *, angular):
+        penalised.append((cosine >= threshold).sum(0))
+        return cosine
+
+    monkeypatch.setattr(al.negatives, "nearest_penalty", counted)
+    torch.manual_seed(0)
+    loss = al.InterTopKLoss(5000, 32, kind=kind, k=3)
+    labels = torch.arange(16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss(torch.randn(16, 32), labels)
+    assert sum(penalised).min() >= 3
