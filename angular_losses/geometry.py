@@ -8,6 +8,7 @@ and second derivatives that autograd takes through them.
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -43,7 +44,7 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     # The direction does not depend on the length, so dividing by a constant first is exact, for
     # every derivative too, and no square can overflow or underflow.
     largest = _largest(vectors.detach())
-    scaled = vectors / F.threshold(largest, torch.finfo(dtype).tiny, 1.0)
+    scaled = vectors / torch.threshold(largest, torch.finfo(dtype).tiny, 1.0)
     # An error in the length would scale every cosine of the row: it gets the spare digits.
     square = scaled.square().sum(-1, keepdim=True, dtype=precise_dtype(vectors.device))
     is_zero = square.detach().sqrt() * largest < smallest
@@ -111,13 +112,13 @@ def angles_and_gradients(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         unit, inverse = (torch.stack(pair) for pair in both)
     u, v = unit
     cosine = (u * v).sum(1, keepdim=True)
-    residual = torch.addcmul(unit.flip(0), cosine, unit, value=-1)
+    residual = unit.flip(0).addcmul_(cosine, unit, value=-1)
     sine: Tensor = torch.linalg.vector_norm(residual, dim=2, keepdim=True)
     rounding = _resolution(unit)
     # Beside a zero vector the other one's sine is 1; two of them have the cosine 0.
-    opposite = F.threshold(sine, rounding, 0.0).amax(0) + (cosine == 0)
+    opposite = torch.threshold(sine, rounding, 0.0).amax(0) + (cosine == 0)
     theta = torch.atan2(opposite, cosine)[:, 0]
-    gradients = residual * (-inverse / F.threshold(sine, rounding, math.inf))
+    gradients = residual.mul_(-inverse / torch.threshold(sine, rounding, math.inf))
     return theta, gradients, u, inverse[0]
 
 
@@ -232,15 +233,16 @@ def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
     precise = vectors.to(precise_dtype(vectors.device))
     if vectors.dtype != precise.dtype:  # whose squares neither overflow nor vanish in the wider
         length = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
-        inverse = F.threshold(length, _smallest(vectors.dtype), math.inf).reciprocal_()
-        return precise * inverse, inverse
-    largest = F.threshold(_largest(precise), torch.finfo(precise.dtype).tiny, 1.0)
+        inverse = torch.threshold(length, _smallest(vectors.dtype), math.inf).reciprocal_()
+        return precise.mul_(inverse), inverse
+    largest = torch.threshold(_largest(precise), torch.finfo(precise.dtype).tiny, 1.0)
     scaled = precise / largest
     again = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # from 1 on, where not tiny
     again = again.masked_fill(again * largest < _smallest(vectors.dtype), math.inf)
     return scaled / again, again.reciprocal() / largest
 
 
+@functools.cache
 def _smallest(dtype: torch.dtype) -> float:
     """The length below which a vector counts as zero."""
     tiny: float = torch.finfo(dtype).tiny

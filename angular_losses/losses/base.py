@@ -291,7 +291,7 @@ class MarginLoss(ClassCentres, nn.Module):
             self.advance()
         if not torch.compiler.is_compiling():
             self._count(is_step)
-        is_mixed = len(batch.labels) != len(labels)
+        is_mixed = other_labels is not None
         return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss
 
     def advance(self) -> None:
