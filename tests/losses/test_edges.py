@@ -13,7 +13,7 @@ from angular_losses import validation
 from angular_losses.engine import modes
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
-from tests.losses.test_training_state import SIZE, assert_same, batch, build, state
+from tests.steps import SIZE, assert_same, batch, build, state
 
 NAMES = [row.name for row in FAMILY]
 SMOOTHED = {row.name for row in FAMILY if row.smoothing}
