@@ -103,6 +103,21 @@ def test_narrow_labels_do_not_wrap_around(backend):
             assert loss(embeddings, small)[0] > 0
 
 
+@pytest.mark.parametrize("mode", ["auto", "dense"])
+def test_a_batch_of_another_size_is_not_compiled_again(mode):
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    loss = torch.compile(build("ArcFace", mode=mode), backend=backend, dynamic=True, fullgraph=True)
+    for num_rows in (8, 10, 12):
+        loss(*batch(0, num_rows))
+    assert len(compiled) == 1
+
+
 @every_loss
 @every_mode
 def test_a_loss_is_made_and_runs_where_there_are_no_values(name, mode):
