@@ -83,8 +83,10 @@ def positive_integer(name: str, value: object) -> int:
         TypeError: If ``value`` is not an integer.
         ValueError: If it is below 1.
     """
+    found: int | None
     try:
-        found = operator.index(cast(SupportsIndex, value))
+        # Under torch.compile operator.index would make a constant of a size that changes.
+        found = value if isinstance(value, int) else operator.index(cast(SupportsIndex, value))
     except TypeError:
         found = None
     if found is None or isinstance(value, bool):

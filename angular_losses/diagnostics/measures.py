@@ -250,8 +250,9 @@ def collapsed_classes(
     validation.angular_margin("angle", angle)
     nearest, other = separation.nearest, separation.nearest_class
     close = (nearest < angle).nonzero()[:, 0]
-    pairs = torch.stack([close, other[close]], 1).sort(1).values
-    pairs, inverse = torch.unique(pairs, dim=0, return_inverse=True)
+    first, second = torch.minimum(close, other[close]), torch.maximum(close, other[close])
+    numbers, inverse = torch.unique(first * len(other) + second, return_inverse=True)
+    pairs = torch.stack([numbers // len(other), numbers % len(other)], 1)
     angles = nearest.new_full(pairs.shape[:1], torch.inf)
     angles = angles.scatter_reduce(0, inverse, nearest[close], "amin")
     order = angles.argsort(stable=True)

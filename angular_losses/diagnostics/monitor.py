@@ -15,6 +15,7 @@ from .. import collectives, validation
 from ..engine.placement import WHOLE
 from ..geometry import precise_dtype
 from ..losses.centres import ClassCentres
+from ..losses.state import is_in_backward
 from .measures import (
     angle_histogram,
     batch_angles,
@@ -328,7 +329,7 @@ class AngularMonitor:
     def _before_forward(
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        if loss.training:
+        if loss.training and not is_in_backward():  # where checkpointing runs a pass again
             given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
             self.update(given["embeddings"], given["labels"])
 

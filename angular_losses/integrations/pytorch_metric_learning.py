@@ -31,7 +31,14 @@ from torch.nn import functional as F
 
 from .. import margins, validation
 from ..functional import margin_softmax_loss
-from ..geometry import angle_between, directions, lengths, nearest_sub_centers, target_angle
+from ..geometry import (
+    angle_between,
+    directions,
+    lengths,
+    nearest_sub_centers,
+    target_angle,
+    without_autocast,
+)
 from ..losses.centres import ClassCentres, watch
 
 try:
@@ -237,7 +244,7 @@ class _ClassificationLoss(
         validation.floating("embeddings", embeddings, "N", "d", device=self.W.device)
         validation.width("embeddings", embeddings, self.W.shape[0], self.num_classes)
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             return self.logits(embeddings.to(dtype), self.W.to(dtype))
 
     def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
@@ -650,7 +657,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         self.weight.data = directions(self.weight.data.t(), dtype).t().to(self.weight.dtype)
         _follow(self.weight, embeddings.dtype, embeddings.device)
         validation.batch(embeddings, self.weight.t(), labels)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             cosine = directions(embeddings, dtype) @ self.weight.to(dtype)
             one = cosine.new_ones(len(labels), 1)
             error = cosine.scatter_add(1, labels.long()[:, None], -one)
@@ -660,7 +667,8 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
 
 def _follow(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
     """Bring a parameter where PML would, but leave its dtype alone under autocast."""
-    if torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = parameter.dtype
     parameter.data = parameter.data.to(device, dtype)
 

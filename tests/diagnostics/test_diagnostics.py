@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import angular_losses as al
@@ -442,6 +443,16 @@ def test_attached_it_sees_what_training_sees_and_changes_nothing():
     norms = monitor.snapshot().gradient_norm
     assert torch.allclose(norms.float(), grad_of_centres.norm(dim=1))
     assert list(monitor.loss.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_batch_that_is_recomputed_counts_once(use_reentrant):
+    monitor = watched()
+    with monitor.attach():
+        embeddings, labels = rows_for(monitor)
+        embeddings.requires_grad_()
+        checkpoint(monitor.loss, embeddings, labels, use_reentrant=use_reentrant).backward()
+    assert monitor.summary()["rows"] == len(labels)
 
 
 @pytest.mark.parametrize("row", family.FAMILY, ids=family.NAMES)
