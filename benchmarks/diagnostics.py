@@ -1,4 +1,4 @@
-"""The pictures and numbers of docs/diagnostics.md: one toy training, healthy and made ill.
+"""The pictures and numbers of docs/how_to/diagnostics.md: one toy training, healthy and made ill.
 
 python -m benchmarks.diagnostics docs/images
 """

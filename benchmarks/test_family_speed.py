@@ -3,7 +3,7 @@
     GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776 \
         python -m pytest benchmarks/test_family_speed.py --benchmark-enable -W default -s
 
-prints the table of docs/losses.md. Rounds and ratios are those of test_speed.py.
+prints the table of docs/reference/losses.md. Rounds and ratios are those of test_speed.py.
 """
 
 import statistics

@@ -32,7 +32,7 @@ myst_heading_anchors = 3
 exclude_patterns = [
     "_build",
     "_templates",
-    "engine_results.md",
+    "benchmarks/engine_results.md",
     "**/GALLERY_HEADER.rst",
     "sg_execution_times.rst",
 ]

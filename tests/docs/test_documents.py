@@ -43,8 +43,8 @@ def test_code_block_runs(block):
 
 
 def test_every_loss_has_a_row_in_the_table_and_a_place_in_the_choice():
-    table = (DOCS / "losses.md").read_text()
-    choice = (DOCS / "how_to" / "which_loss.md").read_text()
+    table = (DOCS / "reference" / "losses.md").read_text()
+    choice = (DOCS / "how_to" / "choose_a_loss.md").read_text()
     for name in available():
         assert f"| `{name}` |" in table
         assert f"`{name}" in choice
@@ -52,7 +52,9 @@ def test_every_loss_has_a_row_in_the_table_and_a_place_in_the_choice():
 
 def test_the_table_cites_what_the_docstrings_cite():
     rows = re.findall(
-        r"^\| (`\w+`.*?) \|.*arxiv\.org/abs/(.*?)\)", (DOCS / "losses.md").read_text(), re.M
+        r"^\| (`\w+`.*?) \|.*arxiv\.org/abs/(.*?)\)",
+        (DOCS / "reference" / "losses.md").read_text(),
+        re.M,
     )
     assert len(rows) >= 20
     for cell, number in rows:
@@ -94,7 +96,7 @@ def measured(text):
 
 def figures_and_pages():
     """The figures of the pages that compare, and the page that each is taken from."""
-    for name in ("how_to/which_loss.md", "comparison.md"):
+    for name in ("how_to/choose_a_loss.md", "explanation/comparison.md"):
         page = DOCS / name
         text = page.read_text()
         statements = [*measured(text), *re.findall(r"\[[^]]*\d[^]]*\]\([\w/.]+\.md.*?\)", text)]
@@ -127,15 +129,17 @@ def test_figures_of_the_home_page_are_those_of_the_benchmarks():
         "| ArcFace, stash | 1.14 | 215 MB |": ("1.14 times the bare", "if 215 MB are allowed"),
         "| PML ArcFace | 1.49 | 875 MB |": ("which takes 875 MB", "PML: 1.49 times"),
     }
-    sources = with_includes(DOCS / "benchmarks.md") + with_includes(DOCS / "engine.md")
+    sources = with_includes(DOCS / "benchmarks" / "index.md") + with_includes(
+        DOCS / "explanation" / "chunked_softmax.md"
+    )
     for row, sentences in rows.items():
         assert row in sources
         assert all(sentence in home for sentence in sentences)
 
 
 def test_the_comparison_knows_what_is_there():
-    text = (DOCS / "comparison.md").read_text()
-    assert f"| losses of this family | [{len(available())}](losses.md) | 7 |" in text
+    text = (DOCS / "explanation" / "comparison.md").read_text()
+    assert f"| losses of this family | [{len(available())}](../reference/losses.md) | 7 |" in text
 
     pml = pytest.importorskip("pytorch_metric_learning")
     modules = ("distances", "losses", "miners", "reducers", "regularizers", "samplers")
@@ -153,9 +157,10 @@ def test_the_comparison_knows_what_is_there():
 
 
 def test_papers_are_those_of_the_docstrings():
-    docstrings = "".join(path.read_text() for path in (ROOT / "angular_losses").glob("*.py"))
+    docstrings = "".join(path.read_text() for path in (ROOT / "angular_losses").rglob("*.py"))
     links = re.findall(
-        r"\[([^\]]+)\]\(https://arxiv\.org/abs/([^)]*)\)", (DOCS / "losses.md").read_text()
+        r"\[([^\]]+)\]\(https://arxiv\.org/abs/([^)]*)\)",
+        (DOCS / "reference" / "losses.md").read_text(),
     )
     assert len(links) > 20
     for text, number in links:
@@ -166,7 +171,7 @@ def test_papers_are_those_of_the_docstrings():
 
 @pytest.mark.parametrize("name", [*angular_losses.__all__, *distributed.__all__])
 def test_every_public_name_has_its_page_in_the_reference(name):
-    assert f"   {name}\n" in (DOCS / "reference.md").read_text()
+    assert f"   {name}\n" in (DOCS / "reference" / "index.md").read_text()
 
 
 @pytest.mark.parametrize("section", ["how_to", "explanation"])
