@@ -77,15 +77,15 @@ def test_new_classes_are_in_no_training(second):
     names, _ = second
     assert set(names["train_labels"].tolist()) == set(range(7))
     assert set(names["new_labels"].tolist()) == {7, 8, 9}
-    assert set(names["labels"][names["aside"]].tolist()) == set(range(7))
-    rows = len(names["train_labels"]) + len(names["new_labels"]) + int(names["aside"].sum())
+    assert set(names["labels"][names["held_out"]].tolist()) == set(range(7))
+    rows = len(names["train_labels"]) + len(names["new_labels"]) + int(names["held_out"].sum())
     assert rows == len(names["labels"])
 
 
-def test_larger_margins_pack_the_known_classes(second):
+def test_larger_margins_concentrate_the_training_classes(second):
     names, _ = second
     medians = [
-        names["look"](*runs[0][:2]).numbers["target_median"] for runs in names["runs"].values()
+        names["measure"](*runs[0][:2]).numbers["target_median"] for runs in names["runs"].values()
     ]
     assert 0 < names["chosen"] < 1.2
     assert medians == sorted(medians, reverse=True)
