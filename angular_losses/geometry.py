@@ -1,9 +1,9 @@
-"""Directions and angles: the one place where the singularities of the family live.
+"""Unit vectors and angles, with the numerical treatment of their singularities.
 
-An angle taken as acos of a cosine has lost half of its digits before acos is called, and its
-derivative, 1 / sin(theta), blows up at both ends. Here the angle comes from the two difference
-vectors of the directions, u - v and u + v, which keep every digit from 0 to pi; so do the first
-and second derivatives that autograd takes through them.
+An angle computed as acos of a cosine has lost half of its digits before acos is called, and its
+derivative, 1 / sin(theta), is unbounded at both ends. Here the angle is computed from the sum and
+the difference of the unit vectors, u + v and u - v, which is accurate from 0 to pi, as are the
+first and second derivatives by autograd.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from . import validation
 
 
 def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Unit vectors along the last dimension, for vectors of any finite length that is not tiny.
+    """Unit vectors along the last dimension, for vectors of any finite, not tiny length.
 
     A vector whose largest component is below ``finfo(vectors.dtype).tiny ** (7 / 8)`` (6e-34 in
     float32 and bfloat16, 2e-4 in float16, 3e-270 in float64) counts as zero: its direction is the
-    zero vector and its gradient zero, because 1 / norm would overflow the gradient's own dtype.
+    zero vector and its gradient zero, because 1 / norm would overflow the dtype of the gradient.
 
     Args:
         vectors: (..., d), floating point.
-        dtype: The dtype to work in and to return; that of ``vectors`` by default.
+        dtype: The dtype of the computation and the result; that of ``vectors`` by default.
 
     Returns:
         (..., d) directions in ``dtype``.
@@ -45,7 +45,7 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     largest = _largest(vectors.detach())
     is_zero = largest < smallest
     scaled = vectors * (1 / largest).masked_fill(is_zero, 0)
-    # An error in the length would scale every cosine of the row: it gets the spare digits.
+    # An error in the length would scale every cosine of the row, so it is computed precisely.
     square = scaled.square().sum(-1, keepdim=True, dtype=precise_dtype(vectors.device))
     inverse = square.masked_fill(is_zero, 1).rsqrt().to(vectors.dtype)
     unit: Tensor = scaled * inverse
@@ -58,7 +58,7 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     .. math:: \theta = 2\,\mathrm{atan2}(|u - v|,\ |u + v|),
         \qquad u = x / |x|,\ v = w / |w|
 
-    The work is done in float64 (float32 on devices without it, such as Apple's MPS). The gradient
+    Computed in float64 (float32 on devices without it, such as Apple's MPS). The gradient
     is the unit tangent divided by the vector's length. First and second derivatives are finite
     everywhere, and zero where the pair is parallel or opposite to within the last digits of the
     working precision (1.8e-15 rad in float64), where theta is exactly 0 or pi. A zero vector has
@@ -81,28 +81,29 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     """
     dtype = precise_dtype(first.device)
     u, v = directions(first, dtype), directions(second, dtype)
-    apart, together = _length(u - v), _length(u + v)
-    both_zero = apart + together == 0
-    return 2 * torch.atan2(apart.masked_fill(both_zero, 1), together.masked_fill(both_zero, 1))
+    difference, total = _length(u - v), _length(u + v)
+    both_zero = difference + total == 0
+    return 2 * torch.atan2(difference.masked_fill(both_zero, 1), total.masked_fill(both_zero, 1))
 
 
 def angle_and_tangent(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The angle of each pair of directions, and its gradient, for code that is its own autograd.
+    r"""The angle of each pair of unit vectors and its gradient, for custom backward passes.
 
     .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
         t = r / |r|, \qquad
         \frac{\partial\theta}{\partial u} = -t, \quad
         \frac{\partial\theta}{\partial v} = \cos\theta\; t - \sin\theta\; u
 
-    As exact as :func:`angle_between`, in fewer passes over (N, d), and with the same rules for
-    parallel pairs and zero vectors; the result carries no graph.
+    As accurate as :func:`angle_between`, in fewer passes over (N, d), with the same treatment of
+    parallel pairs and zero vectors; the result has no autograd graph.
 
     Args:
-        u: (N, d) directions in the working precision, or zero vectors.
+        u: (N, d) unit vectors in the working precision, or zero vectors.
         v: (N, d) likewise.
 
     Returns:
-        theta (N,), and the unit tangent t (N, d) at u towards v, zero where theta has no gradient.
+        theta (N,), and the unit tangent t (N, d) at u in the direction of v, zero where theta has
+        no gradient.
     """
     cosine = torch.linalg.vecdot(u, v)
     tangent = torch.addcmul(v, u, cosine[:, None], value=-1)
@@ -119,13 +120,13 @@ def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
 
     Args:
         vectors: (N, d), floating point.
-        scratch: (N, d) in the dtype to work in; may be ``out``.
+        scratch: (N, d) in the dtype of the computation; may be ``out``.
         out: (N, d).
 
     Returns:
-        (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
+        (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; no autograd graph.
     """
-    # Elsewhere the test would wait for the device, or be a gap in the compiled graph.
+    # Elsewhere the test would synchronise with the device, or break the compiled graph.
     if validation.is_readable(vectors):
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
         if _is_safe(length, vectors):
@@ -152,7 +153,7 @@ def target_angle(
             3e-270 in float64) count as 0.
         weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
         labels: (N,) integers in [0, C).
-        sub_centers: The number of centres of a class; the nearest counts.
+        sub_centers: The number of centres per class; the nearest one is used.
 
     Returns:
         theta (N,) in radians, in [0, pi], float64 (float32 on devices without float64); see
@@ -181,13 +182,13 @@ def lengths(vectors: Tensor) -> Tensor:
 def nearest_sub_centers(
     embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int
 ) -> Tensor:
-    """The row of each target's nearest centre, where a class has several; without a graph.
+    """The row of each target's nearest centre, where a class has several; no autograd graph.
 
     Args:
         embeddings: (N, d), floating point.
         weight: (C * sub_centers, d); sub-centre k of class c is row c * sub_centers + k.
-        labels: (N,) int64 in [0, C), or -1 for a class that is not here.
-        sub_centers: The number of centres of a class.
+        labels: (N,) int64 in [0, C), or -1 for a class of another shard.
+        sub_centers: The number of centres per class.
 
     Returns:
         (N,) int64, rows of the weight, or -1.
@@ -223,19 +224,19 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
 
 
 def _length(difference: Tensor) -> Tensor:
-    """Euclidean length whose derivatives of every order are zero where it is only rounding."""
+    """Euclidean length; where it is only rounding, all its derivatives are zero."""
     square = difference.square().sum(-1)
     is_rounding = square <= _resolution(difference) ** 2
     return square.masked_fill(is_rounding, 1).sqrt().masked_fill(is_rounding, 0)
 
 
 def _largest(vectors: Tensor) -> Tensor:
-    """The largest magnitude of a component (..., 1): the infinity norm, which torch has slower."""
+    """The largest magnitude of a component (..., 1): the infinity norm, faster than torch's."""
     return torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
 
 
 def _is_safe(lengths: Tensor, vectors: Tensor) -> bool:
-    """Whether no vector counts as zero, and no square overflowed or vanished on the way."""
+    """Whether no vector counts as zero, and no square overflowed or underflowed."""
     if lengths.numel() == 0:
         return True
     shortest, longest = (extreme.item() for extreme in lengths.aminmax())
@@ -251,7 +252,7 @@ def _smallest(dtype: torch.dtype) -> float:
 
 
 def _resolution(vectors: Tensor) -> float:
-    """The length up to which a difference of two directions is only their rounding."""
+    """The length up to which a difference of two unit vectors is only rounding."""
     return 8 * torch.finfo(vectors.dtype).eps
 
 
@@ -261,11 +262,11 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """While this lasts, autocast leaves dtypes alone; on devices that have none (meta) too."""
+    """Disable autocast; does nothing on devices without it (meta)."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
-    # Where it is off, nothing has to be switched; the compiler cannot always ask.
+    # Nothing to do where it is disabled; the compiler cannot always query that.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
