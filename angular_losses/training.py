@@ -66,7 +66,7 @@ def parameter_groups(
         lr_of_losses: The learning rate of centres and biases; ``lr`` by default.
 
     Returns:
-        Two groups: the parameters outside of losses, and those of the losses.
+        Two groups, of the parameters outside of losses and of those of the losses.
 
     Raises:
         TypeError: If an argument is not a module.

@@ -1,4 +1,4 @@
-"""Time and memory of the margin softmax beside its peers: tables and a picture for the docs.
+"""Time and memory of the margin softmax, compared with other libraries, for the docs.
 
     python -m benchmarks.engine
 

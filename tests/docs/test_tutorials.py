@@ -68,7 +68,7 @@ def test_circle_embeddings_classify(first):
         assert names["neighbours"](network).statistic > 0.85
 
 
-def test_the_backbone_learnt_its_own_task(second):
+def test_the_backbone_is_pretrained(second):
     names, _ = second
     assert names["value"] < 0.5 * names["math"].log(4)
 
@@ -91,7 +91,7 @@ def test_larger_margins_concentrate_the_training_classes(second):
     assert medians == sorted(medians, reverse=True)
 
 
-def test_what_stands_on_new_classes(second):
+def test_fine_tuning_helps_on_new_classes_and_a_large_margin_does_not(second):
     names, _ = second
     accepted = names["accepted"]
     for seed in range(3):

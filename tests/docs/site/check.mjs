@@ -24,6 +24,7 @@ const TYPES = [
   "explanation/geometry.html",
   "brain_tumor/report.html",
   "reference/index.html",
+  "reference/functional.html",
   "reference/generated/angular_losses.ArcFaceLoss.html",
   "changelog.html",
   "search.html",
