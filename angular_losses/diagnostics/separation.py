@@ -30,7 +30,7 @@ def separation_bound(num_classes: int, embedding_size: int) -> float:
 
     Args:
         num_classes: The number of classes, C >= 2.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
 
     Returns:
         An angle in radians that the two closest centres cannot exceed.

@@ -270,7 +270,7 @@ class ArcFaceLoss(_ClassificationLoss):
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         margin: m in **degrees**, in [-180, 180); the attribute is in radians, as in PML.
         scale: The scale s > 0.
         **options: PML's ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func``,
@@ -330,7 +330,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         margin: As in :class:`ArcFaceLoss`, in **degrees**.
         scale: The scale s > 0.
         sub_centers: The number of centres per class, K.
@@ -406,7 +406,7 @@ class CosFaceLoss(_ClassificationLoss):
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         margin: m, any number.
         scale: The scale s > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
@@ -448,7 +448,7 @@ class LargeMarginSoftmaxLoss(_ClassificationLoss):
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         margin: m >= 1, any real number; PML truncates it to an integer.
         scale: The scale s > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
@@ -516,7 +516,7 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         temperature: T > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too,
             except for the ``distance``: any other than the dot product of normalised embeddings is
@@ -595,7 +595,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
     dot product with them, with a component along the centre.
 
     Args:
-        descriptors_dim: The length of an embedding, d.
+        descriptors_dim: The dimension of the embeddings, d.
         num_classes: The number of classes, C.
         **options: As in :class:`ArcFaceLoss`, except ``weight_*``, ``mode`` and ``memory_budget``.
 
