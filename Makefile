@@ -21,19 +21,19 @@ bench: .venv/dev.done  ## accuracy, time and memory, compared with other librari
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs
 
-docs: .venv/docs.done  ## documentation in docs/_build/html; needs no network
+docs: .venv/docs.done  ## the site, in docs/_build/html; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
 
-docs-serve: docs  ## serve it at http://localhost:8000
+docs-serve: docs  ## the same, at http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
-docs-test: docs .venv/dev.done  ## test the documentation in a browser; needs Chromium and Node.js
+docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium and Node.js
 	$(BIN)/python -m tests.docs.site
 
-check-install:  ## check that pip resolves every extra on each Python and platform
+check-install:  ## whether pip resolves every extra on each Python and platform; needs a network
 	$(PYTHON) -m tests.check_install
 
-constraints: .venv/bin/python  ## pin the versions for tests and docs, except those that torch pins
+constraints: .venv/bin/python  ## pin what tests and docs need, but not what torch pins itself
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --extra docs --no-build \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt pyproject.toml

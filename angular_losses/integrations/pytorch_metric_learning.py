@@ -177,7 +177,7 @@ class _ClassificationLoss(
 
     def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
         """Move W to the device and, outside autocast, the dtype of the embeddings."""
-        _move_parameter(self.W, dtype, device)
+        _follow(self.W, dtype, device)
 
     def compute_loss(
         self,
@@ -648,7 +648,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         assert labels is not None
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         self.weight.data = directions(self.weight.data.t(), dtype).t().to(self.weight.dtype)
-        _move_parameter(self.weight, embeddings.dtype, embeddings.device)
+        _follow(self.weight, embeddings.dtype, embeddings.device)
         validation.batch(embeddings, self.weight.t(), labels)
         with torch.autocast(embeddings.device.type, enabled=False):
             cosine = directions(embeddings, dtype) @ self.weight.to(dtype)
@@ -658,8 +658,8 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
 
 
-def _move_parameter(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
-    """Move a parameter to a device and dtype, like PML; under autocast its dtype is kept."""
+def _follow(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
+    """Bring a parameter where PML would, but leave its dtype alone under autocast."""
     if torch.is_autocast_enabled(device.type):
         dtype = parameter.dtype
     parameter.data = parameter.data.to(device, dtype)
