@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Plan:
 
     Example:
         >>> print(plan(512, 100_000, 512))
-        stash: chunks of 2048 classes, float32 products; 219 MiB beside 196 MiB of gradients
+        stash: chunks of 2048 classes, float32 products; 215 MiB beside 196 MiB of gradients
     """
 
     mode: str
@@ -128,6 +129,10 @@ def plan(
     return Plan(mode, chunk, product, needed, gradient_bytes)
 
 
+# The same batch comes again and again. (The compiler traces the function itself.)
+cached_plan = functools.cache(plan)
+
+
 def _fitting(extra: Callable[[int], int], budget: int, chunk: int, least: int) -> int:
     """The largest chunk that fits the budget, or the least allowed."""
     while extra(chunk) > budget and chunk > least:
@@ -155,10 +160,13 @@ def _extra_bytes(
     working, product = torch.promote_types(dtype, torch.float32).itemsize, product_dtype.itemsize
     if mode == "dense":
         return (4 * rows * classes + classes * size) * working + 7 * 8 * rows * size
-    # In the chunk: E, the centres and a scratch; more where their dtype is not the working one.
-    in_chunk = chunk * (rows * product + 2 * size * working)
+    # In the chunk: the centres and a scratch, E where that is not kept, and more where its dtype is
+    # not the working one.
+    in_chunk = chunk * 2 * size * working
+    if mode == "recompute":
+        in_chunk += chunk * rows * product
     if product != working:
-        in_chunk += chunk * (rows * (working + product) + 2 * size * product)
+        in_chunk += chunk * (rows * working + size * product)
     if dtype.itemsize != working:
         in_chunk += chunk * size * working
     kept = rows * classes * product if mode == "stash" else 0

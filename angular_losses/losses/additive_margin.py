@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .. import margins, negatives, validation
@@ -36,6 +35,7 @@ class NormalizedSoftmaxLoss(MarginLoss):
         ValueError: If a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -55,9 +55,9 @@ class NormalizedSoftmaxLoss(MarginLoss):
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta)."""
-        return torch.cos(theta)
+        return margins.Combined()
 
 
 class CosFaceLoss(MarginLoss):
@@ -81,6 +81,7 @@ class CosFaceLoss(MarginLoss):
         ValueError: If the margin is outside [0, 2), or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -102,8 +103,7 @@ class CosFaceLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta) less the share of the margin in force."""
-        margin = margins.of_rows(self.margin, labels)
-        return lambda theta, share: margins.cosface(theta, share * margin)
+        return margins.Combined(m3=margins.of_rows(self.margin, labels))
 
 
 class ArcFaceLoss(MarginLoss):
@@ -130,6 +130,7 @@ class ArcFaceLoss(MarginLoss):
             is out of range.
 
     Example:
+        >>> import torch
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -155,8 +156,7 @@ class ArcFaceLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta + the share of the margin in force), unrolled."""
-        margin = margins.of_rows(self.margin, labels)
-        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+        return margins.Combined(m2=margins.of_rows(self.margin, labels), beyond=self.beyond)
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss):
@@ -184,6 +184,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss.weight.shape
         torch.Size([30, 64])
@@ -234,6 +235,7 @@ class LiArcFaceLoss(MarginLoss):
         ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -287,6 +289,7 @@ class CombinedMarginLoss(MarginLoss):
         ValueError: If a margin, a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -314,7 +317,6 @@ class CombinedMarginLoss(MarginLoss):
         self.m3 = validation.cosine_margin("m3", m3)
         self.beyond = beyond
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The combined margin with the share of each part that is in force."""
-        m1 = 1 + share * (self.m1 - 1)
-        return margins.combined(theta, m1, share * self.m2, share * self.m3, beyond=self.beyond)
+        return margins.Combined(self.m1, self.m2, self.m3, self.beyond)
