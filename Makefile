@@ -19,7 +19,7 @@ lint: .venv/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev.done  ## accuracy, then time and memory, beside peers
+bench: .venv/dev.done  ## accuracy, time and memory, compared with other libraries
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs

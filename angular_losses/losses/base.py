@@ -277,7 +277,8 @@ class MarginLoss(ClassCentres, nn.Module):
             with torch.no_grad(), without_autocast(embeddings.device):
                 self.observe(batch.embeddings.detach(), batch.labels, counts)
         with self._state_of_a_pass(repeats) as copies:
-            this = None if torch.compiler.is_compiling() else begin_pass(self, copies)
+            has_state = bool(copies) and not torch.compiler.is_compiling()
+            this = begin_pass(self, copies) if has_state else None
             options = Options(
                 self.penalty(batch.embeddings),
                 self.reduction,
@@ -292,6 +293,7 @@ class MarginLoss(ClassCentres, nn.Module):
             self.advance()
         if this is not None:
             this.keep(loss)
+        if not torch.compiler.is_compiling():
             self._count(is_step)
         is_mixed = other_labels is not None
         return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss

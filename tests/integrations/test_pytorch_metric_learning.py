@@ -197,7 +197,7 @@ def test_parameter_groups_know_these_losses():
 
 
 @pytest.mark.parametrize("name", ["ArcFaceLoss", "SubCenterArcFaceLoss", "CosFaceLoss"])
-def test_a_monitor_sees_what_it_sees_of_a_loss_of_this_package(name):
+def test_a_monitor_gives_the_metrics_of_the_same_loss_here(name):
     of_pml = pair(name)[1]
     options = {"beyond": "linear"} if "Arc" in name else {}
     own = getattr(angular_losses, name)(CLASSES, SIZE, of_pml.margin, **options).double()
