@@ -1,12 +1,13 @@
 import math
 
+import mpmath as mp
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from angular_losses import angle_between, arcface, combined, cosface, detached, sphereface
-from angular_losses.margins import ARCFACE_BEYOND
+from angular_losses.margins import ARCFACE_BEYOND, Combined
 from tests import reference, strategies
 from tests.cases import CASES, NAMES
 from tests.strategies import ANGLES, kinks, pair_at
@@ -197,3 +198,32 @@ def test_gradcheck_to_second_order(case):
 def test_bad_margins_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.zeros(1))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, torch.tensor(0.3)], ids=str)
+@pytest.mark.parametrize(
+    "margins",
+    [(1.0, 0.0, 0.0), (1.0, 0.0, 0.35), (1.0, 2.5, 0.0), (4.0, 0.0, 0.0), (1.5, 0.3, 0.2)],
+    ids=str,
+)
+@pytest.mark.parametrize("beyond", ["decreasing", "plain"])
+def test_the_known_descent_is_that_of_50_digits(margins, share, beyond):
+    m1, m2, m3 = margins
+    theta = torch.linspace(0.001, math.pi - 0.001, 50, dtype=torch.float64)
+    combined = Combined(*margins, beyond)
+    value, descent = combined.with_descent(theta, share)
+    assert torch.allclose(combined(theta, share), value, rtol=1e-14, atol=1e-14)
+    s = float(share)
+    for at, found, slope in zip(theta.tolist(), value.tolist(), descent.tolist(), strict=True):
+        phi = (1 + s * (m1 - 1)) * mp.mpf(at) + s * m2
+        k = mp.floor(phi / mp.pi) if beyond == "decreasing" else 0
+        assert found == pytest.approx(float((-1) ** k * mp.cos(phi) - 2 * k - s * m3), abs=1e-13)
+        expected = (-1) ** k * mp.sin(phi) * (1 + s * (m1 - 1))
+        assert slope == pytest.approx(float(expected), abs=1e-13)
+
+
+def test_a_descent_is_known_only_where_autograd_has_nothing_else_to_do():
+    margin = torch.tensor([0.5], requires_grad=True)
+    assert not Combined(m2=margin).has_descent
+    assert Combined(m2=margin.detach()).has_descent
+    assert not Combined(m2=0.5, beyond="linear").has_descent
