@@ -200,7 +200,7 @@ def test_bad_margins_are_named(call, error, message):
         call(torch.zeros(1))
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3, torch.tensor(0.3)], ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.3, torch.tensor(0.3, dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize(
     "margins",
     [(1.0, 0.0, 0.0), (1.0, 0.0, 0.35), (1.0, 2.5, 0.0), (4.0, 0.0, 0.0), (1.5, 0.3, 0.2)],
