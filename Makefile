@@ -21,13 +21,13 @@ bench: .venv/dev.done  ## accuracy, then time and memory, beside peers
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs
 
-docs: .venv/docs.done  ## the site, in docs/_build/html; nothing is fetched
+docs: .venv/dev.done  ## the site, in docs/_build/html; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
 
 docs-serve: docs  ## the same, at http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
-docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium and Node.js
+docs-test: docs  ## the site in a real browser; needs Chromium and Node.js
 	$(BIN)/python -m tests.docs.site
 
 check-install:  ## whether pip resolves every extra on each Python and platform; needs a network
@@ -35,7 +35,7 @@ check-install:  ## whether pip resolves every extra on each Python and platform;
 
 constraints: .venv/bin/python  ## pin what tests and docs need, but not what torch pins itself
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --extra docs --no-build \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-build \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt pyproject.toml
 	grep -Ev '^(cuda|nvidia|setuptools|triton)' constraints.txt > constraints.new
 	mv constraints.new constraints.txt

@@ -22,7 +22,7 @@ SMALL = ["--image-size", "32", "--epochs", "2", "--batch-size", "8", "--embeddin
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slices")
-    make_phantoms(folder, 30, seed=0, size=48, progress=False)
+    make_phantoms(folder, 30, seed=0, size=64, progress=False)
     return folder
 
 

@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 def in_fresh_python(function, **environment):
     """What a function of this module returns in a Python that has not imported Triton yet."""
-    module = "tests.test_kernels"
+    module = "tests.engine.test_kernels"
     code = f"import json, {module}; print(json.dumps({module}.{function.__name__}()))"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
