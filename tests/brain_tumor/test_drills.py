@@ -19,6 +19,7 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import append_text, replacing
 from examples.brain_tumor.hostile_files import malicious_archives, mutated_mats
 from examples.brain_tumor.matlab import read_slice
+from examples.brain_tumor.settings import override_settings
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits and devices")
 
@@ -157,7 +158,8 @@ def test_kills_change_nothing(tmp_path):
     assert counts == {"tried": 5, "survived": 5, "failed": 0}
 
 
-def test_runs_that_differ_are_told_apart(tmp_path):
+def test_runs_that_differ_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(drills, "TINY", override_settings(drills.TINY, {"epochs": 4}))
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
         drills._run(folder)
