@@ -37,7 +37,7 @@ constraints: .venv/bin/python  ## pin what tests and docs need, but not what tor
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-build \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt pyproject.toml
-	grep -Ev '^(cuda|nvidia|setuptools|triton)' constraints.txt > constraints.new
+	grep -Ev '^(cuda|nvidia|setuptools|sympy|triton)' constraints.txt > constraints.new
 	mv constraints.new constraints.txt
 
 dist: .venv/bin/python  ## wheel and source distribution, in dist
