@@ -8,8 +8,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
 
+# As collected, for the files with the fewest tests take the longest and must not come last.
 test: lint  ## lint, type-check and test, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
