@@ -1,12 +1,13 @@
 """The losses as functions: the margin softmax, and one class versus the rest.
 
-Each mode finds the same three numbers for every row, :class:`.Parts`; the loss is made of
-them here, once.
+Each mode finds the same three numbers for every row, :class:`.Parts`; the loss is made of them
+here, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,68 @@ from torch.nn import functional as F
 
 from . import validation
 from .engine import modes
+from .engine.batch import Batch, checked
 from .engine.chunks import PLAIN, Rule
+from .engine.operators import Ending, Others, margin_loss
 from .engine.passes import working_dtype
 from .engine.placement import WHOLE, Shard, Whole
-from .geometry import angle_between, nearest_sub_centers, without_autocast
-from .margins import MarginFunction
+from .geometry import angle_between, precise_dtype, without_autocast
+from .margins import KnownDescent, MarginFunction
 from .negatives import NegativeFunction
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Options(NamedTuple):
+    """What does not depend on which loss it is, as :func:`margin_softmax_loss` describes it."""
+
+    penalty: Tensor | None = None
+    reduction: str = "mean"
+    class_weight: Tensor | None = None
+    sample_weight: Tensor | None = None
+    mode: str = "auto"
+    memory_budget: int | None = None
+
+    def check(self, batch: Batch) -> None:
+        """Raise unless these fit the batch."""
+        num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
+        validation.choice("reduction", self.reduction, REDUCTIONS)
+        for name, value, size in (
+            ("class_weight", self.class_weight, batch.num_classes),
+            ("sample_weight", self.sample_weight, num_rows),
+            ("penalty", self.penalty, num_rows),
+        ):
+            if value is not None:
+                validation.floating(name, value, size, device=device)
+
+
+class Softmax(NamedTuple):
+    """Which margin softmax it is, as :func:`margin_softmax_loss` describes it."""
+
+    margin: MarginFunction
+    scale: float | Tensor
+    negatives: NegativeFunction | None = None
+    normalize_weight: bool = True
+    label_smoothing: float = 0.0
+
+    def check(self, batch: Batch) -> None:
+        """Raise unless these fit the batch."""
+        if not callable(self.margin):
+            raise TypeError(
+                "margin: expected a function of the target angle theta, such as "
+                f"`lambda theta: arcface(theta, 0.5)`, got {self.margin!r}"
+            )
+        if self.negatives is not None and not callable(self.negatives):
+            raise TypeError(
+                "negatives: expected a function of cosines (K, N) and target logits (N,), "
+                f"got {self.negatives!r}"
+            )
+        if not isinstance(self.scale, Tensor):
+            validation.positive("scale", self.scale)
+        elif self.scale.dim():
+            num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
+            validation.floating("scale", self.scale, num_rows, device=device)
+        validation.number("label_smoothing", self.label_smoothing, 0.0, 1.0)
 
 
 def margin_softmax_loss(
@@ -114,108 +169,110 @@ def margin_softmax_loss(
         >>> f"{loss.item():.3e}"
         '4.053e-25'
     """
-    rule = _rule(negatives, sub_centers, normalize_weight)
-    num_classes = shard.num_classes_of(weight, sub_centers)
-    kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
-    validation.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    check_weights(embeddings, num_classes, reduction, class_weight, sample_weight, penalty)
-    _check_margin(margin, scale, embeddings)
-    embeddings = without_ignored(embeddings, kept)
-    weight = shard.centres(weight, sub_centers)
-    chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
-    labels = labels.long() if kept is None else labels.long().where(kept, 0)
-    dtype = working_dtype(embeddings, weight)
-    if class_weight is not None:
-        class_weight = class_weight.to(dtype)
-    share = _class_share(weight, num_classes, class_weight, dtype) if label_smoothing else None
-    with without_autocast(embeddings.device):
-        here = None if share is None else shard.of_classes(share)
-        own = nearest_sub_centers(embeddings, weight, shard.local(labels), sub_centers)
+    batch = checked(embeddings, weight, labels, ignore_index, sub_centers, shard)
+    softmax = Softmax(margin, scale, negatives, normalize_weight, label_smoothing)
+    options = Options(penalty, reduction, class_weight, sample_weight, mode, memory_budget)
+    softmax.check(batch)
+    options.check(batch)
+    return softmax_loss(batch, softmax, options)
+
+
+def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
+    """The margin softmax of what is checked."""
+    margin, scale, negatives = softmax[:3]
+    rule = _rule(softmax, batch.sub_centers)
+    chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
+    dtype = working_dtype(batch.embeddings, batch.weight)
+    with without_autocast(batch.embeddings.device):
         before = None
         if negatives:
-            before = _target_before(embeddings, weight, own, margin, dtype, shard)
+            before = _target_before(batch, margin, dtype)
+        row_weight, of_class = _weights(batch, options, dtype)
+        if _is_closed(batch, softmax, options, chosen.mode):
+            assert isinstance(margin, KnownDescent)
+            assert not isinstance(scale, Tensor)
+            row_weight = row_weight if of_class is None else row_weight * of_class
+            return margin_loss(
+                modes.inputs(batch, scale),
+                modes.settings(batch, chosen, scale),
+                Others(rule, before),
+                Ending(
+                    margin,
+                    scale,
+                    row_weight,
+                    is_summed=options.reduction != "none",
+                    is_mean=options.reduction == "mean" and not isinstance(row_weight, Tensor),
+                ),
+            )
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
+        share = None
+        if softmax.label_smoothing:
+            share = _class_share(batch, options.class_weight, dtype)
         parts = modes.parts(
-            embeddings,
-            weight,
-            own,
+            batch,
             chosen,
+            rule,
             scale=scale if of_rows is None else 1.0,
-            class_share=here if rule == PLAIN else None,
-            rule=rule,
+            class_share=share if rule == PLAIN else None,
             target=before,
             bias=of_rows,
-            shard=shard,
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
-        loss = F.softplus(parts.negatives - target, threshold=50)
-        total = loss
-        of_class = None if class_weight is None else class_weight.index_select(0, labels)
-        if of_class is not None:
-            total = total * of_class
+        losses = F.softplus(parts.negatives - target, threshold=50)
         if share is not None:
-            share_of_own = share.index_select(0, labels)
-            if rule == PLAIN:
+            share_of_own = share.index_select(0, batch.labels)
+            if parts.mean_cosine is not None:
                 others = parts.mean_cosine - share_of_own * parts.theta.cos()
             else:  # not a sum of cosines
                 summed = rule._replace(summed=True)
                 others = modes.parts(
-                    embeddings,
-                    weight,
-                    own,
-                    chosen,
-                    class_share=here,
-                    rule=summed,
-                    target=before,
-                    shard=shard,
+                    batch, chosen, summed, class_share=share, target=before
                 ).negatives
             mean_logit = scale * others + share_of_own * target
-            smooth = share.sum() * (target + loss) - mean_logit
-            total = (1 - label_smoothing) * total + label_smoothing * smooth
-        if penalty is not None:
-            penalty = penalty.to(total.dtype)
-            total = total + (penalty if of_class is None else of_class * penalty)
-        return reduce(
-            total, reduction, of_class=of_class, sample_weight=sample_weight, kept=kept
-        ).to(dtype)
+            # The weights of the classes are in it already.
+            smooth = share.sum() * (target + losses) - mean_logit
+            losses = losses if of_class is None else losses * of_class
+            losses = (1 - softmax.label_smoothing) * losses + softmax.label_smoothing * smooth
+        elif of_class is not None:
+            losses = losses * of_class
+        return _reduced(losses, row_weight, of_class, options).to(dtype)
 
 
-@torch.no_grad()
-def _target_before(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
-    margin: MarginFunction,
-    dtype: torch.dtype,
-    shard: Shard | Whole,
-) -> Tensor:
+def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> bool:
+    """Whether the derivative of the loss by the cosines is known, and autograd not needed."""
+    weights = options.class_weight, options.sample_weight
+    return (
+        isinstance(softmax.margin, KnownDescent)
+        and not isinstance(softmax.scale, Tensor)
+        and not softmax.label_smoothing
+        and options.penalty is None
+        and not any(weight is not None and weight.requires_grad for weight in weights)
+        and not batch.shard.is_partial
+        and mode != "dense"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> Tensor:
     """The target logits before scaling (N,), for the negatives to be compared with."""
-    theta = shard.of_targets(lambda centres: angle_between(embeddings, centres), weight, own)
-    return _check_target(margin(theta), theta).to(dtype)
-
-
-def _class_share(
-    weight: Tensor, num_classes: int, class_weight: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The share of each class in the mean over classes, (C,)."""
-    even = weight.new_full((num_classes,), 1 / num_classes, dtype=dtype)
-    return even if class_weight is None else even * class_weight
-
-
-def _rule(
-    negatives: NegativeFunction | None,
-    sub_centers: int,
-    normalize_weight: bool,
-) -> Rule:
-    validation.positive_integer("sub_centers", sub_centers)
-    if negatives is None:
-        return Rule(sub_centers=sub_centers, keep_lengths=not normalize_weight)
-    if not callable(negatives):
-        raise TypeError(
-            "negatives: expected a function of cosines (K, N) and target logits (N,), "
-            f"got {negatives!r}"
+    with torch.no_grad():
+        theta = batch.shard.of_targets(
+            lambda centres: angle_between(batch.embeddings, centres), batch.weight, batch.own
         )
+        return _check_target(margin(theta), theta).to(dtype)
+
+
+def _class_share(batch: Batch, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The share of each class in the mean over classes, (C,)."""
+    even = batch.weight.new_full((batch.num_classes,), 1 / batch.num_classes, dtype=dtype)
+    return even if class_weight is None else even * class_weight.to(dtype)
+
+
+def _rule(softmax: Softmax, sub_centers: int) -> Rule:
+    keep_lengths, negatives = not softmax.normalize_weight, softmax.negatives
+    if negatives is None:
+        return Rule(sub_centers=sub_centers, keep_lengths=keep_lengths)
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         assert target is not None
@@ -227,19 +284,7 @@ def _rule(
             )
         return found if bias is None else bias * found
 
-    return Rule(terms, sub_centers=sub_centers, keep_lengths=not normalize_weight)
-
-
-def _check_margin(margin: object, scale: object, embeddings: Tensor) -> None:
-    if not callable(margin):
-        raise TypeError(
-            "margin: expected a function of the target angle theta, such as "
-            f"`lambda theta: arcface(theta, 0.5)`, got {margin!r}"
-        )
-    if not isinstance(scale, Tensor):
-        validation.positive("scale", scale)
-    elif scale.dim():
-        validation.floating("scale", scale, embeddings.shape[0], device=embeddings.device)
+    return Rule(terms, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 
 def _check_target(target: object, theta: Tensor) -> Tensor:
@@ -323,111 +368,67 @@ def one_vs_rest_loss(
     for name, function in (("positive", positive), ("negative", negative)):
         if not callable(function):
             raise TypeError(f"{name}: expected a function, got {function!r}")
-    validation.positive_integer("sub_centers", sub_centers)
-    num_classes = shard.num_classes_of(weight, sub_centers)
-    kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
-    check_weights(embeddings, num_classes, reduction, class_weight, sample_weight, penalty)
     if bias is not None and (not isinstance(bias, Tensor) or bias.numel() != 1):
         raise ValueError(f"bias: expected a tensor of one number, got {bias!r}")
-    labels = labels.long() if kept is None else labels.long().where(kept, 0)
-    dtype = working_dtype(embeddings, weight)
-    rule = Rule(_terms(negative), summed=True, sub_centers=sub_centers)
-    embeddings = without_ignored(embeddings, kept)
-    weight = shard.centres(weight, sub_centers)
-    chosen = modes.choose(embeddings, weight, mode, memory_budget, rule)
-    with without_autocast(embeddings.device):
-        own = nearest_sub_centers(embeddings, weight, shard.local(labels), sub_centers)
-        offset = embeddings.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)
-        parts = modes.parts(
-            embeddings,
-            weight,
-            own,
-            chosen,
-            rule=rule,
-            bias=offset.reshape(()),
-            shard=shard,
-        )
-        total = positive(parts.theta) + parts.negatives
-        if penalty is not None:
-            total = total + penalty.to(total.dtype)
-        of_class = None
-        if class_weight is not None:
-            of_class = class_weight.to(dtype).index_select(0, labels)
-            total = total * of_class
-        return reduce(
-            total, reduction, of_class=of_class, sample_weight=sample_weight, kept=kept
-        ).to(dtype)
+    batch = checked(embeddings, weight, labels, ignore_index, sub_centers, shard)
+    options = Options(penalty, reduction, class_weight, sample_weight, mode, memory_budget)
+    options.check(batch)
+    return rest_loss(batch, positive, negative, bias, options)
 
 
-def _terms(
+def rest_loss(
+    batch: Batch,
+    positive: MarginFunction,
     negative: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    bias: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """One versus the rest of what is checked."""
+
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         assert bias is not None
         return negative(cosine, bias)
 
-    return terms
+    dtype = working_dtype(batch.embeddings, batch.weight)
+    rule = Rule(terms, summed=True, sub_centers=batch.sub_centers)
+    chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
+    with without_autocast(batch.embeddings.device):
+        if bias is None:
+            bias = batch.embeddings.new_zeros(())
+        parts = modes.parts(batch, chosen, rule, bias=bias.to(dtype).reshape(()))
+        row_weight, of_class = _weights(batch, options, dtype)
+        losses = positive(parts.theta) + parts.negatives
+        losses = losses if of_class is None else losses * of_class
+        return _reduced(losses, row_weight, of_class, options).to(dtype)
 
 
-def check_weights(
-    embeddings: Tensor,
-    num_classes: int,
-    reduction: str,
-    class_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    penalty: Tensor | None,
-) -> None:
-    """Raise unless these options fit the batch."""
-    num_rows, device = embeddings.shape[0], embeddings.device
-    validation.choice("reduction", reduction, REDUCTIONS)
-    if class_weight is not None:
-        validation.floating("class_weight", class_weight, num_classes, device=device)
-    if sample_weight is not None:
-        validation.floating("sample_weight", sample_weight, num_rows, device=device)
-    if penalty is not None:
-        validation.floating("penalty", penalty, num_rows, device=device)
+def _weights(
+    batch: Batch, options: Options, dtype: torch.dtype
+) -> tuple[float | Tensor, Tensor | None]:
+    """What the losses of the rows are multiplied with, and the weights of their classes (N,)."""
+    of_class = row_weight = None
+    if options.class_weight is not None:
+        of_class = options.class_weight.to(dtype).index_select(0, batch.labels)
+    if batch.kept is not None:
+        row_weight = batch.kept.to(precise_dtype(batch.embeddings.device))
+    if options.sample_weight is not None:
+        sample_weight = options.sample_weight.to(precise_dtype(batch.embeddings.device))
+        row_weight = sample_weight if batch.kept is None else sample_weight.where(batch.kept, 0)
+    if options.reduction != "mean":
+        return 1.0 if row_weight is None else row_weight, of_class
+    if row_weight is None and of_class is None:
+        return 1 / max(len(batch.labels), 1), None
+    of_rows = 1.0 if row_weight is None else row_weight
+    denominator = torch.as_tensor(of_rows if of_class is None else of_rows * of_class).sum()
+    return of_rows / denominator.masked_fill(denominator == 0, 1), of_class
 
 
-def without_ignored(embeddings: Tensor, kept: Tensor | None) -> Tensor:
-    """The embeddings (N, d), zero in the rows that are not kept: a NaN there reaches no gradient.
-
-    Args:
-        embeddings: (N, d).
-        kept: (N,) which rows are not ignored; None where all are kept.
-    """
-    return embeddings if kept is None else embeddings.where(kept[:, None], 0)
-
-
-def reduce(
-    total: Tensor,
-    reduction: str,
-    *,
-    of_class: Tensor | None,
-    sample_weight: Tensor | None,
-    kept: Tensor | None,
+def _reduced(
+    losses: Tensor, row_weight: float | Tensor, of_class: Tensor | None, options: Options
 ) -> Tensor:
-    """The loss of a batch, from the losses of its rows (N,).
-
-    Args:
-        total: (N,), with the weights of the classes in it.
-        reduction: "mean", weighted, "sum" or "none".
-        of_class: (N,) the weight of each row's class, or None.
-        sample_weight: (N,) the weight of each row on top of that, or None.
-        kept: (N,) which rows are not ignored; None where all are kept.
-    """
-    row_weight = None if kept is None else kept.to(total.dtype)
-    if sample_weight is not None:
-        row_weight = sample_weight.to(total.dtype)
-        row_weight = row_weight if kept is None else row_weight.where(kept, 0)
-    if row_weight is not None:
-        total = total * row_weight
-    if reduction == "none":
-        return total
-    if reduction == "sum" or total.numel() == 0:
-        return total.sum()
-    if of_class is not None:
-        row_weight = of_class if row_weight is None else of_class * row_weight
-    if row_weight is None:
-        return total.mean()
-    denominator = row_weight.sum()
-    return total.sum() / denominator.masked_fill(denominator == 0, 1)
+    """The loss of a batch, from the losses of its rows (N,) with the weights of their classes."""
+    if options.penalty is not None:
+        penalty = options.penalty.to(losses.dtype)
+        losses = losses + (penalty if of_class is None else of_class * penalty)
+    losses = losses * row_weight
+    return losses if options.reduction == "none" else losses.sum()

@@ -21,9 +21,9 @@ from . import validation
 def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Unit vectors along the last dimension, for vectors of any finite length that is not tiny.
 
-    A vector whose largest component is below ``finfo(vectors.dtype).tiny ** (7 / 8)`` (6e-34 in
-    float32 and bfloat16, 2e-4 in float16, 3e-270 in float64) counts as zero: its direction is the
-    zero vector and its gradient zero, because 1 / norm would overflow the gradient's own dtype.
+    A vector shorter than ``finfo(vectors.dtype).tiny ** (7 / 8)`` (6e-34 in float32 and bfloat16,
+    2e-4 in float16, 3e-270 in float64) counts as zero: its direction is the zero vector and its
+    gradient zero, because 1 / length would overflow the gradient's own dtype.
 
     Args:
         vectors: (..., d), floating point.
@@ -43,11 +43,11 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     # The direction does not depend on the length, so dividing by a constant first is exact, for
     # every derivative too, and no square can overflow or underflow.
     largest = _largest(vectors.detach())
-    is_zero = largest < smallest
-    scaled = vectors * (1 / largest).masked_fill(is_zero, 0)
+    scaled = vectors / F.threshold(largest, torch.finfo(dtype).tiny, 1.0)
     # An error in the length would scale every cosine of the row: it gets the spare digits.
     square = scaled.square().sum(-1, keepdim=True, dtype=precise_dtype(vectors.device))
-    inverse = square.masked_fill(is_zero, 1).rsqrt().to(vectors.dtype)
+    is_zero = square.detach().sqrt() * largest < smallest
+    inverse = square.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0).to(vectors.dtype)
     unit: Tensor = scaled * inverse
     return unit
 
@@ -86,58 +86,51 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     return 2 * torch.atan2(apart.masked_fill(both_zero, 1), together.masked_fill(both_zero, 1))
 
 
-def angle_and_tangent(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The angle of each pair of directions, and its gradient, for code that is its own autograd.
+def angles_and_gradients(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+    r"""The angle of each pair of vectors and its gradients, for code that is its own autograd.
 
     .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
-        t = r / |r|, \qquad
-        \frac{\partial\theta}{\partial u} = -t, \quad
-        \frac{\partial\theta}{\partial v} = \cos\theta\; t - \sin\theta\; u
+        \frac{\partial\theta}{\partial x} = -\frac{r}{|r|\,|x|}
 
-    As exact as :func:`angle_between`, in fewer passes over (N, d), and with the same rules for
-    parallel pairs and zero vectors; the result carries no graph.
-
-    Args:
-        u: (N, d) directions in the working precision, or zero vectors.
-        v: (N, d) likewise.
-
-    Returns:
-        theta (N,), and the unit tangent t (N, d) at u towards v, zero where theta has no gradient.
-    """
-    cosine = torch.linalg.vecdot(u, v)
-    tangent = torch.addcmul(v, u, cosine[:, None], value=-1)
-    sine = torch.linalg.vector_norm(tangent, dim=1)
-    is_rounding = sine <= _resolution(u)
-    inverse = (1 / sine).masked_fill(is_rounding, 0)
-    theta = torch.atan2(sine.masked_fill(is_rounding, 0), cosine)
-    has_no_angle = is_rounding & (cosine == 0)
-    return theta.masked_fill(has_no_angle, math.pi / 2), tangent * inverse[:, None]
-
-
-def normalize(vectors: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-    """Write the :func:`directions` of vectors to ``out`` and return 1 / their length.
+    with u = x / |x| and v = w / |w|, and for w with u and v exchanged. As exact as
+    :func:`angle_between`, with the same rules for parallel pairs and zero vectors, in fewer passes
+    over (N, d).
 
     Args:
-        vectors: (N, d), floating point.
-        scratch: (N, d) in the dtype to work in; may be ``out``.
-        out: (N, d).
+        first: x (N, d), floating point.
+        second: w (N, d) likewise.
 
     Returns:
-        (N, 1) in the dtype of ``scratch``, 0 for a vector that counts as zero; without a graph.
+        theta (N,), its gradients by both vectors (2, N, d), the directions of the first (N, d), and
+        1 / their length (N, 1), 0 for a zero vector: in float64 (float32 on MPS), without a graph.
     """
-    # Elsewhere the test would wait for the device, or be a gap in the compiled graph.
-    if validation.is_readable(vectors):
-        length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=scratch.dtype)
-        if _is_safe(length, vectors):
-            torch.mul(vectors, length.reciprocal_(), out=out)
-            return length
-    largest = _largest(vectors).to(scratch.dtype)
-    inverse = largest.reciprocal().masked_fill_(largest < _smallest(vectors.dtype), 0)
-    torch.mul(vectors, inverse, out=scratch)
-    # The largest component is 1 now, or all are 0.
-    again = torch.linalg.vector_norm(scratch, dim=1, keepdim=True).clamp_(min=0.5).reciprocal_()
-    torch.mul(scratch, again, out=out)
-    return inverse.mul_(again)
+    if first.dtype == second.dtype:
+        unit, inverse = _normalized(torch.stack([first, second]))
+    else:
+        both = zip(_normalized(first), _normalized(second), strict=True)
+        unit, inverse = (torch.stack(pair) for pair in both)
+    u, v = unit
+    cosine = (u * v).sum(1, keepdim=True)
+    residual = torch.addcmul(unit.flip(0), cosine, unit, value=-1)
+    sine: Tensor = torch.linalg.vector_norm(residual, dim=2, keepdim=True)
+    rounding = _resolution(unit)
+    # Beside a zero vector the other one's sine is 1; two of them have the cosine 0.
+    opposite = F.threshold(sine, rounding, 0.0).amax(0) + (cosine == 0)
+    theta = torch.atan2(opposite, cosine)[:, 0]
+    gradients = residual * (-inverse / F.threshold(sine, rounding, math.inf))
+    return theta, gradients, u, inverse[0]
+
+
+def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / the lengths of vectors (N, d): (N, 1), 0 for a zero vector; without a graph."""
+    # On the CPU sums in float64 are slow, and where those in float32 are safe can be read.
+    if vectors.dtype != torch.float64 and validation.is_readable(vectors):
+        length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
+        limits = torch.finfo(dtype)
+        lowest = max(limits.tiny**0.4, _smallest(vectors.dtype))
+        if torch.equal(length, length.clamp(lowest, limits.max)):
+            return length.reciprocal_()
+    return _normalized(vectors)[1].to(dtype)
 
 
 def target_angle(
@@ -148,8 +141,8 @@ def target_angle(
     .. math:: \theta_i = \angle(x_i, w_{y_i})
 
     Args:
-        embeddings: (N, d), floating point; rows with no component above 6e-34 (2e-4 in float16,
-            3e-270 in float64) count as 0.
+        embeddings: (N, d), floating point; rows shorter than 6e-34 (2e-4 in float16, 3e-270 in
+            float64) count as 0.
         weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
         labels: (N,) integers in [0, C).
         sub_centers: The number of centres of a class; the nearest counts.
@@ -207,8 +200,8 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
     """The cosine of every embedding with every class centre.
 
     Args:
-        embeddings: (N, d), floating point; rows with no component above 6e-34 (2e-4 in float16,
-            3e-270 in float64) count as 0.
+        embeddings: (N, d), floating point; rows shorter than 6e-34 (2e-4 in float16, 3e-270 in
+            float64) count as 0.
         weight: (C, d) class centres, floating point.
 
     Returns:
@@ -234,18 +227,22 @@ def _largest(vectors: Tensor) -> Tensor:
     return torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
 
 
-def _is_safe(lengths: Tensor, vectors: Tensor) -> bool:
-    """Whether no vector counts as zero, and no square overflowed or vanished on the way."""
-    if lengths.numel() == 0:
-        return True
-    shortest, longest = (extreme.item() for extreme in lengths.aminmax())
-    limits = torch.finfo(lengths.dtype)
-    zero = _smallest(vectors.dtype) * float(vectors.shape[1]) ** 0.5
-    return bool(max(limits.tiny**0.4, zero) <= shortest and longest <= limits.max)
+def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions of vectors (..., d) and 1 / their lengths (..., 1), in the widest dtype."""
+    precise = vectors.to(precise_dtype(vectors.device))
+    if vectors.dtype != precise.dtype:  # whose squares neither overflow nor vanish in the wider
+        length = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
+        inverse = F.threshold(length, _smallest(vectors.dtype), math.inf).reciprocal_()
+        return precise * inverse, inverse
+    largest = F.threshold(_largest(precise), torch.finfo(precise.dtype).tiny, 1.0)
+    scaled = precise / largest
+    again = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # from 1 on, where not tiny
+    again = again.masked_fill(again * largest < _smallest(vectors.dtype), math.inf)
+    return scaled / again, again.reciprocal() / largest
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The largest component below which a vector counts as zero."""
+    """The length below which a vector counts as zero."""
     tiny: float = torch.finfo(dtype).tiny
     return math.exp(7 / 8 * math.log(tiny))
 

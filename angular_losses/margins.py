@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -218,6 +219,85 @@ def linear_angle(theta: Tensor, m: float | Tensor) -> Tensor:
     return 1 - 2 / math.pi * (theta + m)
 
 
+@dataclass(frozen=True)
+class KnownDescent:
+    """A margin together with its derivative, which then is not autograd's work.
+
+    Attributes:
+        function: The margin.
+        with_descent: A function of theta (N,) that returns the target logits before scaling, and
+            minus their derivatives by theta, both (N,), without a graph.
+    """
+
+    function: MarginFunction
+    with_descent: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """The target logits before scaling."""
+        return self.function(theta)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """:func:`combined` as what a loss hands to a schedule: a function of theta and of a share.
+
+    Attributes:
+        m1: Multiplicative margin, a float or a tensor that broadcasts against theta, as all three.
+        m2: Additive margin on the angle.
+        m3: Additive margin on the cosine.
+        beyond: What happens past theta + m = pi.
+    """
+
+    m1: float | Tensor = 1.0
+    m2: float | Tensor = 0.0
+    m3: float | Tensor = 0.0
+    beyond: str = "decreasing"
+
+    def __call__(self, theta: Tensor, share: float | Tensor = 1.0) -> Tensor:
+        """The target logits before scaling with a share of the margin in force, in [0, 1]."""
+        if self.beyond not in SPHEREFACE_BEYOND:
+            return BEYOND[self.beyond](theta, share * self.m2)
+        phi = self._phi(theta, share)
+        if self._is_turned and self.beyond == "decreasing":
+            return _unrolled_cosine(phi) - share * self.m3
+        return torch.cos(phi) - share * self.m3
+
+    @property
+    def has_descent(self) -> bool:
+        """Whether :meth:`with_descent` is all that there is to differentiate."""
+        variables = (m for m in (self.m1, self.m2, self.m3) if isinstance(m, Tensor))
+        return self.beyond in SPHEREFACE_BEYOND and not any(m.requires_grad for m in variables)
+
+    def with_descent(self, theta: Tensor, share: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """The same and its descent, minus the derivative by theta, without a graph."""
+        phi, k = self._phi(theta, share), None
+        if self._is_turned and self.beyond == "decreasing":
+            k = torch.div(phi, math.pi, rounding_mode="floor")
+            phi = torch.sub(phi, k, alpha=math.pi)
+        value, descent = torch.cos(phi), torch.sin(phi)
+        if k is not None:
+            value = torch.sub(value, k, alpha=2)
+        if not _is_number(self.m3, 0.0):
+            value = value - share * self.m3
+        if not _is_number(self.m1, 1.0):
+            descent = descent * (1 + share * (self.m1 - 1))
+        return value, descent
+
+    @property
+    def _is_turned(self) -> bool:
+        """Whether the angle itself has a margin, which can take it past pi."""
+        return not (_is_number(self.m1, 1.0) and _is_number(self.m2, 0.0))
+
+    def _phi(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        if not _is_number(self.m1, 1.0):
+            theta = theta * (1 + share * (self.m1 - 1))
+        return theta if _is_number(self.m2, 0.0) else theta + share * self.m2
+
+
+def _is_number(margin: float | Tensor, number: float) -> bool:
+    return not isinstance(margin, Tensor) and margin == number
+
+
 def of_rows(margin: float | Tensor, labels: Tensor) -> float | Tensor:
     """The margin of each row (N,), from one for all or one for each class (C,)."""
     return margin.index_select(0, labels) if isinstance(margin, Tensor) else margin
@@ -264,13 +344,13 @@ ARCFACE_BEYOND = ("decreasing", *BEYOND)
 class Additive(NamedTuple):
     """A margin that is added to the angle or taken off the cosine, and the check of its size."""
 
-    function: Callable[[Tensor, float | Tensor], Tensor]
+    function: Callable[[float | Tensor], Combined]
     check: Callable[[str, object], float]
 
 
 ADDITIVE = {
-    "arc": Additive(arcface, validation.angular_margin),
-    "cos": Additive(cosface, validation.cosine_margin),
+    "arc": Additive(lambda m: Combined(m2=m), validation.angular_margin),
+    "cos": Additive(lambda m: Combined(m3=m), validation.cosine_margin),
 }
 
 

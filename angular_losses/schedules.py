@@ -17,9 +17,16 @@ from . import validation
 
 
 class Schedule(nn.Module, ABC):
-    """What all schedules share: the number of training steps taken, as a buffer."""
+    """What all schedules share: the number of training steps taken, as a buffer.
+
+    Attributes:
+        step: () int64.
+        is_linear: Whether ``forward`` makes a weighted sum of what ``target`` returns, and so of
+            its derivatives too.
+    """
 
     step: Tensor
+    is_linear = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +76,8 @@ class LambdaAnnealing(Schedule):
         authors' Caffe code, which counts its first step as 1.
     """
 
+    is_linear = True
+
     def __init__(
         self, base: float = 1000.0, gamma: float = 0.12, power: float = 1.0, minimum: float = 5.0
     ) -> None:
@@ -113,6 +122,8 @@ class MarginWarmup(Schedule):
         >>> loss.schedule.value()
         tensor(0.0010)
     """
+
+    is_linear = True
 
     def __init__(self, steps: int) -> None:
         super().__init__()

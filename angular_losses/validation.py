@@ -288,10 +288,12 @@ def is_readable(tensor: Tensor) -> bool:
 
 def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
     labels = labels.long()  # in a narrower type the other numbers would wrap around
-    if is_readable(labels) and labels.numel() and (ignore_index is None or ignore_index < 0):
-        lowest, highest = (extreme.item() for extreme in labels.aminmax())
-        if lowest >= 0 and highest < num_classes:
-            return None
+    if (
+        is_readable(labels)
+        and (ignore_index is None or ignore_index < 0)
+        and torch.equal(labels, labels.clamp(0, num_classes - 1))
+    ):
+        return None
     kept = None if ignore_index is None else labels != ignore_index
     inside = (labels >= 0) & (labels < num_classes)
     if kept is not None:

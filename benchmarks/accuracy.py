@@ -17,7 +17,8 @@ import torch
 from pytorch_metric_learning import losses as pml
 
 import angular_losses as al
-from angular_losses.engine.operators import margin_parts
+from angular_losses.engine.chunks import Inputs, Settings
+from angular_losses.engine.operators import Others, margin_parts
 from tests import reference
 from tests.strategies import pair_at
 
@@ -83,11 +84,13 @@ def main():
 
 def ours(margin):
     """Our target logit before scaling, from the angle that the losses compute by default."""
-    options = {"row_scale": None, "class_share": None, "scale": 64.0, "chunk": 2048}
-    options |= {"product_dtype": torch.float32, "stash": True}
-    return lambda embeddings, weight: margin(
-        margin_parts(embeddings, weight, torch.arange(len(weight)), **options).theta
-    )
+    settings = Settings(64.0, 2048, torch.float32, True, True)
+
+    def target(embeddings, weight):
+        inputs = Inputs(embeddings, weight, torch.arange(len(weight)))
+        return margin(margin_parts(inputs, settings, Others()).theta)
+
+    return target
 
 
 def theirs(peer):

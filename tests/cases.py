@@ -7,8 +7,8 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -91,10 +91,14 @@ def identifier(value):
     return value.name if isinstance(value, Case) else str(value)
 
 
-def in_chunks_of(size: int) -> AbstractContextManager[Any]:
+@contextmanager
+def in_chunks_of(size: int) -> Iterator[None]:
     """The planner chooses chunks of this size."""
 
     def chunk(num_rows: int, device: torch.device) -> int:  # a Mock would not compile
         return size
 
-    return mock.patch.object(planner, "_chunk", chunk)
+    planner.cached_plan.cache_clear()
+    with mock.patch.object(planner, "_chunk", chunk):
+        yield
+    planner.cached_plan.cache_clear()

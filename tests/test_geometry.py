@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 
 from angular_losses import angle_between, target_angle
-from angular_losses.engine.operators import margin_parts
+from angular_losses.engine.chunks import Inputs, Settings
+from angular_losses.engine.operators import Others, margin_parts
 from angular_losses.geometry import cosines, directions
 from tests import reference, strategies
 from tests.strategies import ANGLES, pair_at
@@ -13,9 +14,8 @@ from tests.strategies import ANGLES, pair_at
 
 def angle_of_engine(embeddings, weight, labels):
     """The angle as the chunked modes find it, with a gradient of its own."""
-    options = {"row_scale": None, "class_share": None, "scale": 8.0, "chunk": 1}
-    options |= {"product_dtype": torch.float32, "stash": True}
-    return margin_parts(embeddings, weight, labels, **options).theta
+    inputs = Inputs(embeddings, weight, labels)
+    return margin_parts(inputs, Settings(8.0, 1, torch.float32, True, True), Others()).theta
 
 
 BOTH_WAYS = pytest.mark.parametrize("angle_of", [target_angle, angle_of_engine])

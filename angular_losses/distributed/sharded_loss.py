@@ -96,7 +96,7 @@ class ShardedLoss(MarginLoss):
 
     def _check_own(self, batch: Batch) -> None:
         """Raise unless this rank's own batch is in order."""
-        self._check(batch.embeddings, batch.labels)
+        self._checked(batch.embeddings, batch.labels)
         device, rows = batch.embeddings.device, len(batch.labels)
         if batch.sample_weight is not None:
             validation.floating("sample_weight", batch.sample_weight, rows, device=device)
@@ -104,7 +104,7 @@ class ShardedLoss(MarginLoss):
             missing = "lam" if batch.lam is None else "other_labels"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
         if batch.other_labels is not None:
-            self._check(batch.embeddings, batch.other_labels)
+            self._checked(batch.embeddings, batch.other_labels)
         if isinstance(batch.lam, Tensor) and batch.lam.dim():
             validation.floating("lam", batch.lam, rows, device=device)
         elif batch.lam is not None and not isinstance(batch.lam, Tensor):
@@ -138,7 +138,8 @@ class ShardedLoss(MarginLoss):
         generator = torch.Generator(device)
         generator.manual_seed(mixed(self.seed, self._batch(), self.shard.rank))
         chances = torch.rand(count + 1, generator=generator, device=device)
-        here = self.known(labels) - self.shard.first
+        known = labels.where(labels != self.ignore_index, 0)
+        here = known - self.shard.first
         is_here = (here >= 0) & (here < count)
         chances[here.where(is_here, count)] = 2.0
         return chances[:count].topk(wanted).indices.sort().values

@@ -8,12 +8,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import normalize
 from . import kernels
 
 # Up to this scale exp(s cos), its sums over classes and their inverses stay inside float32
 # (e^64 = 6e27), and no maximum has to be found and subtracted.
 BOUNDED_SCALE = 64.0
+
+
+class Inputs(NamedTuple):
+    """What the passes take.
+
+    Attributes:
+        embeddings: (N, d), floating point.
+        weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
+        own: (N,) int64, the row of the weight that is the centre of the target; -1 where that is
+            not here. The theta of such a row means nothing, and must get no gradient.
+        row_scale: (N,) factor of the scale for each row, or None. Its gradient is right for a
+            linear rule alone.
+        class_share: (C,) the weights kappa, in the :func:`working_dtype`: those of the mean cosine
+            (None leaves it out), or, where the rule is summed, those of the sum.
+    """
+
+    embeddings: Tensor
+    weight: Tensor
+    own: Tensor
+    row_scale: Tensor | None = None
+    class_share: Tensor | None = None
+
+
+class Settings(NamedTuple):
+    """How the passes run.
+
+    Attributes:
+        scale: The scale s > 0.
+        chunk: The number of centres in a chunk.
+        product_dtype: The dtype of the factors of the matrix products.
+        stash: Whether E is kept for the backward pass, or computed again.
+        differentiate: Whether there will be a backward pass.
+        partial: Whether the centres of some targets are not here.
+    """
+
+    scale: float
+    chunk: int
+    product_dtype: torch.dtype
+    stash: bool
+    differentiate: bool
+    partial: bool = False
 
 
 class Rule(NamedTuple):
@@ -93,92 +133,103 @@ class Terms:
 
 
 class Chunks:
-    """The classes, chunk by chunk, in one workspace; a class has one row, or as many as centres."""
+    """The classes, chunk by chunk, in one workspace; a class has one row, or as many as centres.
+
+    Attributes:
+        spans: The rows of each chunk; one None where a single chunk has all.
+    """
 
     def __init__(
-        self,
-        weight: Tensor,
-        inverse: Tensor,
-        unit: Tensor,
-        own: Tensor,
-        scales: float | Tensor,
-        chunk: int,
-        product_dtype: torch.dtype,
-        terms: Terms,
-        class_share: Tensor | None,
-        partial: bool,
+        self, inputs: Inputs, settings: Settings, unit: Tensor, scales: float | Tensor, terms: Terms
     ) -> None:
-        (num_centres, size), rule = weight.shape, terms.rule
-        chunk = max(chunk // rule.sub_centers, 1) * rule.sub_centers
-        self.size = min(chunk, num_centres)
-        starts = range(0, num_centres, self.size)
-        self.spans = [slice(start, min(start + self.size, num_centres)) for start in starts]
-        self.weight, self.inverse, self.own = weight, inverse, own
-        self.rule, self.product_dtype = rule, product_dtype
-        self._terms = None if rule.is_linear else terms
-        self._class_share = class_share
-        self._has_all_targets = len(self.spans) == 1 and not partial
+        num_centres, each = len(inputs.weight), terms.rule.sub_centers
+        self.size = min(max(settings.chunk // each, 1) * each, num_centres)
+        self.spans: list[slice | None] = [None]
+        if self.size < num_centres:
+            starts = range(0, num_centres, self.size)
+            self.spans = [slice(start, min(start + self.size, num_centres)) for start in starts]
+        self.weight, self.own, self.rule = inputs.weight, inputs.own, terms.rule
+        self.product_dtype, self._dtype = settings.product_dtype, unit.dtype
+        self._terms = None if terms.rule.is_linear else terms
+        self.class_share = inputs.class_share
+        self.has_all_targets = len(self.spans) == 1 and not settings.partial
         self._scales = scales.T if isinstance(scales, Tensor) else scales
-        self._factors = (unit * scales if rule.is_linear else unit).to(product_dtype).T
-        self._has_kernel = rule.is_linear and kernels.is_available(weight.device, product_dtype)
-        self._centres = unit.new_empty(self.size, size, dtype=product_dtype)
-        self._exponentials = unit.new_empty(self.size, unit.shape[0], dtype=product_dtype)
-        # The same memory again where the products are done in the working dtype.
-        self._is_reduced = product_dtype != unit.dtype
-        self._unit, self._products = self._centres, self._exponentials
-        if self._is_reduced:
-            self._unit = unit.new_empty(self.size, size)
-            self._products = unit.new_empty(self.size, unit.shape[0])
+        self._factors = (unit * scales if self.rule.is_linear else unit).to(self.product_dtype).T
+        self._has_kernel = self.rule.is_linear and kernels.is_available(
+            self.weight.device, self.product_dtype
+        )
+        self._is_reduced = self.product_dtype != unit.dtype
+        # A single chunk has its results to itself; several take turns in the same memory.
+        self._memory: dict[str, Tensor] = {}
 
-    def first_centres(self, span: slice) -> Tensor:
-        """The directions of a chunk of centres (K, d), to multiply; finds their inverse lengths."""
-        weight = self.weight[span]
-        centres = self._centres[: weight.shape[0]]
-        self.inverse[span] = normalize(weight, self._unit[: weight.shape[0]], out=centres)
-        return centres.copy_(weight) if self.rule.keep_lengths else centres
+    def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Memory for a result of a chunk's shape; None leaves it to the operator."""
+        if self.spans[0] is None:
+            return None
+        if name not in self._memory:
+            self._memory[name] = self.weight.new_empty(self.size, shape[1], dtype=dtype)
+        return self._memory[name][: shape[0]]
 
-    def unit_centres(self, span: slice) -> Tensor:
-        """The same directions in the working dtype, from the inverse lengths."""
-        weight = self.weight[span]
-        unit = self._unit[: weight.shape[0]]
+    @staticmethod
+    def rows(values: Tensor, span: slice | None) -> Tensor:
+        """A chunk's part of what is kept for all centres, or all classes."""
+        return values if span is None else values[span]
+
+    def directions(self, weight: Tensor, inverse: Tensor) -> Tensor:
+        """Those of a chunk of centres (K, d), in the working dtype, or the centres themselves."""
         if self.rule.keep_lengths:
-            return unit.copy_(weight)
-        return torch.mul(weight, self.inverse[span], out=unit)
+            return weight.to(self._dtype)
+        out = self.room("directions", weight.shape, self._dtype)
+        return torch.mul(weight, inverse, out=out)
 
-    def centres(self, unit_centres: Tensor) -> Tensor:
-        """Those to multiply again."""
+    def factors(self, directions: Tensor) -> Tensor:
+        """The same in the dtype of the products."""
         if not self._is_reduced:
-            return unit_centres
-        return self._centres[: unit_centres.shape[0]].copy_(unit_centres)
+            return directions
+        out = self.room("factors", directions.shape, self.product_dtype)
+        return directions.to(self.product_dtype) if out is None else out.copy_(directions)
 
-    def logits(self, span: slice, centres: Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(self, span: slice | None, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """The logits of a chunk's classes (K, N) in the working dtype; -inf for a target in it.
 
         In ``out``, where E is to be kept, if that has the working dtype.
         """
-        in_place = out is not None and not self._is_reduced and self._terms is None
-        products = out if in_place and out is not None else self._products[: centres.shape[0]]
-        multiply(centres, self._factors, out=products)
+        products = self._cosines(factors, out if self._terms is None else None)
         logits = products if self._terms is None else self._terms(products) * self._scales
         return self._without_targets(span, logits, -torch.inf)
 
-    def own_row(self, span: slice) -> tuple[Tensor, Tensor]:
+    def _cosines(self, factors: Tensor, out: Tensor | None = None) -> Tensor:
+        """The products of a chunk's centres with the embeddings (K, N), in the working dtype."""
+        if out is None or self._is_reduced:
+            out = self.room("products", (len(factors), self._factors.shape[1]), self._dtype)
+        return multiply(factors, self._factors, self._dtype, out=out)
+
+    def own_row(self, span: slice | None) -> tuple[Tensor, Tensor]:
         """Where each row's own centre is in a chunk (N,), and whether it is there at all (N,)."""
-        own = self.own - span.start
-        row = own.clamp(0, span.stop - span.start - 1)
+        start, stop = (0, len(self.weight)) if span is None else (span.start, span.stop)
+        own = self.own - start
+        row = own.clamp(0, stop - start - 1)
         return row, row == own
 
     def exponentials(
-        self, span: slice, centres: Tensor, shift: Tensor | None, out: Tensor | None = None
+        self,
+        span: slice | None,
+        factors: Tensor,
+        shift: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """E of a chunk, to multiply with its centres, and the sums over its classes (N,)."""
         if self.rule.summed:
-            return self._summed(span, centres, out)
+            return self._summed(span, factors, out)
         if not self._has_kernel:
-            return self.exponentiate(self.logits(span, centres, out), shift, out)
-        out = self._exponentials[: centres.shape[0]] if out is None else out
-        columns = self._factors.T
-        return out, kernels.exponentials(centres, columns, self.own, span.start, shift, out)
+            return self.exponentiate(self.logits(span, factors, out), shift, out)
+        shape = len(factors), self._factors.shape[1]
+        if out is None:
+            out = self.room("exponentials", shape, self.product_dtype)
+        if out is None:
+            out = factors.new_empty(shape)
+        start = 0 if span is None else span.start
+        return out, kernels.exponentials(factors, self._factors.T, self.own, start, shift, out)
 
     def exponentiate(
         self, logits: Tensor, shift: Tensor | None, out: Tensor | None = None
@@ -191,40 +242,44 @@ class Chunks:
             logits = self._terms.slopes(logits)
         return self._to_multiply(logits, out), sums
 
-    def _summed(self, span: slice, centres: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _summed(
+        self, span: slice | None, factors: Tensor, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The slopes of the terms themselves, in the place of E, and the sums of the terms."""
         assert self._terms is not None
-        products = self._products[: centres.shape[0]]
-        multiply(centres, self._factors, out=products)
-        terms = self._terms(products)
+        terms = self._terms(self._cosines(factors))
         weights = torch.ones_like(terms)
-        if self._class_share is not None:
-            each = self.rule.sub_centers
-            weights *= self._class_share[span.start // each : span.stop // each, None]
+        if self.class_share is not None:
+            each, share = self.rule.sub_centers, self.class_share
+            share = share if span is None else share[span.start // each : span.stop // each]
+            weights *= share[:, None]
         weights = self._without_targets(span, weights, 0.0)
         # Not their product: a target's term, which does not count, may be infinite.
         sums = torch.where(weights == 0, 0, terms * weights).sum(0)
         return self._to_multiply(self._terms.slopes(weights), out), sums
 
-    def _without_targets(self, span: slice, values: Tensor, instead: float) -> Tensor:
+    def _without_targets(self, span: slice | None, values: Tensor, instead: float) -> Tensor:
         """The values of a chunk's classes (K, N), with those of the targets replaced."""
         each = self.rule.sub_centers
-        if self._has_all_targets:
+        if self.has_all_targets:
             own = self.own if each == 1 else self.own // each
             return values.scatter_(0, own[None], instead)
         row, is_here = self.own_row(span)
         if each > 1:
-            label = self.own // each - span.start // each
+            start = 0 if span is None else span.start
+            label = self.own // each - start // each
             row = label.clamp(0, values.shape[0] - 1)
             is_here = row == label
         present = values.gather(0, row[None])
         return values.scatter_(0, row[None], present.masked_fill_(is_here, instead))
 
     def _to_multiply(self, values: Tensor, out: Tensor | None) -> Tensor:
-        if not self._is_reduced and (self._terms is None or out is None):
+        """The values (K, N) in the dtype of the products, in ``out`` where they are kept."""
+        if values is out or (out is None and not self._is_reduced):
             return values
-        out = self._exponentials[: values.shape[0]] if out is None else out
-        return out.copy_(values)
+        if out is None:
+            out = self.room("exponentials", values.shape, self.product_dtype)
+        return values.to(self.product_dtype) if out is None else out.copy_(values)
 
 
 # On CUDA a product can be summed in a wider dtype than that of its factors, and since torch 2.10
@@ -232,19 +287,32 @@ class Chunks:
 _ADDS_WIDER = torch.__version__ >= "2.10"
 
 
-def multiply(first: Tensor, second: Tensor, *, out: Tensor, accumulate: bool = False) -> None:
-    """The matrix product into ``out``, whose dtype may be wider than that of the factors."""
-    if first.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(first, second)
-        else:
-            torch.mm(first, second, out=out)
-    elif first.is_cuda and _ADDS_WIDER:  # its sums are in float32, and stay there
-        if accumulate:
-            torch.addmm(out, first, second, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(first, second, out_dtype=out.dtype, out=out)
-    elif accumulate:  # each product is rounded to the dtype of its factors, as on the CPU
-        out += torch.mm(first, second)
-    else:
-        out.copy_(torch.mm(first, second))
+def multiply(
+    first: Tensor,
+    second: Tensor,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """The matrix product in a dtype that may be wider than that of the factors.
+
+    Args:
+        first: (K, L).
+        second: (L, M) in the same dtype.
+        dtype: That of the result.
+        out: (K, M) where the result goes; made where it is None.
+        accumulate: Whether the product is added to ``out``.
+    """
+    if first.dtype == dtype:
+        if out is not None and accumulate:
+            return out.addmm_(first, second)
+        return torch.mm(first, second, out=out)
+    if first.is_cuda and _ADDS_WIDER:  # its sums are in the wider dtype, and stay there
+        if out is not None and accumulate:
+            return torch.addmm(out, first, second, out_dtype=dtype, out=out)
+        return torch.mm(first, second, out_dtype=dtype, out=out)
+    product = torch.mm(first, second)  # rounded to the dtype of its factors, as on the CPU
+    if out is None:
+        return product.to(dtype)
+    return out.add_(product) if accumulate else out.copy_(product)

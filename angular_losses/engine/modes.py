@@ -8,32 +8,32 @@ from torch.nn import functional as F
 
 from .. import validation
 from ..geometry import angle_between, directions, precise_dtype
-from .chunks import BOUNDED_SCALE, PLAIN, Rule
-from .operators import Parts, margin_parts
-from .passes import working_dtype
-from .placement import WHOLE, Shard, Whole
-from .planner import MODES, Plan, plan
+from .batch import Batch
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Rule, Settings
+from .operators import Others, margin_parts
+from .passes import Parts, working_dtype
+from .planner import MODES, Plan, cached_plan, plan
 
 # With fewer classes the products cost little beside any network, and keep full precision under
 # autocast.
 FEW_CLASSES = 4096
 
 
-def choose(
-    embeddings: Tensor, weight: Tensor, mode: str, memory_budget: int | None, rule: Rule = PLAIN
-) -> Plan:
-    """:func:`plan` for these tensors, as autocast and torch.func have it."""
+def choose(batch: Batch, mode: str, memory_budget: int | None, rule: Rule = PLAIN) -> Plan:
+    """:func:`plan` for this batch, as autocast and torch.func have it."""
+    embeddings, weight = batch.embeddings, batch.weight
     validation.choice("mode", mode, MODES)
     if mode == "auto" and any(map(validation.is_transformed, (embeddings, weight))):
         mode = "dense"
-    (num_rows, size), num_centres, device = embeddings.shape, weight.shape[0], weight.device
-    return plan(
+    (num_rows, size), num_centres = embeddings.shape, weight.shape[0]
+    function = plan if torch.compiler.is_compiling() else cached_plan
+    return function(
         num_rows,
         max(num_centres, 1),  # where others have all
         size,
         dtype=weight.dtype,
         product_dtype=product_dtype(embeddings, weight, mode),
-        device=device,
+        device=weight.device,
         mode=mode,
         memory_budget=memory_budget,
         reweighted=not rule.is_linear,
@@ -61,122 +61,103 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def settings(batch: Batch, chosen: Plan, scale: float | Tensor, *others: Tensor | None) -> Settings:
+    """Those of the passes over a batch; ``others`` are variables beside embeddings and weight."""
+    differentiate = torch.is_grad_enabled() and any(
+        isinstance(each, Tensor) and each.requires_grad
+        for each in (batch.embeddings, batch.weight, scale, *others)
+    )
+    return Settings(
+        scale=1.0 if isinstance(scale, Tensor) else float(scale),
+        chunk=chosen.chunk,
+        product_dtype=chosen.product_dtype,
+        stash=chosen.mode == "stash" and differentiate,
+        differentiate=differentiate,
+        partial=batch.shard.is_partial,
+    )
+
+
+def inputs(batch: Batch, scale: float | Tensor, class_share: Tensor | None = None) -> Inputs:
+    """Those of the passes over a batch."""
+    row_scale = scale.expand(len(batch.own)) if isinstance(scale, Tensor) else None
+    return Inputs(batch.embeddings, batch.weight, batch.own, row_scale, class_share)
+
+
 def parts(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
+    batch: Batch,
     chosen: Plan,
+    rule: Rule = PLAIN,
     *,
     scale: float | Tensor = 1.0,
     class_share: Tensor | None = None,
-    rule: Rule = PLAIN,
     target: Tensor | None = None,
     bias: Tensor | None = None,
-    shard: Shard | Whole = WHOLE,
 ) -> Parts:
-    """The angle, the negatives and the mean cosine; see :func:`margin_parts`.
+    """The angle, the negatives and the mean cosine, over all classes wherever they are.
 
-    ``own`` is what :func:`nearest_sub_centers` returns; scale and bias may be scalars. With a
-    shard, weight and class_share are those of its classes, and the parts those of all.
+    Args:
+        batch: The batch.
+        chosen: How to run it.
+        rule: How the other classes enter.
+        scale: A number or a tensor () or (N,).
+        class_share: (C,) of all classes: see :class:`Inputs`.
+        target: (N,) the logit of the target before scaling, for a rule that looks at it.
+        bias: () or (N,), for a rule that has one.
     """
-    if isinstance(shard, Whole):
-        return _parts_here(
-            embeddings, weight, own, chosen, scale, class_share, rule, target, bias, None
-        )
+    shard = batch.shard
     # Before the rows, whose gradients then are summed first, on every rank.
     scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
     bias = None if bias is None else shard.shared(bias)
-    if len(weight):
-        here = _parts_here(
-            embeddings, weight, own, chosen, scale, class_share, rule, target, bias, shard
-        )
+    share = None if class_share is None else shard.of_classes(class_share)
+    if not len(batch.weight):
+        here = _no_parts(batch, rule, scale, bias, has_mean=share is not None)
+    elif chosen.mode == "dense":
+        here = _dense(batch, rule, scale, share, target, bias)
     else:
-        here = _no_parts(embeddings, weight, scale, rule, bias, shard)
-    theta, dtype = here.theta.where(own >= 0, 0), here.theta.dtype
-    if rule.summed:
-        theta, negatives = shard.total(torch.stack([theta, here.negatives]))
-        return Parts(theta, negatives, here.mean_cosine)
+        here = margin_parts(
+            inputs(batch, scale, share),
+            settings(batch, chosen, scale, bias),
+            Others(
+                rule, target, None if bias is None else bias.expand(len(batch.own)), shard.begin_sum
+            ),
+        )
     is_bounded = (
         not isinstance(scale, Tensor)
         and scale <= BOUNDED_SCALE
         and rule.terms is None
         and not rule.keep_lengths
     )
-    others = [theta] if class_share is None else [theta, here.mean_cosine.to(dtype)]
-    negatives, sums = shard.log_total(here.negatives, torch.stack(others), is_bounded=is_bounded)
-    mean = here.mean_cosine if class_share is None else sums[1].to(here.mean_cosine.dtype)
-    return Parts(sums[0], negatives, mean)
+    return shard.completed(here, batch.own, summed=rule.summed, is_bounded=is_bounded)
 
 
 def _no_parts(
-    embeddings: Tensor,
-    weight: Tensor,
-    scale: float | Tensor,
-    rule: Rule,
-    bias: Tensor | None,
-    shard: Shard,
+    batch: Batch, rule: Rule, scale: float | Tensor, bias: Tensor | None, *, has_mean: bool
 ) -> Parts:
     """Those of no classes: on the graph, for every rank takes part in the sums of gradients."""
-    nothing = shard.shared_rows(embeddings)[:, :0].sum(1) + weight.sum()
+    nothing = batch.shard.shared_rows(batch.embeddings)[:, :0].sum(1) + batch.weight.sum()
     for variable in (scale, bias):
         if isinstance(variable, Tensor):
             nothing = nothing + 0 * variable
     precise = nothing.to(precise_dtype(nothing.device))
-    return Parts(precise, precise if rule.summed else precise - torch.inf, nothing)
-
-
-def _parts_here(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
-    chosen: Plan,
-    scale: float | Tensor,
-    class_share: Tensor | None,
-    rule: Rule,
-    target: Tensor | None,
-    bias: Tensor | None,
-    shard: Shard | None,
-) -> Parts:
-    """The parts of the classes that are here."""
-    if chosen.mode == "dense":
-        if shard is not None:
-            embeddings = shard.shared_rows(embeddings)
-        arguments = embeddings, weight, own, scale, class_share, rule, target, bias
-        return _dense(*arguments, partial=shard is not None)
-    return margin_parts(
-        embeddings,
-        weight,
-        own,
-        row_scale=scale.expand(len(own)) if isinstance(scale, Tensor) else None,
-        class_share=class_share,
-        scale=1.0 if isinstance(scale, Tensor) else float(scale),
-        chunk=chosen.chunk,
-        product_dtype=chosen.product_dtype,
-        stash=chosen.mode == "stash",
-        rule=rule,
-        row_target=target,
-        row_bias=None if bias is None else bias.expand(len(own)),
-        begin_sum=None if shard is None else shard.begin_sum,
-    )
+    negatives = precise if rule.summed else precise - torch.inf
+    return Parts(precise, negatives, nothing if has_mean and not rule.summed else None)
 
 
 def _dense(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
+    batch: Batch,
+    rule: Rule,
     scale: float | Tensor,
     class_share: Tensor | None,
-    rule: Rule,
     target: Tensor | None,
     bias: Tensor | None,
-    *,
-    partial: bool,
 ) -> Parts:
+    weight, own, partial = batch.weight, batch.own, batch.shard.is_partial
+    embeddings = batch.shard.shared_rows(batch.embeddings)
     dtype, labels = working_dtype(embeddings, weight), own // rule.sub_centers
     theta = angle_between(embeddings, weight.index_select(0, own.clamp(min=0)))
     factor = weight.to(dtype) if rule.keep_lengths else directions(weight, dtype)
     cosine = F.linear(directions(embeddings, dtype), factor)
-    mean_cosine = cosine.new_zeros(len(own))
+    mean_cosine = None
     if rule == PLAIN and class_share is not None:
         mean_cosine = cosine @ class_share
     terms = rule.of_classes(cosine.T, target, bias).T

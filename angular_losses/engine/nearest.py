@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..geometry import directions, normalize, precise_dtype, without_autocast
+from ..geometry import directions, inverse_lengths, precise_dtype, without_autocast
 from .chunks import multiply
 
 
@@ -99,11 +99,9 @@ def _others(
     factors, chunk = unit.to(product_dtype or dtype).T, max(1, chunk // sub_centers)
     for start in range(0, weight.shape[0] // sub_centers, chunk):
         rows = slice(start * sub_centers, (start + chunk) * sub_centers)
-        centres = torch.empty_like(weight[rows], dtype=dtype)
-        normalize(weight[rows], centres, out=centres)
-        cosine = unit.new_empty(len(centres), len(labels))
+        centres = weight[rows] * inverse_lengths(weight[rows], dtype)
         with without_autocast(unit.device):
-            multiply(centres.to(factors.dtype), factors, out=cosine)
+            cosine = multiply(centres.to(factors.dtype), factors, dtype)
         cosine = cosine.view(len(centres) // sub_centers, sub_centers, len(labels)).amax(1)
         own = labels - start
         row = own.clamp(0, len(cosine) - 1)

@@ -3,257 +3,312 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
+from torch.nn import functional as F
 
 from ..geometry import precise_dtype, without_autocast
+from ..margins import KnownDescent
 from . import passes
-from .chunks import PLAIN, Rule
-from .passes import working_dtype
+from .chunks import PLAIN, Inputs, Rule, Settings, Terms
+from .passes import Gradients, Parts, Saved, working_dtype
 
-_Result = TypeVar("_Result", bound=tuple[Tensor, ...])
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 
-class Parts(NamedTuple):
-    """What a loss needs of the cosines, each (N,): the target's angle and two sums over classes."""
+class Others(NamedTuple):
+    """What no operator can take, for it is a Python function or comes with one.
 
-    theta: Tensor
-    negatives: Tensor
-    mean_cosine: Tensor
-
-
-def margin_parts(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
-    *,
-    row_scale: Tensor | None,
-    class_share: Tensor | None,
-    scale: float,
-    chunk: int,
-    product_dtype: torch.dtype,
-    stash: bool,
-    rule: Rule = PLAIN,
-    row_target: Tensor | None = None,
-    row_bias: Tensor | None = None,
-    begin_sum: BeginSum | None = None,
-) -> Parts:
-    """The parts of a loss, differentiable once.
-
-    Args:
-        embeddings: (N, d), floating point.
-        weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
-        own: (N,) int64, the row of the weight that is the centre of the target; -1 where that is
-            not here, if there is a ``begin_sum``. The theta of such a row means nothing, and must
-            get no gradient.
-        row_scale: (N,) factor of the scale for each row, or None. Its gradient is right for a
-            linear rule alone.
-        class_share: (C,) the weights kappa, in the :func:`working_dtype`: those of the mean cosine
-            (None makes it 0), or, where the rule is summed, those of the sum.
-        scale: The scale s > 0.
-        chunk: The number of centres in a chunk.
-        product_dtype: The dtype of the factors of the matrix products.
-        stash: Whether E is kept for the backward pass, or computed again.
-        rule: How the other classes enter; under ``torch.compile`` only the plain one.
-        row_target: (N,) the logit of the target before scaling, for a rule that looks at it.
-        row_bias: (N,) the bias of a rule, in the :func:`working_dtype`, or None.
+    Attributes:
+        rule: How the other classes enter.
+        target: (N,) the logit of the target before scaling, for a rule that looks at it.
+        bias: (N,) the bias of a rule, in the :func:`working_dtype`, or None.
         begin_sum: Where the classes are shared between processes: what begins to sum the gradient
             of the embeddings over them, and returns how to end that. Between the two the gradient
             of the weight is computed.
-
-    Returns:
-        theta and negatives in float64 (float32 on MPS), mean_cosine in the working dtype.
-        ``negatives`` is the log of the sum over the other classes of exp(scale * term), or the sum
-        of the terms.
     """
-    variables = (embeddings, weight, row_scale, row_bias)
-    differentiate = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in variables
-    )
-    arguments = (
-        embeddings,
-        weight,
-        own,
-        row_scale,
-        class_share,
-        scale,
-        chunk,
-        product_dtype,
-        stash and differentiate,
-        differentiate,
-        begin_sum is not None,
-    )
-    others = rule, row_target, row_bias, begin_sum
+
+    rule: Rule = PLAIN
+    target: Tensor | None = None
+    bias: Tensor | None = None
+    begin_sum: BeginSum | None = None
+
+
+class Ending(NamedTuple):
+    """From the parts to the loss of a batch, where the margin knows its derivative.
+
+    Attributes:
+        margin: The margin.
+        scale: The scale of the target logits.
+        row_weight: The weight of each row's loss, a number or (N,), without a gradient.
+        is_summed: Whether the losses of the rows are added up.
+        is_mean: Whether that is their plain mean.
+    """
+
+    margin: KnownDescent
+    scale: float
+    row_weight: float | Tensor
+    is_summed: bool
+    is_mean: bool
+
+
+def margin_parts(inputs: Inputs, settings: Settings, others: Others) -> Parts:
+    """The parts of a loss, differentiable once."""
     if not torch.compiler.is_compiling():
-        return _eager(*arguments, *others)
-    if rule == PLAIN and begin_sum is None:
-        return Parts(*_forward_operator(*arguments)[:3])
-    # A rule is a Python function, which no operator can take: the compiled graph has a gap here.
-    return _disable_dynamo(_eager)(*arguments, *others)
+        return _eager(inputs, settings, others)
+    if others.rule == PLAIN and others.begin_sum is None:
+        theta, negatives, mean_cosine, *_ = _forward_operator(*inputs, *settings)
+        return Parts(theta, negatives, None if inputs.class_share is None else mean_cosine)
+    # The compiled graph has a gap here.
+    return _disable_dynamo(_eager)(inputs, settings, others)
 
 
-def _eager(*arguments: Any) -> Parts:
-    return Parts(*_Eager.apply(*arguments))  # type: ignore[no-untyped-call]
+def _eager(*problem: Any) -> Parts:
+    inputs, _, others = problem
+    variables = inputs.embeddings, inputs.weight, inputs.row_scale, others.bias
+    return Parts(*_Parts.apply(*variables, problem))  # type: ignore[no-untyped-call]
 
 
-def _without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """The function with its dtypes as it has them, whatever surrounds the call."""
-
-    def run(first: Tensor, *others: Any) -> _Result:
-        with without_autocast(first.device):
-            return function(first, *others)
-
-    return run
-
-
-_forward_operator = torch.library.custom_op(
-    "angular_losses::margin_parts",
-    _without_autocast(passes.forward),
-    mutates_args=(),
-    schema=(
-        "(Tensor embeddings, Tensor weight, Tensor own, Tensor? row_scale, Tensor? class_share, "
-        "float scale, int chunk, ScalarType product_dtype, bool stash, bool differentiate, "
-        "bool partial) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)"
-    ),
-)
-_backward_operator = torch.library.custom_op(
-    "angular_losses::margin_parts_backward",
-    _without_autocast(passes.backward),
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_theta, Tensor grad_negatives, Tensor grad_mean_cosine, "
-        "Tensor embeddings, Tensor weight, Tensor own, Tensor? row_scale, Tensor? class_share, "
-        "Tensor theta, Tensor negatives, Tensor unit, Tensor inverse_of_rows, Tensor tangent, "
-        "Tensor inverse, Tensor pull, Tensor mean_direction, Tensor stashed, Tensor shifts, "
-        "float scale, int chunk, ScalarType product_dtype, bool partial, bool[] needed) -> "
-        "(Tensor, Tensor, Tensor)"
-    ),
-)
-
-
-@_forward_operator.register_fake
-def _(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
-    row_scale: Tensor | None,
-    class_share: Tensor | None,
-    scale: float,
-    chunk: int,
-    product_dtype: torch.dtype,
-    stash: bool,
-    differentiate: bool,
-    partial: bool,
-) -> tuple[Tensor, ...]:
-    (num_rows, size), num_classes = embeddings.shape, weight.shape[0]
-    unit = embeddings.new_empty(num_rows, size, dtype=working_dtype(embeddings, weight))
-    theta = unit.new_empty(num_rows, dtype=precise_dtype(unit.device))
-    _, bounded = passes.scales_of(scale, row_scale, unit.dtype, PLAIN)
-    return (
-        theta,
-        torch.empty_like(theta),
-        unit.new_empty(num_rows),
-        unit,
-        theta.new_empty(num_rows, 1),
-        torch.empty_like(unit),
-        unit.new_empty(num_classes, 1),
-        unit.new_empty(unit.shape if differentiate else 0),
-        unit.new_empty(size if class_share is not None else 0),
-        unit.new_empty(num_classes if stash else 0, num_rows, dtype=product_dtype),
-        unit.new_empty(0 if bounded else -(-num_classes // chunk), num_rows),
-        unit.new_empty(0),
+def margin_loss(inputs: Inputs, settings: Settings, others: Others, ending: Ending) -> Tensor:
+    """The weighted losses of the rows (N,), or their sum: one step of autograd."""
+    problem = inputs, settings, others
+    loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+        inputs.embeddings, inputs.weight, None, None, problem, ending
     )
+    return loss
 
 
-@_backward_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    grad_negatives, embeddings, weight = arguments[1], *arguments[3:5]
-    working = embeddings.new_empty(0, dtype=working_dtype(embeddings, weight))
-    return tuple(
-        torch.empty_like(tensor if wanted else working)
-        for tensor, wanted in zip((embeddings, weight, grad_negatives), arguments[-1], strict=True)
-    )
+class _Parts(torch.autograd.Function):
+    """The operator without its dispatch, which would take longer than a small batch does."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Parts:
+        inputs, settings, others = arguments[4]
+        parts, saved = passes.forward(inputs, settings, _terms(others, settings))
+        _save(ctx, inputs, settings, saved, others)
+        ctx.set_materialize_grads(False)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, saved, others, _ = _unpacked(ctx)
+        nothing = saved.unit.new_zeros(len(saved.unit))
+        theta, negatives = (nothing if grad is None else grad for grad in grads[:2])
+        return *_gradients(ctx, Parts(theta, negatives, grads[2]), inputs, saved, others), None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    theta, negatives, _, *saved = output
-    ctx.rule, *of_rows, ctx.begin_sum = inputs[11:] or (PLAIN, None, None, None)
-    ctx.save_for_backward(*inputs[:5], theta, negatives, *saved, *of_rows)
-    ctx.settings = *inputs[5:8], inputs[10]
-    ctx.set_materialize_grads(False)
+class _Loss(torch.autograd.Function):
+    """The softplus of the negatives less the target."""
 
-
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, bias_slope, row_target, row_bias = ctx.saved_tensors  # to be read once
-    like = (tensors[5], tensors[6], tensors[7][:, 0])
-    of_parts = [
-        torch.zeros_like(part) if grad is None else grad
-        for part, grad in zip(like, grads[:3], strict=True)
-    ]
-    needed = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
-    arguments = (*of_parts, *tensors, *ctx.settings)
-    others = ctx.rule, row_target, row_bias
-    # With a graph wanted of the backward pass itself, there is none, and these two say so.
-    if not torch.is_grad_enabled():
-        run = _without_autocast(passes.backward)
-        if ctx.begin_sum is None or not needed[0]:
-            found = run(*arguments, needed, *others)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        (inputs, settings, others), ending = arguments[4:]
+        parts, saved = passes.forward(inputs, settings, _terms(others, settings))
+        target, descent = ending.margin.with_descent(parts.theta)
+        excess = torch.sub(parts.negatives, target, alpha=ending.scale)
+        if settings.differentiate:
+            of_negatives = torch.sigmoid(excess) * ending.row_weight
+            of_theta = of_negatives * descent * ending.scale
+            _save(ctx, inputs, settings, saved, others, of_theta, of_negatives)
+        loss: Tensor = F.softplus(excess, threshold=50)
+        if ending.is_mean:
+            loss = loss.mean()
         else:
-            rows = run(*arguments, [True, False, needed[2]], *others)
-            end_sum = ctx.begin_sum(rows[0])
-            of_weight = run(*arguments, [False, needed[1], False], *others)
-            found = end_sum(), of_weight[1], rows[2]
-    elif ctx.rule == PLAIN and ctx.begin_sum is None:
-        found = _backward_operator(*arguments, needed)
-    else:
-        found = _Once.apply(*arguments, needed, *others)  # type: ignore[no-untyped-call]
-    embeddings, weight, row_scale = (
-        grad if wanted else None for grad, wanted in zip(found, needed, strict=True)
-    )
-    gradients = embeddings, weight, None, row_scale, *[None] * 7
-    if len(ctx.needs_input_grad) == len(gradients):
+            loss = loss * ending.row_weight
+            loss = loss.sum() if ending.is_summed else loss
+        return loss.to(saved.unit.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved, others, (of_theta, of_negatives) = _unpacked(ctx)
+        with torch.no_grad():
+            grads = Parts(grad * of_theta, grad * of_negatives, None)
+        return *_gradients(ctx, grads, inputs, saved, others, grad), None, None
+
+
+def _terms(others: Others, settings: Settings) -> Terms:
+    return Terms(others.rule, others.target, others.bias, differentiate=settings.differentiate)
+
+
+def _save(
+    ctx: Any, inputs: Inputs, settings: Settings, saved: Saved, others: Others, *more: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs, *saved, others.target, others.bias, *more)
+    ctx.settings, ctx.rule, ctx.begin_sum = settings, others.rule, others.begin_sum
+
+
+def _unpacked(ctx: Any) -> tuple[Inputs, Saved, Others, list[Tensor]]:
+    tensors = iter(ctx.saved_tensors)  # to be read once
+    inputs = Inputs(*(next(tensors) for _ in Inputs._fields))
+    saved = Saved(*(next(tensors) for _ in Saved._fields))
+    others = Others(ctx.rule, next(tensors), next(tensors), ctx.begin_sum)
+    return inputs, saved, others, list(tensors)
+
+
+def _gradients(
+    ctx: Any, grads: Parts, inputs: Inputs, saved: Saved, others: Others, *variables: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of embeddings, weight, scale of rows and bias."""
+    needed = list(ctx.needs_input_grad[:3])
+    terms = _terms(others, ctx.settings)
+
+    def run(*needed: bool) -> Gradients:
+        return passes.backward(grads, inputs, ctx.settings, saved, terms, needed)
+
+    with torch.no_grad(), without_autocast(saved.unit.device):
+        if others.begin_sum is None or not needed[0]:
+            found = run(*needed)
+        else:
+            rows = run(True, False, needed[2])
+            assert rows.embeddings is not None
+            end_sum = others.begin_sum(rows.embeddings)
+            of_weight = run(False, needed[1], False).weight
+            found = Gradients(end_sum(), of_weight, rows.row_scale)
+        of_bias = None
+        if ctx.needs_input_grad[3] and saved.bias_slope is not None:
+            of_bias = grads.negatives.to(saved.bias_slope.dtype) * saved.bias_slope
+    gradients = *found, of_bias
+    if not torch.is_grad_enabled():
         return gradients
-    of_bias = None
-    if ctx.needs_input_grad[13] and grads[1] is not None:
-        of_bias = grads[1].to(bias_slope.dtype) * bias_slope
-    return *gradients, None, None, of_bias, None
+    # A graph is wanted of the backward pass itself: there is none, and this says so.
+    variables = (*variables, *(grad for grad in grads if grad is not None))
+    of = inputs.embeddings, inputs.weight, inputs.row_scale, others.bias, *variables
+    return tuple(None if each is None else _Once.apply(each, *of) for each in gradients)  # type: ignore[no-untyped-call]
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
+class _Once(torch.autograd.Function):
+    """A gradient, to be differentiated no further."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *variables: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _refuse()
+
+
+def _refuse(*_: object) -> NoReturn:
     raise RuntimeError(
         "the modes 'stash' and 'recompute' have first derivatives only; "
         "for a second derivative pass mode='dense'"
     )
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without its dispatch, which would take longer than a small batch does."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *of_engine, _ = arguments
-        output = passes.forward(*of_engine)
-        _save(ctx, arguments, output)
-        return output[:3]
-
-    backward = staticmethod(_differentiate)
+# Under torch.compile the passes are operators of a plain rule, of tensors and numbers alone. What
+# is None is a tensor () there.
 
 
-class _Once(torch.autograd.Function):
-    """The backward pass, to be differentiated no further."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        return _without_autocast(passes.backward)(*arguments)
-
-    backward = staticmethod(_refuse)
+def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, settings = Inputs(*arguments[:5]), Settings(*arguments[5:])
+    with without_autocast(inputs.weight.device):
+        parts, saved = passes.forward(inputs, settings, _terms(Others(), settings))
+    nothing = saved.unit.new_zeros(())
+    return tuple(nothing.clone() if each is None else each for each in (*parts, *saved))
 
 
-_forward_operator.register_autograd(_differentiate, setup_context=_save)
+def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors: list[Any] = [
+        None if each is None or each.dim() == 0 else each for each in arguments[:19]
+    ]
+    grads, inputs, saved = Parts(*tensors[:3]), Inputs(*tensors[3:8]), Saved(*tensors[8:])
+    settings, needed = Settings(*arguments[19:-1]), arguments[-1]
+    with without_autocast(saved.unit.device):
+        terms = _terms(Others(), settings)
+        found = passes.backward(grads, inputs, settings, saved, terms, needed)
+    nothing = saved.unit.new_zeros(())
+    return tuple(nothing.clone() if each is None else each for each in found)
+
+
+_INPUTS = "Tensor embeddings, Tensor weight, Tensor own, Tensor? row_scale, Tensor? class_share, "
+_SETTINGS = (
+    "float scale, int chunk, ScalarType product_dtype, bool stash, bool differentiate, bool partial"
+)
+_OUTPUTS = ", ".join(["Tensor"] * (len(Parts._fields) + len(Saved._fields)))
+_forward_operator = torch.library.custom_op(
+    "angular_losses::margin_parts",
+    _operator_forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}{_SETTINGS}) -> ({_OUTPUTS})",
+)
+_backward_operator = torch.library.custom_op(
+    "angular_losses::margin_parts_backward",
+    _operator_backward,
+    mutates_args=(),
+    schema=(
+        f"({''.join(f'Tensor grad_{name}, ' for name in Parts._fields)}{_INPUTS}"
+        f"{''.join(f'Tensor {name}, ' for name in Saved._fields)}{_SETTINGS}, bool[] needed) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+
+
+@_forward_operator.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, settings = Inputs(*arguments[:5]), Settings(*arguments[5:])
+    (num_rows, size), num_classes = inputs.embeddings.shape, inputs.weight.shape[0]
+    dtype = working_dtype(inputs.embeddings, inputs.weight)
+    unit = inputs.embeddings.new_empty(num_rows, size, dtype=dtype)
+    theta = unit.new_empty(num_rows, dtype=precise_dtype(unit.device))
+    _, bounded = passes.scales_of(inputs, settings, dtype, PLAIN)
+    has_mean, differentiate = inputs.class_share is not None, settings.differentiate
+    stash_dtype = settings.product_dtype if settings.stash else dtype
+    chunks = -(-num_classes // min(settings.chunk, num_classes))
+
+    def optional(exists: bool, *shape: Any, dtype: torch.dtype = dtype) -> Tensor:
+        return unit.new_empty(shape if exists else (), dtype=dtype)
+
+    return (
+        theta,
+        torch.empty_like(theta),
+        optional(has_mean, num_rows),
+        unit,
+        unit.new_empty(num_rows, 1),
+        unit.new_empty(num_classes, 1),
+        optional(settings.stash and chunks == 1, num_classes, size),
+        unit.new_empty(2, num_rows, size),
+        optional(differentiate, num_rows, size),
+        optional(differentiate, num_rows, 1),
+        optional(has_mean, size),
+        optional(settings.stash, num_classes, num_rows, dtype=stash_dtype),
+        optional(differentiate and not bounded, chunks, num_rows),
+        optional(False),
+    )
+
+
+@_backward_operator.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    embeddings, weight = arguments[3:5]
+    nothing = embeddings.new_empty((), dtype=working_dtype(embeddings, weight))
+    like = embeddings, weight, nothing.new_empty(len(embeddings))
+    return tuple(
+        torch.empty_like(each if wanted else nothing)
+        for each, wanted in zip(like, arguments[-1], strict=True)
+    )
+
+
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.settings = inputs[5:]
+
+
+def _differentiate_operator(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, theta, negatives, mean_cosine = ctx.saved_tensors[:8]
+    of_parts = [
+        torch.zeros_like(part) if grad is None else grad
+        for part, grad in zip((theta, negatives, mean_cosine), grads, strict=False)
+    ]
+    needed = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
+    saved = ctx.saved_tensors[8:]
+    found = _backward_operator(*of_parts, *inputs, *saved, *ctx.settings, needed)
+    embeddings, weight, row_scale = (
+        grad if wanted else None for grad, wanted in zip(found, needed, strict=True)
+    )
+    return embeddings, weight, None, row_scale, *[None] * 7
+
+
+_forward_operator.register_autograd(_differentiate_operator, setup_context=_save_operator)
 _backward_operator.register_autograd(_refuse)

@@ -25,11 +25,70 @@ and a theta without meaning, which must get no gradient.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..geometry import angle_and_tangent, normalize, precise_dtype
-from .chunks import BOUNDED_SCALE, PLAIN, Chunks, Rule, Terms, multiply
+from ..geometry import angles_and_gradients, inverse_lengths
+from .chunks import BOUNDED_SCALE, Chunks, Inputs, Rule, Settings, Terms, multiply
+
+
+class Parts(NamedTuple):
+    """What a loss needs of the cosines, each (N,): the target's angle and two sums over classes.
+
+    Attributes:
+        theta: The target angles, in float64 (float32 on MPS).
+        negatives: The log of the sum over the other classes of exp(scale * term), or the sum of the
+            terms, likewise.
+        mean_cosine: The sum over all classes of kappa times their cosine, in the working dtype;
+            None without a ``class_share`` or with a rule.
+    """
+
+    theta: Tensor
+    negatives: Tensor
+    mean_cosine: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass.
+
+    Attributes:
+        unit: (N, d) directions of the embeddings, in the working dtype as all here.
+        inverse_of_rows: (N, 1) 1 / lengths of the embeddings.
+        inverse: (C, 1) 1 / lengths of the centres.
+        directions: (C, d) of the centres, where one chunk has all of them and E is kept.
+        of_theta: (2, N, d) gradients of theta by the embeddings and by their targets' centres.
+        pull: (N, d) E times the centres: where the negatives pull an embedding.
+        over_total: (N, 1) 1 / the sum of E; None where terms are summed.
+        mean_direction: (d,) the gradient of the mean cosine by each direction, or None.
+        stashed: (C, N) E, each chunk's relative to its own of the shifts, or None.
+        shifts: (number of chunks, N) what was subtracted from the logits, or None.
+        bias_slope: (N,) the derivative of the negatives by the bias, or None.
+    """
+
+    unit: Tensor
+    inverse_of_rows: Tensor
+    inverse: Tensor
+    directions: Tensor | None
+    of_theta: Tensor
+    pull: Tensor | None
+    over_total: Tensor | None
+    mean_direction: Tensor | None
+    stashed: Tensor | None
+    shifts: Tensor | None
+    bias_slope: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of the inputs; None where one is not needed."""
+
+    embeddings: Tensor | None
+    weight: Tensor | None
+    row_scale: Tensor | None
 
 
 def working_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
@@ -37,225 +96,227 @@ def working_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
-def forward(
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
-    row_scale: Tensor | None,
-    class_share: Tensor | None,
-    scale: float,
-    chunk: int,
-    product_dtype: torch.dtype,
-    stash: bool,
-    differentiate: bool,
-    partial: bool = False,
-    rule: Rule = PLAIN,
-    row_target: Tensor | None = None,
-    row_bias: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The three parts, and what the backward pass needs: the outputs of the operator."""
-    unit, inverse_of_rows, theta, tangent = _rows(embeddings, weight, own)
-    inverse = unit.new_empty(weight.shape[0], 1)
-    scales, bounded = scales_of(scale, row_scale, unit.dtype, rule)
-    terms = Terms(rule, row_target, row_bias, differentiate=differentiate)
-    chunks = Chunks(
-        weight, inverse, unit, own, scales, chunk, product_dtype, terms, class_share, partial
-    )
+class _Sums:
+    """Sums over the classes, chunk after chunk, relative to the largest logit so far."""
 
-    pull = unit.new_zeros(unit.shape if differentiate else 0)
-    has_mean = class_share is not None and rule == PLAIN
-    mean_direction = unit.new_zeros(unit.shape[1] if has_mean else 0)
-    stashed = unit.new_empty(weight.shape[0] if stash else 0, unit.shape[0], dtype=product_dtype)
-    shifts = unit.new_empty(0 if bounded else len(chunks.spans), unit.shape[0])
-    total = theta.new_zeros(unit.shape[0])
-    if not bounded:  # below every logit, but finite for a row without negatives
-        largest = unit.new_full((unit.shape[0],), torch.finfo(unit.dtype).min / 2)
-    for index, span in enumerate(chunks.spans):
-        centres = chunks.first_centres(span)
-        kept = stashed[span] if stash else None
+    def __init__(self, terms: Terms, dtype: torch.dtype) -> None:
+        self.total: Tensor | None = None
+        self.pull: Tensor | None = None
+        self.shifts: list[Tensor] = []
+        self._terms, self._dtype = terms, dtype
+
+    def shift_for(self, logits: Tensor) -> Tensor:
+        """What to subtract from a chunk's logits (N,); the sums so far become relative to it."""
+        # Finite, for a row without negatives.
+        largest = logits.amax(0).clamp(min=torch.finfo(logits.dtype).min / 2)
+        if self.total is not None:
+            largest = torch.maximum(self.shifts[-1], largest)
+            decay = (self.shifts[-1] - largest).exp()
+            self.total *= decay
+            self._terms.rescale(decay)
+            if self.pull is not None:
+                self.pull *= decay[:, None]
+        self.shifts.append(largest)
+        return largest
+
+    def add(self, exponentials: Tensor, sums: Tensor, factors: Tensor) -> None:
+        """Add a chunk's."""
+        self.total = sums if self.total is None else self.total.add_(sums)
+        if self._terms.differentiate:
+            is_more = self.pull is not None
+            self.pull = multiply(
+                exponentials.T, factors, self._dtype, out=self.pull, accumulate=is_more
+            )
+
+
+def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Saved]:
+    """The parts of a loss, and what the backward pass needs."""
+    weight, rule, dtype = inputs.weight, terms.rule, working_dtype(*inputs[:2])
+    own = inputs.own.clamp(min=0) if settings.partial else inputs.own
+    found = angles_and_gradients(inputs.embeddings, weight.index_select(0, own))
+    theta, (of_theta, unit, inverse_of_rows) = found[0], (each.to(dtype) for each in found[1:])
+    scales, bounded = scales_of(inputs, settings, dtype, rule)
+    chunks, sums = Chunks(inputs, settings, unit, scales, terms), _Sums(terms, dtype)
+    share = None if rule.summed else inputs.class_share
+    mean_direction = None if share is None else unit.new_zeros(unit.shape[1])
+    kept = _Kept(settings, unit, None if chunks.spans[0] is None else len(weight))
+    for span in chunks.spans:
+        part = chunks.rows(weight, span)
+        inverse = inverse_lengths(part, dtype)
+        directions = chunks.directions(part, inverse)
+        factors = chunks.factors(directions)
+        out = kept.room(span)
         if bounded:
-            exponentials, sums = chunks.exponentials(span, centres, None, kept)
+            exponentials, of_chunk = chunks.exponentials(span, factors, out=out)
         else:
-            logits = chunks.logits(span, centres, kept)
-            shifts[index] = torch.maximum(largest, logits.amax(0))
-            decay = (largest - shifts[index]).exp()
-            largest = shifts[index]
-            total *= decay
-            if differentiate:
-                pull *= decay[:, None]
-                terms.rescale(decay)
-            exponentials, sums = chunks.exponentiate(logits, largest, kept)
-        total += sums
-        if differentiate:
-            multiply(exponentials.T, centres, out=pull, accumulate=True)
-        if class_share is not None and has_mean:
-            share = class_share[span] * inverse[span, 0]
-            mean_direction.addmv_(weight[span].to(unit.dtype).T, share)
+            logits = chunks.logits(span, factors, out)
+            exponentials, of_chunk = chunks.exponentiate(logits, sums.shift_for(logits), out)
+        # Several chunks are summed in the wider type.
+        sums.add(exponentials, of_chunk if span is None else of_chunk.to(theta.dtype), factors)
+        if share is not None and mean_direction is not None:
+            of_centre = chunks.rows(share, span) * inverse[:, 0]
+            mean_direction.addmv_(part.to(dtype).T, of_centre)
+        kept.keep(span, inverse, exponentials, directions)
+    assert sums.total is not None
+    assert kept.inverse is not None
 
-    negatives = total
+    negatives, over_total = sums.total.to(theta.dtype), None
     if not rule.summed:
-        negatives = total.log() if bounded else total.log() + largest
-        if differentiate:
-            over_total = total.reciprocal().masked_fill_(total == 0, 0).to(unit.dtype)
-            pull *= over_total[:, None]
+        negatives = negatives.log() + sums.shifts[-1] if sums.shifts else negatives.log()
+        if settings.differentiate:
+            total = sums.total
+            if settings.partial or len(weight) == rule.sub_centers:  # there may be no negatives
+                total = F.threshold(total, 0, math.inf)
+            over_total = total.reciprocal().to(dtype)
             terms.rescale(over_total)
-    mean_cosine = unit @ mean_direction if has_mean else unit.new_zeros(unit.shape[0])
-    return (
-        theta,
-        negatives,
-        mean_cosine,
-        unit,
-        inverse_of_rows,
-        tangent,
-        inverse,
-        pull,
-        mean_direction,
-        stashed,
-        shifts,
-        unit.new_empty(0) if terms.bias_slope is None else terms.bias_slope,
+            over_total = over_total[:, None]
+    saved = Saved(
+        unit=unit,
+        inverse_of_rows=inverse_of_rows,
+        inverse=kept.inverse,
+        directions=kept.directions,
+        of_theta=of_theta,
+        pull=sums.pull,
+        over_total=over_total,
+        mean_direction=mean_direction,
+        stashed=kept.stashed,
+        shifts=torch.stack(sums.shifts) if sums.shifts and settings.differentiate else None,
+        bias_slope=terms.bias_slope,
     )
+    return Parts(theta, negatives, None if mean_direction is None else unit @ mean_direction), saved
+
+
+class _Kept:
+    """What is kept of each chunk: in one piece, or as it is where there is one chunk."""
+
+    def __init__(self, settings: Settings, unit: Tensor, several: int | None) -> None:
+        self._stash = settings.stash
+        self.inverse: Tensor | None = None
+        self.stashed: Tensor | None = None
+        self.directions: Tensor | None = None
+        if several is not None:
+            self.inverse = unit.new_empty(several, 1)
+            if settings.stash:
+                shape = several, len(unit)
+                self.stashed = unit.new_empty(shape, dtype=settings.product_dtype)
+
+    def room(self, span: slice | None) -> Tensor | None:
+        """Where E of a chunk is to be kept, if there is such a place already."""
+        return None if self.stashed is None or span is None else self.stashed[span]
+
+    def keep(
+        self, span: slice | None, inverse: Tensor, exponentials: Tensor, directions: Tensor
+    ) -> None:
+        """Keep what a chunk has."""
+        if span is not None and self.inverse is not None:
+            self.inverse[span] = inverse
+        else:
+            self.inverse = inverse
+            if self._stash:
+                self.stashed, self.directions = exponentials, directions
 
 
 def backward(
-    grad_theta: Tensor,
-    grad_negatives: Tensor,
-    grad_mean_cosine: Tensor,
-    embeddings: Tensor,
-    weight: Tensor,
-    own: Tensor,
-    row_scale: Tensor | None,
-    class_share: Tensor | None,
-    theta: Tensor,
-    negatives: Tensor,
-    unit: Tensor,
-    inverse_of_rows: Tensor,
-    tangent: Tensor,
-    inverse: Tensor,
-    pull: Tensor,
-    mean_direction: Tensor,
-    stashed: Tensor,
-    shifts: Tensor,
-    scale: float,
-    chunk: int,
-    product_dtype: torch.dtype,
-    partial: bool,
-    needed: list[bool],
-    rule: Rule = PLAIN,
-    row_target: Tensor | None = None,
-    row_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of embeddings, weight and row_scale; empty where they are not needed."""
-    scales, bounded = scales_of(scale, row_scale, unit.dtype, rule)
-    pulled = grad_negatives.to(unit.dtype)[:, None] * scales
-    turned = grad_theta.to(unit.dtype)[:, None]
-    has_mean = class_share is not None and rule == PLAIN
-    grad_embeddings, grad_weight, grad_scale = (unit.new_empty(0) for _ in range(3))
+    grads: Parts,
+    inputs: Inputs,
+    settings: Settings,
+    saved: Saved,
+    terms: Terms,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients of embeddings, weight and row_scale, where they are needed."""
+    unit, pull, dtype = saved.unit, saved.pull, saved.unit.dtype
+    assert pull is not None
+    scales, _ = scales_of(inputs, settings, dtype, terms.rule)
+    of_negatives = grads.negatives.to(dtype)[:, None]
+    pulled = of_negatives if saved.over_total is None else of_negatives * saved.over_total
+    scaled = pulled * scales
+    turned = saved.of_theta * grads.theta.to(dtype)[:, None]
+    of_embeddings = of_weight = of_scale = None
     if needed[0]:
-        along = pulled * pull
-        if has_mean:
-            along.addr_(grad_mean_cosine, mean_direction)
+        along = scaled * pull
+        if saved.mean_direction is not None and grads.mean_cosine is not None:
+            along.addr_(grads.mean_cosine, saved.mean_direction)
         along.addcmul_(unit, (along * unit).sum(1, keepdim=True), value=-1)
-        along.addcmul_(tangent, turned, value=-1)
-        grad_embeddings = torch.mul(along, inverse_of_rows, out=torch.empty_like(embeddings))
+        of_embeddings = torch.addcmul(turned[0], along, saved.inverse_of_rows)
+        of_embeddings = of_embeddings.to(inputs.embeddings.dtype)
     if needed[2]:
-        grad_scale = scale * grad_negatives * (pull * unit).sum(1)
+        of_scale = settings.scale * (pulled * pull * unit).sum(1)
     if needed[1]:
-        terms = Terms(rule, row_target, row_bias, differentiate=True)
-        chunks = Chunks(
-            weight, inverse, unit, own, scales, chunk, product_dtype, terms, class_share, partial
-        )
-        last, push = None if bounded else shifts[-1], unit * pulled
-        if not rule.summed:
-            log_total = negatives if last is None else negatives - last
-            over_total = (-log_total).exp().masked_fill_(negatives == -torch.inf, 0)
-            push = unit * (pulled * over_total.to(unit.dtype)[:, None])
-        sine, cosine = (part.to(unit.dtype)[:, None] for part in (theta.sin(), theta.cos()))
-        towards = (cosine * tangent).addcmul_(unit, sine, value=-1)
-        towards *= turned * inverse.index_select(0, own.clamp(min=0))
-        mean_push = grad_mean_cosine @ unit if has_mean else None
-        grad_weight = _weight_gradient(
-            chunks, push, towards, stashed, shifts, last, class_share, mean_push
-        )
-    return grad_embeddings, grad_weight, grad_scale
+        of_mean = None
+        if saved.mean_direction is not None and grads.mean_cosine is not None:
+            of_mean = grads.mean_cosine @ unit
+        chunks = Chunks(inputs, settings, unit, scales, terms)
+        of_weight = _weight_gradient(chunks, saved, unit * scaled, turned[1], of_mean)
+    return Gradients(of_embeddings, of_weight, of_scale)
 
 
 def _weight_gradient(
-    chunks: Chunks,
-    push: Tensor,
-    towards: Tensor,
-    stashed: Tensor,
-    shifts: Tensor,
-    last: Tensor | None,
-    class_share: Tensor | None,
-    mean_push: Tensor | None,
+    chunks: Chunks, saved: Saved, push: Tensor, of_targets: Tensor, of_mean: Tensor | None
 ) -> Tensor:
     """The gradient of the weight, (C, d), from E and what each row pushes its negatives with.
 
     Args:
         chunks: The classes.
-        push: (N, d), to be multiplied with E relative to ``last``.
-        towards: (N, d), the gradients of the targets' centres through their angles.
-        stashed: (C, N) E, each chunk's relative to its own of the ``shifts``; or (0, N).
-        shifts: (number of chunks, N), or (0, N) where nothing was subtracted.
-        last: (N,) the last of them.
-        class_share: (C,), or None.
-        mean_push: (d,), what the mean cosine pushes each class with, by its share.
+        saved: What the forward pass kept.
+        push: (N, d), to be multiplied with E relative to the last shift.
+        of_targets: (N, d), the gradients of the targets' centres through their angles.
+        of_mean: (d,), what the mean cosine pushes each class with, by its share.
     """
-    weight, inverse, dtype = chunks.weight, chunks.inverse, push.dtype
-    gradient = torch.empty_like(weight)
-    # Sums over the rows stay in the working dtype where the device, and what follows, allow it.
-    exact = weight.is_cuda or weight.dtype != dtype or class_share is not None
-    buffer = weight.new_empty(
-        chunks.size, weight.shape[1], dtype=dtype if exact else chunks.product_dtype
-    )
-    scratch = torch.empty_like(buffer, dtype=dtype)
+    weight, dtype = chunks.weight, push.dtype
+    is_whole, same = chunks.spans[0] is None, weight.dtype == dtype
+    gradient = weight if is_whole else torch.empty_like(weight)
     for index, span in enumerate(chunks.spans):
-        unit_centres, factor = chunks.unit_centres(span), push
-        if stashed.shape[0]:
-            exponentials = stashed[span]
-            if last is not None:
-                factor = push * (shifts[index] - last).exp()[:, None]
-        else:
-            exponentials, _ = chunks.exponentials(span, chunks.centres(unit_centres), last)
-        result, size = gradient[span], unit_centres.shape[0]
-        pushed = result if weight.dtype == buffer.dtype else buffer[:size]
-        tangential = result if weight.dtype == dtype else pushed
-        multiply(exponentials, factor.to(chunks.product_dtype), out=pushed)
-        if class_share is not None and mean_push is not None:
-            pushed.addr_(class_share[span], mean_push)
-        if chunks.rule.keep_lengths:
-            if tangential is not pushed:
-                tangential.copy_(pushed)
-        else:
+        part, inverse = chunks.rows(weight, span), chunks.rows(saved.inverse, span)
+        directions = saved.directions
+        if directions is None:
+            directions = chunks.directions(part, inverse)
+        exponentials, factor = _exponentials(chunks, saved, index, span, directions, push)
+        result = chunks.rows(gradient, span)
+        out = result if same and not is_whole else chunks.room("gradient", part.shape, dtype)
+        found = multiply(exponentials, factor.to(exponentials.dtype), dtype, out=out)
+        if of_mean is not None and chunks.class_share is not None:
+            found.addr_(chunks.rows(chunks.class_share, span), of_mean)
+        if not chunks.rule.keep_lengths:
             # A centre's length does not matter: its gradient has no component along it.
-            radial = torch.mul(pushed, unit_centres, out=scratch[:size]).sum(1, keepdim=True)
-            torch.mul(pushed, inverse[span], out=tangential)
-            tangential.addcmul_(unit_centres, radial.mul_(inverse[span]), value=-1)
-        if tangential is not result:  # the target's part too, before it is rounded
+            out = chunks.room("scratch", part.shape, dtype)
+            radial = torch.mul(found, directions, out=out).sum(1, keepdim=True)
+            found.addcmul_(directions, radial, value=-1).mul_(inverse)
+        if not same:  # the target's part too, before it is rounded
             row, is_here = chunks.own_row(span)
-            tangential.index_add_(0, row, towards * is_here[:, None])
-            result.copy_(tangential)
-    if weight.dtype == dtype:
-        gradient.index_add_(0, chunks.own.clamp(min=0), towards)
+            found.index_add_(0, row, of_targets * is_here[:, None])
+        if is_whole:
+            gradient = found.to(weight.dtype)
+        elif not same:
+            result.copy_(found)
+    if same:
+        own = chunks.own if chunks.has_all_targets else chunks.own.clamp(min=0)
+        gradient.index_add_(0, own, of_targets)
     return gradient
 
 
-def _rows(embeddings: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Directions (N, d), inverse lengths (N, 1), target angles (N,) and unit tangents (N, d)."""
-    dtype = working_dtype(embeddings, weight)
-    unit = embeddings.new_empty(embeddings.shape, dtype=precise_dtype(embeddings.device))
-    centres = torch.empty_like(unit)
-    inverse = normalize(embeddings, unit, out=unit)
-    normalize(weight.index_select(0, own.clamp(min=0)), centres, out=centres)
-    theta, tangent = angle_and_tangent(unit, centres)
-    return unit.to(dtype), inverse, theta, tangent.to(dtype)
+def _exponentials(
+    chunks: Chunks,
+    saved: Saved,
+    index: int,
+    span: slice | None,
+    directions: Tensor,
+    push: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """E of a chunk, kept or computed again, and what to multiply it with (N, d)."""
+    if saved.stashed is None:
+        last = None if saved.shifts is None else saved.shifts[-1]
+        return chunks.exponentials(span, chunks.factors(directions), last)[0], push
+    if saved.shifts is not None and span is not None:
+        push = push * (saved.shifts[index] - saved.shifts[-1]).exp()[:, None]
+    return chunks.rows(saved.stashed, span), push
 
 
 def scales_of(
-    scale: float, row_scale: Tensor | None, dtype: torch.dtype, rule: Rule
+    inputs: Inputs, settings: Settings, dtype: torch.dtype, rule: Rule
 ) -> tuple[float | Tensor, bool]:
     """The scale of each row, (N, 1) or one for all; whether no maximum has to be subtracted."""
-    if row_scale is not None:
-        return (scale * row_scale.to(dtype))[:, None], rule.summed
-    is_small = scale <= BOUNDED_SCALE and rule.is_linear and not rule.keep_lengths
-    return scale, rule.summed or is_small
+    if inputs.row_scale is not None:
+        return (settings.scale * inputs.row_scale.to(dtype))[:, None], rule.summed
+    is_small = settings.scale <= BOUNDED_SCALE and rule.is_linear and not rule.keep_lengths
+    return settings.scale, rule.summed or is_small

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .passes import Parts
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -33,6 +35,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 @dataclass(frozen=True)
 class Whole:
     """All classes in one place, as :class:`Shard` sees it: nothing to translate or to add."""
+
+    is_partial = False
+    begin_sum = None
 
     def __repr__(self) -> str:
         return "all classes"
@@ -48,6 +53,18 @@ class Whole:
     def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
         """The weight."""
         return weight
+
+    def shared(self, values: Tensor) -> Tensor:
+        """The values."""
+        return values
+
+    def shared_rows(self, rows: Tensor) -> Tensor:
+        """The rows."""
+        return rows
+
+    def completed(self, parts: Parts, own: Tensor, *, summed: bool, is_bounded: bool) -> Parts:
+        """The parts."""
+        return parts
 
     def of_classes(self, values: Tensor) -> Tensor:
         """The values (C,)."""
@@ -89,6 +106,8 @@ class Shard:
         sampled: Which of them take part in this batch, (n,) int64 in ascending order from 0; None
             where all do.
     """
+
+    is_partial = True
 
     def __init__(self, mesh: DeviceMesh, num_classes: int) -> None:
         self.mesh, self.num_classes = mesh, num_classes
@@ -181,17 +200,37 @@ class Shard:
         log = summed[0].masked_fill(is_none, 1).log() + shift
         return log.masked_fill(is_none, -torch.inf), summed[1:]
 
+    def completed(self, parts: Parts, own: Tensor, *, summed: bool, is_bounded: bool) -> Parts:
+        """The parts over all classes, from those of the classes here.
+
+        Args:
+            parts: theta of each row whose target is here; negatives and mean cosine of all rows.
+            own: (N,) -1 where a row's target is not here.
+            summed: Whether the negatives are a sum, and not the log of one.
+            is_bounded: Whether exp(negatives) cannot overflow.
+        """
+        theta, dtype = parts.theta.where(own >= 0, 0), parts.theta.dtype
+        if summed:
+            theta, negatives = self.total(torch.stack([theta, parts.negatives]))
+            return Parts(theta, negatives, parts.mean_cosine)
+        mean = parts.mean_cosine
+        others = [theta] if mean is None else [theta, mean.to(dtype)]
+        negatives, sums = self.log_total(
+            parts.negatives, torch.stack(others), is_bounded=is_bounded
+        )
+        return Parts(sums[0], negatives, None if mean is None else sums[1].to(mean.dtype))
+
     def largest(self, values: Tensor) -> Tensor:
         """The maximum over ranks, without a gradient."""
         values = values.clone()
-        speak(lambda: dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group))
+        _reached(lambda: dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group))
         return values
 
     def gathered(self, values: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, stacked (size, ...); without a graph."""
         found = values.new_empty(self.size, *values.shape)
         flat, values = found.view(-1), values.detach().reshape(-1).contiguous()
-        speak(lambda: _all_gather(flat, values, group=self.group))
+        _reached(lambda: _all_gather(flat, values, group=self.group))
         return found
 
     def attached(self, rows: Tensor, own: Tensor, factor: float) -> Tensor:
@@ -247,16 +286,16 @@ class Shard:
         summed = torch.zeros_like(gradient)
         block = summed[self.block(len(summed))]
         sent = gradient.contiguous()
-        work = speak(lambda: _reduce_scatter(block, sent, group=self.group, async_op=True))
+        work = _reached(lambda: _reduce_scatter(block, sent, group=self.group, async_op=True))
 
         def end() -> Tensor:
-            speak(work.wait)
+            _reached(work.wait)
             return summed
 
         return end
 
 
-def speak(collective: Callable[[], _Result]) -> _Result:
+def _reached(collective: Callable[[], _Result]) -> _Result:
     """What the collective returns; its failure is that of another rank, and says so.
 
     Raises:
@@ -275,7 +314,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
         values = values.clone()
-        speak(lambda: dist.all_reduce(values, group=shard.group))
+        _reached(lambda: dist.all_reduce(values, group=shard.group))
         return values
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,6 +127,10 @@ def plan(
             f"{num_rows} rows and {num_classes} classes, got {memory_budget}"
         )
     return Plan(mode, chunk, product, needed, gradient_bytes)
+
+
+# The same batch comes again and again. (The compiler traces the function itself.)
+cached_plan = functools.cache(plan)
 
 
 def _fitting(extra: Callable[[int], int], budget: int, chunk: int, least: int) -> int:

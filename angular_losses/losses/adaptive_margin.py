@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .. import collectives, margins, validation
 from ..engine import modes
 from ..engine.chunks import Rule
-from ..geometry import directions, lengths, nearest_sub_centers
+from ..geometry import directions, lengths
 from .base import LossOptions, MarginLoss, Target
 
 if TYPE_CHECKING:
@@ -87,13 +87,9 @@ class AdaCosLoss(MarginLoss):
         """Make the scale that of this batch."""
         if not self.dynamic:
             return
-        rule = Rule(sub_centers=self.sub_centers)
-        weight, here = self.centres_here(labels)
-        own = nearest_sub_centers(embeddings, weight, here, self.sub_centers)
-        chosen = modes.choose(embeddings, weight, self.mode, self.memory_budget, rule)
-        parts = modes.parts(
-            embeddings, weight, own, chosen, scale=self.scale, rule=rule, shard=self.shard
-        )
+        batch, rule = self.batch_of(embeddings, labels), Rule(sub_centers=self.sub_centers)
+        chosen = modes.choose(batch, self.mode, self.memory_budget, rule)
+        parts = modes.parts(batch, chosen, rule, scale=self.scale)
         each = torch.ones_like(parts.theta) if weights is None else weights.to(parts.theta.dtype)
         angle, has_any = _median(parts.theta, each)
         # The largest is taken out of the exponentials, the same one in every process.
@@ -118,9 +114,9 @@ class AdaCosLoss(MarginLoss):
         """The scale as it is now."""
         return self.scale
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta)."""
-        return torch.cos(theta)
+        return margins.Combined()
 
 
 class AdaFaceLoss(MarginLoss):
@@ -276,7 +272,7 @@ class MagFaceLoss(MarginLoss):
         (shortest, longest), (least, most) = self.length_bounds, self.margin_bounds
         length = lengths(embeddings).clamp(shortest, longest)
         margin = least + (most - least) / (longest - shortest) * (length - shortest)
-        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+        return margins.Combined(m2=margin, beyond=self.beyond)
 
     def penalty(self, embeddings: Tensor) -> Tensor:
         """lambda_g times g of the lengths."""
@@ -350,13 +346,13 @@ class ElasticFaceLoss(MarginLoss):
         """The margin of the kind, in training mode drawn anew for each row."""
         function = margins.ADDITIVE[self.kind].function
         if not self.training:
-            return lambda theta, share: function(theta, share * self.margin)
+            return function(self.margin)
         drawn = torch.randn(len(labels), device=labels.device) * self.deviation + self.margin
         ascending = drawn.sort().values
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
             of_rows = ascending[theta.detach().argsort().argsort()] if self.plus else drawn
-            return function(theta, share * of_rows)
+            return function(of_rows)(theta, share)
 
         return target
 
@@ -503,7 +499,7 @@ class KappaFaceLoss(MarginLoss):
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """ArcFace with the margin of each row's class."""
         margin = self.margin.index_select(0, labels)
-        return lambda theta, share: margins.arcface(theta, share * margin)
+        return margins.Combined(m2=margin)
 
 
 def ldam_margins(class_counts: Tensor | Sequence[float], largest: float = 0.5) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .. import margins, negatives, validation
@@ -55,9 +54,9 @@ class NormalizedSoftmaxLoss(MarginLoss):
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta)."""
-        return torch.cos(theta)
+        return margins.Combined()
 
 
 class CosFaceLoss(MarginLoss):
@@ -102,8 +101,7 @@ class CosFaceLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta) less the share of the margin in force."""
-        margin = margins.of_rows(self.margin, labels)
-        return lambda theta, share: margins.cosface(theta, share * margin)
+        return margins.Combined(m3=margins.of_rows(self.margin, labels))
 
 
 class ArcFaceLoss(MarginLoss):
@@ -155,8 +153,7 @@ class ArcFaceLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta + the share of the margin in force), unrolled."""
-        margin = margins.of_rows(self.margin, labels)
-        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+        return margins.Combined(m2=margins.of_rows(self.margin, labels), beyond=self.beyond)
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss):
@@ -314,7 +311,6 @@ class CombinedMarginLoss(MarginLoss):
         self.m3 = validation.cosine_margin("m3", m3)
         self.beyond = beyond
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The combined margin with the share of each part that is in force."""
-        m1 = 1 + share * (self.m1 - 1)
-        return margins.combined(theta, m1, share * self.m2, share * self.m3, beyond=self.beyond)
+        return margins.Combined(self.m1, self.m2, self.m3, self.beyond)

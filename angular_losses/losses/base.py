@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import margins, validation
+from ..engine.batch import Batch, checked, of_rows
 from ..engine.placement import WHOLE, Shard, Whole
 from ..engine.planner import MODES
-from ..functional import REDUCTIONS, margin_softmax_loss, without_ignored
+from ..functional import REDUCTIONS, Options, Softmax, softmax_loss
 from ..geometry import (
     angle_between,
     cosines,
@@ -47,20 +48,6 @@ class LossOptions(TypedDict, total=False):
     memory_budget: int | None
     device: torch.device | str | None
     dtype: torch.dtype | None
-
-
-class BatchOptions(TypedDict):
-    """What every loss function takes beside the batch and the loss itself."""
-
-    sub_centers: int
-    penalty: Tensor | None
-    reduction: str
-    class_weight: Tensor | None
-    sample_weight: Tensor | None
-    ignore_index: int
-    mode: str
-    memory_budget: int | None
-    shard: Shard | Whole
 
 
 class MarginLoss(ClassCentres, nn.Module):
@@ -277,24 +264,34 @@ class MarginLoss(ClassCentres, nn.Module):
             TypeError: If a dtype is wrong.
             ValueError: If a shape, a device or a label is out of place.
         """
-        kept = self._check(embeddings, labels)  # before anything is looked up or updated
-        weights, is_mixed = kept, other_labels is not None or lam is not None
-        if is_mixed:
-            embeddings, labels, sample_weight, kept, weights = self._mixed(
-                embeddings, labels, sample_weight, other_labels, lam
+        batch, counts = self._checked(embeddings, labels), None
+        if other_labels is not None or lam is not None:
+            batch, sample_weight, counts = self._mixed(
+                batch, labels, sample_weight, other_labels, lam
             )
-        embeddings = without_ignored(embeddings, kept)
+        elif batch.kept is not None:
+            counts = batch.kept
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
         if is_step and type(self).observe is not MarginLoss.observe:
             with torch.no_grad(), without_autocast(embeddings.device):
-                self.observe(embeddings.detach(), self.known(labels), weights)
+                self.observe(batch.embeddings.detach(), batch.labels, counts)
         with self._state_of_a_pass(repeats):
-            loss = self.batch_loss(embeddings, labels, sample_weight)
+            options = Options(
+                self.penalty(batch.embeddings),
+                self.reduction,
+                self.class_weight,
+                sample_weight,
+                self.mode,
+                self.memory_budget,
+            )
+            options.check(batch)
+            loss = self.batch_loss(batch, options)
         if is_step:
             self.advance()
         if not torch.compiler.is_compiling():
             self._count(is_step)
+        is_mixed = len(batch.labels) != len(labels)
         return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss
 
     def advance(self) -> None:
@@ -326,36 +323,25 @@ class MarginLoss(ClassCentres, nn.Module):
         finally:
             self._is_same_step = before
 
-    def batch_loss(
-        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
-    ) -> Tensor:
+    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """The loss with one label a row, state left as it is: the margin softmax."""
-        own = self.known(labels)
-        return margin_softmax_loss(
-            embeddings,
-            self.weight,
-            labels,
-            margin=self.margin_function(embeddings, own),
-            scale=self.row_scale(embeddings),
-            negatives=self.negatives_function(embeddings, own),
-            normalize_weight=self.normalize_weight,
-            label_smoothing=self.label_smoothing,
-            **self.batch_options(embeddings, sample_weight),
+        embeddings, labels = batch.embeddings, batch.labels
+        softmax = Softmax(
+            self.margin_function(embeddings, labels),
+            self.row_scale(embeddings),
+            self.negatives_function(embeddings, labels),
+            self.normalize_weight,
+            self.label_smoothing,
         )
+        softmax.check(batch)
+        return softmax_loss(batch, softmax, options)
 
-    def batch_options(self, embeddings: Tensor, sample_weight: Tensor | None) -> BatchOptions:
-        """The options that do not depend on which loss it is."""
-        return {
-            "sub_centers": self.sub_centers,
-            "penalty": self.penalty(embeddings),
-            "reduction": self.reduction,
-            "class_weight": self.class_weight,
-            "sample_weight": sample_weight,
-            "ignore_index": self.ignore_index,
-            "mode": self.mode,
-            "memory_budget": self.memory_budget,
-            "shard": self.shard,
-        }
+    def batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
+        """The batch of checked rows that are not ignored."""
+        num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
+        return of_rows(
+            embeddings, self.weight, labels, None, num_classes, self.sub_centers, self.shard
+        )
 
     def centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The centres that this process holds, all as a rule, and the labels as they count them."""
@@ -389,14 +375,23 @@ class MarginLoss(ClassCentres, nn.Module):
             scheduled: Tensor = schedule(target, theta)
             return scheduled
 
-        return margins.detached(margin) if self.gradient == "detached" else margin
+        if self.gradient == "detached":
+            return margins.KnownDescent(
+                margins.detached(margin), lambda theta: (margin(theta), torch.sin(theta))
+            )
+        if not isinstance(target, margins.Combined) or not target.has_descent:
+            return margin
+        if schedule is None:
+            return margins.KnownDescent(margin, target.with_descent)
+        if not schedule.is_linear:
+            return margin
 
-    def known(self, labels: Tensor) -> Tensor:
-        """Labels to look things up with: those to be ignored are 0."""
-        labels = labels.long()
-        if 0 <= self.ignore_index < self.num_classes:
-            return labels
-        return labels.where(labels != self.ignore_index, 0)
+        def with_descent(theta: Tensor) -> tuple[Tensor, Tensor]:
+            both: Tensor = schedule(lambda *at: torch.stack(target.with_descent(*at)), theta)
+            value, descent = both
+            return value, descent
+
+        return margins.KnownDescent(margin, with_descent)
 
     def of_classes(
         self,
@@ -517,53 +512,53 @@ class MarginLoss(ClassCentres, nn.Module):
                 stacklevel=4,
             )
 
-    def _check(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
-        num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
-        return validation.batch(
-            embeddings, self.weight, labels, self.ignore_index, self.sub_centers, num_classes
+    def _checked(self, embeddings: Tensor, labels: Tensor) -> Batch:
+        return checked(
+            embeddings, self.weight, labels, self.ignore_index, self.sub_centers, self.shard
         )
 
     def _mixed(
         self,
-        embeddings: Tensor,
+        batch: Batch,
         labels: Tensor,
         sample_weight: Tensor | None,
         other_labels: Tensor | None,
         lam: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Batch, Tensor, Tensor]:
         """Both labels in one batch of twice the size, each row weighted by its share.
 
         The two of a row are neighbours, so that the rows of a process stay together.
 
         Returns:
-            Embeddings, labels, sample weights, which rows are kept, and their shares.
+            The batch, its sample weights, and its shares, 0 for a label to be ignored.
         """
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
-        self._check(embeddings, other_labels)
+        device, num_rows = batch.embeddings.device, len(labels)
+        self._checked(batch.embeddings, other_labels)
         if isinstance(lam, Tensor) and lam.dim():
-            validation.floating("lam", lam, len(labels), device=embeddings.device)
+            validation.floating("lam", lam, num_rows, device=device)
         elif not isinstance(lam, Tensor):
             validation.share("lam", lam)
-        share = torch.as_tensor(lam, device=embeddings.device).to(self.weight.dtype)
-        share = share.expand(len(labels))
+        share = torch.as_tensor(lam, device=device).to(self.weight.dtype).expand(num_rows)
         shares = torch.stack([share, 1 - share], 1)
-        both = torch.stack([labels.long(), other_labels.long()], 1).flatten()
-        kept = both != self.ignore_index
         weights = shares
         if sample_weight is not None:
-            validation.floating(
-                "sample_weight", sample_weight, len(labels), device=embeddings.device
-            )
+            validation.floating("sample_weight", sample_weight, num_rows, device=device)
             weights = shares * sample_weight[:, None]
-        return (
-            embeddings.repeat_interleave(2, 0),
+        both = torch.stack([labels.long(), other_labels.long()], 1).flatten()
+        kept = both != self.ignore_index
+        mixed = of_rows(
+            batch.embeddings.repeat_interleave(2, 0),
+            self.weight,
             both,
-            weights.flatten(),
             kept,
-            shares.flatten().where(kept, 0),
+            batch.num_classes,
+            self.sub_centers,
+            self.shard,
         )
+        return mixed, weights.flatten(), shares.flatten().where(kept, 0)
 
     def _repeats_a_step(self) -> bool:
         """Whether a pass belongs to the step before.
@@ -588,6 +583,9 @@ class MarginLoss(ClassCentres, nn.Module):
         moving: list[tuple[nn.Module, str]] = [(self, name) for name in self.statistics]
         if self.schedule is not None:
             moving.append((self.schedule, "step"))
+        if not moving:
+            yield
+            return
         with copied(moving):
             if repeats and self.schedule is not None:
                 self.schedule.step.sub_(1).clamp_(min=0)

@@ -77,9 +77,9 @@ class CurricularFaceLoss(MarginLoss):
         found = collectives.mean(theta.cos(), weights).to(self.t.dtype)
         self.t.lerp_(torch.where(found.isnan(), self.t, found), self.momentum)
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta + the share of the margin in force), unrolled."""
-        return margins.arcface(theta, share * self.margin)
+        return margins.Combined(m2=self.margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives weighted by their cosines and t."""
@@ -140,9 +140,9 @@ class MVSoftmaxLoss(MarginLoss):
         self.margin = margins.ADDITIVE[kind].check("margin", margin)
         self.t = validation.number("t", t, 0.0)
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The margin of the kind, with its share in force."""
-        return margins.ADDITIVE[self.kind].function(theta, share * self.margin)
+        return margins.ADDITIVE[self.kind].function(self.margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives emphasised."""
@@ -227,7 +227,7 @@ class NPCFaceLoss(MarginLoss):
         sums = sums_above(embeddings, weight, here, threshold, sub_centers=self.sub_centers)
         total, count = self.shard.total(sums)
         margin = self.margin + self.m1 * total / count.clamp(min=1)
-        return lambda theta, share: margins.arcface(theta, share * margin, beyond=self.beyond)
+        return margins.Combined(m2=margin, beyond=self.beyond)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives stretched and raised."""
@@ -356,9 +356,9 @@ class InterTopKLoss(MarginLoss):
         if k >= num_classes:
             raise ValueError(f"k: expected fewer than num_classes {num_classes}, got {k}")
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The margin of the kind, with its share in force."""
-        return margins.ADDITIVE[self.kind].function(theta, share * self.margin)
+        return margins.ADDITIVE[self.kind].function(self.margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The k nearest brought nearer."""

@@ -68,9 +68,9 @@ class SphereFaceLoss(MarginLoss):
         self.margin = validation.multiplicative_margin("margin", margin)
         self.beyond = beyond
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """psi(theta) of the share of the margin in force."""
-        return margins.sphereface(theta, 1 + share * (self.margin - 1), beyond=self.beyond)
+        return margins.Combined(m1=self.margin, beyond=self.beyond)
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
         """The scale, or the lengths of the embeddings (N,)."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import validation
-from ..functional import one_vs_rest_loss
+from ..engine.batch import Batch
+from ..functional import Options, rest_loss
 from .base import LossOptions, MarginLoss
 
 if TYPE_CHECKING:
@@ -133,24 +134,21 @@ class SphereFace2Loss(_WithBias):
 
         return negative
 
-    def batch_loss(
-        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
-    ) -> Tensor:
+    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """One versus the rest, with the bias learned."""
-        target, n = self.margin_function(embeddings, self.known(labels)), self._negative()
+        target = self.margin_function(batch.embeddings, batch.labels)
+        n, bias = self._negative(), self.bias
         r, of_positive, of_negatives = self.scale, self.balance, 1 - self.balance
-        return one_vs_rest_loss(
-            embeddings,
-            self.weight,
-            labels,
+        return rest_loss(
+            batch,
             positive=lambda theta: (
-                of_positive / r * F.softplus(-(r * target(theta) + self.bias), threshold=50)
+                of_positive / r * F.softplus(-(r * target(theta) + bias), threshold=50)
             ),
             negative=lambda cosine, bias: (
                 of_negatives / r * F.softplus(r * n(cosine) + bias, threshold=50)
             ),
-            bias=self.bias,
-            **self.batch_options(embeddings, sample_weight),
+            bias=bias,
+            options=options,
         )
 
 
@@ -211,20 +209,16 @@ class UniFaceLoss(_WithBias):
         """cos(theta) less the share of the margin in force."""
         return torch.cos(theta) - share * self.margin
 
-    def batch_loss(
-        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
-    ) -> Tensor:
+    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """One versus the rest, with the bias learned."""
-        target = self.margin_function(embeddings, self.known(labels))
-        scale, balance = self.scale, self.balance
-        return one_vs_rest_loss(
-            embeddings,
-            self.weight,
-            labels,
-            positive=lambda theta: F.softplus(self.bias - scale * target(theta), threshold=50),
+        target = self.margin_function(batch.embeddings, batch.labels)
+        scale, balance, bias = self.scale, self.balance, self.bias
+        return rest_loss(
+            batch,
+            positive=lambda theta: F.softplus(bias - scale * target(theta), threshold=50),
             negative=lambda cosine, bias: balance * F.softplus(scale * cosine - bias, threshold=50),
-            bias=self.bias,
-            **self.batch_options(embeddings, sample_weight),
+            bias=bias,
+            options=options,
         )
 
 
@@ -271,17 +265,14 @@ class P2SGradLoss(MarginLoss):
         """cos(theta)."""
         return torch.cos(theta)
 
-    def batch_loss(
-        self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None
-    ) -> Tensor:
+    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """One versus the rest, by squares."""
-        return one_vs_rest_loss(
-            embeddings,
-            self.weight,
-            labels,
+        return rest_loss(
+            batch,
             positive=lambda theta: 4 * torch.sin(theta / 2) ** 4,  # (1 - cos theta)^2
             negative=lambda cosine, bias: cosine.square(),
-            **self.batch_options(embeddings, sample_weight),
+            bias=None,
+            options=options,
         )
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from angular_losses import ArcFaceLoss, arcface, margin_softmax_loss
 from angular_losses.engine import modes, operators, passes
-from angular_losses.engine.operators import margin_parts
+from angular_losses.engine.chunks import Inputs, Settings
+from angular_losses.engine.operators import Others, margin_parts
 from tests.cases import in_chunks_of
 from tests.profiling import matrix_products, peak_bytes
 
@@ -191,7 +192,7 @@ def test_a_failed_allocation_leaves_the_gradients_as_they_were(mode):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no more")
-        multiply(*arguments, **options)
+        return multiply(*arguments, **options)
 
     with in_chunks_of(2):
         second = loss(embeddings, labels)
@@ -311,9 +312,11 @@ def test_operators_are_well_formed(arguments, stash):
     outputs = operators._forward_operator(*arguments, stash, True, False)
     detached = [tensor.detach() for tensor in outputs]
     gradients = [torch.randn_like(part) for part in detached[:3]]
-    saved = [*arguments[:5], *detached[:2], *detached[3:-1]]
     needed = [True, True, arguments[3] is not None]
-    backward = (*gradients, *saved, *arguments[5:], False, needed)
+    backward = (
+        *(*gradients, *arguments[:5], *detached[3:], *arguments[5:]),
+        *(stash, True, False, needed),
+    )
     torch.library.opcheck(
         operators._backward_operator,
         backward,
@@ -382,12 +385,10 @@ def test_autocast_leaves_few_classes_and_float64_alone(mode):
 @pytest.mark.parametrize("stash", [True, False])
 def test_backward_under_autocast_keeps_its_precision(stash):
     embeddings, weight, labels = batch(8, 12, 16)
-    arguments = (embeddings, weight, labels)
-    options = {"row_scale": None, "class_share": torch.ones(12), "scale": 9.0, "chunk": 5}
-    options |= {"product_dtype": torch.float32, "stash": stash}
+    inputs = Inputs(embeddings, weight, labels, class_share=torch.ones(12))
     gradients = []
     for enabled in (False, True):
-        parts = margin_parts(*arguments, **options)
+        parts = margin_parts(inputs, Settings(9.0, 5, torch.float32, stash, True), Others())
         total = sum(part.sum() for part in parts)
         with torch.autocast("cpu", torch.bfloat16, enabled):
             gradients.append(torch.autograd.grad(total, (embeddings, weight)))
