@@ -77,7 +77,6 @@ def assert_readable(figure, path):
     assert 250 <= height <= 2700
     figure.set_dpi(150)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.set_layout_engine("none")  # what was saved is laid out
     figure.draw_without_rendering()
     boxes = []
     for text in texts_of(figure):

@@ -594,7 +594,6 @@ def test_texts_of_the_figure_are_inside_and_apart(tmp_path, shape, with_mask, co
         width, height = picture.size
     figure.set_dpi(150)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.set_layout_engine("none")  # what was saved is laid out
     figure.draw_without_rendering()
     texts = [one for one in figure.findobj(Text) if one.get_visible() and one.get_text().strip()]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
