@@ -187,23 +187,12 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         before = None
         if negatives:
             before = _target_before(batch, margin, dtype)
-        row_weight, of_class = _weights(batch, options, dtype)
         if _is_closed(batch, softmax, options, chosen.mode):
             assert isinstance(margin, KnownDescent)
             assert not isinstance(scale, Tensor)
-            row_weight = row_weight if of_class is None else row_weight * of_class
-            return margin_loss(
-                modes.inputs(batch, scale),
-                modes.settings(batch, chosen, scale),
-                Others(rule, before),
-                Ending(
-                    margin,
-                    scale,
-                    row_weight,
-                    is_summed=options.reduction != "none",
-                    is_mean=options.reduction == "mean" and not isinstance(row_weight, Tensor),
-                ),
-            )
+            inputs, settings = modes.inputs(batch, scale), modes.settings(batch, chosen, scale)
+            ending = _ending(batch, options, margin, scale, dtype)
+            return margin_loss(inputs, settings, Others(rule, before), ending)
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
         share = None
@@ -220,6 +209,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
         losses = F.softplus(parts.negatives - target, threshold=50)
+        row_weight, of_class = _weights(batch, options, dtype)
         if share is not None:
             share_of_own = share.index_select(0, batch.labels)
             if parts.mean_cosine is not None:
@@ -251,6 +241,20 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
         and not batch.shard.is_partial
         and mode != "dense"
         and not torch.compiler.is_compiling()
+    )
+
+
+def _ending(
+    batch: Batch, options: Options, margin: KnownDescent, scale: float, dtype: torch.dtype
+) -> Ending:
+    row_weight, of_class = _weights(batch, options, dtype)
+    is_mean = options.reduction == "mean" and not isinstance(row_weight, Tensor)
+    return Ending(
+        margin,
+        scale,
+        row_weight if of_class is None else row_weight * of_class,
+        is_summed=options.reduction != "none",
+        is_mean=is_mean and len(batch.labels) > 0,
     )
 
 

@@ -361,7 +361,8 @@ def test_a_small_loss_survives_compilation():
 @settings(max_examples=200, deadline=None)
 def test_no_nan_anywhere(mode, seed, case, scale, dtype, exponent):
     torch.manual_seed(seed)
-    exponent = max(-2, min(2, exponent)) if dtype == torch.float16 else exponent
+    if dtype == torch.float16:  # in which larger gradients are infinite
+        exponent, scale = max(-2, min(2, exponent)), min(scale, 64)
     embeddings = (torch.randn(4, 8) * 10.0**exponent).to(dtype)
     embeddings[0] = 0
     weight = torch.randn(3, 8).to(dtype)

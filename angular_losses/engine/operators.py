@@ -285,7 +285,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     nothing = embeddings.new_empty((), dtype=working_dtype(embeddings, weight))
     like = embeddings, weight, nothing.new_empty(len(embeddings))
     return tuple(
-        torch.empty_like(each if wanted else nothing)
+        each.new_empty(each.shape) if wanted else torch.empty_like(nothing)
         for each, wanted in zip(like, arguments[-1], strict=True)
     )
 

@@ -265,7 +265,7 @@ def _weight_gradient(
     """
     weight, dtype = chunks.weight, push.dtype
     is_whole, same = chunks.spans[0] is None, weight.dtype == dtype
-    gradient = weight if is_whole else torch.empty_like(weight)
+    gradient = weight if is_whole else weight.new_empty(weight.shape)
     for index, span in enumerate(chunks.spans):
         part, inverse = chunks.rows(weight, span), chunks.rows(saved.inverse, span)
         directions = saved.directions

@@ -160,10 +160,13 @@ def _extra_bytes(
     working, product = torch.promote_types(dtype, torch.float32).itemsize, product_dtype.itemsize
     if mode == "dense":
         return (4 * rows * classes + classes * size) * working + 7 * 8 * rows * size
-    # In the chunk: E, the centres and a scratch; more where their dtype is not the working one.
-    in_chunk = chunk * (rows * product + 2 * size * working)
+    # In the chunk: the centres and a scratch, E where that is not kept, and more where its dtype is
+    # not the working one.
+    in_chunk = chunk * 2 * size * working
+    if mode == "recompute":
+        in_chunk += chunk * rows * product
     if product != working:
-        in_chunk += chunk * (rows * (working + product) + 2 * size * product)
+        in_chunk += chunk * (rows * working + size * product)
     if dtype.itemsize != working:
         in_chunk += chunk * size * working
     kept = rows * classes * product if mode == "stash" else 0

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import angular_losses as al
 from angular_losses import validation
 from angular_losses.engine import modes
+from angular_losses.engine.batch import checked
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
 from tests.losses.test_training_state import SIZE, assert_same, batch, build, state
@@ -261,7 +262,7 @@ def test_bfloat16_products_only_where_the_processor_has_them(monkeypatch, is_nat
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_native)
     embeddings, weight = torch.randn(2, 4), torch.randn(5000, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        chosen = modes.choose(embeddings, weight, "auto", None)
+        chosen = modes.choose(checked(embeddings, weight, torch.zeros(2).long()), "auto", None)
     assert chosen.product_dtype == (torch.bfloat16 if is_native else torch.float32)
 
 
