@@ -209,7 +209,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
         losses = F.softplus(parts.negatives - target, threshold=50)
-        row_weight, of_class = _weights(batch, options, dtype)
+        of_class = _class_weights(batch, options, dtype)
         if share is not None:
             share_of_own = share.index_select(0, batch.labels)
             if parts.mean_cosine is not None:
@@ -226,7 +226,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
             losses = (1 - softmax.label_smoothing) * losses + softmax.label_smoothing * smooth
         elif of_class is not None:
             losses = losses * of_class
-        return _reduced(losses, row_weight, of_class, options).to(dtype)
+        return _reduced(batch, options, losses, of_class).to(dtype)
 
 
 def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> bool:
@@ -247,7 +247,8 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
 def _ending(
     batch: Batch, options: Options, margin: KnownDescent, scale: float, dtype: torch.dtype
 ) -> Ending:
-    row_weight, of_class = _weights(batch, options, dtype)
+    of_class = _class_weights(batch, options, dtype)
+    row_weight = _row_weights(batch, options, of_class)
     is_mean = options.reduction == "mean" and not isinstance(row_weight, Tensor)
     return Ending(
         margin,
@@ -400,39 +401,40 @@ def rest_loss(
         if bias is None:
             bias = batch.embeddings.new_zeros(())
         parts = modes.parts(batch, chosen, rule, bias=bias.to(dtype).reshape(()))
-        row_weight, of_class = _weights(batch, options, dtype)
         losses = positive(parts.theta) + parts.negatives
+        of_class = _class_weights(batch, options, dtype)
         losses = losses if of_class is None else losses * of_class
-        return _reduced(losses, row_weight, of_class, options).to(dtype)
+        return _reduced(batch, options, losses, of_class).to(dtype)
 
 
-def _weights(
-    batch: Batch, options: Options, dtype: torch.dtype
-) -> tuple[float | Tensor, Tensor | None]:
-    """What the losses of the rows are multiplied with, and the weights of their classes (N,)."""
-    of_class = row_weight = None
-    if options.class_weight is not None:
-        of_class = options.class_weight.to(dtype).index_select(0, batch.labels)
+def _class_weights(batch: Batch, options: Options, dtype: torch.dtype) -> Tensor | None:
+    """The weights of the rows' classes (N,)."""
+    if options.class_weight is None:
+        return None
+    return options.class_weight.to(dtype).index_select(0, batch.labels)
+
+
+def _row_weights(batch: Batch, options: Options, of_class: Tensor | None) -> float | Tensor:
+    """What the losses of the rows, times the weights of their classes, are multiplied with."""
+    precise, weight = precise_dtype(batch.embeddings.device), None
     if batch.kept is not None:
-        row_weight = batch.kept.to(precise_dtype(batch.embeddings.device))
+        weight = batch.kept.to(precise)
     if options.sample_weight is not None:
-        sample_weight = options.sample_weight.to(precise_dtype(batch.embeddings.device))
-        row_weight = sample_weight if batch.kept is None else sample_weight.where(batch.kept, 0)
+        weight = options.sample_weight.to(precise)
+        weight = weight if batch.kept is None else weight.where(batch.kept, 0)
     if options.reduction != "mean":
-        return 1.0 if row_weight is None else row_weight, of_class
-    if row_weight is None and of_class is None:
-        return 1 / max(len(batch.labels), 1), None
-    of_rows = 1.0 if row_weight is None else row_weight
+        return 1.0 if weight is None else weight
+    if weight is None and of_class is None:
+        return 1 / max(len(batch.labels), 1)
+    of_rows = 1.0 if weight is None else weight
     denominator = torch.as_tensor(of_rows if of_class is None else of_rows * of_class).sum()
-    return of_rows / denominator.masked_fill(denominator == 0, 1), of_class
+    return of_rows / denominator.masked_fill(denominator == 0, 1)
 
 
-def _reduced(
-    losses: Tensor, row_weight: float | Tensor, of_class: Tensor | None, options: Options
-) -> Tensor:
+def _reduced(batch: Batch, options: Options, losses: Tensor, of_class: Tensor | None) -> Tensor:
     """The loss of a batch, from the losses of its rows (N,) with the weights of their classes."""
     if options.penalty is not None:
         penalty = options.penalty.to(losses.dtype)
         losses = losses + (penalty if of_class is None else of_class * penalty)
-    losses = losses * row_weight
+    losses = losses * _row_weights(batch, options, of_class)
     return losses if options.reduction == "none" else losses.sum()

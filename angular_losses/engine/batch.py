@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import validation
@@ -53,7 +54,10 @@ def checked(
     validation.positive_integer("sub_centers", sub_centers)
     num_classes = shard.num_classes_of(weight, sub_centers)
     kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
-    return of_rows(embeddings, weight, labels.long(), kept, num_classes, sub_centers, shard)
+    labels = labels.long()
+    if torch.compiler.is_compiling():  # whose kernels may look labels up before they are asserted
+        labels = labels.clamp(0, num_classes - 1)
+    return of_rows(embeddings, weight, labels, kept, num_classes, sub_centers, shard)
 
 
 def of_rows(

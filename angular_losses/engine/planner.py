@@ -32,7 +32,7 @@ class Plan:
 
     Example:
         >>> print(plan(512, 100_000, 512))
-        stash: chunks of 2048 classes, float32 products; 219 MiB beside 196 MiB of gradients
+        stash: chunks of 2048 classes, float32 products; 215 MiB beside 196 MiB of gradients
     """
 
     mode: str

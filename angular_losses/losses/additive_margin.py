@@ -35,6 +35,7 @@ class NormalizedSoftmaxLoss(MarginLoss):
         ValueError: If a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -80,6 +81,7 @@ class CosFaceLoss(MarginLoss):
         ValueError: If the margin is outside [0, 2), or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -128,6 +130,7 @@ class ArcFaceLoss(MarginLoss):
             is out of range.
 
     Example:
+        >>> import torch
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -181,6 +184,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss.weight.shape
         torch.Size([30, 64])
@@ -231,6 +235,7 @@ class LiArcFaceLoss(MarginLoss):
         ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -284,6 +289,7 @@ class CombinedMarginLoss(MarginLoss):
         ValueError: If a margin, a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])

@@ -153,7 +153,7 @@ def test_the_comparison_knows_what_is_there():
 
 
 def test_papers_are_those_of_the_docstrings():
-    docstrings = "".join(path.read_text() for path in (ROOT / "angular_losses").glob("*.py"))
+    docstrings = "".join(path.read_text() for path in (ROOT / "angular_losses").rglob("*.py"))
     links = re.findall(
         r"\[([^\]]+)\]\(https://arxiv\.org/abs/([^)]*)\)", (DOCS / "losses.md").read_text()
     )
