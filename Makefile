@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: example test lint bench docs docs-serve docs-test check-install constraints dist clean
+.PHONY: example test test-grid lint bench docs docs-serve docs-test check-install constraints dist clean
 
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
@@ -12,12 +12,15 @@ example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (
 test: lint  ## lint, type-check and test, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+test-grid: .venv/dev.done  ## every loss with every schedule compiled in every way; hours
+	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/losses/test_steps.py
+
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev.done  ## accuracy, then time and memory, beside peers
+bench: .venv/dev.done  ## accuracy, time and memory, compared with other libraries
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs

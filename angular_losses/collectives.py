@@ -1,4 +1,4 @@
-"""Statistics over all processes of a training run, where torch.distributed is initialised."""
+"""Reductions over all processes, where torch.distributed is initialised."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# How many processes have the same rows, which then count once.
+# The number of processes that have the same rows, which are counted once.
 _copies = 1
 
 
 @contextmanager
-def rows_of_several(processes: int) -> Iterator[None]:
-    """While this lasts each process has the rows of so many, and they all have the same."""
+def gathered_rows(processes: int) -> Iterator[None]:
+    """Context in which each process has the gathered rows of that many processes."""
     global _copies
     before, _copies = _copies, processes
     try:
@@ -25,8 +25,8 @@ def rows_of_several(processes: int) -> Iterator[None]:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a tensor over the processes; the tensor itself where there is one process."""
-    if not _are_several():
+    """The sum of a tensor over the processes; the tensor itself with a single process."""
+    if not _is_distributed():
         return values
     values = values.clone()
     dist.all_reduce(values)
@@ -34,8 +34,8 @@ def total(values: Tensor) -> Tensor:
 
 
 def largest(values: Tensor) -> Tensor:
-    """The largest over the processes, number by number."""
-    if not _are_several():
+    """The element-wise maximum over the processes."""
+    if not _is_distributed():
         return values
     values = values.clone()
     dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -43,12 +43,12 @@ def largest(values: Tensor) -> Tensor:
 
 
 def spread(values: Tensor) -> Tensor:
-    """How far apart the processes are, number by number; 0 where they have the same."""
+    """The element-wise range (maximum minus minimum) over the processes."""
     return largest(torch.stack([values, -values])).sum(0)
 
 
 def mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of the rows (N,), weighted, over all processes; NaN where no row has a weight."""
+    """The mean of the rows (N,), weighted, over all processes; NaN if all weights are 0."""
     weights = _weights_of(values, weights)
     summed = total(torch.stack([(values * weights).sum(), weights.sum()]))
     return summed[0] / summed[1]
@@ -57,7 +57,7 @@ def mean(values: Tensor, weights: Tensor | None) -> Tensor:
 def mean_and_deviation(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean and the standard deviation (unbiased) of the rows, weighted, over all processes.
 
-    The deviation is NaN where the weights sum to less than two rows', as the mean is where to none.
+    The deviation is not finite if the weights sum to 1 or less, nor the mean if they sum to 0.
     """
     centre, weights = mean(values, weights), _weights_of(values, weights)
     square = ((values - centre).square() * weights).sum()
@@ -69,5 +69,5 @@ def _weights_of(values: Tensor, weights: Tensor | None) -> Tensor:
     return torch.ones_like(values) if weights is None else weights.to(values.dtype)
 
 
-def _are_several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > _copies

@@ -255,7 +255,7 @@ def _ending(
         scale,
         row_weight if of_class is None else row_weight * of_class,
         is_summed=options.reduction != "none",
-        is_mean=is_mean and len(batch.labels) > 0,
+        is_mean=is_mean and batch.labels.shape[0] > 0,
     )
 
 
@@ -425,7 +425,7 @@ def _row_weights(batch: Batch, options: Options, of_class: Tensor | None) -> flo
     if options.reduction != "mean":
         return 1.0 if weight is None else weight
     if weight is None and of_class is None:
-        return 1 / max(len(batch.labels), 1)
+        return 1 / max(batch.labels.shape[0], 1)
     of_rows = 1.0 if weight is None else weight
     denominator = torch.as_tensor(of_rows if of_class is None else of_rows * of_class).sum()
     return of_rows / denominator.masked_fill(denominator == 0, 1)

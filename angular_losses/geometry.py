@@ -1,13 +1,14 @@
-"""Directions and angles: the one place where the singularities of the family live.
+"""Unit vectors and angles, with the numerical treatment of their singularities.
 
-An angle taken as acos of a cosine has lost half of its digits before acos is called, and its
-derivative, 1 / sin(theta), blows up at both ends. Here the angle comes from the two difference
-vectors of the directions, u - v and u + v, which keep every digit from 0 to pi; so do the first
-and second derivatives that autograd takes through them.
+An angle computed as acos of a cosine has lost half of its digits before acos is called, and its
+derivative, 1 / sin(theta), is unbounded at both ends. Here the angle is computed from the sum and
+the difference of the unit vectors, u + v and u - v, which is accurate from 0 to pi, as are the
+first and second derivatives by autograd.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,15 +20,15 @@ from . import validation
 
 
 def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Unit vectors along the last dimension, for vectors of any finite length that is not tiny.
+    """Unit vectors along the last dimension, for vectors of any finite, not tiny length.
 
     A vector shorter than ``finfo(vectors.dtype).tiny ** (7 / 8)`` (6e-34 in float32 and bfloat16,
     2e-4 in float16, 3e-270 in float64) counts as zero: its direction is the zero vector and its
-    gradient zero, because 1 / length would overflow the gradient's own dtype.
+    gradient zero, because 1 / length would overflow the dtype of the gradient.
 
     Args:
         vectors: (..., d), floating point.
-        dtype: The dtype to work in and to return; that of ``vectors`` by default.
+        dtype: The dtype of the computation and the result; that of ``vectors`` by default.
 
     Returns:
         (..., d) directions in ``dtype``.
@@ -43,8 +44,8 @@ def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     # The direction does not depend on the length, so dividing by a constant first is exact, for
     # every derivative too, and no square can overflow or underflow.
     largest = _largest(vectors.detach())
-    scaled = vectors / F.threshold(largest, torch.finfo(dtype).tiny, 1.0)
-    # An error in the length would scale every cosine of the row: it gets the spare digits.
+    scaled = vectors / torch.threshold(largest, torch.finfo(dtype).tiny, 1.0)
+    # An error in the length would scale every cosine of the row, so it is computed precisely.
     square = scaled.square().sum(-1, keepdim=True, dtype=precise_dtype(vectors.device))
     is_zero = square.detach().sqrt() * largest < smallest
     inverse = square.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0).to(vectors.dtype)
@@ -58,7 +59,7 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     .. math:: \theta = 2\,\mathrm{atan2}(|u - v|,\ |u + v|),
         \qquad u = x / |x|,\ v = w / |w|
 
-    The work is done in float64 (float32 on devices without it, such as Apple's MPS). The gradient
+    Computed in float64 (float32 on devices without it, such as Apple's MPS). The gradient
     is the unit tangent divided by the vector's length. First and second derivatives are finite
     everywhere, and zero where the pair is parallel or opposite to within the last digits of the
     working precision (1.8e-15 rad in float64), where theta is exactly 0 or pi. A zero vector has
@@ -81,20 +82,20 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     """
     dtype = precise_dtype(first.device)
     u, v = directions(first, dtype), directions(second, dtype)
-    apart, together = _length(u - v), _length(u + v)
-    both_zero = apart + together == 0
-    return 2 * torch.atan2(apart.masked_fill(both_zero, 1), together.masked_fill(both_zero, 1))
+    difference, total = _length(u - v), _length(u + v)
+    both_zero = difference + total == 0
+    return 2 * torch.atan2(difference.masked_fill(both_zero, 1), total.masked_fill(both_zero, 1))
 
 
 def angles_and_gradients(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-    r"""The angle of each pair of vectors and its gradients, for code that is its own autograd.
+    r"""The angle of each pair of vectors and its gradients, for custom backward passes.
 
     .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
         \frac{\partial\theta}{\partial x} = -\frac{r}{|r|\,|x|}
 
-    with u = x / |x| and v = w / |w|, and for w with u and v exchanged. As exact as
-    :func:`angle_between`, with the same rules for parallel pairs and zero vectors, in fewer passes
-    over (N, d).
+    with u = x / |x| and v = w / |w|, and for w with u and v exchanged. As accurate as
+    :func:`angle_between`, with the same treatment of parallel pairs and zero vectors, in fewer
+    passes over (N, d).
 
     Args:
         first: x (N, d), floating point.
@@ -102,7 +103,7 @@ def angles_and_gradients(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
 
     Returns:
         theta (N,), its gradients by both vectors (2, N, d), the directions of the first (N, d), and
-        1 / their length (N, 1), 0 for a zero vector: in float64 (float32 on MPS), without a graph.
+        1 / their length (N, 1), 0 for a zero vector: in float64 (float32 on MPS), no graph.
     """
     if first.dtype == second.dtype:
         unit, inverse = _normalized(torch.stack([first, second]))
@@ -111,18 +112,18 @@ def angles_and_gradients(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         unit, inverse = (torch.stack(pair) for pair in both)
     u, v = unit
     cosine = (u * v).sum(1, keepdim=True)
-    residual = torch.addcmul(unit.flip(0), cosine, unit, value=-1)
+    residual = unit.flip(0).addcmul_(cosine, unit, value=-1)
     sine: Tensor = torch.linalg.vector_norm(residual, dim=2, keepdim=True)
     rounding = _resolution(unit)
-    # Beside a zero vector the other one's sine is 1; two of them have the cosine 0.
-    opposite = F.threshold(sine, rounding, 0.0).amax(0) + (cosine == 0)
+    # With one zero vector the sine of the other is 1; two of them have the cosine 0.
+    opposite = torch.threshold(sine, rounding, 0.0).amax(0) + (cosine == 0)
     theta = torch.atan2(opposite, cosine)[:, 0]
-    gradients = residual * (-inverse / F.threshold(sine, rounding, math.inf))
+    gradients = residual.mul_(-inverse / torch.threshold(sine, rounding, math.inf))
     return theta, gradients, u, inverse[0]
 
 
 def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / the lengths of vectors (N, d): (N, 1), 0 for a zero vector; without a graph."""
+    """1 / the lengths of vectors (N, d): (N, 1), 0 for a zero vector; no autograd graph."""
     # On the CPU sums in float64 are slow, and where those in float32 are safe can be read.
     if vectors.dtype != torch.float64 and validation.is_readable(vectors):
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
@@ -145,7 +146,7 @@ def target_angle(
             float64) count as 0.
         weight: (C, d) class centres, floating point; with sub-centres (C * sub_centers, d).
         labels: (N,) integers in [0, C).
-        sub_centers: The number of centres of a class; the nearest counts.
+        sub_centers: The number of centres per class; the nearest one is used.
 
     Returns:
         theta (N,) in radians, in [0, pi], float64 (float32 on devices without float64); see
@@ -174,13 +175,13 @@ def lengths(vectors: Tensor) -> Tensor:
 def nearest_sub_centers(
     embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int
 ) -> Tensor:
-    """The row of each target's nearest centre, where a class has several; without a graph.
+    """The row of each target's nearest centre, where a class has several; no autograd graph.
 
     Args:
         embeddings: (N, d), floating point.
         weight: (C * sub_centers, d); sub-centre k of class c is row c * sub_centers + k.
-        labels: (N,) int64 in [0, C), or -1 for a class that is not here.
-        sub_centers: The number of centres of a class.
+        labels: (N,) int64 in [0, C), or -1 for a class of another shard.
+        sub_centers: The number of centres per class.
 
     Returns:
         (N,) int64, rows of the weight, or -1.
@@ -216,31 +217,32 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
 
 
 def _length(difference: Tensor) -> Tensor:
-    """Euclidean length whose derivatives of every order are zero where it is only rounding."""
+    """Euclidean length; where it is only rounding, all its derivatives are zero."""
     square = difference.square().sum(-1)
     is_rounding = square <= _resolution(difference) ** 2
     return square.masked_fill(is_rounding, 1).sqrt().masked_fill(is_rounding, 0)
 
 
 def _largest(vectors: Tensor) -> Tensor:
-    """The largest magnitude of a component (..., 1): the infinity norm, which torch has slower."""
+    """The largest magnitude of a component (..., 1): the infinity norm, faster than torch's."""
     return torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
 
 
 def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The directions of vectors (..., d) and 1 / their lengths (..., 1), in the widest dtype."""
+    """The unit vectors of (..., d) and 1 / their lengths (..., 1), in the widest dtype."""
     precise = vectors.to(precise_dtype(vectors.device))
-    if vectors.dtype != precise.dtype:  # whose squares neither overflow nor vanish in the wider
+    if vectors.dtype != precise.dtype:  # no overflow or underflow in the wider dtype
         length = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
-        inverse = F.threshold(length, _smallest(vectors.dtype), math.inf).reciprocal_()
-        return precise * inverse, inverse
-    largest = F.threshold(_largest(precise), torch.finfo(precise.dtype).tiny, 1.0)
+        inverse = torch.threshold(length, _smallest(vectors.dtype), math.inf).reciprocal_()
+        return precise.mul_(inverse), inverse
+    largest = torch.threshold(_largest(precise), torch.finfo(precise.dtype).tiny, 1.0)
     scaled = precise / largest
     again = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # from 1 on, where not tiny
     again = again.masked_fill(again * largest < _smallest(vectors.dtype), math.inf)
     return scaled / again, again.reciprocal() / largest
 
 
+@functools.cache
 def _smallest(dtype: torch.dtype) -> float:
     """The length below which a vector counts as zero."""
     tiny: float = torch.finfo(dtype).tiny
@@ -248,7 +250,7 @@ def _smallest(dtype: torch.dtype) -> float:
 
 
 def _resolution(vectors: Tensor) -> float:
-    """The length up to which a difference of two directions is only their rounding."""
+    """The length up to which a difference of two unit vectors is only rounding."""
     return 8 * torch.finfo(vectors.dtype).eps
 
 
@@ -258,11 +260,11 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """While this lasts, autocast leaves dtypes alone; on devices that have none (meta) too."""
+    """Disable autocast; does nothing on devices without it (meta)."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
-    # Where it is off, nothing has to be switched; the compiler cannot always ask.
+    # Nothing to do where it is disabled; the compiler cannot always query that.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

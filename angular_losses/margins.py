@@ -1,24 +1,24 @@
 r"""Margins: plain functions of the target angle that return the target logit before scaling.
 
 Each takes theta in radians (any shape) and a margin (a float, or a tensor that broadcasts against
-theta, for a margin of its own for each sample), and is smooth enough for autograd to differentiate
-as it stands. A function of your own works wherever one of these does.
+theta, for per-sample margins), and is differentiated by autograd. A custom function can be used
+wherever one of these can.
 
-Adding a margin to the angle, or multiplying the angle, can take it past pi, where the plain cosine
-turns upward again and a wrong sample is rewarded for getting worse. By default the cosine is
-*unrolled* there, as SphereFace does it: continuous, with a continuous derivative, decreasing on the
-whole of [0, pi]. What published code does instead exists by name, in the argument ``beyond``:
+An additive or multiplicative margin can take the angle past pi, where the cosine increases again,
+so that the loss decreases as a sample moves away from its centre. By default the cosine is
+*unrolled* there, as in SphereFace: continuously differentiable and decreasing on [0, pi]. The
+behaviour of other implementations is available through the argument ``beyond``:
 
 ==============  ============================================  ==================================
-``beyond``      past theta + m = pi                           who does so
+``beyond``      past theta + m = pi                           used by
 ==============  ============================================  ==================================
-"decreasing"    -cos(theta + m) - 2 (smooth, falls on)        the default here
-"plain"         cos(theta + m) (rises again)                  insightface, ElasticFace, AdaCos
-"linear"        cos(theta) - m sin(m) (jumps down at pi - m)  pytorch-metric-learning, face.evoLVe
+"decreasing"    -cos(theta + m) - 2 (smooth, decreasing)      this library (default)
+"plain"         cos(theta + m) (increasing)                   insightface, ElasticFace, AdaCos
+"linear"        cos(theta) - m sin(m) (jump at pi - m)        pytorch-metric-learning, face.evoLVe
 "shifted"       cos(theta) - (1 - cos(m)) (continuous)        wespeaker
-"clamped"       -1 (theta + m stops at pi; no gradient)       OpenSphere, AdaFace
-"cosine"        cos(theta) (jumps up)                         FaceX-Zoo
-"easy"          the margin only where theta < pi / 2          ``easy_margin=True`` of many
+"clamped"       -1 (theta + m clamped to pi; no gradient)     OpenSphere, AdaFace
+"cosine"        cos(theta) (jump upwards)                     FaceX-Zoo
+"easy"          the margin only where theta < pi / 2          ``easy_margin=True`` in many
 ==============  ============================================  ==================================
 """
 
@@ -46,8 +46,8 @@ def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") 
     Args:
         theta: Target angle in radians, in [0, pi].
         m: Multiplicative margin, m >= 1 (1: no margin), a float or a tensor.
-        beyond: "decreasing" (the paper) or "plain": cos(m theta) without k, as in code that is
-            not monotone (module docstring).
+        beyond: "decreasing" (the paper) or "plain": cos(m theta) without k, which is not
+            monotone (module docstring).
 
     Returns:
         The target logit before scaling, in [1 - 2m, 1] (for integer m), shaped like theta.
@@ -101,7 +101,7 @@ def arcface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> 
     Args:
         theta: Target angle in radians, in [0, pi].
         m: Additive margin on the angle in radians, in [0, pi), a float or a tensor.
-        beyond: What happens past theta + m = pi; the table in the module's docstring.
+        beyond: The function past theta + m = pi; see the table in the module's docstring.
 
     Returns:
         The target logit before scaling, shaped like theta.
@@ -167,7 +167,7 @@ def combined(
 def detached(margin: MarginFunction) -> MarginFunction:
     r"""The margin in the forward pass, the gradient of plain :math:`\cos\theta` in the backward.
 
-    insightface and OpenSphere train so: the margin moves the logit but is not differentiated.
+    Used by insightface and OpenSphere: the margin changes the logit but is not differentiated.
 
     Args:
         margin: A function of theta.
@@ -299,15 +299,15 @@ def _is_number(margin: float | Tensor, number: float) -> bool:
 
 
 def of_rows(margin: float | Tensor, labels: Tensor) -> float | Tensor:
-    """The margin of each row (N,), from one for all or one for each class (C,)."""
+    """The margin of each row (N,), from a single margin or per-class margins (C,)."""
     return margin.index_select(0, labels) if isinstance(margin, Tensor) else margin
 
 
 def _unrolled_cosine(phi: Tensor) -> Tensor:
-    """(-1)^k cos(phi) - 2k with k = floor(phi / pi): the cosine, falling for ever.
+    """(-1)^k cos(phi) - 2k with k = floor(phi / pi): the cosine made decreasing everywhere.
 
-    Both branches meet with equal value and slope at each multiple of pi, so it does not matter on
-    which side rounding puts k, and the paper's bound k <= ceil(m) - 1 holds in value at theta = pi.
+    Adjacent pieces have equal value and slope at each multiple of pi, so the rounding of k does not
+    matter, and the paper's bound k <= ceil(m) - 1 holds in value at theta = pi.
     """
     k = torch.floor(phi.detach() / math.pi)
     return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
@@ -342,7 +342,7 @@ ARCFACE_BEYOND = ("decreasing", *BEYOND)
 
 
 class Additive(NamedTuple):
-    """A margin that is added to the angle or taken off the cosine, and the check of its size."""
+    """A margin added to the angle or subtracted from the cosine, and its validation."""
 
     function: Callable[[float | Tensor], Combined]
     check: Callable[[str, object], float]

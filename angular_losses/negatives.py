@@ -1,17 +1,18 @@
-r"""Negatives: plain functions that reweight the cosines of the other classes.
+r"""Negatives: functions that reweight the cosines of the non-target classes.
 
-Each takes some cosines (K classes, N rows) and the target logits before scaling (N,), and returns
-what takes the place of the cosines before scaling (K, N). Each cosine is treated by itself, so a
-loss can be computed in chunks of classes and no more than a chunk is ever held. Every function has
-a finite derivative everywhere. A function of your own works wherever one of these does.
+Each takes a chunk of cosines (K classes, N rows) and the target logits before scaling (N,), and
+returns the logits of the negatives before scaling (K, N). The functions are element-wise, so a loss
+can be computed in chunks of classes. Every function has a finite derivative everywhere. A custom
+function can be used wherever one of these can.
 
-Three turn a cosine back into an angle (:func:`linear_angle`, :func:`divided_angle` and the angular
-:func:`nearest_penalty`) and are no more exact than float32's cosines near a *wrong* centre. Of 64
-rows (d = 128) whose angle to one was 1e-2, 3e-3, 1e-3 and 3e-4 rad, the worst gradient was off by
+Three convert a cosine back to an angle (:func:`linear_angle`, :func:`divided_angle` and the angular
+:func:`nearest_penalty`) and have the precision of float32 cosines near a *wrong* centre. For 64
+rows (d = 128) at angles of 1e-2, 3e-3, 1e-3 and 3e-4 rad to one, the largest gradient error was
 0.2, 3, 14 and 56 % in :class:`angular_losses.LiArcFaceLoss`, by 0.02, 0.3, 1 and 4 % in
 :class:`angular_losses.InterTopKLoss` and by 0.01 % at most in "v2" of
-:class:`angular_losses.SphereFaceRLoss`; nearer still, that class's part of the gradient is lost: 71
-and 6 % in the first two. In float64 all were right to 2e-6 down to 1e-5 rad. For example::
+:class:`angular_losses.SphereFaceRLoss`; at smaller angles the contribution of that class to
+the gradient is lost: 71 and 6 % in the first two. In float64 all errors were below 2e-6 down to
+1e-5 rad. For example::
 
     margin_softmax_loss(
         embeddings, weight, labels, scale=64.0,
@@ -19,7 +20,7 @@ and 6 % in the first two. In float64 all were right to 2e-6 down to 1e-5 rad. Fo
         negatives=lambda cosine, target: mv_softmax(cosine, target, 0.2),
     )
 
-A negative is *hard* where its cosine is above the target's logit, margin included.
+A negative is *hard* where its cosine exceeds the target logit, margin included.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def mv_softmax(
 
 
 def npcface(cosine: Tensor, target: Tensor, t: float = 1.1, a: float = 0.2) -> Tensor:
-    r"""NPCFace: a hard negative is stretched and raised.
+    r"""NPCFace: a hard negative is scaled and shifted.
 
     .. math:: t\,c + a \text{ where hard, else } c
 
@@ -116,11 +117,11 @@ def npcface(cosine: Tensor, target: Tensor, t: float = 1.1, a: float = 0.2) -> T
 
 
 def circle(cosine: Tensor, m: float) -> Tensor:
-    r"""Circle loss: each negative at its own pace, faster the nearer it is.
+    r"""Circle loss: each negative is weighted by its distance from its optimum.
 
     .. math:: [c + m]_+\,(c - m)
 
-    with the first factor taken as a constant by the gradient, as the paper has it.
+    with the first factor treated as a constant in the gradient, as in the paper.
 
     Args:
         cosine: (K, N).
@@ -141,16 +142,16 @@ def circle(cosine: Tensor, m: float) -> Tensor:
 
 
 def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: bool = True) -> Tensor:
-    r"""Inter-top-k: the nearest negatives are brought nearer still by a penalty.
+    r"""Inter-top-k: a penalty increases the logits of the nearest negatives.
 
     .. math:: \cos(\theta - m) \text{ (angular) or } c + m,
         \quad \text{where } c \ge \text{threshold}
 
     Args:
         cosine: (K, N).
-        threshold: (N,) the k-th largest cosine of a negative: :func:`nearest`.
+        threshold: (N,) the k-th largest cosine of a negative.
         m: The penalty: radians (angular), or on the cosine.
-        angular: Whether it is taken off the angle.
+        angular: Whether it is subtracted from the angle.
 
     Returns:
         (K, N).
@@ -194,7 +195,7 @@ def linear_angle(cosine: Tensor) -> Tensor:
 
 
 def divided_angle(cosine: Tensor, m: float) -> Tensor:
-    r"""SphereFace-R v2: the margin on the other side, :math:`\cos(\theta / m)`.
+    r"""SphereFace-R v2: the margin applied to the negatives, :math:`\cos(\theta / m)`.
 
     Args:
         cosine: (K, N).
@@ -214,15 +215,15 @@ def divided_angle(cosine: Tensor, m: float) -> Tensor:
 
 
 def _angle(cosine: Tensor) -> Tensor:
-    """acos, and its tangent beyond the last cosines that are more than rounding."""
+    """acos, extended linearly where 1 - abs(cosine) is only rounding."""
     inside, beyond = _inside(cosine)
     return torch.acos(inside) - beyond
 
 
 def _inside(cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """A cosine kept where acos has a finite derivative, and what its tangent adds beyond, or 0.
+    """The cosine clamped to where acos has a finite derivative, and the linear term beyond.
 
-    A clamped cosine alone has the derivative 0 there.
+    A clamped cosine alone would have derivative 0 there.
     """
     largest = 1 - 4 * torch.finfo(cosine.dtype).eps
     beyond = F.softshrink(cosine, largest) / math.sqrt(1 - largest**2)

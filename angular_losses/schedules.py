@@ -1,8 +1,8 @@
-"""Schedules: how much of the margin is in force as training goes on.
+"""Schedules: the share of the margin in force during training.
 
-A loss takes a copy of the schedule that it is given, hands it the margin at each forward pass and
-advances it by one with each training step: a forward pass in training mode with gradients enabled.
-Its step is a buffer, so it is saved and restored with the loss's ``state_dict``.
+A loss copies its schedule, applies it to the margin in each forward pass, and advances it by one in
+each training step: a forward pass in training mode with gradients enabled. The step is a buffer,
+saved and restored with the ``state_dict`` of the loss.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from . import validation
 
 
 class Schedule(nn.Module, ABC):
-    """What all schedules share: the number of training steps taken, as a buffer.
+    """Base class of schedules, with the number of training steps as a buffer.
 
     Attributes:
         step: () int64.
-        is_linear: Whether ``forward`` makes a weighted sum of what ``target`` returns, and so of
-            its derivatives too.
+        is_linear: Whether ``forward`` is a weighted sum of values of ``target``, and so of its
+            derivatives.
     """
 
     step: Tensor
@@ -34,7 +34,7 @@ class Schedule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, target: Callable[[Tensor, float | Tensor], Tensor], theta: Tensor) -> Tensor:
-        """The target logits before scaling at the present step.
+        """The target logits before scaling at the current step.
 
         Args:
             target: A function of theta (N,) and of the share of the margin in force, in [0, 1].
@@ -47,7 +47,7 @@ class Schedule(nn.Module, ABC):
 
 
 class LambdaAnnealing(Schedule):
-    r"""SphereFace's annealing: from the plain cosine towards the margin.
+    r"""SphereFace's annealing: from the plain cosine to the margin.
 
     .. math:: \frac{\lambda\cos\theta + \psi(\theta)}{1 + \lambda}, \qquad
         \lambda = \max\bigl(\lambda_{\min},\ \mathrm{base}\,(1 + \gamma t)^{-\mathrm{power}}\bigr)
@@ -56,9 +56,9 @@ class LambdaAnnealing(Schedule):
 
     Args:
         base: lambda at the first step.
-        gamma: How fast lambda falls.
-        power: Exponent of the fall.
-        minimum: The lambda at which it stops; 0 leaves the pure margin in the end.
+        gamma: The rate at which lambda decreases.
+        power: The exponent of the decrease.
+        minimum: The lower bound of lambda; with 0 it approaches the full margin.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -88,7 +88,7 @@ class LambdaAnnealing(Schedule):
         self.minimum = validation.number("minimum", minimum, 0.0)
 
     def value(self) -> Tensor:
-        """The present lambda, a float32 scalar on the schedule's device."""
+        """The current lambda, a float32 scalar on the schedule's device."""
         return (self.base * (1 + self.gamma * self.step) ** -self.power).clamp(min=self.minimum)
 
     def forward(self, target: Callable[[Tensor, float | Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -103,13 +103,13 @@ class LambdaAnnealing(Schedule):
 
 
 class MarginWarmup(Schedule):
-    r"""Margin warm-up: the margin itself grows linearly, from none to the whole.
+    r"""Margin warm-up: the margin increases linearly from zero to its full value.
 
     At training step t = 0, 1, ... the share :math:`\min(1, t / \mathrm{steps})` of the margin is
-    in force: m grows from 0 (from 1 for multiplicative margins) to its value.
+    in force: m increases from 0 (from 1 for multiplicative margins) to its value.
 
     Args:
-        steps: The number of training steps until the whole margin is in force.
+        steps: The number of training steps until the full margin is in force.
 
     Raises:
         TypeError: If ``steps`` is not an int.
@@ -130,7 +130,7 @@ class MarginWarmup(Schedule):
         self.steps = validation.positive_integer("steps", steps)
 
     def value(self) -> Tensor:
-        """The present share of the margin in [0, 1], a float32 scalar on the schedule's device."""
+        """The current share of the margin in [0, 1], a float32 scalar on the schedule's device."""
         return (self.step / self.steps).clamp(max=1.0)
 
     def forward(self, target: Callable[[Tensor, float | Tensor], Tensor], theta: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training run has to set up right: the scale, and who learns the class centres."""
+"""Utilities for setting up a training: the scale, and the parameter groups of an optimiser."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .losses.centres import ClassCentres
 
 
 def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
-    r"""The scale with which an embedding half-way to its centre reaches a probability.
+    r"""The scale at which an embedding half-way to its centre reaches a given probability.
 
     .. math:: s = \frac{1}{\cos(\pi/4)}\,\log\frac{(C - 1)\,p}{1 - p}
 
-    With all other classes at right angles, a target at 45 degrees then has probability p, where the
-    softmax is steep. For p = 1/2 this is AdaCos's fixed scale, :math:`\sqrt 2\,\log(C - 1)`. A
-    margin moves the target back, so the usual scales (30 to 64) are larger.
+    With all other classes orthogonal, a target at 45 degrees then has probability p. For p = 1/2
+    this is AdaCos's fixed scale, :math:`\sqrt 2\,\log(C - 1)`. A margin decreases the target
+    logit, so usual scales (30 to 64) are larger.
 
     Args:
         num_classes: The number of classes, C >= 3.
@@ -52,25 +52,25 @@ def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
 def parameter_groups(
     *modules: nn.Module, lr: float, weight_decay: float = 0.0, lr_of_losses: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser, with the class centres in one of their own.
+    """Parameter groups for an optimiser, with the class centres in a separate group.
 
-    Centres that the optimiser does not hold never move, and the network fits random directions.
-    Weight decay does nothing to their directions but shrinks their lengths, and so makes every
-    further step turn them more: the group of the losses has none.
+    Centres that are not in the optimiser are not trained, and the network is fitted to random
+    directions. Weight decay does not change their directions but shrinks their lengths, so that
+    every further step rotates them more: the group of the losses has none.
 
     Args:
-        *modules: The network and the loss or losses, in any order; a loss may be inside of another
-            module. A parameter that is in several counts once.
+        *modules: The network and the loss or losses, in any order; a loss may be a submodule.
+            A parameter of several modules is included once.
         lr: The learning rate.
-        weight_decay: That of the network.
+        weight_decay: The weight decay of the network.
         lr_of_losses: The learning rate of centres and biases; ``lr`` by default.
 
     Returns:
-        Two groups, of what is not in a loss and of what is.
+        Two groups, of the parameters outside of losses and of those of the losses.
 
     Raises:
-        TypeError: If one of the modules is none.
-        ValueError: If there is no loss of this package among them, or a number is below 0.
+        TypeError: If an argument is not a module.
+        ValueError: If none of them has a loss of this package, or a number is negative.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""Small validators: a message starts with the argument's name, then says what was expected.
+"""Validation of arguments: messages start with the argument and state what was expected.
 
-None of them synchronises with an accelerator: shapes, dtypes and devices are known on the host, and
-label values are asserted on the device that holds them.
+None of these functions synchronises with an accelerator: shapes, dtypes and devices are available
+on the host, and label values are asserted on the device.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def angular_margin(name: str, value: object) -> float:
 
 
 def cosine_margin(name: str, value: object) -> float:
-    """Return a margin that is taken off the cosine: in [0, 2). Raises as :func:`number`."""
+    """Return a margin that is subtracted from the cosine: in [0, 2). Raises as :func:`number`."""
     return number(name, value, 0.0, 2.0)
 
 
@@ -77,14 +77,16 @@ def share(name: str, value: object) -> float:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """Return ``value``, whatever Python takes for an index, as an int when it is at least 1.
+    """Return ``value``, anything with ``__index__``, as an int when it is at least 1.
 
     Raises:
         TypeError: If ``value`` is not an integer.
         ValueError: If it is below 1.
     """
+    found: int | None
     try:
-        found = operator.index(cast(SupportsIndex, value))
+        # Under torch.compile operator.index would make a constant of a size that changes.
+        found = value if isinstance(value, int) else operator.index(cast(SupportsIndex, value))
     except TypeError:
         found = None
     if found is None or isinstance(value, bool):
@@ -126,7 +128,7 @@ def floating(
 
 
 def width(name: str, value: Tensor, size: int, num_classes: int) -> None:
-    """Raise ValueError unless ``value`` (N, d) is as wide as the class centres, of ``size``."""
+    """Raise ValueError unless ``value`` (N, d) has the dimension ``size`` of the class centres."""
     if value.shape[1] == size:
         return
     guess = ""
@@ -161,7 +163,7 @@ def class_counts(name: str, value: object, num_classes: int | None = None) -> Te
 
     Raises:
         TypeError: If ``value`` is neither a tensor nor a sequence of numbers.
-        ValueError: If its shape is another, or a class has no sample.
+        ValueError: If the shape does not fit, or a class has no sample.
     """
     value = of_classes(name, value)
     if value.dim() != 1 or value.numel() == 0 or num_classes not in (None, len(value)):
@@ -181,23 +183,23 @@ def batch(
     sub_centers: int = 1,
     num_classes: int | None = None,
 ) -> Tensor | None:
-    """Raise unless embeddings (N, d), weight (C, d) and labels (N,) belong together.
+    """Raise unless embeddings (N, d), weight (C, d) and labels (N,) are consistent.
 
-    With sub-centres the weight is (C * sub_centers, d). Where it holds but some of the classes, or
-    none, ``num_classes`` says how many there are.
+    With sub-centres the weight is (C * sub_centers, d). If it is a shard of the classes,
+    ``num_classes`` is their total number.
 
-    On the CPU a label out of range raises at once. On other devices, and under ``torch.compile``,
-    it is asserted where the labels live, without a synchronisation; on MPS until torch 2.13, which
-    has no such operator, it raises at once too, and is not looked at under ``torch.compile``.
-    Inside a ``torch.func`` transform label values cannot be read; the lookup of the class centre
-    raises instead.
+    On the CPU a label out of range raises immediately. On other devices, and under
+    ``torch.compile``, it is asserted on the device without a synchronisation; on MPS before torch
+    2.13, which has no such operator, it raises immediately too, and is not checked under
+    ``torch.compile``. Inside a ``torch.func`` transform label values cannot be read; the lookup of
+    the class centre raises instead.
 
     Returns:
-        Which labels are not ``ignore_index``, (N,); None where it is known that all are not.
+        A mask (N,) of the labels that are not ``ignore_index``; None if certainly none is.
 
     Raises:
         TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
-        ValueError: If a shape, a device or a label is out of place.
+        ValueError: If shapes or devices do not fit, or a label is out of range.
     """
     floating("embeddings", embeddings, "N", "d")
     floating("weight", weight, "C", "d", device=embeddings.device)
@@ -230,14 +232,14 @@ _INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint8, torch.uint16, torch.uint32),
 )
-# Devices on which nothing can be asserted without waiting: MPS, until torch 2.13.
+# Devices without asynchronous assertions: MPS before torch 2.13.
 _WITHOUT_ASSERT: tuple[str, ...] = ("mps",)
 if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", "MPS"):
     _WITHOUT_ASSERT = ()
 
 
-# What the options are called here, by what they are called elsewhere.
-ELSEWHERE = {
+# Names of options in other libraries, with the name here.
+SYNONYMS = {
     "s": "scale",
     "m": "margin",
     "gamma": "scale",
@@ -253,8 +255,8 @@ ELSEWHERE = {
 
 
 def unknown_options(cls: type[nn.Module], unknown: Iterable[str]) -> TypeError:
-    """The error for options that a module does not take, with what may have been meant."""
-    known = [
+    """The error for options that a module does not have, with suggestions."""
+    options = [
         name
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
         for name, parameter in inspect.signature(base).parameters.items()
@@ -262,9 +264,13 @@ def unknown_options(cls: type[nn.Module], unknown: Iterable[str]) -> TypeError:
     ]
     lines = []
     for name in unknown:
-        meant = [ELSEWHERE[name]] if ELSEWHERE.get(name) in known else []
-        meant = meant or difflib.get_close_matches(name, known, 1) or sorted(set(known))
-        lines.append(f"{name}: {cls.__name__} has no such option, expected {' or '.join(meant)}")
+        suggestions = [SYNONYMS[name]] if SYNONYMS.get(name) in options else []
+        suggestions = (
+            suggestions or difflib.get_close_matches(name, options, 1) or sorted(set(options))
+        )
+        lines.append(
+            f"{name}: {cls.__name__} has no such option, expected {' or '.join(suggestions)}"
+        )
     return TypeError("\n".join(lines))
 
 
@@ -276,18 +282,18 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there is anything to read: not on the meta device, nor where a graph is traced."""
+    """Whether the tensor has values: not on the meta device, nor while tracing a graph."""
     is_traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
     return not (is_traced or tensor.is_meta)
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether values can be read without waiting for a device."""
+    """Whether values can be read without synchronising with a device."""
     return tensor.device.type == "cpu" and has_values(tensor) and not is_transformed(tensor)
 
 
 def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
-    labels = labels.long()  # in a narrower type the other numbers would wrap around
+    labels = labels.long()  # a narrower type would overflow
     if (
         is_readable(labels)
         and (ignore_index is None or ignore_index < 0)

@@ -1,4 +1,4 @@
-"""Errors of the target logit and its gradient beside pytorch-metric-learning's, on the same inputs.
+"""Errors of the target logit and its gradient, compared with pytorch-metric-learning's.
 
     python -m benchmarks.accuracy
 

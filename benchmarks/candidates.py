@@ -1,4 +1,4 @@
-"""What is measured: one training step (forward and backward) of each way to compute the loss.
+"""The implementations measured: one training step (forward and backward) of each.
 
 Every builder takes the same embeddings (N, d), class centres (C, d), labels (N,) and whether the
 products are in bfloat16, and returns the step as a function without arguments.

@@ -1,4 +1,4 @@
-"""The pictures and numbers of docs/diagnostics.md: one toy training, healthy and made ill.
+"""The figures and numbers of docs/how_to/diagnostics.md: a good training and four others.
 
 python -m benchmarks.diagnostics docs/images
 """
@@ -12,16 +12,16 @@ import angular_losses as al
 from angular_losses import diagnostics
 
 CLASSES, INPUTS, SIZE, BATCH = 40, 64, 16, 128
-# A class of this rank is so many times rarer than the first one.
+# The frequency of each class relative to the one before.
 RARITY = 0.93
-TWINS = (3, 17)  # in "twins" these two are one class under two labels
+DUPLICATES = (3, 17)  # in "duplicate_class" these two labels are one class
 
 
-def batches(steps, *, twins=False, noise=0.5):
+def batches(steps, *, duplicates=False, noise=0.5):
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLASSES, INPUTS, generator=generator)
-    if twins:
-        means[TWINS[1]] = means[TWINS[0]]
+    if duplicates:
+        means[DUPLICATES[1]] = means[DUPLICATES[0]]
     shares = RARITY ** torch.arange(CLASSES)
     for _ in range(steps):
         labels = torch.multinomial(shares, BATCH, replacement=True, generator=generator)
@@ -56,11 +56,11 @@ def arcface(margin=0.3, scale=16.0, **options):
 
 
 RUNS = {
-    "healthy": (arcface(), {}),
+    "good": (arcface(), {}),
     "small_scale": (arcface(scale=2.0), {}),
     "large_margin": (arcface(margin=1.4), {}),
     "warmed_up": (arcface(margin=1.4, schedule=al.MarginWarmup(1000)), {}),
-    "twins": (arcface(), {"twins": True}),
+    "duplicate_class": (arcface(), {"duplicates": True}),
 }
 
 
@@ -76,19 +76,26 @@ def main():
         monitor, snapshots[name] = train(loss, **data)
         numbers = monitor.history[-1]
         print("|", name, "|", " | ".join(f"{numbers[column]:.3f}" for column in COLUMNS), "|")
-        if name in ("healthy", "large_margin", "twins"):
+        if name in ("good", "large_margin", "duplicate_class"):
             save(monitor.figures(snapshots[name])["angles"], f"angles_{name}")
-        if name in ("healthy", "large_margin"):
+        if name in ("good", "large_margin"):
             save(diagnostics.plot_history(monitor.history), f"history_{name}")
-    healthy, twins = snapshots["healthy"], snapshots["twins"]
-    save(diagnostics.plot_margin(lambda theta: al.arcface(theta, 0.3), healthy.target), "margin")
-    save(diagnostics.plot_gradient_norms(twins.gradient_norm, twins.rows), "gradient_norms_twins")
-    separation = diagnostics.centre_separation(RUNS["twins"][0].weight)
-    save(diagnostics.plot_separation(separation, margin=0.3), "separation_twins")
+    good, duplicates = snapshots["good"], snapshots["duplicate_class"]
+    save(diagnostics.plot_margin(lambda theta: al.arcface(theta, 0.3), good.target), "margin")
+    save(
+        diagnostics.plot_gradient_norms(duplicates.gradient_norm, duplicates.rows),
+        "gradient_norms_duplicate_class",
+    )
+    separation = diagnostics.centre_separation(RUNS["duplicate_class"][0].weight)
+    save(diagnostics.plot_separation(separation, margin=0.3), "separation_duplicate_class")
     collapsed = diagnostics.collapsed_classes(separation, angle=0.3)
     print("collapsed", collapsed.pairs.tolist(), collapsed.angles.rad2deg().tolist())
-    print("violations", twins.violation_rate[list(TWINS)].tolist())
-    print("gradients", twins.gradient_norm[list(TWINS)].tolist(), twins.gradient_norm.median())
+    print("violations", duplicates.violation_rate[list(DUPLICATES)].tolist())
+    print(
+        "gradients",
+        duplicates.gradient_norm[list(DUPLICATES)].tolist(),
+        duplicates.gradient_norm.median(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time and memory of the margin softmax beside its peers: tables and a picture for the docs.
+"""Time and memory of the margin softmax, compared with other libraries, for the docs.
 
     python -m benchmarks.engine
 
 Runs the benchmarks of `test_speed.py`, measures the memory of each candidate in a process of its
 own, and then time and memory as the numbers of classes and rows grow. Writes every number to
-docs/engine_results.json, the tables to docs/engine_results.md and the picture to
+engine_results.json and the tables to engine_results.md in docs/benchmarks, and the picture to
 docs/images/engine.png. Takes about half an hour on two cores; leave the machine alone meanwhile.
 """
 
@@ -71,8 +71,8 @@ def main():
         print(json.dumps({name: case}), flush=True)
     results["by classes"] = [growth(sizes) for sizes in BY_CLASSES]
     results["by rows"] = [growth(sizes) for sizes in BY_ROWS]
-    (DOCS / "engine_results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (DOCS / "engine_results.md").write_text(tables(results))
+    (DOCS / "benchmarks" / "engine_results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (DOCS / "benchmarks" / "engine_results.md").write_text(tables(results))
     picture(results).savefig(DOCS / "images" / "engine.png", dpi=150)
 
 

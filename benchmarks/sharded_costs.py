@@ -1,9 +1,10 @@
-"""What a step with sharded classes sends and holds: a model of it, and measurements beside it.
+"""Memory and communication of a step with sharded classes: a model, and measurements.
 
     python -m benchmarks.sharded_costs
 
 Measures small cases with one rank and two, on the CPU with gloo, in a minute or two; writes every
-number to docs/sharding_results.json and prints the tables of docs/sharding.md.
+number to distributed_results.json in docs/benchmarks and prints the tables of its
+distributed_training.md.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from angular_losses import ArcFaceLoss, plan
 from angular_losses.distributed import shard, shard_optimizer
 
-RESULTS = Path(__file__).parent.parent / "docs" / "sharding_results.json"
+RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "distributed_results.json"
 FLOAT, DOUBLE, INTEGER = 4, 8, 8  # bytes
 HEADER = 512  # bytes of a rank's message before its rows
 # What an optimiser keeps of a weight, and what its step takes beside that, in copies of the weight.

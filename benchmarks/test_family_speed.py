@@ -1,9 +1,9 @@
-"""Time of one training step of each loss of the family beside its three matrix products.
+"""Time of one training step of each loss, relative to its three matrix products.
 
     GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776 \
         python -m pytest benchmarks/test_family_speed.py --benchmark-enable -W default -s
 
-prints the table of docs/losses.md. Rounds and ratios are those of test_speed.py.
+prints the table of docs/benchmarks/speed.md. Rounds and ratios are those of test_speed.py.
 """
 
 import statistics

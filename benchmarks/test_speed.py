@@ -1,4 +1,4 @@
-"""Time of one training step beside that of its three matrix products: `make bench`.
+"""Time of one training step, relative to its three matrix products: `make bench`.
 
 A row of the table is one benchmark. Each of its rounds runs every candidate once, one after the
 other, so that what else the machine does falls on all alike; ratios are of medians of the process's

@@ -41,9 +41,9 @@ def metadata(wheel):
 
 def test_the_wheel_is_the_package(wheel):
     package = {
-        f"angular_losses/{path.name}"
-        for path in (ROOT / "angular_losses").iterdir()
-        if path.is_file()
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "angular_losses").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
     }
     assert "angular_losses/py.typed" in package
     of_wheel = {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}

@@ -1,7 +1,7 @@
-"""What a person looks at while training: angles, margins, centres and gradients, class by class.
+"""Training diagnostics: angles, margins, class centres and gradients, in total and per class.
 
-:class:`AngularMonitor` collects them as the training goes on; the functions it is made of, and the
-plots, are here too. Angles are in radians, on plots in degrees as well.
+:class:`AngularMonitor` collects them during training; the underlying functions and the plots are
+available too. Angles are in radians; plots have axes in degrees and radians.
 """
 
 from .measures import BatchAngles as BatchAngles

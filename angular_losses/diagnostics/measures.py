@@ -1,6 +1,6 @@
-"""What a batch and the class centres look like in angles: pure functions, all in radians.
+"""Angular measures of batches and class centres: pure functions, in radians.
 
-None of those that take a batch holds an (N, C) matrix or waits for an accelerator.
+Those of a batch neither store an (N, C) matrix nor synchronise with an accelerator.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..geometry import directions, target_angle, without_autocast
 from ..margins import MarginFunction
 from .separation import separation_bound
 
-# How many classes and how many cosines are looked at together.
+# The numbers of classes and of cosines computed at a time.
 CLASSES_AT_ONCE, COSINES_AT_ONCE = 8192, 2**22
 ROWS_AT_ONCE = COSINES_AT_ONCE // CLASSES_AT_ONCE
 
 
 class BatchAngles(NamedTuple):
-    """The angles of a batch; made by :func:`batch_angles`.
+    """The angles of a batch, returned by :func:`batch_angles`.
 
     Attributes:
-        target: (N,) angle to the centre of the own class, radians.
+        target: (N,) angle to the centre of the target class, radians.
         nearest: (N,) angle to the nearest centre of another class, radians.
         nearest_class: (N,) the class of that centre, int64.
     """
@@ -37,18 +37,18 @@ class BatchAngles(NamedTuple):
 
     @property
     def gap(self) -> Tensor:
-        """The nearest less the target (N,), above 0 where the row is classified right."""
+        """``nearest - target`` (N,), positive where the row is classified correctly."""
         return self.nearest - self.target
 
 
 class CentreSeparation(NamedTuple):
-    """How far apart the class centres are; made by :func:`centre_separation`.
+    """The separation of the class centres, returned by :func:`centre_separation`.
 
     Attributes:
         nearest: (C,) angle from each class to the nearest other, radians; NaN for a class whose
             centre has no direction (its length is zero, or not finite).
         nearest_class: (C,) that other class, int64.
-        bound: The largest angle that the minimum could be (:func:`separation_bound`).
+        bound: An upper bound of the minimum (:func:`separation_bound`).
     """
 
     nearest: Tensor
@@ -62,10 +62,10 @@ class CentreSeparation(NamedTuple):
 
 
 class CollapsedClasses(NamedTuple):
-    """Which classes cannot be told apart; made by :func:`collapsed_classes`.
+    """Indistinguishable classes, returned by :func:`collapsed_classes`.
 
     Attributes:
-        pairs: (P, 2) classes that lie closer than the threshold, closest first, int64.
+        pairs: (P, 2) pairs of classes closer than the threshold, closest first, int64.
         angles: (P,) the angle between the two, radians.
         without_direction: (E,) classes whose centre is zero or not finite, int64.
     """
@@ -79,26 +79,26 @@ class CollapsedClasses(NamedTuple):
 def batch_angles(
     embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int = 1
 ) -> BatchAngles:
-    r"""The angle of each embedding to its own class, and to the nearest other one.
+    r"""The angles of each embedding to its own class and to the nearest other class.
 
     .. math:: \theta_i = \angle(x_i, w_{y_i}), \qquad
         \theta_i^{\mathrm{nearest}} = \min_{j \ne y_i} \angle(x_i, w_j)
 
-    A class with several centres is as near as the nearest of them. One matrix product (N, d) x
-    (d, C), in chunks of classes, finds the nearest class by its cosine in float32 (float64 for
-    float64 input); the angle is then exact (:func:`angular_losses.target_angle`). Where two classes
-    tie within the product's rounding, 1e-7 in cosine, either is named. A centre that is zero or not
-    finite is nobody's nearest; a row with a NaN has NaN angles.
+    For a class with several centres the nearest one is used. One matrix product (N, d) x (d, C), in
+    chunks of classes, finds the nearest class by its cosine in float32 (float64 for float64 input);
+    the angle is then computed exactly (:func:`angular_losses.target_angle`). If two classes are
+    equal within the rounding of the product, 1e-7 in cosine, either may be returned. A centre that
+    is zero or not finite is never the nearest; a row with a NaN has NaN angles.
 
     Args:
         embeddings: (N, d), floating point.
-        weight: (C, d) class centres, floating point; (C * sub_centers, d), the centres of a class
-            one after another, where a class has several.
+        weight: (C, d) class centres, floating point, or (C * sub_centers, d), with the centres of a
+            class in consecutive rows.
         labels: (N,) integers in [0, C).
-        sub_centers: The number of centres of a class.
+        sub_centers: The number of centres per class.
 
     Returns:
-        :class:`BatchAngles`, float64 (float32 on devices without it), without a graph.
+        :class:`BatchAngles`, float64 (float32 on devices without it), without an autograd graph.
 
     Raises:
         TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
@@ -116,23 +116,23 @@ def batch_angles(
 
 
 def effective_margin(margin: MarginFunction, theta: Tensor) -> Tensor:
-    r"""How many radians a margin asks for beyond the target angle.
+    r"""The effective margin: the angle in radians that a margin adds to the target angle.
 
     .. math:: \varphi(\theta) - \theta, \qquad \text{where}\quad
         \cos\varphi(\theta) = \mathrm{margin}(\theta)
 
-    To the softmax, a row at theta looks like a row without margin at phi; past pi, phi is that of
-    the unrolled cosine (:mod:`angular_losses.margins`). ArcFace asks for m at every angle; CosFace
-    and SphereFace ask for more or less from one angle to another. A row satisfies the margin
-    exactly where its gap (:attr:`BatchAngles.gap`) is larger than this.
+    A row at theta has the target logit of a row without margin at phi; past pi, phi is that of the
+    unrolled cosine (:mod:`angular_losses.margins`). For ArcFace it is m at every angle; for CosFace
+    and SphereFace it depends on the angle. A row satisfies the margin exactly
+    where its gap (:attr:`BatchAngles.gap`) is larger.
 
     Args:
         margin: A function of theta that returns the target logit before scaling.
         theta: Target angles in radians, in [0, pi], as ``margin`` takes them.
 
     Returns:
-        Radians, in the shape and dtype of ``margin(theta)``, without a graph; accurate to 1e-8 in
-        float64. A logit above 1, which no angle has, counts as phi = 0.
+        Radians, in the shape and dtype of ``margin(theta)``, without an autograd graph; accurate to
+        1e-8 in float64. A logit above 1 is treated as phi = 0.
 
     Example:
         >>> from angular_losses import arcface, cosface
@@ -150,13 +150,13 @@ def effective_margin(margin: MarginFunction, theta: Tensor) -> Tensor:
 
 
 def margin_violations(angles: BatchAngles, margin: MarginFunction) -> Tensor:
-    r"""The rows whose margin logit is not above the logit of every other class.
+    r"""The rows whose target logit, margin included, does not exceed all other logits.
 
     .. math:: \mathrm{margin}(\theta_i) \le \cos\theta_i^{\mathrm{nearest}}
 
-    These are the rows that a nearest-centre classifier would get wrong with the margin in force;
-    without a margin, those that it gets wrong. Where a loss reweights its negatives, their plain
-    cosine counts here.
+    These are the rows misclassified by the softmax with the margin; without a margin, those
+    misclassified by the nearest centre. Where a loss reweights negatives, their plain cosines are
+    used here.
 
     Args:
         angles: The angles of a batch (:func:`batch_angles`).
@@ -177,15 +177,15 @@ def margin_violations(angles: BatchAngles, margin: MarginFunction) -> Tensor:
 
 @torch.no_grad()
 def centre_separation(weight: Tensor, sub_centers: int = 1) -> CentreSeparation:
-    """The angle from each class centre to the nearest other, beside the best that could be.
+    """The angle from each class centre to the nearest other, and the bound of the smallest.
 
-    One (C, d) x (d, C) product in blocks: no (C, C) matrix is held, but for C = 100,000 and d = 512
-    it is 10^13 multiplications. A class with several centres is as near as the nearest of them, and
-    its own are not compared with each other.
+    One (C, d) x (d, C) product in blocks, without a (C, C) matrix; for C = 100,000 and d = 512 it
+    takes 10^13 multiplications. For a class with several centres the nearest one is used; centres
+    of one class are not compared with each other.
 
     Args:
         weight: (C, d) class centres, floating point, or (C * sub_centers, d).
-        sub_centers: The number of centres of a class.
+        sub_centers: The number of centres per class.
 
     Returns:
         :class:`CentreSeparation`.
@@ -222,23 +222,23 @@ def centre_separation(weight: Tensor, sub_centers: int = 1) -> CentreSeparation:
 def collapsed_classes(
     separation: CentreSeparation, angle: float = math.radians(5)
 ) -> CollapsedClasses:
-    """The classes whose centres lie closer than an angle, or have no direction.
+    """The classes whose centres are closer than an angle, or have no direction.
 
-    Each class is compared with its nearest other, so a heap of k classes is reported as at least
-    k / 2 pairs, not as all its pairs. A natural threshold is the margin itself
-    (:func:`effective_margin`): no row's gap is larger than the angle between its class and the
-    nearest other, so no row of two classes that are closer than that can satisfy it.
+    Each class is compared with its nearest other only, so a cluster of k classes is reported as at
+    least k / 2 pairs, not as all its pairs. A natural threshold is the margin
+    (:func:`effective_margin`): the gap of a row is at most the angle between its class and the
+    nearest other, so no row of two classes closer than the margin can satisfy it.
 
     Args:
-        separation: Of the centres (:func:`centre_separation`).
+        separation: The separation of the centres (:func:`centre_separation`).
         angle: The threshold in radians, in (0, pi).
 
     Returns:
-        :class:`CollapsedClasses`; this waits for the accelerator.
+        :class:`CollapsedClasses`; this synchronises with the accelerator.
 
     Raises:
         TypeError: If the angle is not a number.
-        ValueError: If it is outside (0, pi), as one in degrees is.
+        ValueError: If it is outside (0, pi), such as one in degrees.
 
     Example:
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.01, 1.0], [0.0, 0.0]])
@@ -250,8 +250,9 @@ def collapsed_classes(
     validation.angular_margin("angle", angle)
     nearest, other = separation.nearest, separation.nearest_class
     close = (nearest < angle).nonzero()[:, 0]
-    pairs = torch.stack([close, other[close]], 1).sort(1).values
-    pairs, inverse = torch.unique(pairs, dim=0, return_inverse=True)
+    first, second = torch.minimum(close, other[close]), torch.maximum(close, other[close])
+    numbers, inverse = torch.unique(first * len(other) + second, return_inverse=True)
+    pairs = torch.stack([numbers // len(other), numbers % len(other)], 1)
     angles = nearest.new_full(pairs.shape[:1], torch.inf)
     angles = angles.scatter_reduce(0, inverse, nearest[close], "amin")
     order = angles.argsort(stable=True)
@@ -259,11 +260,11 @@ def collapsed_classes(
 
 
 def gradient_norm_per_class(gradient: Tensor, sub_centers: int = 1) -> Tensor:
-    """The length of the gradient of each class's centres.
+    """The gradient norm of the centres of each class.
 
     Args:
         gradient: (C, d), floating point, such as ``loss.weight.grad``, or (C * sub_centers, d).
-        sub_centers: The number of centres of a class.
+        sub_centers: The number of centres per class.
 
     Returns:
         (C,), float32 at least.
@@ -287,11 +288,11 @@ def gradient_norm_per_class(gradient: Tensor, sub_centers: int = 1) -> Tensor:
 
 
 def angle_histogram(theta: Tensor, bins: int = 180) -> Tensor:
-    """Count angles in equal bins over [0, pi], without waiting for an accelerator.
+    """Histogram of angles over [0, pi], without synchronising with an accelerator.
 
     Args:
-        theta: (N,) angles in radians, floating point; NaN is left out.
-        bins: The number of bins; by default one a degree.
+        theta: (N,) angles in radians, floating point; NaN is ignored.
+        bins: The number of bins; by default one per degree.
 
     Returns:
         (bins,), int64.
@@ -313,14 +314,14 @@ def angle_histogram(theta: Tensor, bins: int = 180) -> Tensor:
 
 
 def histogram_quantile(counts: Tensor, share: float) -> float:
-    """The angle below which a share of what a histogram counted lies, to within a bin's width.
+    """A quantile of a histogram of angles, accurate to the width of a bin.
 
     Args:
         counts: (bins,) counts over [0, pi] (:func:`angle_histogram`).
         share: In [0, 1].
 
     Returns:
-        Radians; NaN where nothing was counted.
+        Radians; NaN for an empty histogram.
 
     Example:
         >>> histogram_quantile(torch.tensor([0, 4]), 0.5) == 0.75 * math.pi
@@ -349,7 +350,7 @@ def _nearest_other_class(rows: Tensor, weight: Tensor, classes: Tensor, sub_cent
             cosines = _cosines(unit, directions(centres, dtype))
             if sub_centers > 1:
                 cosines = cosines.view(len(rows), len(centres) // sub_centers, sub_centers).amax(2)
-            # A class that is not in this chunk writes back what is there.
+            # A class outside of this chunk writes back the existing value.
             column = (classes - start).clamp(0, cosines.shape[1] - 1)[:, None]
             is_own = column + start == classes[:, None]
             own = cosines.gather(1, column).masked_fill(is_own, -torch.inf)
@@ -366,7 +367,7 @@ def _cosines(unit: Tensor, centres: Tensor) -> Tensor:
 
 
 def _has_direction(unit: Tensor) -> Tensor:
-    """Whether a direction is one: neither zero nor NaN."""
+    """Whether a normalised vector is neither zero nor NaN."""
     return unit.square().sum(-1) > 0.5
 
 

@@ -1,4 +1,4 @@
-"""The monitor: what a person looks at while training, collected step by step."""
+"""The monitor, which collects the measures during training."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .. import collectives, validation
 from ..engine.placement import WHOLE
 from ..geometry import precise_dtype
 from ..losses.centres import ClassCentres
+from ..losses.state import is_in_backward
 from .measures import (
     angle_histogram,
     batch_angles,
@@ -31,23 +32,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 180
-# More than rounding on different devices makes of the same centres.
-APART = 1e-5
-# The sums kept of each class, in the order of their rows.
+# Above the rounding differences of equal centres on different devices.
+TOLERANCE = 1e-5
+# The rows of the sums per class.
 ROWS, TARGET, NEAREST, MARGIN, VIOLATIONS, ERRORS, NOT_FINITE, GRADIENT = range(8)
 
 
 class Snapshot(NamedTuple):
-    """What a monitor has collected, on the CPU; made by :meth:`AngularMonitor.snapshot`.
+    """The data of a monitor, on the CPU, returned by :meth:`AngularMonitor.snapshot`.
 
     Attributes:
-        numbers: What :meth:`AngularMonitor.summary` returns.
-        target: (180,) counts of the target angles, a bin a degree.
-        nearest: (180,) counts of the angles to the nearest other class.
-        rows: (C,) rows seen of each class.
-        target_mean: (C,) mean target angle of each class, radians; NaN where no row was seen.
-        violation_rate: (C,) share of each class's rows that violate the margin.
-        gradient_norm: (C,) mean gradient norm of each class's centre; NaN where none was seen.
+        numbers: The metrics of :meth:`AngularMonitor.summary`.
+        target: (180,) histogram of the target angles, one bin per degree.
+        nearest: (180,) histogram of the angles to the nearest other class.
+        rows: (C,) number of rows of each class.
+        target_mean: (C,) mean target angle of each class, radians; NaN for classes without rows.
+        violation_rate: (C,) share of the rows of each class that violate the margin.
+        gradient_norm: (C,) mean gradient norm of the centre of each class; NaN without gradients.
     """
 
     numbers: dict[str, float]
@@ -60,32 +61,33 @@ class Snapshot(NamedTuple):
 
 
 class AngularMonitor:
-    """Collects angles, violations and gradients while a loss trains, without waiting for a GPU.
+    """Collects angles, margin violations and gradients during training, without synchronising.
 
     ::
 
         monitor = AngularMonitor(loss, every=10)
-        with monitor.attach():                        # or call update yourself
+        with monitor.attach():                        # or call update explicitly
             for step, (images, labels) in enumerate(batches):
                 loss(network(images), labels).backward()
                 ...
                 if step % 1000 == 999:
                     print(monitor.log(step, writer))  # a dict; starts the next window
 
-    A sampled step costs one (N, d) x (d, C) product in float32, where the loss takes three or four,
-    and one pass over the gradient of the centres. Sums and histograms are kept on the loss's
-    device, 64 bytes a class; only :meth:`snapshot`, :meth:`summary` and :meth:`log` wait for it.
+    A measured step costs one (N, d) x (d, C) product in float32, where the loss takes three or
+    four, and one pass over the gradient of the centres. Sums and histograms are stored on the
+    device of the loss, 64 bytes per class; only :meth:`snapshot`, :meth:`summary` and :meth:`log`
+    synchronise with it.
 
     Args:
-        loss: The loss to watch, one of this package or of its
-            :mod:`~angular_losses.integrations.pytorch_metric_learning`; it is not changed.
-        every: Look at every k-th batch only.
+        loss: A loss of this package, including
+            :mod:`~angular_losses.integrations.pytorch_metric_learning`; it is not modified.
+        every: Measure only every k-th batch.
 
     Attributes:
         history: The dicts that :meth:`log` returned, for :func:`plot_history`.
 
     Raises:
-        TypeError: If the loss is none of those, or ``every`` no int.
+        TypeError: If the loss is not one of those, or ``every`` not an int.
         ValueError: If the loss has fewer than two classes, or ``every`` is below 1.
 
     Example:
@@ -102,7 +104,7 @@ class AngularMonitor:
         if not isinstance(loss, ClassCentres):
             raise TypeError(f"loss: expected a MarginLoss, got {loss!r}")
         if getattr(loss, "shard", WHOLE) != WHOLE:
-            raise TypeError("loss: expected a whole loss; unshard(loss) makes one")
+            raise TypeError("loss: expected an unsharded loss, use unshard(loss)")
         if loss.num_classes < 2:
             raise ValueError(f"loss: expected at least 2 classes, got {loss.num_classes}")
         self.loss = loss
@@ -113,15 +115,15 @@ class AngularMonitor:
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Count a batch, with the margin that is in force now; does not wait for a GPU.
+        """Measure a batch with the current margin; does not synchronise.
 
         Args:
             embeddings: (N, d), floating point.
-            labels: (N,) integers in [0, C), or the loss's ``ignore_index``: such rows are left out.
+            labels: (N,) integers in [0, C), or the loss's ``ignore_index``: such rows are ignored.
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If a shape, a device or a label is out of place.
+            ValueError: If shapes or devices do not fit, or a label is out of range.
         """
         self._batches += 1
         if not self._is_sampled():
@@ -153,11 +155,11 @@ class AngularMonitor:
 
     @torch.no_grad()
     def update_gradients(self, gradient: Tensor) -> None:
-        """Count the gradient of the class centres, where the batch seen last was sampled.
+        """Measure the gradient of the class centres, if the last batch was measured.
 
         Args:
-            gradient: As the loss's weight, such as ``loss.weight.grad`` after ``backward`` (``W``
-                where that is the name); mind that a ``GradScaler`` scales it.
+            gradient: In the shape of the loss's weight, such as ``loss.weight.grad`` after
+                ``backward`` (``W`` in pytorch-metric-learning); a ``GradScaler`` scales it.
 
         Raises:
             TypeError: If the gradient is not a floating-point tensor.
@@ -172,13 +174,13 @@ class AngularMonitor:
         gradients_seen += 1
 
     def attach(self) -> ExitStack:
-        """Let the loss itself call the two updates, in training mode.
+        """Register hooks, so that the loss calls both updates in training mode.
 
-        The margin counted is the one that a schedule has in force for that batch; where a margin
-        follows running statistics of the embeddings, it is that before the batch was observed.
+        The margin is that of the schedule for the batch; if it depends on running statistics of the
+        embeddings, it is that before the update by the batch.
 
         Returns:
-            A context manager; leaving it, or its ``close()``, detaches the monitor again.
+            A context manager; its exit, or its ``close()``, removes the hooks.
         """
         hooks = ExitStack()
         loss = cast(nn.Module, self.loss)
@@ -189,29 +191,29 @@ class AngularMonitor:
         return hooks
 
     def reset(self) -> None:
-        """Forget what was counted, but not ``history``."""
+        """Discard the collected data, but not ``history``."""
         self._sums = None
 
     def snapshot(self, *, across_ranks: bool = True) -> Snapshot:
-        """All that was counted since the last reset; waits for the device, once.
+        """The data since the last reset; synchronises once.
 
         Args:
-            across_ranks: Sum over all ranks where ``torch.distributed`` is initialised, which all
-                of them have to call then, and warn if their class centres differ; False: this
-                rank's own.
+            across_ranks: Reduce over all ranks where ``torch.distributed`` is initialised, and warn
+                if their class centres differ; all ranks have to call it then. False: this rank
+                only.
 
         Returns:
             :class:`Snapshot`.
         """
         sums = self._sums_on(self.loss.centres.device)
-        apart = sums.new_zeros(())
+        divergence = sums.new_zeros(())
         if across_ranks:
-            sums, apart = collectives.total(sums), self._apart()
-        counted = torch.cat([sums, apart[None]]).cpu()
-        if counted[-1] > APART:
+            sums, divergence = collectives.total(sums), self._divergence()
+        counted = torch.cat([sums, divergence[None]]).cpu()
+        if counted[-1] > TOLERANCE:
             warnings.warn(
-                "weight: the class centres differ between processes; wrap the loss as the network "
-                "is (DistributedDataParallel, accelerator.prepare), or shard it",
+                "weight: the class centres differ between processes; wrap the loss like the "
+                "network (DistributedDataParallel, accelerator.prepare), or shard it",
                 stacklevel=2,
             )
         (target, nearest), per_class, gradients_seen = self._views(counted[:-1])
@@ -238,24 +240,24 @@ class AngularMonitor:
         return Snapshot(numbers, target, nearest, rows, *of_classes, norms)
 
     def summary(self, *, centres: bool = False, across_ranks: bool = True) -> dict[str, float]:
-        """The numbers of a :meth:`snapshot`.
+        """The metrics of a :meth:`snapshot`.
 
-        Angles are radians; a number of which nothing was seen is NaN.
+        Angles are in radians; metrics without data are NaN.
 
-        - ``rows``, ``classes_seen``: how many rows, of how many classes, were counted.
-        - ``not_finite``: rows with a NaN or infinity; they are counted nowhere else.
+        - ``rows``, ``classes_seen``: the numbers of rows and of classes.
+        - ``not_finite``: rows with a NaN or infinity, excluded from all other metrics.
         - ``target_mean``, ``target_median``, ``nearest_mean``, ``nearest_median``: angles to the
-          own class and to the nearest other one; medians to within 1 degree (0.017).
-        - ``margin_mean``: what the margin asks for (:func:`effective_margin`).
-        - ``violation_rate``, ``error_rate``: share of the rows on the wrong side of the boundary
-          with the margin (:func:`margin_violations`) and without it.
+          own class and to the nearest other one; medians accurate to 1 degree (0.017).
+        - ``margin_mean``: the effective margin (:func:`effective_margin`).
+        - ``violation_rate``, ``error_rate``: share of misclassified rows with the margin
+          (:func:`margin_violations`) and without it.
         - ``gradient_norm_mean``, ``gradient_norm_max``: over the classes, of the mean over batches.
         - With ``centres``: ``separation_min``, ``separation_bound``, ``collapsed_pairs`` and
           ``without_direction`` of :func:`centre_separation` and :func:`collapsed_classes`.
 
         Args:
-            centres: Compare the class centres too: a (C, d) x (d, C) product, as much as C / N
-                batches.
+            centres: Include the separation of the class centres: a (C, d) x (d, C) product, the
+                cost of C / N batches.
             across_ranks: See :meth:`snapshot`.
 
         Returns:
@@ -272,22 +274,22 @@ class AngularMonitor:
         centres: bool = False,
         figures: bool = False,
     ) -> dict[str, float]:
-        """Summarise the batches since the last log, write that down, and start anew.
+        """Summarise and write the batches since the last log, and reset.
 
         Args:
             step: The training step, for the writer's axis and for ``history``.
-            writer: A ``SummaryWriter`` of TensorBoard or one alike: scalars go to its
-                ``add_scalar``, the distributions of angles (degrees) to its ``add_histogram`` and
-                figures to its ``add_figure``, where it has them.
+            writer: A ``SummaryWriter`` of TensorBoard or a similar object: scalars are written with
+                ``add_scalar``, the distributions of angles (degrees) with ``add_histogram`` and
+                figures with ``add_figure``, if it has these methods.
             centres: See :meth:`summary`.
-            figures: Draw the figures too, which needs matplotlib.
+            figures: Write figures too, which needs matplotlib.
 
         Returns:
-            The :meth:`summary`, with "step"; also the new end of ``history``.
+            The :meth:`summary` with "step", which is also appended to ``history``.
 
         Raises:
             TypeError: If the writer has no ``add_scalar``.
-            ImportError: If figures are asked for and matplotlib is not installed.
+            ImportError: If figures are requested and matplotlib is not installed.
         """
         if writer is not None and not hasattr(writer, "add_scalar"):
             raise TypeError(f"writer: expected an object with add_scalar, got {writer!r}")
@@ -300,13 +302,13 @@ class AngularMonitor:
         return self.history[-1]
 
     def figures(self, snapshot: Snapshot | None = None) -> dict[str, Figure]:
-        """The figures of what was counted: "angles", and "gradient_norms" if there were any.
+        """Figures of a snapshot: "angles", and "gradient_norms" if there are gradients.
 
         Args:
-            snapshot: What to draw; the present one by default.
+            snapshot: The data; by default the current snapshot.
 
         Returns:
-            A dict of matplotlib figures, empty where nothing was counted.
+            A dict of matplotlib figures, empty without data.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -322,13 +324,13 @@ class AngularMonitor:
         return drawn
 
     def _is_sampled(self) -> bool:
-        """Whether the batch seen last is one of those looked at."""
+        """Whether the last batch is measured."""
         return max(self._batches - 1, 0) % self.every == 0
 
     def _before_forward(
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        if loss.training:
+        if loss.training and not is_in_backward():  # where checkpointing runs a pass again
             given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
             self.update(given["embeddings"], given["labels"])
 
@@ -337,23 +339,23 @@ class AngularMonitor:
             self.update_gradients(gradient)
 
     def _sums_on(self, device: torch.device) -> Tensor:
-        """All that is counted, in one tensor: one all_reduce and one copy to the host move it."""
+        """All sums in one tensor, for a single all_reduce and a single copy to the host."""
         if self._sums is None or self._sums.device != device:
             size = 2 * BINS + (GRADIENT + 1) * self.loss.num_classes + 1
             self._sums = torch.zeros(size, dtype=precise_dtype(device), device=device)
         return self._sums
 
     def _views(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Histograms (2, bins), sums per class (8, C), and the number of gradients seen."""
+        """Histograms (2, bins), sums per class (8, C), and the number of gradients."""
         histograms = sums[: 2 * BINS].view(2, BINS)
         per_class = sums[2 * BINS : -1].view(GRADIENT + 1, self.loss.num_classes)
         return histograms, per_class, sums[-1]
 
-    def _apart(self) -> Tensor:
-        """How far the processes' centres are apart, a scalar; 0 where they are the same."""
+    def _divergence(self) -> Tensor:
+        """The relative difference of the centres between processes, a scalar; 0 if equal."""
         centres = self.loss.centres.detach()
         precise = precise_dtype(centres.device)
-        if hasattr(centres, "full_tensor"):  # a DTensor, of fully_shard: parts of one tensor
+        if hasattr(centres, "full_tensor"):  # a DTensor of fully_shard: shards of one tensor
             return torch.zeros((), dtype=precise, device=centres.device)
         summed = centres.sum(0, dtype=precise)
         return collectives.spread(summed).amax() / summed.abs().amax()
@@ -382,7 +384,7 @@ def _write(
     if hasattr(writer, "add_histogram") and snapshot.rows.any():
         middles = torch.arange(BINS) + 0.5
         for name, counts in (("target", snapshot.target), ("nearest", snapshot.nearest)):
-            # Writers take values, not counts: so many that no bin's share is off by more.
+            # Writers take values, not counts: about 10,000 values represent the shares.
             share = (counts * min(1.0, 1e4 / float(counts.sum()))).round().long()
             values = middles.repeat_interleave(share)
             writer.add_histogram(f"angular/{name}_degrees", values, step)

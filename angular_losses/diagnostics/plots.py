@@ -1,7 +1,7 @@
-"""The pictures of :mod:`angular_losses.diagnostics`: a function a figure, in degrees and radians.
+"""The plots of :mod:`angular_losses.diagnostics`, one function per figure, in degrees and radians.
 
-Each returns a ``matplotlib.figure.Figure`` that no window, no global state and no other figure
-knows of: ``figure.savefig("angles.png")``, or leave it as the last line of a notebook's cell.
+Each returns a ``matplotlib.figure.Figure`` independent of pyplot's global state:
+``figure.savefig("angles.png")``, or display it as the last expression of a notebook cell.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#666666", "#000000"
 
 
 def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None) -> Figure:
-    """Two histograms: the angle to the own class, and to the nearest other one.
+    """Histograms of the angles to the own class and to the nearest other class.
 
     Args:
-        target: (bins,) counts of the target angles (:func:`angle_histogram`).
-        nearest: (bins,) counts of the angles to the nearest other class.
-        margin: What the margin asks for in radians, such as the mean of :func:`effective_margin`:
-            a line stands so far beyond the median target angle.
+        target: (bins,) histogram of the target angles (:func:`angle_histogram`).
+        nearest: (bins,) histogram of the angles to the nearest other class.
+        margin: The effective margin in radians, such as the mean of :func:`effective_margin`: a
+            line marks the median target angle plus the margin.
 
     Returns:
         The figure.
 
     Raises:
         TypeError: If the counts are not tensors.
-        ValueError: If their shapes differ or nothing was counted.
+        ValueError: If their shapes differ or one is empty.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -55,8 +55,8 @@ def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None)
         _fill(axes, counts, colour, f"{name}, median {median:.1f}°")
         axes.axvline(median, color=colour, linewidth=1.2)
     if margin is not None:
-        asked = math.degrees(validation.number("margin", margin, -math.inf))
-        boundary = math.degrees(histogram_quantile(target, 0.5)) + asked
+        effective = math.degrees(validation.number("margin", margin, -math.inf))
+        boundary = math.degrees(histogram_quantile(target, 0.5)) + effective
         label = f"own class + margin, {boundary:.1f}°"
         axes.axvline(boundary, color=GREY, linestyle=":", label=label)
     axes.set(ylabel="share of rows (%)", ylim=(0, None), title="Angles to the class centres")
@@ -66,19 +66,19 @@ def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None)
 
 
 def plot_margin(margin: MarginFunction, target: Tensor | None = None) -> Figure:
-    """The margin and its slope against the target angle, beside those of the plain cosine.
+    """The margin function and its slope over the target angle, compared with the cosine.
 
     Args:
         margin: A function of theta that returns the target logit before scaling.
-        target: (bins,) counts of target angles (:func:`angle_histogram`), drawn behind: where on
-            the curve the batch is.
+        target: (bins,) histogram of target angles (:func:`angle_histogram`), shown in the
+            background.
 
     Returns:
         The figure.
 
     Raises:
         TypeError: If the counts are not a tensor.
-        ValueError: If nothing was counted, or the margin does not keep theta's shape.
+        ValueError: If the histogram is empty, or the margin does not keep theta's shape.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -112,20 +112,20 @@ def plot_margin(margin: MarginFunction, target: Tensor | None = None) -> Figure:
             axes.fill_between([], [], color=BLUE, alpha=0.3, label="target angles")
             axes.set_zorder(behind.get_zorder() + 1)
             axes.patch.set_visible(False)
-    upper.set(ylabel="target logit before scaling", title="The margin, and how hard it pulls")
+    upper.set(ylabel="target logit before scaling", title="Margin function")
     upper.legend(frameon=False)
     upper.tick_params(labelbottom=False)
-    lower.set_ylabel("pull on the angle (minus the slope)")
+    lower.set_ylabel("negative slope")
     _angle_axis(lower, "target angle θ", radians_on=upper)
     return figure
 
 
 def plot_separation(separation: CentreSeparation, *, margin: float | None = None) -> Figure:
-    """The angle from each class centre to the nearest other, sorted, beside the best possible.
+    """The sorted angles from each class centre to the nearest other, with their bound.
 
     Args:
-        separation: Of the centres (:func:`centre_separation`).
-        margin: What the margin asks for in radians: classes below that line cannot satisfy it.
+        separation: The separation of the centres (:func:`centre_separation`).
+        margin: The effective margin in radians, a line: classes below cannot satisfy it.
 
     Returns:
         The figure.
@@ -147,8 +147,8 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
     bound = math.degrees(separation.bound)
     axes.axhline(bound, color=GREEN, linestyle="--", label=f"bound on the closest, {bound:.1f}°")
     if margin is not None:
-        asked = math.degrees(validation.number("margin", margin, -math.inf))
-        axes.axhline(asked, color=ORANGE, linestyle=":", label=f"the margin asks for {asked:.1f}°")
+        effective = math.degrees(validation.number("margin", margin, -math.inf))
+        axes.axhline(effective, color=ORANGE, linestyle=":", label=f"margin, {effective:.1f}°")
     axes.set(
         xlabel="class, closest first",
         ylabel="angle to the nearest other centre (degrees)",
@@ -162,14 +162,14 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
 
 
 def plot_gradient_norms(norms: Tensor, rows: Tensor | None = None) -> Figure:
-    """The gradient's length class by class: sorted, or against the number of rows.
+    """The gradient norm of each class: sorted, or over the number of rows.
 
     Args:
         norms: (C,) gradient norms (:func:`gradient_norm_per_class`), floating point.
-        rows: (C,) how many rows of each class were seen.
+        rows: (C,) number of rows of each class.
 
     Returns:
-        The figure; classes without a gradient are counted in its title and not drawn.
+        The figure; its title has the number of classes without a gradient, which are omitted.
 
     Raises:
         TypeError: If the norms are not floating-point.
@@ -192,7 +192,7 @@ def plot_gradient_norms(norms: Tensor, rows: Tensor | None = None) -> Figure:
         if rows.shape != norms.shape:
             raise ValueError(f"rows: expected shape {tuple(norms.shape)}, got {tuple(rows.shape)}")
         axes.plot(rows[drawn].tolist(), norms[drawn].tolist(), ".", color=BLUE, alpha=0.6)
-        axes.set(xlabel="rows seen of the class", xlim=(0, None), yscale="log")
+        axes.set(xlabel="rows of the class", xlim=(0, None), yscale="log")
     without = int((~drawn).sum())
     title = "Gradient of the class centres" + (f" ({without} without one)" if without else "")
     axes.set(ylabel="gradient norm of the class's centre", title=title)
@@ -203,7 +203,7 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     """Angles, violations and errors over the steps of a training.
 
     Args:
-        history: What :meth:`AngularMonitor.log` collected: a dict for each logged step.
+        history: ``AngularMonitor.history``: a dict for each logged step.
 
     Returns:
         The figure.
@@ -225,8 +225,8 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     def degrees(name: str) -> list[float]:
         return [math.degrees(numbers[name]) for numbers in history]
 
-    target, asked = degrees("target_median"), degrees("margin_mean")
-    beyond = [angle + extra for angle, extra in zip(target, asked, strict=True)]
+    target, margin = degrees("target_median"), degrees("margin_mean")
+    beyond = [angle + extra for angle, extra in zip(target, margin, strict=True)]
     upper.plot(steps, degrees("nearest_median"), _line(steps), color=ORANGE, label="nearest other")
     upper.plot(steps, beyond, ":", color=GREY, label="own class + margin")
     upper.plot(steps, target, _line(steps), color=BLUE, label="own class")
@@ -240,7 +240,7 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     ):
         rates = [100 * numbers[name] for numbers in history]
         lower.plot(steps, rates, _line(steps), color=colour, label=label)
-    lower.set(xlabel="step", ylabel="rows on the wrong side (%)", ylim=(-2, 102))
+    lower.set(xlabel="step", ylabel="misclassified rows (%)", ylim=(-2, 102))
     lower.legend(frameon=False)
     return figure
 
@@ -268,7 +268,7 @@ def _figure(rows: int = 1) -> tuple[Figure, Any]:
 
 
 def _angle_axis(axes: Axes, label: str, radians_on: Axes | None = None) -> None:
-    """Degrees below; radians above, on the upper panel where there are two."""
+    """Degrees on the lower axis, radians on the upper one (of the upper panel if there are two)."""
     axes.set(xlabel=f"{label} (degrees)", xlim=(0, 180), xticks=range(0, 181, 30))
     above = (radians_on or axes).secondary_xaxis("top", functions=(_radians, _degrees))
     above.set_xticks([k * math.pi / 6 for k in range(7)])
@@ -283,7 +283,7 @@ def _fill(axes: Axes, counts: Tensor, colour: str, label: str) -> None:
 
 
 def _line(points: Sequence[object]) -> str:
-    """A line, with its points where there are few: a single one would have no line to draw."""
+    """The line style, with markers for few points (a single point has no line)."""
     return ".-" if len(points) <= 50 else "-"
 
 

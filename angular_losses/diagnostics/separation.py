@@ -1,4 +1,4 @@
-"""How far apart points on a sphere can be: the best that class centres could do."""
+"""Bounds on the separation of points on a sphere, which class centres cannot exceed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def separation_bound(num_classes: int, embedding_size: int) -> float:
     =====================  ========================================================  ============
 
     Finding the best arrangement itself (the Tammes problem) is open for almost every C and d, so
-    where the bound is not reached, no training can be blamed for the rest.
+    the bound is not always attainable.
 
     Args:
         num_classes: The number of classes, C >= 2.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
 
     Returns:
         An angle in radians that the two closest centres cannot exceed.
@@ -71,7 +71,7 @@ def separation_bound(num_classes: int, embedding_size: int) -> float:
 
 
 def _levenshtein(count: int, size: int) -> float:
-    r"""The cosine below which no C > 2d points can all keep.
+    r"""A lower bound on the largest cosine between two of C > 2d points.
 
     With mu the distribution of one coordinate of a random point of the sphere and v = (p_0(1), ...)
     its orthonormal polynomials at 1, Levenshtein's cosine is the largest node of the quadrature of
@@ -83,8 +83,10 @@ def _levenshtein(count: int, size: int) -> float:
         order += 1
     nodes = (order + 1) // 2
     degree = torch.arange(1, nodes + 1, dtype=torch.float64)
-    beside = degree * (degree + size - 3) / ((2 * degree + size - 2) * (2 * degree + size - 4))
-    jacobi = torch.diag(beside.sqrt(), 1) + torch.diag(beside.sqrt(), -1)
+    off_diagonal = (
+        degree * (degree + size - 3) / ((2 * degree + size - 2) * (2 * degree + size - 4))
+    )
+    jacobi = torch.diag(off_diagonal.sqrt(), 1) + torch.diag(off_diagonal.sqrt(), -1)
     squares = [_harmonics(j, size) for j in range(nodes)]
     at_one = torch.tensor(squares, dtype=torch.float64).sqrt()
     removed = torch.outer(at_one, at_one) / count
@@ -105,7 +107,7 @@ def _largest_eigenvalue(matrix: Tensor, metric: Tensor) -> float:
 
 
 def _fewest_points_of_a_design(strength: int, size: int) -> int:
-    """Delsarte, Goethals and Seidel's bound: where one degree of quadrature gives way to the next.
+    """Delsarte, Goethals and Seidel's lower bound on the size of a spherical design.
 
     Reference: "Spherical Codes and Designs", 1977, theorems 5.11 and 5.12.
     """
@@ -116,6 +118,6 @@ def _fewest_points_of_a_design(strength: int, size: int) -> int:
 
 
 def _harmonics(degree: int, size: int) -> int:
-    """How many spherical harmonics of a degree there are; the square of p_degree(1)."""
+    """The number of spherical harmonics of a degree; the square of p_degree(1)."""
     lower = math.comb(size + degree - 3, degree - 2) if degree >= 2 else 0
     return math.comb(size + degree - 1, degree) - lower

@@ -1,4 +1,4 @@
-"""The rows of all ranks, by one collective: embeddings, labels, and what else belongs to a row."""
+"""Gathers the rows of all ranks with one collective: embeddings, labels and per-row arguments."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..engine.placement import Shard
 
-# Before the rows of a message: how many there are, the bytes of one, the embeddings' dtype, which
-# columns there are; then, in UTF-8, why a rank refuses its batch.
+# The header of a message: number of rows, bytes per row, dtype of the embeddings, columns present;
+# then, in UTF-8, the error message of a rank that rejects its batch.
 NUMBERS, TEXT = 4, 480
 HEADER = 8 * NUMBERS + TEXT
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Batch(NamedTuple):
-    """What a loss is called with, of one rank or of all."""
+    """The arguments of a loss, of one rank or of all."""
 
     embeddings: Tensor
     labels: Tensor
@@ -28,36 +28,36 @@ class Batch(NamedTuple):
 
 
 class Gathering:
-    """Gathers the batches of all ranks, of any sizes.
+    """Gathers the batches of all ranks, which may differ in size.
 
-    A message has room for as many rows as the largest batch so far. Where one is larger, or rows
-    take other bytes, the headers say so, and all gather again: as a rule that is the first time.
+    A message has the capacity of the largest batch so far. If a batch is larger, or the bytes per
+    row differ, the headers show it, and all ranks gather again: usually only in the first step.
 
     Args:
-        shard: The line to the other ranks.
-        ignore_index: The label of a row that does not count, such as one that fills up a batch.
-        batch_size: The most rows that any rank brings, or None: then they tell each other.
+        shard: The partition of the classes, with its process group.
+        ignore_index: The label of ignored rows, used for padding.
+        batch_size: The largest number of rows of any rank; None: exchanged between the ranks.
     """
 
     def __init__(self, shard: Shard, ignore_index: int, batch_size: int | None) -> None:
         self._shard, self._ignore_index, self._batch_size = shard, ignore_index, batch_size
-        self._room = (batch_size or 0, 0)  # rows, bytes of one
+        self._capacity = (batch_size or 0, 0)  # rows, bytes per row
 
     def __call__(self, batch: Batch, check: Callable[[Batch], None]) -> Batch:
-        """The rows of all ranks, filled up to blocks of equal size with rows to be ignored.
+        """The rows of all ranks, padded to blocks of equal size with ignored rows.
 
         Args:
             batch: This rank's.
-            check: Raises ValueError or TypeError if it is not in order.
+            check: Raises ValueError or TypeError if the batch is invalid.
 
         Returns:
-            All rows: embeddings in float32 at least, without a graph.
+            All rows: embeddings in float32 at least, without an autograd graph.
 
         Raises:
-            TypeError: If ``check`` does, of this rank's batch.
-            ValueError: Likewise, or if another rank refuses its own, or has other columns.
+            TypeError: If ``check`` raises it for this rank's batch.
+            ValueError: Likewise, or if another rank rejects its batch or has other columns.
         """
-        refusal: ValueError | TypeError | None = None
+        rejection: ValueError | TypeError | None = None
         columns: list[Tensor] = []
         try:
             check(batch)
@@ -65,22 +65,22 @@ class Gathering:
             columns = self._columns(batch)
             header = _header(columns, _present(batch))
         except (ValueError, TypeError) as error:
-            refusal, header = error, _refusal(error)
-        # Where the labels are no tensor, the others are told of it all the same.
+            rejection, header = error, _rejection(error)
+        # If the labels are not a tensor, the other ranks are informed as well.
         device = getattr(batch.labels, "device", torch.device(self._shard.mesh.device_type))
         while True:
-            room = self._room
+            capacity = self._capacity
             found = self._exchange(columns, header, device)
             if not self._must_read(header, found):
-                most = room[0]
+                most = capacity[0]
                 break
             headers = found[:, : 8 * NUMBERS].contiguous().view(torch.int64).tolist()
-            self._refuse(refusal, headers, found)
+            self._raise_rejections(rejection, headers, found)
             most = max(rows for rows, *_ in headers)
-            if all(_fits(each, room) for each in headers):
-                most = most if self._batch_size is None else room[0]
+            if all(_fits(each, capacity) for each in headers):
+                most = most if self._batch_size is None else capacity[0]
                 break
-            self._room = max(most, room[0]), header[1]
+            self._capacity = max(most, capacity[0]), header[1]
         return self._unpacked(batch, columns, found[:, HEADER:], most)
 
     def _check_size(self, batch: Batch) -> None:
@@ -91,7 +91,7 @@ class Gathering:
             )
 
     def _columns(self, batch: Batch) -> list[Tensor]:
-        """What belongs to each row: labels first, embeddings last."""
+        """The per-row tensors: labels first, embeddings last."""
         columns, lam = [batch.labels.long()], batch.lam
         if batch.other_labels is not None:
             columns.append(batch.other_labels.long())
@@ -104,34 +104,34 @@ class Gathering:
 
     def _exchange(self, columns: list[Tensor], header: list[int], device: torch.device) -> Tensor:
         """The messages of all ranks (size, bytes)."""
-        rows, per_row = self._room
+        rows, per_row = self._capacity
         parts = [torch.tensor(header, dtype=torch.int64).view(torch.uint8).to(device)]
-        if _fits(header, self._room):
-            parts += [self._filled(column, rows) for column in columns]
+        if _fits(header, self._capacity):
+            parts += [self._padded(column, rows) for column in columns]
         else:
             parts.append(torch.zeros(rows * per_row, dtype=torch.uint8, device=device))
         return self._shard.gathered(torch.cat(parts))
 
-    def _filled(self, column: Tensor, rows: int) -> Tensor:
-        """The bytes of a column, filled up to a number of rows."""
+    def _padded(self, column: Tensor, rows: int) -> Tensor:
+        """The bytes of a column, padded to a number of rows."""
         if len(column) < rows:
             fill = 0 if column.is_floating_point() else self._ignore_index
-            filled = column.new_full((rows, *column.shape[1:]), fill)
-            filled[: len(column)] = column
-            column = filled
+            padded = column.new_full((rows, *column.shape[1:]), fill)
+            padded[: len(column)] = column
+            column = padded
         return column.contiguous().view(torch.uint8).flatten()
 
     def _must_read(self, header: list[int], found: Tensor) -> bool:
-        """Whether the headers are looked at: always but where a GPU would be waited for."""
+        """Whether to read the headers: not if that would synchronise with a GPU unnecessarily."""
         is_free = found.device.type == "cpu" or self._batch_size is None
-        return is_free or not _fits(header, self._room)
+        return is_free or not _fits(header, self._capacity)
 
-    def _refuse(
-        self, refusal: ValueError | TypeError | None, headers: list[list[int]], found: Tensor
+    def _raise_rejections(
+        self, rejection: ValueError | TypeError | None, headers: list[list[int]], found: Tensor
     ) -> None:
-        """Raise, on every rank, if one has refused its batch or has other columns."""
-        if refusal is not None:
-            raise refusal
+        """Raise, on every rank, if one has rejected its batch or has other columns."""
+        if rejection is not None:
+            raise rejection
         for rank, (rows, *_) in enumerate(headers):
             if rows < 0:
                 text = bytes(found[rank, 8 * NUMBERS : HEADER].tolist()).rstrip(b"\0")
@@ -147,9 +147,9 @@ class Gathering:
         place, unpacked = 0, []
         for column in columns:
             each = column[:0].new_empty(1, *column.shape[1:]).nbytes
-            width = self._room[0] * each
+            width = self._capacity[0] * each
             values = found[:, place : place + width].contiguous().view(column.dtype)
-            values = values.view(len(found), self._room[0], *column.shape[1:])
+            values = values.view(len(found), self._capacity[0], *column.shape[1:])
             unpacked.append(values[:, :most].flatten(0, 1))
             place += width
         labels, *others, embeddings = unpacked
@@ -157,7 +157,7 @@ class Gathering:
         other_labels = None if batch.other_labels is None else next(present)
         lam = None if batch.lam is None else next(present)
         sample_weight = None if batch.sample_weight is None else next(present)
-        # The gradients of the ranks are added up in this dtype.
+        # The gradients of the ranks are summed in this dtype.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         return Batch(embeddings.to(dtype), labels, sample_weight, other_labels, lam)
 
@@ -168,8 +168,8 @@ def _header(columns: list[Tensor], present: int) -> list[int]:
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]
 
 
-def _refusal(error: Exception) -> list[int]:
-    """The header of a rank that refuses its batch, with the reason after the numbers."""
+def _rejection(error: Exception) -> list[int]:
+    """The header of a rank that rejects its batch, with the error message after the numbers."""
     text = str(error).encode()[:TEXT].ljust(TEXT, b"\0")
     return [-1, *[0] * (NUMBERS - 1), *memoryview(text).cast("q").tolist()]
 
@@ -179,6 +179,6 @@ def _present(batch: Batch) -> int:
     return sum(2**i for i, column in enumerate(optional) if column is not None)
 
 
-def _fits(header: list[int], room: tuple[int, int]) -> bool:
+def _fits(header: list[int], capacity: tuple[int, int]) -> bool:
     rows, bytes_of_row = header[:2]
-    return 0 <= rows <= room[0] and bytes_of_row == room[1]
+    return 0 <= rows <= capacity[0] and bytes_of_row == capacity[1]

@@ -1,4 +1,4 @@
-"""An optimiser beside a shard of the classes: which rows it steps, and whose its state is."""
+"""Optimisers for sharded class centres: sparse steps and sharded state."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from .sharded_loss import ShardedLoss
 
 
 def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
-    """Let an optimiser step the rows alone that were sampled, and know its state for a shard.
+    """Make an optimiser update only sampled rows, and save its state as a shard.
 
-    Momentum, moments and weight decay then touch no row that was not sampled since the last step;
-    a row's momentum is that of its own steps. The state takes the memory of the shard, and
-    ``optimizer.state_dict()`` says of which shard, so that :func:`save` and torch's own
-    ``distributed.checkpoint`` can load it on any number of ranks.
+    Momentum, moments and weight decay then change no row that was not sampled since the last step;
+    the momentum of a row is that of its own steps. The state has the size of the shard, and
+    ``optimizer.state_dict()`` returns it as distributed tensors, so that :func:`save` and
+    ``torch.distributed.checkpoint`` can load it on any number of ranks.
 
     Args:
-        optimizer: Any optimiser of ``torch.optim`` that treats each number by itself, such as SGD
-            or AdamW.
+        optimizer: Any element-wise optimiser of ``torch.optim``, such as SGD or AdamW.
         loss: A :class:`ShardedLoss` whose weight the optimiser holds.
 
     Raises:
@@ -36,13 +35,13 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     if index is None:
         raise ValueError("optimizer: expected it to hold the weight of the loss")
     rows = _SampledRows(loss.weight)
-    optimizer.register_step_pre_hook(rows.take)
-    optimizer.register_step_post_hook(rows.give_back)
+    optimizer.register_step_pre_hook(rows.extract)
+    optimizer.register_step_post_hook(rows.restore)
 
     def converted(
         state: dict[str, Any], convert: Callable[[Tensor, int], Tensor]
     ) -> dict[str, Any]:
-        # By its place: torch.distributed.checkpoint has names in the place of numbers.
+        # By position: torch.distributed.checkpoint replaces the indices by names.
         key = [key for group in state["param_groups"] for key in group["params"]][index]
         if key not in state["state"]:
             return state
@@ -63,14 +62,14 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
 
 
 class _SampledRows:
-    """A weight whose gradient is sparse, made small for the time of a step."""
+    """Replaces a weight with a sparse gradient by its sampled rows during an optimiser step."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
         self._whole: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None = None
 
-    def take(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Put the sampled rows in the place of weight, gradient and state."""
+    def extract(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Replace weight, gradient and state by their sampled rows."""
         gradient = self.weight.grad
         if gradient is None or not gradient.is_sparse:
             return
@@ -89,8 +88,8 @@ class _SampledRows:
         self.weight.grad = gradient.values()
 
     @torch.no_grad()
-    def give_back(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Put the rows back where they came from."""
+    def restore(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Restore weight, gradient and state with the updated rows."""
         if self._whole is None:
             return
         (whole, rows, gradient, kept), self._whole = self._whole, None
@@ -108,5 +107,5 @@ class _SampledRows:
 
 
 def _is_of_rows(value: object) -> TypeGuard[Tensor]:
-    """Whether it may have a row for each of the weight; numbers, such as Adam's step, have none."""
+    """Whether a state has one row per row of the weight; scalars, such as Adam's step, do not."""
     return isinstance(value, Tensor) and value.dim() > 0

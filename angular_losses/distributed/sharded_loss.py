@@ -1,4 +1,4 @@
-"""A loss that holds a part of its classes."""
+"""A loss with a shard of its class centres."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .gathering import Batch, Gathering
 
 
 class ShardedLoss(MarginLoss):
-    """What :func:`shard` makes of a loss: the same loss, of the rows of all ranks.
+    """A loss converted by :func:`shard`: the same loss over the rows of all ranks.
 
     Attributes:
         weight: The centres of this rank's classes, a parameter.
-        shard: Which classes those are.
+        shard: The partition of the classes.
     """
 
     shard: Shard
@@ -30,7 +30,7 @@ class ShardedLoss(MarginLoss):
     sample_rate: float
     seed: int
     gathering: Gathering
-    batches: int  # counts training steps, where something is drawn
+    batches: int  # the number of training steps, for random numbers
 
     @_disable_dynamo
     def forward(
@@ -42,29 +42,29 @@ class ShardedLoss(MarginLoss):
         other_labels: Tensor | None = None,
         lam: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of the batches of all ranks; every rank has to call it, if with no rows.
+        """The loss of the batches of all ranks; every rank has to call it, even without rows.
 
         Args:
-            embeddings: (N, d), this rank's own; N may differ between ranks, and be 0.
-            labels: (N,) integers in [0, C), of all classes, or ``ignore_index``.
+            embeddings: (N, d), of this rank; N may differ between ranks, and be 0.
+            labels: (N,) integers in [0, C) for all C classes, or ``ignore_index``.
             sample_weight: (N,), on all ranks or none.
             other_labels: (N,), on all ranks or none.
             lam: A number or (N,), with ``other_labels``.
 
         Returns:
-            The loss of all rows, the same scalar on every rank; for reduction "none" (N,), that of
-            this rank's. Its gradients are those of that one loss.
+            The loss of all rows, the same scalar on every rank; with reduction "none" (N,), the
+            losses of this rank's rows. The gradients are those of the loss of all rows.
 
         Raises:
             TypeError: If a dtype is wrong, on every rank.
-            ValueError: If a batch of any rank is refused, on every rank; the others are told why
-                (on a GPU, without ``batch_size``).
+            ValueError: If a batch of any rank is invalid, on every rank, with its message (on a GPU
+                only without ``batch_size``).
             RuntimeError: If a rank cannot be reached within the process group's timeout.
         """
         batch = Batch(embeddings, labels, sample_weight, other_labels, lam)
         rows = self.gathering(batch, self._check_own)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
-        with self._alike(embeddings.device):
+        with self._same_random_numbers(embeddings.device):
             self.shard.sampled = self._sample(rows) if self.training else None
             found = super().forward(
                 attached,
@@ -76,26 +76,26 @@ class ShardedLoss(MarginLoss):
         return self.shard.own(found, len(embeddings)) if self.reduction == "none" else found
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        """As the loss does, with the rows of all ranks."""
-        with collectives.rows_of_several(self.shard.size):
+        """Update the running statistics with the rows of all ranks."""
+        with collectives.gathered_rows(self.shard.size):
             super().observe(embeddings, labels, weights)
 
     def advance(self) -> None:
-        """Count a training step, whose draws are its own."""
+        """Count a training step; each has its own random numbers."""
         super().advance()
         if self.is_random:
             self.batches += 1
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Not from a part of the classes: see :func:`unshard`."""
-        raise RuntimeError("get_logits: expected a whole loss; unshard(loss) makes one")
+        """Not available for a shard; see :func:`unshard`."""
+        raise RuntimeError("get_logits: expected an unsharded loss, use unshard(loss)")
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
-        """Not with a part of the classes: see :func:`unshard`."""
-        raise RuntimeError("extend: expected a whole loss; unshard(loss) makes one")
+        """Not available for a shard; see :func:`unshard`."""
+        raise RuntimeError("extend: expected an unsharded loss, use unshard(loss)")
 
     def _check_own(self, batch: Batch) -> None:
-        """Raise unless this rank's own batch is in order."""
+        """Raise unless this rank's batch is valid."""
         self._checked(batch.embeddings, batch.labels)
         device, rows = batch.embeddings.device, len(batch.labels)
         if batch.sample_weight is not None:
@@ -111,8 +111,8 @@ class ShardedLoss(MarginLoss):
             validation.share("lam", batch.lam)
 
     @contextmanager
-    def _alike(self, device: torch.device) -> Iterator[None]:
-        """While this lasts, what is drawn is the same on every rank, and new for each batch."""
+    def _same_random_numbers(self, device: torch.device) -> Iterator[None]:
+        """Context with the same random numbers on every rank, different for each batch."""
         if not (self.training and self.is_random):
             yield
             return
@@ -122,18 +122,18 @@ class ShardedLoss(MarginLoss):
             yield
 
     def _batch(self) -> int:
-        """The number of the training step that a pass belongs to, from 1."""
+        """The number of the training step of this pass, from 1."""
         return self.batches if self._repeats_a_step() else self.batches + 1
 
     def _sample(self, rows: Batch) -> Tensor | None:
-        """Classes for this batch, in ascending order: those of its labels, and others by chance."""
+        """Sampled classes in ascending order: those of the batch's labels, and random others."""
         if self.sample_rate == 1.0 or not self.shard.count:
             return None
         labels = rows.labels
         if rows.other_labels is not None:
             labels = torch.cat([labels, rows.other_labels])
         count, device = self.shard.count, labels.device
-        # As many as there are labels at least, which may all differ: to count them would wait.
+        # At least as many as labels, which may all differ: counting them would synchronise.
         wanted = min(count, max(math.ceil(self.sample_rate * count), len(labels)))
         generator = torch.Generator(device)
         generator.manual_seed(mixed(self.seed, self._batch(), self.shard.rank))
@@ -166,7 +166,7 @@ class ShardedLoss(MarginLoss):
 
 
 def mixed(*numbers: int) -> int:
-    """A seed of several numbers."""
+    """Combine several integers into a seed."""
     seed = 0
     for number in numbers:
         seed = (seed ^ number) * 0x9E3779B97F4A7C15 % 2**63  # Fibonacci hashing

@@ -1,4 +1,4 @@
-"""Sharding a loss, and making it whole again."""
+"""Sharding and unsharding of losses."""
 
 from __future__ import annotations
 
@@ -31,34 +31,35 @@ def shard(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> _Loss:
-    """Share the classes of a loss between the processes of a mesh, in place.
+    """Shard the class centres of a loss over the processes of a device mesh, in place.
 
-    Call it on every rank, before an optimiser is made. Rank r keeps rows of ``loss.weight``: those
-    of classes r * ceil(C / R) and up, of which the last ranks may have fewer or none.
+    Call it on every rank before constructing the optimiser. Rank r keeps the rows of
+    ``loss.weight`` of the ceil(C / R) classes from r * ceil(C / R) on; the last ranks may have
+    fewer, or none.
 
     Args:
-        loss: Any loss of this package. If its weight is on the meta device, each rank draws its own
-            part, and the whole exists nowhere.
+        loss: Any loss of this package. If its weight is on the meta device, each rank initialises
+            its own shard, and the whole weight is never allocated.
         mesh: One dimension, on the device of the loss: ``init_device_mesh("cuda", (R,))``, or
             ``mesh["classes"]`` of one that has more.
-        backbone: "exact": the gradients of the embeddings are those of the loss returned. "ddp":
-            they are R times that, because DistributedDataParallel and fully_shard then divide by R
-            when they average gradients over the ranks that share the classes.
-        sample_rate: Which part of a rank's classes takes part in a training step, in (0, 1], as in
-            Partial FC: those of the batch's labels, and others by chance; as many as the batch has
-            rows at least. Below 1 the gradient of the weight is sparse, and
+        backbone: "exact": the gradients of the embeddings are those of the returned loss. "ddp":
+            they are multiplied by R, because DistributedDataParallel and fully_shard divide by R
+            when they average gradients over the ranks.
+        sample_rate: The share of a rank's classes used in a training step, in (0, 1], as in Partial
+            FC: those of the batch's labels, and random others; at least as many as the batch has
+            rows. Below 1 the gradient of the weight is sparse, and
             :func:`shard_optimizer` is needed.
-        seed: What the choice of classes, and centres drawn here, depend on.
-        batch_size: The most rows that any rank brings to a step. Without it the ranks tell each
-            other at each step, and a GPU is waited for once; with it nothing waits, all rows up to
-            that number are computed, and where a GPU's rank refuses its batch the others learn of
-            it from the process group's timeout alone.
+        seed: The seed of the class sampling and of centres initialised here.
+        batch_size: The largest number of rows of any rank. Without it the ranks exchange their
+            numbers in each step, which synchronises with a GPU once. With it batches are padded to
+            that number without synchronisation, and if a rank on a GPU rejects its batch, the
+            others raise an error only at the timeout of the process group.
 
     Returns:
-        The loss, now a :class:`ShardedLoss` too.
+        The loss, now also a :class:`ShardedLoss`.
 
     Raises:
-        TypeError: If the loss is none of this package, or is sharded already.
+        TypeError: If the loss is not of this package, or already sharded.
         ValueError: If the mesh has several dimensions, or an argument is out of range.
 
     Example:
@@ -80,7 +81,7 @@ def shard(
     if not isinstance(loss, MarginLoss):
         raise TypeError(f"loss: expected a loss of this package, got {loss!r}")
     if isinstance(loss, ShardedLoss):
-        raise TypeError("loss: expected one that is not sharded yet")
+        raise TypeError("loss: expected an unsharded loss, got a sharded one")
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh: expected one dimension, such as mesh['classes'], got {mesh.ndim} dimensions"
@@ -110,13 +111,13 @@ def shard(
 
 
 def unshard(loss: MarginLoss) -> MarginLoss:
-    """The whole loss, with the centres of all ranks, on each of them; the shards stay as they are.
+    """The unsharded loss with the centres of all ranks, on each rank; the shards are unchanged.
 
     Args:
         loss: A :class:`ShardedLoss`. Every rank has to call this.
 
     Returns:
-        A new loss of the class that was sharded.
+        A new loss of the original class.
 
     Raises:
         TypeError: If the loss is not sharded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -142,7 +143,7 @@ class Chunks:
     def __init__(
         self, inputs: Inputs, settings: Settings, unit: Tensor, scales: float | Tensor, terms: Terms
     ) -> None:
-        num_centres, each = len(inputs.weight), terms.rule.sub_centers
+        num_centres, each = inputs.weight.shape[0], terms.rule.sub_centers
         self.size = min(max(settings.chunk // each, 1) * each, num_centres)
         self.spans: list[slice | None] = [None]
         if self.size < num_centres:
@@ -154,13 +155,19 @@ class Chunks:
         self.class_share = inputs.class_share
         self.has_all_targets = len(self.spans) == 1 and not settings.partial
         self._scales = scales.T if isinstance(scales, Tensor) else scales
-        self._factors = (unit * scales if self.rule.is_linear else unit).to(self.product_dtype).T
+        self._unit, self._row_scales = unit, scales
         self._has_kernel = self.rule.is_linear and kernels.is_available(
             self.weight.device, self.product_dtype
         )
         self._is_reduced = self.product_dtype != unit.dtype
         # A single chunk has its results to itself; several take turns in the same memory.
         self._memory: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def _factors(self) -> Tensor:
+        """What the centres are multiplied with (d, N)."""
+        unit = self._unit * self._row_scales if self.rule.is_linear else self._unit
+        return unit.to(self.product_dtype).T
 
     def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Memory for a result of a chunk's shape; None leaves it to the operator."""
@@ -201,12 +208,12 @@ class Chunks:
     def _cosines(self, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """The products of a chunk's centres with the embeddings (K, N), in the working dtype."""
         if out is None or self._is_reduced:
-            out = self.room("products", (len(factors), self._factors.shape[1]), self._dtype)
+            out = self.room("products", (factors.shape[0], self._factors.shape[1]), self._dtype)
         return multiply(factors, self._factors, self._dtype, out=out)
 
     def own_row(self, span: slice | None) -> tuple[Tensor, Tensor]:
         """Where each row's own centre is in a chunk (N,), and whether it is there at all (N,)."""
-        start, stop = (0, len(self.weight)) if span is None else (span.start, span.stop)
+        start, stop = (0, self.weight.shape[0]) if span is None else (span.start, span.stop)
         own = self.own - start
         row = own.clamp(0, stop - start - 1)
         return row, row == own
@@ -223,7 +230,7 @@ class Chunks:
             return self._summed(span, factors, out)
         if not self._has_kernel:
             return self.exponentiate(self.logits(span, factors, out), shift, out)
-        shape = len(factors), self._factors.shape[1]
+        shape = factors.shape[0], self._factors.shape[1]
         if out is None:
             out = self.room("exponentials", shape, self.product_dtype)
         if out is None:

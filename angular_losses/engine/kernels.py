@@ -32,6 +32,8 @@ def is_available(device: torch.device, product_dtype: torch.dtype) -> bool:
     tested in float32 on the CPU where the environment asks for Triton's interpreter, which is
     silently wrong in bfloat16.
     """
+    if device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        return False
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if interpreted:
         suits = device.type == "cpu" and product_dtype == torch.float32

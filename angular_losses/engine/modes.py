@@ -79,7 +79,7 @@ def settings(batch: Batch, chosen: Plan, scale: float | Tensor, *others: Tensor 
 
 def inputs(batch: Batch, scale: float | Tensor, class_share: Tensor | None = None) -> Inputs:
     """Those of the passes over a batch."""
-    row_scale = scale.expand(len(batch.own)) if isinstance(scale, Tensor) else None
+    row_scale = scale.expand(batch.own.shape[0]) if isinstance(scale, Tensor) else None
     return Inputs(batch.embeddings, batch.weight, batch.own, row_scale, class_share)
 
 
@@ -109,7 +109,7 @@ def parts(
     scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
     bias = None if bias is None else shard.shared(bias)
     share = None if class_share is None else shard.of_classes(class_share)
-    if not len(batch.weight):
+    if not batch.weight.shape[0]:
         here = _no_parts(batch, rule, scale, bias, has_mean=share is not None)
     elif chosen.mode == "dense":
         here = _dense(batch, rule, scale, share, target, bias)
@@ -118,7 +118,10 @@ def parts(
             inputs(batch, scale, share),
             settings(batch, chosen, scale, bias),
             Others(
-                rule, target, None if bias is None else bias.expand(len(batch.own)), shard.begin_sum
+                rule,
+                target,
+                None if bias is None else bias.expand(batch.own.shape[0]),
+                shard.begin_sum,
             ),
         )
     is_bounded = (

@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..geometry import angles_and_gradients, inverse_lengths
 from .chunks import BOUNDED_SCALE, Chunks, Inputs, Rule, Settings, Terms, multiply
@@ -139,7 +138,7 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
     chunks, sums = Chunks(inputs, settings, unit, scales, terms), _Sums(terms, dtype)
     share = None if rule.summed else inputs.class_share
     mean_direction = None if share is None else unit.new_zeros(unit.shape[1])
-    kept = _Kept(settings, unit, None if chunks.spans[0] is None else len(weight))
+    kept = _Kept(settings, unit, None if chunks.spans[0] is None else weight.shape[0])
     for span in chunks.spans:
         part = chunks.rows(weight, span)
         inverse = inverse_lengths(part, dtype)
@@ -165,8 +164,8 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
         negatives = negatives.log() + sums.shifts[-1] if sums.shifts else negatives.log()
         if settings.differentiate:
             total = sums.total
-            if settings.partial or len(weight) == rule.sub_centers:  # there may be no negatives
-                total = F.threshold(total, 0, math.inf)
+            if settings.partial or weight.shape[0] == rule.sub_centers:  # there may be no negatives
+                total = torch.threshold(total, 0, math.inf)
             over_total = total.reciprocal().to(dtype)
             terms.rescale(over_total)
             over_total = over_total[:, None]
@@ -197,7 +196,7 @@ class _Kept:
         if several is not None:
             self.inverse = unit.new_empty(several, 1)
             if settings.stash:
-                shape = several, len(unit)
+                shape = several, unit.shape[0]
                 self.stashed = unit.new_empty(shape, dtype=settings.product_dtype)
 
     def room(self, span: slice | None) -> Tensor | None:

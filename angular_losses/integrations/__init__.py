@@ -1,1 +1,1 @@
-"""Beside other libraries: their interfaces, and their checkpoints."""
+"""Integrations with other libraries: interfaces and checkpoints."""

@@ -1,7 +1,7 @@
-"""Class centres from and to the checkpoints of other libraries.
+"""Conversion of class centres from and to the checkpoints of other libraries.
 
-Here the centres are the rows of ``weight`` (C, d). pytorch-metric-learning (PML) 2 keeps them as
-the columns of ``W`` (d, C), and insightface's PartialFC_V2 as the rows of one ``weight`` a rank.
+Here the centres are the rows of ``weight`` (C, d). pytorch-metric-learning (PML) 2 has them as the
+columns of ``W`` (d, C), and insightface's PartialFC_V2 as the rows of one ``weight`` per rank.
 PML 3 documents rows of ``weight`` as here: its state needs no conversion. Sub-centre k of class c
 is row c * K + k here and column c * K + k in PML.
 """
@@ -17,15 +17,15 @@ from .. import validation
 
 
 def from_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of one of our losses from that of PML 2's loss of the same name.
+    """Convert the state of a PML 2 loss to that of the loss of the same name here.
 
     Args:
-        state_dict: One with one key ``W``, (d, C), floating point; prefixes such as ``module.``
-            or ``loss.`` and other keys may be there.
+        state_dict: Has exactly one key ``W``, (d, C), floating point; prefixes such as ``module.``
+            or ``loss.`` and other keys are allowed.
 
     Returns:
-        A dict of ``weight`` (C, d), a copy, for ``load_state_dict``. A loss with buffers of its
-        own, such as a schedule's, loads it with ``strict=False``.
+        A dict of ``weight`` (C, d), a copy, for ``load_state_dict``. A loss with buffers, such as
+        those of a schedule, needs ``strict=False``.
 
     Raises:
         TypeError: If ``W`` is not a floating-point tensor.
@@ -41,10 +41,10 @@ def from_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of PML 2's loss from that of ours of the same name; undoes :func:`from_pml`.
+    """Convert the state of a loss to that of PML 2's; the inverse of :func:`from_pml`.
 
     Args:
-        state_dict: One with one key ``weight``, (C, d), floating point, and perhaps a prefix.
+        state_dict: Has exactly one key ``weight``, (C, d), floating point; a prefix is allowed.
 
     Returns:
         A dict of ``W`` (d, C), a copy.
@@ -61,19 +61,19 @@ def to_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_insightface(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of one of our losses from those of insightface's PartialFC_V2, one a rank.
+    """Convert the states of insightface's PartialFC_V2, one per rank, to that of a loss here.
 
     Args:
-        state_dicts: In the order of the ranks, each with one key ``weight``, (num_local, d): what
-            its ``checkpoint_gpu_{rank}.pt`` holds as ``state_dict_softmax_fc``.
+        state_dicts: In the order of the ranks, each with one key ``weight``, (num_local, d): the
+            entry ``state_dict_softmax_fc`` of ``checkpoint_gpu_{rank}.pt``.
 
     Returns:
         A dict of ``weight`` (C, d), a copy on the device of rank 0.
 
     Raises:
         TypeError: If a ``weight`` is not a floating-point tensor.
-        ValueError: If one has no or several ``weight``, or their shapes are not those of one
-            PartialFC_V2, in the order of its ranks.
+        ValueError: If one has no ``weight`` or several, or their shapes are not those of the ranks
+            of one PartialFC_V2, in order.
 
     Example:
         >>> ranks = [{"weight": torch.zeros(4, 8)}, {"weight": torch.ones(3, 8)}]
@@ -82,7 +82,7 @@ def from_insightface(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, T
     """
     if isinstance(state_dicts, Mapping) or not state_dicts:
         raise ValueError(
-            f"state_dicts: expected a list with one state dict a rank, got {type(state_dicts)}"
+            f"state_dicts: expected a list with one state dict per rank, got {type(state_dicts)}"
             f"{'' if state_dicts else ' without any'}"
         )
     shards: list[Tensor] = []
@@ -99,15 +99,15 @@ def from_insightface(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, T
 
 
 def to_insightface(state_dict: Mapping[str, Tensor], num_ranks: int) -> list[dict[str, Tensor]]:
-    """The states of insightface's PartialFC_V2, one a rank; undoes :func:`from_insightface`.
+    """Convert a state to those of PartialFC_V2; the inverse of :func:`from_insightface`.
 
     Args:
-        state_dict: One with one key ``weight``, (C, d), floating point, and perhaps a prefix.
+        state_dict: Has exactly one key ``weight``, (C, d), floating point; a prefix is allowed.
         num_ranks: The number of ranks, up to C.
 
     Returns:
-        For each rank a dict of ``weight`` (num_local, d), copies: the classes are split as
-        PartialFC_V2 does it, C // num_ranks of them and one more on the first C % num_ranks ranks.
+        For each rank a dict of ``weight`` (num_local, d), copies, split like PartialFC_V2:
+        C // num_ranks classes per rank, and one more on the first C % num_ranks ranks.
 
     Raises:
         TypeError: If ``weight`` is not a floating-point tensor, or ``num_ranks`` not an int.
@@ -121,14 +121,14 @@ def to_insightface(state_dict: Mapping[str, Tensor], num_ranks: int) -> list[dic
     weight = _only("weight", "state_dict", state_dict, ("C", "d"))
     if validation.positive_integer("num_ranks", num_ranks) > weight.shape[0]:
         raise ValueError(
-            f"num_ranks: expected at most {weight.shape[0]}, a class each, got {num_ranks}"
+            f"num_ranks: expected at most {weight.shape[0]}, one class each, got {num_ranks}"
         )
     sizes = _local_sizes(weight.shape[0], num_ranks)
     return [{"weight": shard.clone()} for shard in torch.split(weight.detach(), sizes)]
 
 
 def _local_sizes(num_classes: int, num_ranks: int) -> list[int]:
-    """How many classes PartialFC_V2 gives to each rank."""
+    """The number of classes of each rank in PartialFC_V2."""
     each, more = divmod(num_classes, num_ranks)
     return [each + (rank < more) for rank in range(num_ranks)]
 
@@ -136,7 +136,7 @@ def _local_sizes(num_classes: int, num_ranks: int) -> list[int]:
 def _only(
     name: str, argument: str, state_dict: Mapping[str, Tensor], shape: tuple[int | str, ...]
 ) -> Tensor:
-    """The one entry of that name, whatever its prefix."""
+    """The only entry of that name, with any prefix."""
     keys = [key for key in state_dict if key.rpartition(".")[2] == name]
     if len(keys) != 1:
         raise ValueError(

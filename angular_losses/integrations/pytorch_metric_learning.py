@@ -1,22 +1,22 @@
-"""pytorch-metric-learning's face: its class names, arguments, units and state, our numerics.
+"""Drop-in losses with the interface of pytorch-metric-learning (PML) 2.9.
 
-Where a program says ``from pytorch_metric_learning import losses``, it may say::
+Replace ``from pytorch_metric_learning import losses`` by::
 
     from angular_losses.integrations import pytorch_metric_learning as losses
 
-Every other name of PML's ``losses`` is found here too. Reducers, miners, regularisers, trainers,
-testers and wrappers work as before, and ``state_dict`` fits both ways. Values and gradients are
-PML's, to rounding, wherever PML's are right, and neither NaN nor zero where it is not; the N x C
-logits are never held.
+Class names, arguments, units and state are PML's; all other names of PML's ``losses`` are
+re-exported. Reducers, miners, regularisers, trainers, testers and wrappers work unchanged, and
+``state_dict`` is compatible in both directions. Values and gradients equal PML's to rounding where
+PML is accurate, and are neither NaN nor zero elsewhere; the N x C logits are never stored.
 
-Written for and tested with PML 2.9. PML 3 has other units and layouts, near to those of
-:mod:`angular_losses` itself, which is what to use beside it.
+Tested with PML 2.9. PML 3 has other units and layouts, close to those of :mod:`angular_losses`
+itself; use that with it.
 
-What differs on purpose: an embedding's own dtype never lowers the precision (losses and logits are
-float32 at least, and autocast leaves ``W`` as it is); labels of every integer type are accepted;
-SphereFaceLoss and LargeMarginSoftmaxLoss honour margins that are not integers;
-SubCenterArcFaceLoss takes its sizes by position too, and its ``get_outliers`` returns the outliers
-alone where it should; second derivatives need ``mode="dense"``.
+Intentional differences: the dtype of the embeddings does not lower the precision (losses and logits
+are float32 at least, and autocast does not change ``W``); labels may have any integer dtype;
+SphereFaceLoss and LargeMarginSoftmaxLoss accept margins that are not integers;
+SubCenterArcFaceLoss accepts its sizes as positional arguments, and its ``get_outliers`` can return
+only the outliers; second derivatives need ``mode="dense"``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from torch.nn import functional as F
 
 from .. import margins, validation
 from ..functional import margin_softmax_loss
-from ..geometry import angle_between, directions, lengths, nearest_sub_centers, target_angle
+from ..geometry import (
+    angle_between,
+    directions,
+    lengths,
+    nearest_sub_centers,
+    target_angle,
+    without_autocast,
+)
 from ..losses.centres import ClassCentres, watch
 
 try:
@@ -89,7 +96,7 @@ class BaseOptions(TypedDict, total=False):
 
 
 class WeightOptions(BaseOptions, total=False):
-    """Those of PML's classification losses."""
+    """The keyword arguments of PML's classification losses."""
 
     weight_regularizer: nn.Module | None
     weight_reg_weight: float
@@ -97,7 +104,7 @@ class WeightOptions(BaseOptions, total=False):
 
 
 class Options(WeightOptions, total=False):
-    """Two of ours beside them."""
+    """The keyword arguments of PML, and two more."""
 
     mode: str
     memory_budget: int | None
@@ -108,10 +115,10 @@ class _ClassificationLoss(
     WeightRegularizerMixin,  # type: ignore[misc]
     BaseMetricLossFunction,  # type: ignore[misc]
 ):
-    """What the losses share: the centres W, their margin softmax, and PML's contract.
+    """Base class: the centres W, the margin softmax, and PML's interface.
 
-    A new loss defines ``target``, and perhaps ``row_scale`` or ``init_margin``. PML's own hooks
-    work on the N x C cosines, which are never there.
+    A new loss defines ``target``, and optionally ``row_scale`` or ``init_margin``. PML's own hooks
+    operate on the N x C cosines, which are never computed.
     """
 
     margin: float
@@ -157,18 +164,18 @@ class _ClassificationLoss(
         return distance
 
     def check_distance(self) -> None:
-        """Raise AssertionError, as PML does, unless the distance is the cosine."""
+        """Raise AssertionError, like PML, unless the distance is the cosine."""
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
 
     def init_margin(self) -> None:
-        """Check ``margin`` and bring it to the unit it is used in."""
+        """Validate ``margin`` and convert its unit."""
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
         """The target logits before scaling (N,) from the target angles (N,), in radians."""
         raise NotImplementedError(f"{type(self).__name__} does not define target")
 
     def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
-        """The target logits before scaling (N,) as a function of the target angles alone."""
+        """The target logits before scaling (N,) as a function of the target angles only."""
         return lambda theta: self.target(theta, labels)
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
@@ -176,7 +183,7 @@ class _ClassificationLoss(
         return self.scale
 
     def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Bring W to the device and, outside autocast, the dtype of the embeddings."""
+        """Move W to the device and, outside autocast, the dtype of the embeddings."""
         _follow(self.W, dtype, device)
 
     def compute_loss(
@@ -187,17 +194,17 @@ class _ClassificationLoss(
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> dict[str, dict[str, Any]]:
-        """The losses of the rows, in the form that PML's reducers take."""
+        """The losses of the rows, in the format of PML's reducers."""
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         assert labels is not None
         self.cast_types(embeddings.dtype, embeddings.device)
-        # No label is ignored here, -100 neither.
+        # No label is ignored, not even -100.
         validation.batch(embeddings, self.W.t(), labels, sub_centers=self.sub_centers)
-        self._collect(embeddings, labels)
+        self._record_statistics(embeddings, labels)
         losses = self.row_losses(embeddings, labels.long())
         if any(isinstance(part, ThresholdReducer) for part in self.reducer.modules()):
-            # What PML's cross-entropy rounds to 0, such a reducer leaves out of its mean.
+            # Such a reducer excludes from its mean what PML's cross-entropy rounds to 0.
             losses = losses.where(losses > torch.finfo(losses.dtype).eps / 2, 0)
         loss_dict = {
             "loss": {
@@ -213,7 +220,7 @@ class _ClassificationLoss(
         """The margin softmax of each row, (N,)."""
         return margin_softmax_loss(
             embeddings,
-            self.W.t().contiguous(),  # centres as columns take up to half as long again
+            self.W.t().contiguous(),  # centres as columns take up to 50 % longer
             labels,
             margin=self.margin_function(embeddings, labels),
             scale=self.row_scale(embeddings),
@@ -237,11 +244,11 @@ class _ClassificationLoss(
         validation.floating("embeddings", embeddings, "N", "d", device=self.W.device)
         validation.width("embeddings", embeddings, self.W.shape[0], self.num_classes)
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             return self.logits(embeddings.to(dtype), self.W.to(dtype))
 
     def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
-        """Those of embeddings (N, d) and a weight (d, C * K), by PML's own distance."""
+        """The logits of embeddings (N, d) and a weight (d, C * K), by PML's distance."""
         cosine = self.distance(embeddings, weight.t())
         cosine = cosine.view(-1, self.num_classes, self.sub_centers).amax(2)
         if not self.normalize_weight:
@@ -251,8 +258,8 @@ class _ClassificationLoss(
         return scaled
 
     @torch.no_grad()
-    def _collect(self, embeddings: Tensor, labels: Tensor) -> None:
-        """What is recorded, where that is asked for: the one place that waits for the device."""
+    def _record_statistics(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Record PML's statistics, if enabled; the only synchronisation with the device."""
         centres = self.W.t()
         if self.collect_stats:
             theta = target_angle(embeddings, centres, labels, self.sub_centers)
@@ -263,15 +270,15 @@ class _ClassificationLoss(
 
 
 class ArcFaceLoss(_ClassificationLoss):
-    r"""PML's ArcFaceLoss: the margin, in degrees, added to the target's angle.
+    r"""PML's ArcFaceLoss: the margin, in degrees, is added to the target angle.
 
     .. math:: f = s\cos(\theta_y + m), \quad
         s\,(\cos\theta_y - m\sin m) \text{ past } \theta_y + m = \pi
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        margin: m in **degrees**, in [-180, 180); the attribute is in radians, as PML has it.
+        embedding_size: The dimension of the embeddings, d.
+        margin: m in **degrees**, in [-180, 180); the attribute is in radians, as in PML.
         scale: The scale s > 0.
         **options: PML's ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer``, ``distance``,
@@ -282,8 +289,8 @@ class ArcFaceLoss(_ClassificationLoss):
         W: (d, C) parameter, the class centres as columns.
 
     Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give what the reducer makes
-        of (N,) losses, float32 at least.
+        embeddings (N, d), floating point, and labels (N,), integers, to the result of the reducer
+        for (N,) losses, float32 at least.
 
     Raises:
         AssertionError: If the distance is not a plain CosineSimilarity.
@@ -319,21 +326,21 @@ class ArcFaceLoss(_ClassificationLoss):
         )
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
-        """cos(theta + m), and PML's line past pi - m."""
+        """cos(theta + m), and PML's continuation past pi - m."""
         return margins.BEYOND["linear"](theta, self.margin)
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss):
-    """PML's SubCenterArcFaceLoss: ArcFace with K centres a class, for noisy labels.
+    """PML's SubCenterArcFaceLoss: ArcFace with K centres per class, for noisy labels.
 
-    A class's angle is that of its nearest centre.
+    The angle to a class is that to its nearest centre.
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         margin: As in :class:`ArcFaceLoss`, in **degrees**.
         scale: The scale s > 0.
-        sub_centers: The number of centres of a class, K.
+        sub_centers: The number of centres per class, K.
         **options: As in :class:`ArcFaceLoss`, whose shapes and errors are these too.
 
     Attributes:
@@ -356,7 +363,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         sub_centers: int = 3,
         **options: Unpack[Options],
     ) -> None:
-        # Before the centres are made.
+        # Before the centres are created.
         self.sub_centers = validation.positive_integer("sub_centers", sub_centers)
         super().__init__(num_classes, embedding_size, margin, scale, **options)
 
@@ -368,17 +375,17 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         threshold: float = 75,
         return_dominant_centers: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The embeddings that are far from their class's dominant centre, nearest to most of it.
+        """The embeddings far from the dominant centre of their class (nearest to most of its rows).
 
         Args:
             embeddings: (N, d), floating point.
             labels: (N,) integers in [0, C).
-            threshold: The angle from which on an embedding is far, in **degrees**.
-            return_dominant_centers: Whether the dominant centres are returned too.
+            threshold: The smallest angle of an outlier, in **degrees**.
+            return_dominant_centers: Whether to return the dominant centres too.
 
         Returns:
-            The indices of the outliers, int64, by class; and if asked for, the dominant centres
-            (d, C) in the embeddings' dtype: of a class without embeddings, its first centre.
+            The indices of the outliers, int64, sorted by class, and optionally the dominant centres
+            (d, C) in the dtype of the embeddings; for a class without embeddings its first centre.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -400,13 +407,13 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
 
 
 class CosFaceLoss(_ClassificationLoss):
-    r"""PML's CosFaceLoss: the margin taken off the target's cosine.
+    r"""PML's CosFaceLoss: the margin is subtracted from the target cosine.
 
     .. math:: f = s\,(\cos\theta_y - m)
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         margin: m, any number.
         scale: The scale s > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
@@ -432,7 +439,7 @@ class CosFaceLoss(_ClassificationLoss):
         super().__init__(num_classes, embedding_size, settings, **options)
 
     def init_margin(self) -> None:
-        """A margin below 0 too, as PML takes it."""
+        """Any margin, also negative, as in PML."""
         self.margin = validation.number("margin", self.margin, -math.inf)
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
@@ -441,15 +448,15 @@ class CosFaceLoss(_ClassificationLoss):
 
 
 class LargeMarginSoftmaxLoss(_ClassificationLoss):
-    r"""PML's LargeMarginSoftmaxLoss (L-Softmax): the lengths of embedding and centre are kept.
+    r"""PML's LargeMarginSoftmaxLoss (L-Softmax): embeddings and centres are not normalised.
 
     .. math:: f = s\,|w_y|\,|x|\,\psi(\theta_y), \quad z_j = s\,w_j \cdot x, \quad
         \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad k = \lfloor m\theta / \pi \rfloor
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        margin: m >= 1, any real number; PML cuts off what comes after the point.
+        embedding_size: The dimension of the embeddings, d.
+        margin: m >= 1, any real number; PML truncates it to an integer.
         scale: The scale s > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
 
@@ -480,7 +487,7 @@ class LargeMarginSoftmaxLoss(_ClassificationLoss):
         self.margin = validation.multiplicative_margin("margin", self.margin)
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
-        """psi(theta), times the length of the centre where that is kept."""
+        """psi(theta), times the length of the centre if it is not normalised."""
         psi = margins.sphereface(theta, self.margin)
         return psi if self.normalize_weight else psi * lengths(self.W.t().index_select(0, labels))
 
@@ -491,7 +498,7 @@ class LargeMarginSoftmaxLoss(_ClassificationLoss):
 
 
 class SphereFaceLoss(LargeMarginSoftmaxLoss):
-    r"""PML's SphereFaceLoss (A-Softmax): the length of the embedding is kept.
+    r"""PML's SphereFaceLoss (A-Softmax): embeddings are not normalised.
 
     .. math:: f = s\,|x|\,\psi(\theta_y), \quad z_j = s\,|x|\cos\theta_j
 
@@ -510,17 +517,17 @@ class SphereFaceLoss(LargeMarginSoftmaxLoss):
 
 
 class NormalizedSoftmaxLoss(_ClassificationLoss):
-    r"""PML's NormalizedSoftmaxLoss: softmax on cosines over a temperature, no margin.
+    r"""PML's NormalizedSoftmaxLoss: softmax of cosines divided by a temperature, no margin.
 
     .. math:: z_j = \cos\theta_j / T
 
     Args:
         num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
+        embedding_size: The dimension of the embeddings, d.
         temperature: T > 0.
         **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too,
-            but for the ``distance``: any but a plain dot product of normalised embeddings is
-            computed by PML, on N x C logits.
+            except for the ``distance``: any other than the dot product of normalised embeddings is
+            computed by PML, with N x C logits.
 
     Example:
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
@@ -550,7 +557,7 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
         return distance
 
     def check_distance(self) -> None:
-        """Any will do."""
+        """Any distance is allowed."""
 
     def init_margin(self) -> None:
         """A temperature above 0."""
@@ -565,13 +572,13 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
         return theta.cos()
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """As for any loss, or PML's way."""
+        """The margin softmax, or PML's computation for other distances."""
         if self._is_cosine():
             return super().row_losses(embeddings, labels)
         return F.cross_entropy(self.get_logits(embeddings), labels, reduction="none")
 
     def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
-        """Similarities, or distances below 0, over T."""
+        """Similarities, or negative distances, divided by T."""
         centres = self.distance.normalize(weight, dim=0).t()
         sign = 1 if self.distance.is_inverted else -1
         logits: Tensor = sign * self.distance(embeddings, centres) / self.temperature
@@ -587,17 +594,17 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
 
 
 class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
-    r"""PML's P2SGradLoss: the mean square of the cosines, the target's less 1.
+    r"""PML's P2SGradLoss: the mean squared error of the cosines.
 
     .. math:: L = \frac{1}{NC} \sum_{ij} (\cos\theta_{ij} - [j = y_i])^2
 
-    As in PML, every forward pass sets the centres to unit length, and the gradient is that of the
-    dot product with them: it has a part along the centre.
+    As in PML, every forward pass normalises the centres in place, and the gradient is that of the
+    dot product with them, with a component along the centre.
 
     Args:
-        descriptors_dim: The length of an embedding, d.
+        descriptors_dim: The dimension of the embeddings, d.
         num_classes: The number of classes, C.
-        **options: As in :class:`ArcFaceLoss`, but for weights, ``mode`` and ``memory_budget``.
+        **options: As in :class:`ArcFaceLoss`, except ``weight_*``, ``mode`` and ``memory_budget``.
 
     Attributes:
         weight: (d, C) parameter, the class centres as columns.
@@ -630,7 +637,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         watch(self)
 
     def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
-        """The cosine: there is no margin."""
+        """The cosine (no margin)."""
         return torch.cos
 
     def compute_loss(
@@ -650,7 +657,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         self.weight.data = directions(self.weight.data.t(), dtype).t().to(self.weight.dtype)
         _follow(self.weight, embeddings.dtype, embeddings.device)
         validation.batch(embeddings, self.weight.t(), labels)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             cosine = directions(embeddings, dtype) @ self.weight.to(dtype)
             one = cosine.new_ones(len(labels), 1)
             error = cosine.scatter_add(1, labels.long()[:, None], -one)
@@ -660,13 +667,14 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
 
 def _follow(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
     """Bring a parameter where PML would, but leave its dtype alone under autocast."""
-    if torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = parameter.dtype
     parameter.data = parameter.data.to(device, dtype)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """PML's other losses, so that this module can stand in for its ``losses``."""
+    """PML's other losses, so that this module can replace its ``losses``."""
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(pml_losses, name)

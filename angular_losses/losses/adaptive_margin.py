@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .. import collectives, margins, validation
 from ..engine import modes
 from ..engine.chunks import Rule
-from ..geometry import directions, lengths
+from ..geometry import directions, lengths, precise_dtype
 from .base import LossOptions, MarginLoss, Target
 
 if TYPE_CHECKING:
@@ -528,7 +528,7 @@ def ldam_margins(class_counts: Tensor | Sequence[float], largest: float = 0.5) -
         NeurIPS 2019, arXiv:1906.07413.
     """
     validation.cosine_margin("largest", largest)
-    powers = validation.class_counts("class_counts", class_counts).double() ** -0.25
+    powers = _precise_counts(class_counts) ** -0.25
     return (largest * powers / powers.max()).float()
 
 
@@ -564,10 +564,15 @@ def power_law_margins(
     """
     low, high = _pair("bounds", bounds, validation.angular_margin)
     exponent = -validation.positive("power", power)
-    powers = validation.class_counts("class_counts", class_counts).double() ** exponent
+    powers = _precise_counts(class_counts) ** exponent
     span = powers.max() - powers.min()
     place = torch.where(span > 0, (powers - powers.min()) / span, 0.5)
     return (low + (high - low) * place).float()
+
+
+def _precise_counts(class_counts: Tensor | Sequence[float]) -> Tensor:
+    counts = validation.class_counts("class_counts", class_counts)
+    return counts.to(precise_dtype(counts.device))
 
 
 def _fixed_scale(num_classes: int) -> float:

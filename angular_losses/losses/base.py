@@ -29,7 +29,7 @@ from ..geometry import (
 from ..negatives import NegativeFunction
 from ..schedules import Schedule
 from .centres import ClassCentres, watch
-from .state import copied, is_in_backward
+from .state import begin_pass, copied, is_in_backward, recomputed_copies
 
 Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 
@@ -276,7 +276,9 @@ class MarginLoss(ClassCentres, nn.Module):
         if is_step and type(self).observe is not MarginLoss.observe:
             with torch.no_grad(), without_autocast(embeddings.device):
                 self.observe(batch.embeddings.detach(), batch.labels, counts)
-        with self._state_of_a_pass(repeats):
+        with self._state_of_a_pass(repeats) as copies:
+            has_state = bool(copies) and not torch.compiler.is_compiling()
+            this = begin_pass(self, copies) if has_state else None
             options = Options(
                 self.penalty(batch.embeddings),
                 self.reduction,
@@ -289,9 +291,11 @@ class MarginLoss(ClassCentres, nn.Module):
             loss = self.batch_loss(batch, options)
         if is_step:
             self.advance()
+        if this is not None:
+            this.keep(loss)
         if not torch.compiler.is_compiling():
             self._count(is_step)
-        is_mixed = len(batch.labels) != len(labels)
+        is_mixed = other_labels is not None
         return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss
 
     def advance(self) -> None:
@@ -578,18 +582,19 @@ class MarginLoss(ClassCentres, nn.Module):
             self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
     @contextmanager
-    def _state_of_a_pass(self, repeats: bool) -> Iterator[None]:
+    def _state_of_a_pass(self, repeats: bool) -> Iterator[list[Tensor]]:
         """While this lasts, the loss reads copies of its state: that now, or of the step before."""
         moving: list[tuple[nn.Module, str]] = [(self, name) for name in self.statistics]
         if self.schedule is not None:
             moving.append((self.schedule, "step"))
         if not moving:
-            yield
+            yield []
             return
-        with copied(moving):
-            if repeats and self.schedule is not None:
+        before = recomputed_copies(self) if repeats else None
+        with copied(moving, before) as copies:
+            if repeats and before is None and self.schedule is not None:
                 self.schedule.step.sub_(1).clamp_(min=0)
-            yield
+            yield copies
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
         """Keep the buffers in float32 at least: in half precision running statistics stall."""

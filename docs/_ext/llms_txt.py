@@ -6,8 +6,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 SUMMARY = (
-    "> Numerically stable angular-margin losses for PyTorch (SphereFace, CosFace, ArcFace and "
-    "their family), with a softmax that never holds the N x C logits. Angles are in radians."
+    "> Numerically stable angular-margin softmax losses for PyTorch (SphereFace, CosFace, ArcFace "
+    "and others) that never store the N x C logits. Angles are in radians."
 )
 
 

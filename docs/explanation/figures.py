@@ -1,4 +1,4 @@
-"""The figures of the explanations, from the library itself.
+"""The figures of the explanation pages.
 
 python docs/explanation/figures.py docs/images
 """
@@ -16,7 +16,7 @@ import angular_losses as al
 from angular_losses import negatives
 
 ANGLES = torch.linspace(0, math.pi, 361, dtype=torch.float64)
-# All on one scale: the loss, what is in its title, and the target logit before scaling.
+# Loss, title and settings.
 MARGINS = {
     "NormalizedSoftmaxLoss": ("no margin", {}),
     "SphereFaceLoss": ("m = 4", {"margin": 4}),
@@ -31,7 +31,7 @@ MARGINS = {
     "CircleLoss": ("m = 0.25", {}),
     "ElasticFaceLoss": ("mean, m = 0.5", {}),
 }
-RULES = {
+NEGATIVES = {
     "CurricularFace, t = 0.5": lambda c, f: negatives.curricularface(c, f, torch.tensor(0.5)),
     "MV-Softmax, t = 0.2": lambda c, f: negatives.mv_softmax(c, f, 0.2, adaptive=True),
     "NPCFace": lambda c, f: negatives.npcface(c, f, 1.1, 0.2),
@@ -57,8 +57,8 @@ def curve(name: str, theta: Tensor = ANGLES) -> tuple[Tensor, Tensor]:
     return target.detach(), slope
 
 
-def gallery() -> Figure:
-    """Target logits and slopes, all to one scale."""
+def margin_functions() -> Figure:
+    """Target logits and slopes on common axes."""
     figure = Figure(figsize=(9, 8.5), layout="constrained")
     for ax, (name, (setting, _)) in zip(
         figure.subplots(4, 3, sharex=True, sharey=True).flat, MARGINS.items(), strict=True
@@ -76,21 +76,23 @@ def gallery() -> Figure:
     return figure
 
 
-def rules() -> Figure:
-    """What takes the place of another class's cosine."""
+def reweighted_negatives() -> Figure:
+    """The logit of a negative before scaling, as a function of its cosine."""
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     cosine = torch.linspace(-1, 1, 401, dtype=torch.float64)
     target = torch.full((), 0.3, dtype=torch.float64)
-    for ax, (name, rule) in zip(figure.subplots(1, 5, sharey=True), RULES.items(), strict=True):
+    for ax, (name, function) in zip(
+        figure.subplots(1, 5, sharey=True), NEGATIVES.items(), strict=True
+    ):
         ax.plot(cosine, cosine, color="0.7")
-        ax.plot(cosine, rule(cosine, target), color="#0072b2")
+        ax.plot(cosine, function(cosine, target), color="#0072b2")
         ax.set_title(name, fontsize=8)
-    figure.supxlabel("cosine of the other class; where it counts, the target's logit is 0.3")
+    figure.supxlabel("cosine of the negative (target logit 0.3)")
     return figure
 
 
 def pair_at(theta: mpmath.mpf) -> tuple[Tensor, Tensor]:
-    """Two float32 vectors about that angle apart, which is then known from their digits."""
+    """Two float32 vectors at approximately that angle."""
     torch.manual_seed(0)
     u, v = torch.linalg.qr(torch.randn(64, 2, dtype=torch.float64)).Q.T
     return u.float(), (math.cos(theta) * u + math.sin(theta) * v).float()
@@ -123,7 +125,7 @@ def angle_errors() -> dict[str, list[float]]:
 
 
 def precision() -> Figure:
-    """The relative error of an angle, the usual way and here."""
+    """The relative error of an angle by acos and by `angle_between`."""
     found = angle_errors()
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     ax = figure.subplots()
@@ -137,7 +139,11 @@ def precision() -> Figure:
 
 def draw(folder: Path) -> list[Path]:
     """Write all figures into a folder."""
-    figures = {"gallery": gallery, "rules": rules, "precision": precision}
+    figures = {
+        "margin_functions": margin_functions,
+        "negatives": reweighted_negatives,
+        "precision": precision,
+    }
     paths = [folder / f"explanation_{name}.png" for name in figures]
     for path, make in zip(paths, figures.values(), strict=True):
         make().savefig(path, dpi=110, facecolor="white", metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""The figures and numbers of debugging.md: one toy training, healthy and ill in three ways.
+"""The figures and numbers of troubleshooting.md: a good training and three that fail.
 
 python docs/how_to/figures.py docs/images
 """
@@ -21,9 +21,9 @@ CLASSES, INPUTS, SIZE, BATCH = 100, 64, 8, 128
 STEPS, WINDOW = 1000, 50
 
 RUNS: dict[str, dict[str, Any]] = {
-    "healthy": {},
-    "forgotten_centres": {"learn_centres": False},
-    "large_rate": {"rate": 2.0},
+    "good": {},
+    "fixed_centres": {"learn_centres": False},
+    "large_learning_rate": {"rate": 2.0},
     "small_scale": {"scale": 2.0},
 }
 LINES = (
@@ -77,7 +77,7 @@ def train(
 
 
 def figure(monitor: AngularMonitor, snapshot: Snapshot) -> Figure:
-    """The angles over the training, and how they lie at its end."""
+    """The angles over the training steps, and their histograms at the end."""
     drawing = Figure(figsize=(5.0, 2.4), layout="constrained")
     history, histogram = drawing.subplots(1, 2)
     steps = [numbers["step"] for numbers in monitor.history]
@@ -97,12 +97,14 @@ def figure(monitor: AngularMonitor, snapshot: Snapshot) -> Figure:
 
 
 def main() -> None:
-    """Train, draw, and print the rows of the page's table."""
-    torch.set_num_threads(1)  # the order of the sums, and so the last digits
+    """Train, plot, and print the table of the page."""
+    torch.set_num_threads(1)  # for reproducible rounding
     numbers = {}
     for name, settings in RUNS.items():
         monitor, snapshot, losses = train(**settings)
-        figure(monitor, snapshot).savefig(Path(sys.argv[1]) / f"debugging_{name}.png", dpi=200)
+        figure(monitor, snapshot).savefig(
+            Path(sys.argv[1]) / f"troubleshooting_{name}.png", dpi=200
+        )
         numbers[name] = {"loss": sum(losses[-WINDOW:]) / WINDOW, **monitor.history[-1]}
     print("| |", " | ".join(numbers), "|")
     for row in ROWS:

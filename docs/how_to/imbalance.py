@@ -1,4 +1,4 @@
-"""The table of imbalance.md: one toy training on a long tail, with each means against it.
+"""The table of imbalance.md: losses and weights on a synthetic long-tailed data set.
 
 python docs/how_to/imbalance.py
 """
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import angular_losses as al
 
 CLASSES, INPUTS, SIZE, BATCH, STEPS, SEEDS = 20, 32, 16, 128, 600, 5
-EPOCH = 50  # steps, after which KappaFace is told
+EPOCH = 50  # steps between calls of KappaFace's `update_margins`
 TEST_ROWS, TAIL = 200, 7
 
 COUNTS = (1000 * 0.75 ** torch.arange(CLASSES)).long().clamp(min=5)
 WEIGHT = COUNTS.sum() / (CLASSES * COUNTS)
-MEANS: dict[str, Callable[[], al.MarginLoss]] = {
+LOSSES: dict[str, Callable[[], al.MarginLoss]] = {
     "ArcFace, m 0.3": lambda: al.ArcFaceLoss(CLASSES, SIZE, 0.3, 16.0),
     "ArcFace, m 0.3, `class_weight`": lambda: al.ArcFaceLoss(
         CLASSES, SIZE, 0.3, 16.0, class_weight=WEIGHT
@@ -63,7 +63,7 @@ def recalls(make: Callable[[], al.MarginLoss], seed: int) -> Tensor:
 def main() -> None:
     """Print the rows of the table: mean and standard deviation over the seeds, in per cent."""
     torch.set_num_threads(1)  # the order of the sums, and so the last digits
-    for name, make in MEANS.items():
+    for name, make in LOSSES.items():
         found = torch.stack([recalls(make, seed) for seed in range(SEEDS)])
         groups = (found, found[:, :TAIL], found[:, -TAIL:])
         seeds = [100 * group.mean(1) for group in groups]

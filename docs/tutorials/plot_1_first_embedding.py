@@ -2,8 +2,8 @@
 Your first margin loss
 ======================
 
-In ten minutes from ``pip install angular-losses scikit-learn matplotlib`` to an embedding trained
-with a margin, on the handwritten digits that scikit-learn ships. Nothing is downloaded.
+Train an embedding with a margin loss in ten minutes, on the handwritten digits of scikit-learn.
+Install with ``pip install angular-losses scikit-learn matplotlib``; nothing is downloaded.
 """
 
 # %%
@@ -32,14 +32,13 @@ print(len(train_labels), "to train on,", len(test_labels), "held out")
 # %%
 # A network and a loss
 # --------------------
-# The network maps an image to an *embedding*. Two numbers are enough here, so that it can be drawn;
-# real ones have 128 to 512.
+# The network maps an image to an *embedding*. Two dimensions are enough here and can be plotted;
+# usual embeddings have 128 to 512.
 #
-# The loss holds one *centre* for each class. Lengths do not count: what the loss looks at is the
-# cosine of the angle between an embedding and each centre. The *margin* makes the angle to the
-# right centre look larger than it is, so that the network has to make it smaller still. The
-# *scale* multiplies the cosines, which are at most 1 and alone could not make a softmax sure.
-# Angles are in radians.
+# The loss has one *centre* per class. It depends only on the cosine of the angle between an
+# embedding and each centre, not on lengths. The *margin* increases the angle to the own centre in
+# the loss, so that training has to make it smaller. The *scale* multiplies the cosines, which are
+# at most 1, so that softmax probabilities can approach 1. Angles are in radians.
 
 
 def make(margin):
@@ -58,13 +57,13 @@ def make(margin):
 
 
 # %%
-# Margins of 0.3 to 0.5 are usual. On a circle ten classes have only 0.63 rad each, so we shall take
-# 0.2. ``MarginWarmup`` brings it in over the first 300 steps: a fresh network cannot meet it yet.
+# Margins of 0.3 to 0.5 are usual. On a circle ten classes have only 0.63 rad each, so we use
+# 0.2. ``MarginWarmup`` increases it linearly over the first 300 steps.
 #
 # Before training
 # ---------------
-# Each point is a held-out image, drawn in the direction of its embedding and coloured by its class
-# (the distance from the middle only keeps points apart). The spokes are the centres.
+# Each point is a held-out image, plotted in the direction of its embedding and coloured by class
+# (the radius is arbitrary). The lines are the centres.
 
 
 @torch.no_grad()
@@ -90,8 +89,8 @@ plt.show()
 # %%
 # Training
 # --------
-# An ordinary loop, with one line to remember: ``parameter_groups`` gives the optimiser the centres
-# beside the network. Without them the centres never move.
+# An ordinary training loop. ``parameter_groups`` passes the centres to the optimiser along with the
+# network; otherwise they would not be trained.
 
 
 def train(margin, seed, steps=600):
@@ -108,8 +107,8 @@ def train(margin, seed, steps=600):
 
 
 # %%
-# With a margin of 0 this is a softmax over cosines, the baseline. With 0.2 it is ArcFace. All else
-# is the same, and three seeds show how much is chance.
+# With a margin of 0 this is a softmax over cosines, the baseline. With 0.2 it is ArcFace. All other
+# settings are the same; three seeds show the random variation.
 
 runs = {(margin, seed): train(margin, seed) for seed in range(3) for margin in (0.0, 0.2)}
 
@@ -136,13 +135,12 @@ plt.show()
 # sphinx_gallery_end_ignore
 
 # %%
-# The margin packs each class closer around its spoke.
+# With the margin each class is closer to its centre.
 #
-# Does it help?
-# -------------
-# Embeddings are made to be compared. So give each held-out image the class of its nearest neighbour
-# among the training images, by cosine, and count. The interval (Wilson, 95 %) is what so many
-# images can tell; what differs from seed to seed comes on top.
+# Accuracy
+# --------
+# Classify each held-out image by its nearest neighbour among the training images, by cosine. The
+# interval (Wilson, 95 %) covers the sampling of images, not the variation between seeds.
 
 
 @torch.no_grad()
@@ -162,14 +160,14 @@ for (margin, seed), (network, loss) in runs.items():
     print(f"{right.statistic:.1%} ({low:.1%} to {high:.1%})")
 
 # %%
-# The angles are smaller with the margin for each seed. For the neighbours compare the intervals
-# before you believe a difference: ten classes that were all trained on are an easy task. Margins
-# were made for many classes, and to compare images of new ones.
+# The angles are smaller with the margin for each seed. Compare the accuracies by their intervals:
+# ten classes that were all trained on are an easy task. Margins are intended for many classes, and
+# for comparing images of new ones.
 #
-# Using it
-# --------
-# The margin is for training alone. To classify, ask the loss for logits without it. To search or
-# to verify, compare embeddings by their cosine; the loss is not needed any more.
+# Inference
+# ---------
+# The margin applies to training only. To classify, compute logits without it. For retrieval or
+# verification compare embeddings by their cosine, without the loss.
 
 network, loss = runs[0.2, 0]
 with torch.no_grad():
@@ -179,8 +177,8 @@ print("true     ", test_labels[:8].tolist())
 # %%
 # Next
 # ----
-# * :doc:`plot_2_backbone`: your own network, a scale and a margin chosen by looking, and retrieval
-#   of classes that were never trained on.
-# * The :doc:`margin explorer </explorer>` draws every margin of this library.
-# * :doc:`/training`: what to check before a long run.
-# * :doc:`/explanation/geometry`: why the angle, and what a margin does to it.
+# * :doc:`plot_2_backbone`: your own network, the choice of scale and margin, and retrieval of new
+#   classes.
+# * The :doc:`margin explorer </explorer>` plots the margin functions of this library.
+# * :doc:`/how_to/training`: a checklist for training.
+# * :doc:`/explanation/geometry`: the geometry of angular margins.

@@ -2,16 +2,16 @@
 Using a pretrained backbone
 ===========================
 
-A network that is trained already, a scale and a margin chosen by looking at angles, and an honest
-test: retrieval among classes that the training never saw.
+Fine-tune a pretrained network with ArcFace: choose scale and margin from measured angles, and test
+retrieval and verification on classes that were not trained on.
 """
 
 # %%
 # A backbone
 # ----------
-# In earnest this is a ResNet with ImageNet weights, or a speaker encoder. So that nothing has to be
-# downloaded, this page trains a small one first, on another task with images of the same kind: by
-# how many quarter turns a digit was rotated. It sees no class label, and only the digits 0 to 6.
+# In practice the backbone is a ResNet with ImageNet weights or a speaker encoder. To avoid a
+# download, this page first trains a small one on another task: predicting by how many quarter turns
+# a digit was rotated. It uses no class labels, and only the digits 0 to 6.
 
 import io
 import math
@@ -28,11 +28,11 @@ from torch.nn import functional as F
 import angular_losses as al
 from angular_losses.diagnostics import AngularMonitor, batch_angles
 
-torch.set_num_threads(1)  # work as small as this is faster on one core
+torch.set_num_threads(1)  # faster for tensors as small as these
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)
-known = labels < 7
+training = labels < 7
 
 
 def make_backbone():
@@ -52,32 +52,32 @@ def make_backbone():
 torch.manual_seed(0)
 pretrained, head = make_backbone(), nn.Linear(128, 4)
 optimiser = torch.optim.Adam([*pretrained.parameters(), *head.parameters()], lr=1e-3)
-turned = torch.stack([images[known].rot90(quarters, (2, 3)) for quarters in range(4)])
+turned = torch.stack([images[training].rot90(quarters, (2, 3)) for quarters in range(4)])
 for _ in range(150):
-    quarters, rows = torch.randint(4, (128,)), torch.randint(int(known.sum()), (128,))
+    quarters, rows = torch.randint(4, (128,)), torch.randint(int(training.sum()), (128,))
     optimiser.zero_grad()
     value = F.cross_entropy(head(pretrained(turned[quarters, rows])), quarters)
     value.backward()
     optimiser.step()
-print(f"quarter turns: cross-entropy {value.item():.2f}, by chance {math.log(4):.2f}")
+print(f"quarter turns: cross-entropy {value.item():.2f}, chance level {math.log(4):.2f}")
 
 # %%
-# Three sets of images
-# --------------------
-# The digits 0 to 6 are for training, apart from every fourth image, which is kept aside to choose
-# a margin by. The digits 7, 8 and 9 are for the test: their classes are *new* to the model, as
-# people at a door are to a face recogniser.
+# Training, held-out and new images
+# ---------------------------------
+# The digits 0 to 6 are for training, except every fourth image, which is held out to choose the
+# margin. The digits 7, 8 and 9 are for the test: their classes are *new* to the model, as in face
+# recognition.
 
-aside = known & (torch.arange(len(labels)) % 4 == 0)
-train_images, train_labels = images[known & ~aside], labels[known & ~aside]
-new_images, new_labels = images[~known], labels[~known]
-print(f"{len(train_labels)} to train on, {aside.sum()} aside, {len(new_labels)} new")
+held_out = training & (torch.arange(len(labels)) % 4 == 0)
+train_images, train_labels = images[training & ~held_out], labels[training & ~held_out]
+new_images, new_labels = images[~training], labels[~training]
+print(f"{len(train_labels)} training, {held_out.sum()} held-out, {len(new_labels)} new images")
 
 # %%
-# A scale
-# -------
-# ``suggest_scale`` gives the scale at which an embedding half-way to its centre, at 45 degrees,
-# reaches a probability. A margin takes some of that away:
+# Choose the scale
+# ----------------
+# ``suggest_scale`` returns the scale at which an embedding half-way to its centre, at 45 degrees,
+# reaches a probability. A margin reduces that probability:
 
 for probability in (0.5, 0.9, 0.999):
     scale = al.suggest_scale(7, probability)
@@ -85,17 +85,17 @@ for probability in (0.5, 0.9, 0.999):
     print(f"s = {scale:4.1f}: p = {probability}; with m = 0.5 p = {with_margin:.2f}")
 
 # %%
-# So we take the last, which leaves room for a margin. With thousands of classes 30 to 64 is usual.
+# So we use the largest of these scales. With thousands of classes 30 to 64 is usual.
 #
-# A margin
-# --------
-# Begin without one, and look at the angles. ``AngularMonitor`` collects them while the loss trains;
-# ``log`` closes a window and starts the next. ``MarginWarmup`` is for later: it brings a margin in
+# Choose the margin
+# -----------------
+# Start without a margin and measure the angles. ``AngularMonitor`` collects them during training;
+# ``log`` returns the metrics since its last call. ``MarginWarmup`` increases the margin linearly
 # over the first half of the steps.
 
 
 def train(margin, seed, steps=200):
-    """Fine-tune a copy of the backbone with ArcFace, and watch the angles."""
+    """Fine-tune a copy of the backbone with ArcFace, and monitor the angles."""
     torch.manual_seed(seed)
     network = nn.Sequential(make_backbone(), nn.Linear(128, 32))
     network[0].load_state_dict(pretrained.state_dict())
@@ -118,25 +118,25 @@ def train(margin, seed, steps=200):
 runs = {0.0: [train(0.0, seed) for seed in range(3)]}
 
 # %%
-# What matters is the *gap*: how much farther an embedding is from the nearest other centre than
-# from its own. A margin asks every row for a gap. Ask the images kept aside what they have already:
+# The *gap* of a row is its angle to the nearest other centre minus the angle to its own. A margin
+# requires a gap of every row. The gaps of the held-out images without a margin:
 
 network, loss, _ = runs[0.0][0]
 with torch.no_grad():
-    gap = batch_angles(network(images[aside]), loss.weight, labels[aside]).gap
-print(f"half have more than {gap.median():.2f} rad,")
-print(f"19 of 20 more than {gap.quantile(0.05):.2f} rad")
+    gap = batch_angles(network(images[held_out]), loss.weight, labels[held_out]).gap
+print(f"median gap {gap.median():.2f} rad")
+print(f"5 % quantile {gap.quantile(0.05):.2f} rad")
 
 # %%
-# A first guess is the gap that 19 of 20 have: the margin then presses those that are behind, and
-# is in reach of nearly all. Beside it we train with 1.2 rad, to see what too much looks like.
+# As the margin we take the 5 % quantile, which 19 of 20 rows satisfy already. For comparison we
+# also train with 1.2 rad, which is too large.
 
 chosen = round(gap.quantile(0.05).item(), 2)
 for margin in (chosen, 1.2):
     runs[margin] = [train(margin, seed) for seed in range(3)]
 
 # %%
-# What the monitors of the first seed saw. Solid lines are the angle to the own class, dashed ones
+# The angles during training, first seed. Solid lines are the angle to the own class, dashed lines
 # to the nearest other:
 
 figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -147,21 +147,21 @@ for number, (margin, group) in enumerate(runs.items()):
         angles = [window[name] for window in history]
         label = f"m = {margin}" if style == "-" else None
         ax.plot(steps, angles, style, color=f"C{number}", label=label)
-ax.set(title="Angles while training, median", xlabel="step", ylabel="angle (rad)")
+ax.set(title="Median angles during training", xlabel="step", ylabel="angle (rad)")
 ax.set_ylim(0)
 figure.legend(loc="outside right center")
 plt.show()
 
 # %%
-# The same angles on the images kept aside, one count a degree. A row *violates* the margin if its
-# gap is smaller than the margin asks for.
+# Histograms of the same angles on the held-out images, in bins of one degree. A row *violates* the
+# margin if its gap is smaller than the margin.
 
 
 @torch.no_grad()
-def look(network, loss):
-    """What a monitor sees of the images kept aside."""
+def measure(network, loss):
+    """The angles of the held-out images."""
     monitor = AngularMonitor(loss)
-    monitor.update(network(images[aside]), labels[aside])
+    monitor.update(network(images[held_out]), labels[held_out])
     return monitor.snapshot()
 
 
@@ -169,26 +169,26 @@ size = {"figsize": (6.4, 5.4), "layout": "constrained"}
 figure, axes = plt.subplots(len(runs), sharex=True, **size)
 for ax, (margin, group) in zip(axes, runs.items(), strict=True):
     network, loss, _ = group[0]
-    seen = look(network, loss)
-    ax.stairs(seen.target, fill=True, alpha=0.6, label="own class")
-    ax.stairs(seen.nearest, fill=True, alpha=0.6, label="nearest other")
-    violated = seen.numbers["violation_rate"]
+    snapshot = measure(network, loss)
+    ax.stairs(snapshot.target, fill=True, alpha=0.6, label="own class")
+    ax.stairs(snapshot.nearest, fill=True, alpha=0.6, label="nearest other")
+    violated = snapshot.numbers["violation_rate"]
     ax.set(title=f"m = {margin}: violated by {violated:.1%}", ylabel="images")
     ax.set_xlim(0, 130)
 axes[0].legend()
 axes[-1].set_xlabel("angle between an image and a class centre (degrees)")
-figure.suptitle("Images kept aside, after training")
+figure.suptitle("Held-out images after training")
 plt.show()
 
 # %%
-# A margin packs the classes that it trains on, and the more so the larger it is. Whether that is
-# what you want, only a test on your own question can say.
+# A larger margin concentrates the training classes more. Whether that helps has to be tested on the
+# task itself.
 #
-# Classes never seen
-# ------------------
-# Two questions. Retrieval: is the image nearest to each new one, by cosine, of the same class?
-# Verification: of all pairs of one class, how many are accepted at a threshold that accepts one
-# pair in a hundred of different classes?
+# Test on new classes
+# -------------------
+# Retrieval: is the nearest neighbour of each new image, by cosine, of the same class? Verification:
+# which share of the pairs of one class is accepted at a threshold that accepts one in a hundred
+# pairs of different classes?
 
 
 @torch.no_grad()
@@ -236,23 +236,23 @@ ax.legend()
 plt.show()
 
 # %%
-# Compare lines of one kind before you compare kinds: what differs between seeds or lies within the
-# intervals (Wilson, 95 %, which take images for independent) is chance. Three things stand:
+# Compare the differences with those between seeds and with the intervals (Wilson, 95 %, for
+# independent images). Results:
 #
-# * The fine-tuning helps the verification: without a margin and with the chosen one, each seed is
-#   above the backbone alone.
-# * The chosen margin is not shown to be better than none: what it gains or loses is of the size of
-#   the spread between seeds.
-# * The large margin is worse than none for each seed, though its pictures above are the neatest:
-#   neat angles on known classes are no evidence about new ones.
+# * Fine-tuning improves verification: without a margin and with the chosen one, each seed is better
+#   than the backbone alone.
+# * The chosen margin is not significantly better than none: the difference is within the spread of
+#   the seeds.
+# * The large margin is worse than none for each seed, although its angles on the training classes
+#   are the smallest: small angles on training classes are no evidence for new ones.
 #
-# So choose the margin by the question you will ask, on classes that are in neither the training
-# nor the final test. The angles tell which margins are in reach and whether a training is healthy.
+# So choose the margin by the metric of your task, on classes that are in neither the training nor
+# the final test. The angles show which margins are possible and whether a training converges.
 #
-# Keep it
-# -------
-# Deploy the network alone: new classes need no centre. To resume the training, keep the loss too;
-# its state holds the centres and where the schedule stands.
+# Save and load
+# -------------
+# Deploy only the network: new classes need no centre. To resume training save the loss too; its
+# state has the centres and the step of the schedule.
 
 network, loss, _ = runs[chosen][0]
 state = {"network": network.state_dict(), "loss": loss.state_dict()}
@@ -266,19 +266,21 @@ loss.load_state_dict(restored["loss"])
 network.load_state_dict(restored["network"])
 
 # %%
-# All of it is tensors, so ``safetensors.torch.save_file(loss.state_dict(), path)`` keeps it too.
+# The state consists of tensors, so ``safetensors.torch.save_file(loss.state_dict(), path)`` works
+# too.
 #
 # When not to use a margin
 # ------------------------
-# * The classes are few, as here: a softmax has one knob less.
-# * Labels are noisy: a margin insists on them. See :doc:`/how_to/noisy_labels`.
-# * You need probabilities: with a margin the loss no longer measures how good they are.
+# * Few classes, as here: a softmax has fewer settings.
+# * Noisy labels: a margin amplifies them. See :doc:`/how_to/noisy_labels`.
+# * Calibrated probabilities: with a margin the loss is no proper scoring rule.
 #
-# Margins were made for the other case: training on thousands of people to compare new ones.
+# Margins are intended for training on many classes and comparing embeddings of new ones.
 #
 # Next
 # ----
-# * :doc:`/diagnostics`: what the numbers of a monitor say, and figures ready made:
-#   ``plot_history(monitor.history)`` and ``monitor.figures()`` draw one run.
-# * :doc:`/how_to/index`: a task each.
-# * :doc:`/metric_learning`: miners, testers and accuracy from pytorch-metric-learning.
+# * :doc:`/how_to/diagnostics`: the metrics of a monitor, and its figures:
+#   ``plot_history(monitor.history)`` and ``monitor.figures()``.
+# * :doc:`/how_to/index`: guides by task.
+# * :doc:`/how_to/pytorch_metric_learning`: miners, testers and accuracy from
+#   pytorch-metric-learning.

@@ -44,7 +44,7 @@ def scores(report: Report) -> list[Block]:
     proposed = report.first(PROPOSED)
     if not proposed:
         return []
-    blocks: list[Block] = [report.heading("How sure is it?")]
+    blocks: list[Block] = [report.heading("ROC and calibration")]
     folds = report.reproduction.select("patient", PROPOSED)
     sides = {"by slice, seed 0": ("slice", proposed.predictions)}
     if folds:
@@ -74,18 +74,17 @@ def patients(report: Report) -> list[Block]:
     if not names:
         return []
     blocks: list[Block] = [
-        report.heading("By patient: what a clinic would see"),
+        report.heading("By patient"),
         Paragraph(
-            "The same seven trainings where no patient stands on both sides, by the data set "
-            "author's five folds."
+            "The same seven trainings with no patient in both training and test set, by the data "
+            "set author's five folds."
         ),
     ]
     if any(patient.startswith("fold") and "-run" in patient for patient in report.slices.patients):
         text = (
-            "These slices carry stand-ins for the patient ids (runs of neighbouring slices of one "
-            "class and fold): the folds are the author's, but what is called a patient in votes "
-            "and bootstraps is such a run. There are more runs than patients, so intervals drawn "
-            "over them are still too narrow."
+            "These slices have no patient identifiers: the folds are the author's, but in votes "
+            "and bootstraps a patient is approximated by a run of neighbouring slices of one class "
+            "and fold. There are more runs than patients, so bootstrap intervals are too narrow."
         )
         blocks.append(Paragraph(text))
     blocks += [tables.patient_table(reproduction), tables.fold_table(reproduction)]
@@ -142,7 +141,7 @@ def beyond(report: Report) -> list[Block]:
     blocks: list[Block] = [
         report.heading("Beyond the paper: other losses, with and without annealing"),
         tables.beyond_table(report.reproduction),
-        report.heading("What helps"),
+        report.heading("Ablations"),
         tables.variant_table(report.reproduction),
     ]
     folds, seeds = report.with_embeddings("patient"), report.with_embeddings("slice")[:1]
@@ -205,7 +204,7 @@ def length(report: Report) -> list[Block]:
     title = "accuracy by slice against the length of training"
     plot_budget(report.figure_path("length"), runs, own, paper.ACCURACY, paper.ACCURACY, title)
     return [
-        report.heading("Where this budget stands against its own limit"),
+        report.heading("Number of epochs"),
         report.figure(
             "length",
             "Accuracy by slice (70-30) against the epochs of training, otherwise the same; the "
@@ -236,10 +235,10 @@ def speed(report: Report) -> list[Block]:
             f"On {speed['device']} ({speed['threads']} thread(s), {speed['precision']}, "
             f"{speed['image_size']} pixels, batches of {size}): a training step {size / step:.0f} "
             f"images/s, the network's forward and backward pass alone {size / floor:.0f} images/s, "
-            f"so a step takes {step / floor:.3f} of that floor; making the batch takes "
+            f"a ratio of {step / floor:.3f}; making the batch takes "
             f"{100 * batch / step:.1f} % of a step. Medians of interleaved rounds"
-            f"{', process CPU time' if speed['device'] == 'cpu' else ''}. The wall clock of "
-            f"all trainings, added up: {seconds / 3600:.2f} hours."
+            f"{', process CPU time' if speed['device'] == 'cpu' else ''}. Wall-clock "
+            f"time of all trainings in total: {seconds / 3600:.2f} hours."
         ),
     ]
 
@@ -256,10 +255,9 @@ def faults(report: Report) -> list[Block]:
         for name, counts in drills.items()
     ]
     return [
-        report.heading("Faults survived"),
+        report.heading("Fault injection"),
         Paragraph(
-            "Drills run on this machine as part of this reproduction: how many faults were tried, "
-            "and what became of those tried."
+            "Faults injected on this machine as part of this reproduction, and their outcomes."
         ),
         Table(["drill", *columns], rows),
     ]

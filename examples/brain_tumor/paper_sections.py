@@ -71,12 +71,12 @@ def golden(report: Report) -> list[Block]:
     if report.reproduction.synthetic:
         return []
     return [
-        report.heading("Do our metrics count as the paper does?"),
+        report.heading("Validation of the metrics"),
         Paragraph(
-            "The cells of the paper's tables give its counts away: by search, one confusion matrix "
-            "alone fits each row, misprints apart. (Twelve fit that of 30-70, alike in every cell "
-            "here.) Fed to the code that makes every number below, these counts print the paper's "
-            "rows; where they do not, the last column says why."
+            "The cells of the paper's tables determine its confusion matrices: a search finds "
+            "exactly one for each row, except for misprints. (Twelve fit that of 30-70, with equal "
+            "values in every cell.) With these counts the metrics used below reproduce the paper's "
+            "rows; the last column explains the exceptions."
         ),
         tables.golden_table(paper.golden_check()),
     ]
@@ -93,8 +93,8 @@ def paper_tables(report: Report) -> list[Block]:
     return [
         report.heading("By slice: tables 1 and 3 to 6"),
         Paragraph(
-            "Slices of one patient stand on both sides of this split, as in the paper: it says how "
-            "well slices of known patients are told apart."
+            "In this split, as in the paper, slices of one patient are in both training and test "
+            "set: it measures accuracy on new slices of the same patients."
         ),
         report.heading("Table 1: 70-30 and 30-70", 3),
         tables.paper_table(reproduction, (PROPOSED, SWAPPED), paper.BY_TRAINING, caption),
@@ -106,7 +106,7 @@ def paper_tables(report: Report) -> list[Block]:
         tables.paper_table(reproduction, tables.MARGINS, paper.BY_TRAINING, ""),
         report.heading("Table 6: AUC by margin", 3),
         tables.auc_table(reproduction, tables.MARGINS),
-        report.heading("Are the losses different?", 3),
+        report.heading("Significance of the differences", 3),
         tables.mcnemar_table(reproduction),
     ]
 
@@ -240,7 +240,7 @@ def bars(report: Report) -> list[Block]:
         report.figure_path("figure7"), scores, "accuracies on this data set: ours, and as published"
     )
     return [
-        report.heading("Figure 7: beside other methods"),
+        report.heading("Figure 7: other methods"),
         report.figure(
             "figure7",
             "Figure 7: our accuracies, and others as their authors give them; a hollow mark is a "
@@ -263,6 +263,6 @@ def deviations(report: Report) -> list[Block]:
         return blocks
     return [
         *blocks,
-        report.heading("Contradictions in the paper, and how they were read"),
+        report.heading("Contradictions in the paper, and their interpretation"),
         Items(paper.CONTRADICTIONS),
     ]

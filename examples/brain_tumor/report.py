@@ -106,12 +106,12 @@ def _early_table(steps: list[dict[str, Any]]) -> str:
 
 def _limits(synthetic: bool) -> str:
     limits = [
-        "One seed of one split. Differences of a few slices are chance: compare the interval, and "
-        "several seeds and folds, before ranking anything.",
-        "The interval takes slices for independent. Slices of one patient are alike, so the true "
-        "uncertainty is larger.",
-        "Where slices of one patient stand on both sides, the accuracy says how well slices of "
-        "known patients are told apart. A clinic would see the patient split's, which is lower.",
+        "One seed of one split. Differences of a few slices are not significant: compare "
+        "intervals, several seeds and folds before ranking anything.",
+        "The interval assumes independent slices. Slices of one patient are correlated, so the "
+        "true uncertainty is larger.",
+        "With a split by slice, the accuracy is that on new slices of the same patients. On new "
+        "patients it is lower: see the split by patient.",
     ]
     if synthetic:
         limits.insert(

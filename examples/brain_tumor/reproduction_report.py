@@ -88,16 +88,16 @@ def _summary(report: Report) -> list[Block]:
     ]
     if reproduction.synthetic:
         text = (
-            "SYNTHETIC: the slices are phantoms drawn by a program, not patients. They test that "
-            "the method runs and learns; they say nothing about real tumours, and the paper's "
-            "numbers do not stand beside them."
+            "SYNTHETIC: the slices are simulated phantoms, not patients. They test that the code "
+            "runs and learns; they say nothing about real tumours, and are not compared with the "
+            "paper's numbers."
         )
         blocks.append(Paragraph(text, warning=True))
     blocks.append(
         Paragraph(
-            "HSADML (Verma and Singh) trains MobileNet v1 with SphereFace's angular margin to tell "
-            "meningioma, glioma and pituitary tumour apart in slices of brain MRI, and gives a "
-            "slice the class of its nearest neighbour. Here its trainings were run anew with the "
+            "HSADML (Verma and Singh) trains MobileNet v1 with SphereFace's angular margin on MRI "
+            "slices of meningioma, glioma and pituitary tumour, and classifies a slice by its "
+            "nearest neighbour. Here its trainings were repeated with the "
             f"budget `{budget.name}`: {settings.training.epochs} epochs at "
             f"{settings.data.image_size} pixels where the paper has 275 at 224. "
             f"{len(reproduction.results)} of {total} runs are finished."
@@ -105,9 +105,8 @@ def _summary(report: Report) -> list[Block]:
     )
     if budget.name == "small":
         text = (
-            "This is what about an hour of two CPU cores gives, a small part of the paper's "
-            "training. It shows where the method stands after so little, not where it ends; the "
-            "curve of accuracy against length below says how far that is."
+            "These are preliminary results of about an hour on two CPU cores, a small part of the "
+            "paper's training. Accuracy still increases with the number of epochs, as shown below."
         )
         blocks.append(Paragraph(text))
     if reproduction.missing:
@@ -132,7 +131,7 @@ def _aims(report: Report) -> Table:
         (
             "patient",
             PROPOSED,
-            f"by patient, mean over the folds: what a clinic would see{mark}",
+            f"by patient, mean over the folds{mark}",
             PATIENT_AIM,
         ),
     ):
@@ -145,8 +144,8 @@ def _aims(report: Report) -> Table:
                 cells += [tables.percent(aim), "reached" if mean >= aim else "missed"]
             rows.append([name, *cells])
     header = ["SphereFace, m = 5, 1-NN", "accuracy", "95 % (t)", "each"]
-    aims = [] if report.reproduction.synthetic else ["aim", ""]
-    caption = "Aims: the paper's figures by slice, and 96 % by patient." if aims else ""
+    aims = [] if report.reproduction.synthetic else ["target", ""]
+    caption = "Targets: the paper's figures by slice, and 96 % by patient." if aims else ""
     return Table([*header, *aims], rows, caption)
 
 
@@ -158,21 +157,24 @@ def _model_card(report: Report) -> list[Block]:
             [
                 "What it is: MobileNet v1 with a 256-d output network, trained with SphereFace; "
                 "the answer is the class of the nearest training slice.",
-                "Made for: comparing losses, and learning how such a study is done and read.",
-                "Not made for: patients. It knows three kinds of tumour and calls a healthy brain, "
-                "another disease or a photograph one of the three, often with confidence.",
+                "Intended use: comparing losses, and teaching how such a study is done and read.",
+                "Out of scope: patients. It has three classes of tumour and assigns a healthy "
+                "brain, another disease or a photograph to one of them, often with high "
+                "confidence.",
                 "Data: 3064 slices of 233 patients (Jun Cheng, Figshare 1512427, CC BY 4.0), "
                 "T1-weighted with contrast agent, from two hospitals in China, 2005 to 2010, each "
-                "slice chosen for its tumour. Age, sex and scanners are not recorded, so nothing "
-                "is known about how it does on any group."
+                "slice chosen for its tumour. Age, sex and scanners are not recorded, so "
+                "performance by group is unknown."
                 if not report.reproduction.synthetic
                 else "Data: phantoms drawn by a program from one averaged brain.",
-                "By slice, slices of one patient stand on both sides: those accuracies are those "
-                "of known patients. By patient is the number to expect, on this data set; another "
-                "hospital's slices will be worse.",
-                "Neighbouring slices are alike: 3064 slices are not 3064 observations. Wilson's "
-                "intervals are too narrow for that reason; those drawn over patients are not.",
-                "Nothing was chosen on the test slices but what says so (k, the paper's way).",
+                "In the split by slice, slices of one patient are in both training and test set. "
+                "The split by patient measures accuracy on new patients of this data set; expect "
+                "less on slices of another hospital.",
+                "Neighbouring slices are correlated: 3064 slices are not 3064 independent "
+                "observations. Wilson's intervals are therefore too narrow; bootstrap intervals "
+                "over patients are not.",
+                "Nothing was selected on the test slices, except where stated (k, as in the "
+                "paper).",
             ]
         ),
     ]
@@ -186,7 +188,7 @@ def _what_was_run(report: Report) -> list[Block]:
     facts.append(["report written with", f"Python {platform.python_version()}"])
     sessions = read_rows(folder / SESSIONS) if (folder / SESSIONS).is_file() else []
     header = list(dict.fromkeys(key for one in sessions for key in one))
-    blocks: list[Block] = [report.heading("What was run"), Table(["", ""], facts)]
+    blocks: list[Block] = [report.heading("Runs"), Table(["", ""], facts)]
     if sessions:
         rows = [[str(one.get(key, "-")) for key in header] for one in sessions]
         blocks.append(Table(header, rows, "Sessions of `reproduce` on this folder."))

@@ -229,7 +229,7 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
         swap: Exchange the sides, as the paper does for its 30-70 experiment.
 
     Raises:
-        UserError: A class is too small to stand on both sides.
+        UserError: A class is too small for both training and test set.
     """
     sizes = slices.labels.bincount(minlength=len(CLASS_NAMES)).tolist()
     test_sizes = [round(TEST_FRACTION * size) for size in sizes]
@@ -266,7 +266,7 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
         seed: Decides both draws.
 
     Raises:
-        UserError: A class is too small to stand on both sides.
+        UserError: A class is too small for both training and test set.
     """
     side = paper_split(slices, seed).train
     labels = slices.labels[side]

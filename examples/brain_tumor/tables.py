@@ -43,11 +43,11 @@ TITLES = {
 LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
 MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
 INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
-TOO_SURE = (
-    "Wilson's interval and McNemar's p take slices for independent; those of one patient are "
-    "alike, so both are too sure."
+CORRELATED_SLICES = (
+    "Wilson's interval and McNemar's p assume independent slices; those of one patient are "
+    "correlated, so the interval is too narrow and p too small."
 )
-BESIDE = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
+COMPARED = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
 SHORT = ("Me", "Gl", "Pt")
 VIEWS = {
     1: "the slice alone",
@@ -170,9 +170,9 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
     return Table(
         ["against", "seed", "only m = 5 right", "only the other right", "p"],
         rows,
-        "McNemar's exact test on the same test slices, which it takes for independent; those of "
-        f"one patient are alike, so it is too sure. With {len(rows)} comparisons a p under .05 is "
-        "expected now and then by chance alone.",
+        "McNemar's exact test on the same test slices assumes independent slices; those of one "
+        f"patient are correlated, so p is too small. With {len(rows)} comparisons some p below .05 "
+        "are expected by chance.",
     )
 
 
@@ -231,8 +231,8 @@ def patient_table(reproduction: Reproduction) -> Table:
             "Wilson 95 %",
         ],
         rows,
-        "Accuracy in per cent. By slice: slices of one patient on both sides, mean over the "
-        "seeds. By patient: no patient on both sides. Vote: the majority of a patient's slices. "
+        "Accuracy in per cent. By slice: slices of one patient in training and test set, mean "
+        "over the seeds. By patient: no patient in both. Vote: the majority of a patient's slices. "
         "With the sides exchanged each fold is trained on alone and tested on the four others, so "
         "a slice is answered four times.",
     )
@@ -324,10 +324,10 @@ def variant_table(reproduction: Reproduction) -> Table:
                 own = right(pooled(one.predictions for one in results))
                 rows.append(_beside(name, own, reference))
     return Table(
-        ["trained", *BESIDE],
+        ["trained", *COMPARED],
         rows,
         f"By patient, on {reproduction.budget.folds} of 5 folds. Each differs from the "
-        f"proposed training in one thing. {TOO_SURE}",
+        f"proposed training in one thing. {CORRELATED_SLICES}",
     )
 
 
@@ -359,7 +359,7 @@ def answer_table(
         own = np.concatenate([one.predicted for one in same]) == truth
         rows.append(_beside(same[0].name, own, reference))
     rows += [_beside(name, own, reference) for name, own in together.items()]
-    return Table(["answered", *BESIDE], rows, f"{caption} {TOO_SURE}")
+    return Table(["answered", *COMPARED], rows, f"{caption} {CORRELATED_SLICES}")
 
 
 def _other_views(results: Sequence[Result], views: int) -> list[Predictions]:

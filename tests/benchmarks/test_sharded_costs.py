@@ -1,4 +1,4 @@
-"""What docs/sharding.md says of bytes and memory is what a step sends and holds."""
+"""The bytes and the memory in docs/benchmarks/distributed_training.md are those of a step."""
 
 import pytest
 

@@ -271,7 +271,7 @@ def test_by_patient_every_way_has_its_own_counts(report, folder, drawn):
     matrices = drawn["errors"][0]
     assert matrices["by slice, seed 0"].tolist() == confusion(folder, [f"slice-{PROPOSED}-seed0"])
     assert matrices["by patient, all folds"].tolist() == confusion(folder, PROPOSED_FOLDS)
-    assert not any("stand-ins" in text for text in texts(blocks))
+    assert not any("no patient identifiers" in text for text in texts(blocks))
 
     patients = np.concatenate([read_answers(folder, name)[3] for name in PROPOSED_FOLDS])
     found, counts = np.unique(patients[wrong], return_counts=True)
@@ -282,11 +282,14 @@ def test_by_patient_every_way_has_its_own_counts(report, folder, drawn):
     )
 
 
-def test_stand_ins_for_patients_are_called_so(tmp_path, drawn):
+def test_slices_without_patient_ids_are_reported(tmp_path, drawn):
     folder = write_reproduction(tmp_path / "out")
     path = folder / "slices.csv"
     path.write_text(path.read_text().replace("P00", "fold1-run001"))
-    assert any("stand-ins" in text for text in texts(further_sections.patients(Report(folder))))
+    assert any(
+        "no patient identifiers" in text
+        for text in texts(further_sections.patients(Report(folder)))
+    )
 
 
 def test_networks_together_answer_by_the_nearest_in_all_their_embeddings(
@@ -351,7 +354,7 @@ def test_speed_is_in_images_and_faults_in_a_table(tmp_path):
     (folder / "drills.json").write_text(json.dumps({"a": {"tried": 7}, "b": {"lost": 0}}))
     (text,) = texts(further_sections.speed(report))
     assert "a training step 40 images/s" in text
-    assert "alone 50 images/s, so a step takes 1.250 of that floor" in text
+    assert "alone 50 images/s, a ratio of 1.250" in text
     assert "takes 10.0 % of a step" in text
     epochs = sum(one.run.settings.training.epochs for one in report.reproduction.results)
     assert f"{1.5 * epochs / 3600:.2f} hours" in text

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import angular_losses as al
@@ -91,7 +92,7 @@ def test_other_dtypes(dtype):
     np.testing.assert_allclose(angles.nearest, nearest, atol=3e-8)
 
 
-def test_centres_without_a_direction_are_nobodys_nearest():
+def test_centres_without_a_direction_are_never_the_nearest():
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [0.0, 0.0], [torch.nan, 1.0], [torch.inf, 0]])
     embeddings = torch.tensor([[1.0, 0.0], [torch.nan, 0.0]])
     angles = diagnostics.batch_angles(embeddings, weight, torch.tensor([0, 0]))
@@ -209,7 +210,7 @@ ARRANGEMENTS = {
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_famous_arrangements_are_never_above_the_bound_and_reach_it_where_known(name):
+def test_optimal_arrangements_satisfy_the_bound_and_attain_it_where_it_is_tight(name):
     centres, size, is_tight = ARRANGEMENTS[name]
     separation = diagnostics.centre_separation(centres)
     bound = diagnostics.separation_bound(len(centres), size)
@@ -418,7 +419,7 @@ def test_the_margin_in_force_is_the_schedules():
             assert monitor.summary()["margin_mean"] == pytest.approx(0.1 * share, abs=1e-7)
 
 
-def test_attached_it_sees_what_training_sees_and_changes_nothing():
+def test_an_attached_monitor_measures_training_batches_and_changes_nothing():
     monitor, by_hand = watched(), watched()
     by_hand.loss.load_state_dict(monitor.loss.state_dict())
     for _ in range(2):
@@ -445,6 +446,16 @@ def test_attached_it_sees_what_training_sees_and_changes_nothing():
     assert list(monitor.loss.state_dict()) == ["weight"]
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_batch_that_is_recomputed_counts_once(use_reentrant):
+    monitor = watched()
+    with monitor.attach():
+        embeddings, labels = rows_for(monitor)
+        embeddings.requires_grad_()
+        checkpoint(monitor.loss, embeddings, labels, use_reentrant=use_reentrant).backward()
+    assert monitor.summary()["rows"] == len(labels)
+
+
 @pytest.mark.parametrize("row", family.FAMILY, ids=family.NAMES)
 def test_every_loss_can_be_watched(row):
     monitor = watched(row.build(family.CLASSES, SIZE))
@@ -469,7 +480,7 @@ def test_updates_never_need_a_value():
         monitor.summary()
 
 
-def test_a_sampled_batch_costs_one_product_and_another_nothing():
+def test_only_measured_batches_cost_a_product():
     monitor = watched(every=2)
     with FlopCounterMode(display=False) as counter:
         monitor.update(*rows_for(monitor, 30))

@@ -158,7 +158,7 @@ GOOD = torch.ones(2, sharding.SIZE), torch.tensor([0, 9])
         ((*GOOD, torch.ones(3)), "ValueError", "sample_weight: expected shape (2,)"),
     ],
 )
-def test_a_bad_batch_on_one_rank_is_refused_by_all_who_are_told_why(processes, bad, kind, message):
+def test_a_bad_batch_on_one_rank_is_an_error_on_all_ranks(processes, bad, kind, message):
     answers = processes.run(sharding.refusals, 3, [GOOD, bad, GOOD], GOOD)
     errors = [error for error, _ in answers]
     assert errors[1].startswith(f"{kind}: ")
@@ -178,7 +178,7 @@ def test_batches_of_different_kinds_are_refused(processes, other):
     assert all("expected one dtype on all ranks" in error for error, _ in answers)
 
 
-def test_a_dead_rank_ends_the_others_with_a_reason():
+def test_a_dead_rank_is_an_error_on_the_other_ranks():
     processes = Processes(2)
     told, nothing = processes.run(sharding.alone_after_a_death, 2, timeout=20.0)
     processes.close()
@@ -186,7 +186,7 @@ def test_a_dead_rank_ends_the_others_with_a_reason():
     assert told.startswith("sharded: the other ranks could not be reached")
 
 
-def test_a_rank_that_does_not_come_ends_the_others_after_the_timeout(processes):
+def test_a_missing_rank_is_an_error_after_the_timeout(processes):
     told, _ = processes.run(sharding.alone_while_another_sleeps, 2, 4.0, timeout=1.5)
     assert "did not come within the process group's timeout" in told
 
@@ -250,7 +250,7 @@ def test_any_number_of_ranks_loads_what_any_number_saved(processes, tmp_path, op
                 assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_sampling_goes_on_where_it_was(processes, tmp_path):
+def test_sampling_resumes(processes, tmp_path):
     arguments = str(tmp_path), True, "adamw"
     expected = processes.run(sharding.train_and_save, 2, *arguments, rate=0.3)
     assert processes.run(sharding.load_and_train, 2, *arguments, rate=0.3) == expected
@@ -267,7 +267,7 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(processes, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "current"]
 
 
-def test_rows_that_several_have_count_once(processes):
+def test_gathered_rows_count_once(processes):
     assert processes.run(sharding.halved_total, 4) == [2.0] * 4
 
 
@@ -301,7 +301,7 @@ def test_a_mesh_of_two_dimensions(processes, classes_over_all):
     assert max(processes.run(sharding.two_dimensions, 4, classes_over_all)) <= 1e-10
 
 
-def test_whole_again_and_what_is_refused(processes):
+def test_unshard_and_what_is_rejected(processes):
     expected = [
         "RuntimeError: get_logits: expected a whole loss; unshard(loss) makes one",
         "RuntimeError: extend: expected a whole loss; unshard(loss) makes one",

@@ -96,7 +96,7 @@ def test_a_curve_is_kept_to_half_a_unit():
     assert (kept - drawn).abs().max() <= 0.5e-5 * (1 + 1e-9)
 
 
-def test_a_curve_that_does_not_fit_is_refused():
+def test_a_curve_out_of_range_is_rejected():
     with pytest.raises(ValueError, match=r"curve: expected values within 83\.8861, got 84"):
         explorer_data.packed(torch.full((181,), 84.0, dtype=torch.float64))
 

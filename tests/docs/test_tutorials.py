@@ -68,7 +68,7 @@ def test_circle_embeddings_classify(first):
         assert names["neighbours"](network).statistic > 0.85
 
 
-def test_the_backbone_learnt_its_own_task(second):
+def test_the_backbone_is_pretrained(second):
     names, _ = second
     assert names["value"] < 0.5 * names["math"].log(4)
 
@@ -77,21 +77,21 @@ def test_new_classes_are_in_no_training(second):
     names, _ = second
     assert set(names["train_labels"].tolist()) == set(range(7))
     assert set(names["new_labels"].tolist()) == {7, 8, 9}
-    assert set(names["labels"][names["aside"]].tolist()) == set(range(7))
-    rows = len(names["train_labels"]) + len(names["new_labels"]) + int(names["aside"].sum())
+    assert set(names["labels"][names["held_out"]].tolist()) == set(range(7))
+    rows = len(names["train_labels"]) + len(names["new_labels"]) + int(names["held_out"].sum())
     assert rows == len(names["labels"])
 
 
-def test_larger_margins_pack_the_known_classes(second):
+def test_larger_margins_concentrate_the_training_classes(second):
     names, _ = second
     medians = [
-        names["look"](*runs[0][:2]).numbers["target_median"] for runs in names["runs"].values()
+        names["measure"](*runs[0][:2]).numbers["target_median"] for runs in names["runs"].values()
     ]
     assert 0 < names["chosen"] < 1.2
     assert medians == sorted(medians, reverse=True)
 
 
-def test_what_stands_on_new_classes(second):
+def test_fine_tuning_helps_on_new_classes_and_a_large_margin_does_not(second):
     names, _ = second
     accepted = names["accepted"]
     for seed in range(3):

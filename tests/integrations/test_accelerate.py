@@ -73,7 +73,7 @@ def prepared(cls, folder):
 
 
 @pytest.mark.parametrize("cls", [al.ArcFaceLoss, al.AdaFaceLoss])
-def test_two_processes_train_as_one_does_and_resume_to_the_bit(processes, tmp_path, cls):
+def test_two_processes_train_like_one_and_resume_bit_for_bit(processes, tmp_path, cls):
     expected = plain(*network_and_loss(cls=cls), in_order())
     answers = processes.run(on_each, 2, prepared, cls, tmp_path, timeout=300.0)
     for state, back, later, resumed in answers:
@@ -96,7 +96,7 @@ def forgotten(folder):
     return loss.weight.detach().clone()
 
 
-def test_a_loss_that_is_not_prepared_drifts_apart_and_the_monitor_says_so(processes, tmp_path):
+def test_the_monitor_warns_of_a_loss_that_is_not_prepared(processes, tmp_path):
     first, second = processes.run(on_each, 2, forgotten, tmp_path, timeout=300.0)
     assert (first - second).abs().max() > 1e-3
     assert len([*tmp_path.glob("model*")]) == 1

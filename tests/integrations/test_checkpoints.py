@@ -108,7 +108,7 @@ def test_what_comes_out_is_a_copy(convert):
         (
             lambda: from_insightface({"weight": torch.ones(2, 3)}),
             ValueError,
-            "state_dicts: expected a list with one state dict a rank, got",
+            "state_dicts: expected a list with one state dict per rank, got",
         ),
         (
             lambda: from_insightface([{"weight": torch.ones(2, 3)}, {"weight": torch.ones(2, 4)}]),

@@ -67,7 +67,7 @@ def test_torchmetrics_threshold_at_a_false_acceptance_rate():
     assert false <= 0.0101
 
 
-def test_torchmetrics_squashes_cosines_but_not_scores_of_angles():
+def test_torchmetrics_applies_a_sigmoid_to_cosines_but_not_to_scores_of_angles():
     """A batch with a negative cosine goes through a sigmoid, one without does not."""
     classification = tool("torchmetrics.functional.classification")
     scores, same = pairs()

@@ -103,7 +103,7 @@ def test_manual_optimisation_is_that_of_a_plain_loop(tmp_path):
     assert same(model.state(), plain(network, loss, [*batches()] * 3, optimiser=optimiser), 1e-12)
 
 
-def test_training_goes_on_to_the_bit_where_it_was_cut_off(tmp_path):
+def test_training_resumes_bit_for_bit(tmp_path):
     whole, first, second = (Recogniser(cls=al.AdaFaceLoss, seed=seed) for seed in (0, 0, 1))
     trainer(tmp_path, 4).fit(whole, batches())
     half = trainer(tmp_path, 2)
@@ -131,7 +131,7 @@ def train_on_each(mesh, folder, cls):
 
 
 @pytest.mark.parametrize("cls", [al.ArcFaceLoss, al.AdaFaceLoss])
-def test_two_processes_train_as_one_does(processes, tmp_path, cls):
+def test_two_processes_train_like_one(processes, tmp_path, cls):
     expected = plain(*network_and_loss(cls=cls), [*batches()] * 3)
     for state in processes.run(train_on_each, 2, tmp_path, cls, timeout=300.0):
         assert same(state, expected, 1e-10)

@@ -96,6 +96,15 @@ def assert_equal(first, second, embeddings, *arguments, **tolerance):
     assert all(tensor.count_nonzero() for tensor in expected)
 
 
+@pytest.mark.parametrize(("name", "options"), EACH)
+def test_a_loss_runs_where_there_are_no_values(name, options):
+    loss = getattr(ours, name)(num_classes=CLASSES, embedding_size=SIZE, **options).to("meta")
+    embeddings = torch.empty(ROWS, SIZE, device="meta", requires_grad=True)
+    loss(embeddings, torch.empty(ROWS, device="meta", dtype=torch.int64)).backward()
+    assert embeddings.grad.shape == embeddings.shape
+    assert loss.get_logits(embeddings).shape == (ROWS, CLASSES)
+
+
 @every_case
 @pytest.mark.parametrize("seed", range(5))
 def test_values_and_gradients_are_pmls_in_float64(name, options, seed):
@@ -189,7 +198,7 @@ def test_parameter_groups_know_these_losses():
 
 
 @pytest.mark.parametrize("name", ["ArcFaceLoss", "SubCenterArcFaceLoss", "CosFaceLoss"])
-def test_a_monitor_sees_what_it_sees_of_a_loss_of_this_package(name):
+def test_a_monitor_gives_the_metrics_of_the_same_loss_here(name):
     of_pml = pair(name)[1]
     options = {"beyond": "linear"} if "Arc" in name else {}
     own = getattr(angular_losses, name)(CLASSES, SIZE, of_pml.margin, **options).double()

@@ -81,7 +81,7 @@ def whole(tmp_path_factory):
     return folder, state_of(model, loss)
 
 
-def test_training_goes_on_to_the_bit_with_the_loss_loaded(whole):
+def test_training_resumes_bit_for_bit_with_the_loss_loaded(whole):
     folder, expected = whole
     model, loss = build(1)
     checkpoint = folder / "checkpoint-6"
@@ -98,7 +98,7 @@ def test_without_that_the_centres_are_other_ones(whole):
     assert not same(state_of(model, loss), expected, 1e-2)
 
 
-def test_gradients_of_the_centres_do_not_pile_up(whole, tmp_path):
+def test_gradients_of_the_centres_do_not_accumulate(whole, tmp_path):
     """The Trainer zeroes the model's; sentence-transformers since 6 those of the loss too."""
     model, loss = build()
     trainer(model, loss, tmp_path).train()

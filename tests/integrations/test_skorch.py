@@ -93,7 +93,7 @@ def test_it_predicts_the_nearest_centre():
     assert probabilities.sum(1) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_training_goes_on_to_the_bit_where_it_was_cut_off(tmp_path):
+def test_training_resumes_bit_for_bit(tmp_path):
     kept = skorch.callbacks.Checkpoint(dirname=tmp_path, monitor=None)
     first = net(callbacks=[kept]).fit(*data())
     resumed = net().initialize()

@@ -54,7 +54,7 @@ class TestAveragedModel:
 
 
 class TestSaving:
-    def test_a_whole_loss_goes_on_to_the_bit(self, tmp_path):
+    def test_a_pickled_loss_resumes_bit_for_bit(self, tmp_path):
         model = both(*network_and_loss(al.AdaFaceLoss))
         plain(*model.values(), batches())
         torch.save(model, tmp_path / "model.pt")
@@ -62,7 +62,7 @@ class TestSaving:
         assert repr(loaded) == repr(model)
         assert same(plain(*loaded.values(), batches()), plain(*model.values(), batches()))
 
-    def test_a_state_needs_no_pickle_of_ours(self, tmp_path):
+    def test_a_state_dict_loads_with_weights_only(self, tmp_path):
         model = both(*network_and_loss(al.AdaFaceLoss))
         plain(*model.values(), batches())
         torch.save(model.state_dict(), tmp_path / "state.pt")
@@ -167,7 +167,7 @@ def centres_apart(mesh, wrap):
 
 
 @pytest.mark.parametrize("wrap", [True, False])
-def test_the_monitor_notices_centres_that_drift_apart(processes, wrap):
+def test_the_monitor_warns_of_diverging_centres(processes, wrap):
     for messages, rows in processes.run(centres_apart, 2, wrap):
         assert rows == 48
         if wrap:

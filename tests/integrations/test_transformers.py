@@ -133,7 +133,7 @@ def test_margins_of_classes_are_loaded_too(tmp_path):
     assert loaded.loss(torch.randn(4, SIZE), torch.arange(4)).isfinite()
 
 
-def test_training_goes_on_to_the_bit_where_it_was_cut_off(tmp_path):
+def test_training_resumes_bit_for_bit(tmp_path):
     options = {"per_device_train_batch_size": 8, "save_strategy": "epoch"}
     whole, resumed = model(), model(1)
     trainer(whole, tmp_path, **options).train()

@@ -1,4 +1,4 @@
-"""Every loss at the edges of its input: no rows, one, ignored ones, small integers, no values."""
+"""Losses at the edges of their input: no rows, ignored ones, small integers, no values."""
 
 import itertools
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
 from angular_losses import validation
@@ -14,7 +13,7 @@ from angular_losses.engine import modes
 from angular_losses.engine.batch import checked
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
-from tests.losses.test_training_state import SIZE, assert_same, batch, build, state
+from tests.steps import SIZE, batch, build, state
 
 NAMES = [row.name for row in FAMILY]
 SMOOTHED = {row.name for row in FAMILY if row.smoothing}
@@ -22,26 +21,9 @@ every_loss = pytest.mark.parametrize("name", NAMES)
 every_mode = pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
 
 
-def ways(loss):
-    """The loss as it is called in eager mode and checkpointed."""
-    yield loss
-    for use_reentrant in (False, True):
-        yield (
-            lambda *given, r=use_reentrant, **more: (
-                checkpoint(loss, *given, use_reentrant=r, **more)
-                if not (r and more)
-                else loss(*given, **more)
-            )
-        )
-
-
-def gradients(loss, value, embeddings):
-    return torch.autograd.grad(value, [embeddings, *loss.parameters()], allow_unused=True)
-
-
 @every_loss
-@every_mode
-def test_an_empty_batch_gives_zero_with_zero_gradients(name, mode):
+def test_an_empty_batch_gives_zero_with_every_option(name):
+    mode = ("dense", "stash", "recompute")[NAMES.index(name) % 3]
     nothing, labels = torch.empty(0, SIZE, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     class_weight = torch.rand(CLASSES, dtype=torch.float64)
     for smoothing, sub_centers, reduction in itertools.product(
@@ -69,70 +51,22 @@ def test_an_empty_batch_gives_zero_with_zero_gradients(name, mode):
                 assert torch.equal(buffer, before[key]), key
 
 
-@every_loss
-def test_one_row_is_the_mean_of_itself_twice(name):
-    if name.startswith(("Elastic", "AdaFace")):
-        pytest.skip("rows differ by chance, or one has no deviation")
-    for checkpointed in (False, True):
-        loss, twice = build(name), build(name)
-        embeddings, labels = batch(5, 1)
-
-        def call(loss, *given, checkpointed=checkpointed):
-            return checkpoint(loss, *given, use_reentrant=False) if checkpointed else loss(*given)
-
-        value = call(loss, embeddings, labels)
-        pair = call(twice, embeddings.repeat(2, 1), labels.repeat(2))
-        assert torch.allclose(value, pair)
-        assert_same(gradients(loss, value, embeddings), gradients(twice, pair, embeddings))
-
-
-@every_loss
-@every_mode
-def test_ignored_rows_are_as_if_they_were_not_there(name, mode):
-    """With NaN and infinity in them, for loss, gradients and statistics."""
-    if name.startswith("Elastic"):
-        pytest.skip("draws a margin for each row")
-    embeddings, labels = batch(1)
-    bad = embeddings.detach().clone()
-    bad[2], bad[5, 0] = math.nan, math.inf
-    with_ignored = labels.clone()
-    with_ignored[[2, 5]] = -100
-    kept = labels[with_ignored >= 0]
-    weights = torch.rand(8, dtype=torch.float64)
-    weights[2] = math.nan
-    reference = build(name, mode=mode)
-    rows = embeddings.detach()[with_ignored >= 0].requires_grad_()
-    expected = reference(rows, kept, weights[with_ignored >= 0])
-    of_rows, *of_parameters = gradients(reference, expected, rows)
-    for way in (0, 1, 2):
-        loss = build(name, mode=mode)
-        call = list(ways(loss))[way]
-        given = bad.clone().requires_grad_()
-        with in_chunks_of(3):
-            value = call(given, with_ignored, weights)
-            value.backward()
-        if way < 2 or not loss.statistics:  # the first reentrant pass returns the value
-            torch.testing.assert_close(value, expected)
-        assert not given.grad[[2, 5]].any()
-        torch.testing.assert_close(given.grad[with_ignored >= 0], of_rows)
-        found = [parameter.grad for parameter in loss.parameters()]
-        assert_same(found, of_parameters, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(state(loss), state(reference))
-
-
 @pytest.mark.parametrize("call", ["softmax", "one_vs_rest"])
 def test_ignored_rows_of_the_functions_too(call):
     embeddings, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
-    embeddings[1] = math.nan
+    embeddings[1] = torch.tensor([math.nan, math.inf, 0, 0])
     embeddings.requires_grad_()
     labels = torch.tensor([0, -100, 2])
+    given = embeddings, weight, labels
+    sample_weight = torch.tensor([1.0, math.nan, 1.0])
     if call == "softmax":
-        value = al.margin_softmax_loss(embeddings, weight, labels, margin=torch.cos, scale=8.0)
+        value = al.margin_softmax_loss(
+            *given, margin=torch.cos, scale=8.0, sample_weight=sample_weight
+        )
     else:
         value = al.one_vs_rest_loss(
-            embeddings,
-            weight,
-            labels,
+            *given,
+            sample_weight=sample_weight,
             positive=lambda theta: theta.square(),
             negative=lambda cosine, bias: cosine.square(),
         )
@@ -145,18 +79,12 @@ def test_ignored_rows_of_the_functions_too(call):
 NARROW = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
 
 
-@every_loss
+@pytest.mark.parametrize("name", ["ArcFace", "KappaFace", "UniFace"])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_labels_of_narrow_types_are_those_of_int64(name, dtype):
     embeddings, labels = batch(2)
-    for way in (0, 1):
-        loss, reference = build(name), build(name)
-        torch.manual_seed(0)
-        found = list(ways(loss))[way](embeddings, labels.to(dtype))
-        torch.manual_seed(0)
-        expected = reference(embeddings, labels)
-        assert torch.equal(found, expected)
-        torch.testing.assert_close(state(loss), state(reference))
+    loss, reference = build(name), build(name)
+    assert torch.equal(loss(embeddings, labels.to(dtype)), reference(embeddings, labels))
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])
@@ -174,6 +102,21 @@ def test_narrow_labels_do_not_wrap_around(backend):
         if ignore_index == -100:
             assert loss(embeddings, small)[1] == 0
             assert loss(embeddings, small)[0] > 0
+
+
+@pytest.mark.parametrize("mode", ["auto", "dense"])
+def test_a_batch_of_another_size_is_not_compiled_again(mode):
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    loss = torch.compile(build("ArcFace", mode=mode), backend=backend, dynamic=True, fullgraph=True)
+    for num_rows in (8, 10, 12):
+        loss(*batch(0, num_rows))
+    assert len(compiled) == 1
 
 
 @every_loss

@@ -2,91 +2,26 @@
 
 import contextlib
 import copy
-import math
 import pickle
-import shutil
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
-from tests.family import CLASSES, FAMILY, NAMES
-
-SIZE = 6
-SCHEDULES = {
-    "none": lambda: None,
-    "warm-up": lambda: al.MarginWarmup(3),
-    "annealing": lambda: al.LambdaAnnealing(base=3.0, gamma=1.0, minimum=0.5),
-}
-ADAPTIVE = ("AdaCos", "AdaFace", "CurricularFace", "KappaFace")
-
-
-def refuses_schedules(row):
-    refusing = ("Circle", "SphereFace-R-v2", "SphereFace-R-v2-soft", "SphereFace-R-detached")
-    return row.name in refusing
-
-
-def build(name, schedule="warm-up", **options):
-    row = FAMILY[NAMES.index(name)]
-    if not refuses_schedules(row):
-        options["schedule"] = SCHEDULES[schedule]()
-    torch.manual_seed(0)
-    loss = row.build(CLASSES, SIZE, dtype=torch.float64, **options).train()
-    if hasattr(loss, "momentum"):
-        loss.momentum = 0.3  # so that what moves is seen to move
-    return loss
-
-
-def batch(seed, num_rows=8):
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = 3 * torch.randn(num_rows, SIZE, generator=generator, dtype=torch.float64)
-    return embeddings.requires_grad_(), torch.randint(CLASSES, (num_rows,), generator=generator)
-
-
-def state(loss):
-    return {name: buffer.clone() for name, buffer in loss.named_buffers()}
-
-
-def step(loss, seed, call=None, batch=batch):
-    """The loss of a batch and its gradients; the same random draws for the same seed."""
-    torch.manual_seed(seed)
-    embeddings, labels = batch(seed)
-    value = (loss if call is None else call)(embeddings, labels)
-    value.backward()
-    gradients = [embeddings.grad, *(parameter.grad for parameter in loss.parameters())]
-    loss.zero_grad()
-    return [value.detach(), *gradients]
-
-
-def assert_same(found, expected, **tolerance):
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **tolerance)
-
-
-def assert_same_state(loss, other):
-    torch.testing.assert_close(state(loss), state(other))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_checkpointed_step_is_one_step(name, schedule):
-    if schedule == "none" and name not in ADAPTIVE:
-        pytest.skip("nothing moves")
-    plain = build(name, schedule)
-    for use_reentrant in (False, True):
-        loss, reference = copy.deepcopy(plain), copy.deepcopy(plain)
-        for seed in range(3):
-
-            def checkpointed(*given, loss=loss, reentrant=use_reentrant):
-                return checkpoint(loss, *given, use_reentrant=reentrant)
-
-            found, expected = step(loss, seed, checkpointed), step(reference, seed)
-            # Reentrant checkpointing returns what its first pass found, under no_grad: the
-            # statistics had not moved by then.
-            first = 1 if use_reentrant and loss.statistics else 0
-            assert_same(found[first:], expected[first:])
-            assert_same_state(loss, reference)
+from angular_losses.losses import state as states
+from tests.family import CLASSES
+from tests.steps import (
+    ADAPTIVE,
+    SCHEDULES,
+    SIZE,
+    assert_same,
+    assert_same_state,
+    batch,
+    build,
+    state,
+    step,
+)
 
 
 @pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace"])
@@ -136,6 +71,47 @@ def test_passes_of_the_same_step_use_its_state_and_move_none(name, schedule):
         loss(torch.zeros(2, SIZE), torch.tensor([0, CLASSES]))
     step(loss, 3)
     assert loss.schedule.step == 4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace", "SphereFace2-C", "Li-ArcFace"])
+@pytest.mark.parametrize("order", ["together", "forwards", "backwards"])
+def test_passes_that_wait_for_a_backward_pass_are_recomputed_with_the_state_of_each(
+    name, schedule, order
+):
+    loss, reference = build(name, schedule), build(name, schedule)
+    weighted = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def network(embeddings, labels, loss=loss):  # the loss may be anywhere inside
+        return weighted * loss(embeddings.tanh().exp(), labels).square()
+
+    def gradients_of(call):
+        batches = [batch(seed) for seed in range(4)]
+        values = [call(*given) for given in batches]
+        if order == "together":
+            sum(values).backward()
+        else:
+            for value in values if order == "forwards" else reversed(values):
+                value.backward()
+        return [embeddings.grad for embeddings, _ in batches]
+
+    found = gradients_of(lambda *given: checkpoint(network, *given, use_reentrant=False))
+    expected = gradients_of(lambda *given: network(*given, loss=reference))
+    assert_same(found, expected)
+    assert_same_state(loss, reference)
+
+
+def passes_of(loss):
+    return [each for each in states._passes if each.loss() is loss]
+
+
+def test_a_pass_is_forgotten_with_its_graph():
+    loss = build("AdaFace")
+    value = checkpoint(loss, *batch(0), use_reentrant=False)
+    assert len(passes_of(loss)) == 1
+    value.backward()
+    del value
+    assert not passes_of(loss)
 
 
 def test_a_failed_batch_leaves_the_buffers_in_place():
@@ -219,57 +195,3 @@ def test_settings_changed_before_the_backward_pass_change_nothing(name, mode):
             setattr(loss, key, setting + 0.3)
     (found,) = torch.autograd.grad(value, loss.weight)
     assert torch.equal(found, expected)
-
-
-def awkward(seed):
-    """A batch with a row that is ignored, in which there is NaN, and labels in 16 bits."""
-    embeddings, labels = batch(seed)
-    labels[3] = -100
-    with torch.no_grad():
-        embeddings[3] = math.nan
-    return embeddings, labels.to(torch.int16)
-
-
-def compiled_alike(name, schedule, backend, dynamic, steps, batch=awkward, **tolerance):
-    torch.compiler.reset()
-    loss, reference = build(name, schedule), build(name, schedule)
-    compiled = torch.compile(loss, backend=backend, dynamic=dynamic)
-    for seed in range(steps):
-        found = step(loss, seed, compiled, batch)
-        assert_same(found, step(reference, seed, reference, batch), **tolerance)
-        assert_same_state(loss, reference)
-
-
-ONE_OF_A_CLASS = {
-    type(row.build(CLASSES, SIZE)): row.name
-    for row in reversed(FAMILY)
-    if "Elastic" not in row.name
-}
-
-
-# The compiler looks at .grad of what crosses a gap in the graph.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("name", sorted(ONE_OF_A_CLASS.values()))
-def test_compiled_steps_are_those_of_eager_mode(name):
-    compiled_alike(name, "warm-up", "aot_eager", None, 3)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize(
-    ("name", "num_rows"),
-    [("ArcFace", 0), ("ArcFace", 1), ("AdaCos", 0), ("InterTopK-arc", 0), ("NPCFace", 0)],
-)
-def test_a_compiled_step_of_no_row_or_one(name, num_rows):
-    compiled_alike(name, "annealing", "aot_eager", None, 1, lambda seed: batch(seed, num_rows))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
-)
-@pytest.mark.parametrize(
-    ("name", "schedule", "dynamic"),
-    [("SphereFace", "warm-up", None), ("AdaFace", "annealing", True)],
-)
-def test_inductor_too(name, schedule, dynamic):
-    compiled_alike(name, schedule, "inductor", dynamic, 5, rtol=1e-6, atol=1e-6)

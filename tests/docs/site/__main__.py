@@ -31,7 +31,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.docs.site")
     parser.add_argument("--screenshots", type=Path, help="where to put a picture of each page type")
-    parser.add_argument("pages", nargs="*", help="such as losses.html; all by default")
+    parser.add_argument("pages", nargs="*", help="such as reference/losses.html; all by default")
     arguments = parser.parse_args()
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     for name, found in (("Chromium", chromium), ("Node.js", shutil.which("node"))):

@@ -13,17 +13,18 @@ const NARROW = { width: 390, height: 844 };
 // A page of each type, which is looked at in dark mode too.
 const TYPES = [
   "index.html",
-  "losses.html",
-  "comparison.html",
-  "engine.html",
+  "reference/losses.html",
+  "explanation/comparison.html",
+  "explanation/chunked_softmax.html",
   "explorer.html",
   "tutorial/index.html",
   "tutorial/plot_1_first_embedding.html",
-  "how_to/which_loss.html",
-  "how_to/debugging.html",
+  "how_to/choose_a_loss.html",
+  "how_to/troubleshooting.html",
   "explanation/geometry.html",
-  "brain_tumor_report.html",
-  "reference.html",
+  "brain_tumor/report.html",
+  "reference/index.html",
+  "reference/functional.html",
   "reference/generated/angular_losses.ArcFaceLoss.html",
   "changelog.html",
   "search.html",
@@ -150,8 +151,8 @@ if (pages.includes("search.html")) {
   await close();
 }
 
-if (pages.includes("losses.html")) {
-  const { page, close } = await open("losses.html");
+if (pages.includes("reference/losses.html")) {
+  const { page, close } = await open("reference/losses.html");
   const column = (index) =>
     page.$$eval(
       "table.losses-table tbody tr:not([hidden])",
@@ -164,20 +165,20 @@ if (pages.includes("losses.html")) {
     await header.locator("button").press("Enter");
     const years = await column(4);
     const sorted = [...years].sort((a, b) => order * (a - b));
-    if (years.join() !== sorted.join()) fault("losses.html", `years are not ${direction}`);
+    if (years.join() !== sorted.join()) fault("reference/losses.html", `years are not ${direction}`);
     if ((await header.getAttribute("aria-sort")) !== direction)
-      fault("losses.html", `the header does not say ${direction}`);
+      fault("reference/losses.html", `the header does not say ${direction}`);
   }
   await page.getByLabel("Show losses with").fill("learned BIAS");
   const found = (await column(0)).sort().join();
-  if (found !== "SphereFace2Loss,UniFaceLoss") fault("losses.html", `the filter found ${found}`);
+  if (found !== "SphereFace2Loss,UniFaceLoss") fault("reference/losses.html", `the filter found ${found}`);
   await page.getByLabel("Show losses with").fill("");
-  if ((await column(0)).length !== all) fault("losses.html", "the filter does not let go");
+  if ((await column(0)).length !== all) fault("reference/losses.html", "the filter does not let go");
   await close();
 }
 
 // A table wider than its page scrolls by itself, and its first column stays in sight.
-for (const name of ["losses.html", "comparison.html"].filter((wide) => pages.includes(wide))) {
+for (const name of ["reference/losses.html", "explanation/comparison.html"].filter((wide) => pages.includes(wide))) {
   for (const viewport of [WIDE, MIDDLE, NARROW]) {
     const { page, close } = await open(name, { viewport });
     const { over, moved, left } = await page.evaluate(() => {
