@@ -8,7 +8,6 @@ first and second derivatives by autograd.
 
 from __future__ import annotations
 
-import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -242,7 +241,6 @@ def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return scaled / again, again.reciprocal() / largest
 
 
-@functools.cache
 def _smallest(dtype: torch.dtype) -> float:
     """The length below which a vector counts as zero."""
     tiny: float = torch.finfo(dtype).tiny
