@@ -17,7 +17,14 @@ from .. import margins, validation
 from ..engine.batch import Batch, checked, of_rows
 from ..engine.placement import WHOLE, Shard, Whole
 from ..engine.planner import MODES
-from ..functional import REDUCTIONS, Options, Softmax, softmax_loss
+from ..functional import (
+    REDUCTIONS,
+    Options,
+    Softmax,
+    check_options,
+    check_softmax,
+    softmax_loss,
+)
 from ..geometry import (
     angle_between,
     cosines,
@@ -287,7 +294,7 @@ class MarginLoss(ClassCentres, nn.Module):
                 self.mode,
                 self.memory_budget,
             )
-            options.check(batch)
+            check_options(batch, options)
             loss = self.batch_loss(batch, options)
         if is_step:
             self.advance()
@@ -337,7 +344,7 @@ class MarginLoss(ClassCentres, nn.Module):
             self.normalize_weight,
             self.label_smoothing,
         )
-        softmax.check(batch)
+        check_softmax(batch, softmax)
         return softmax_loss(batch, softmax, options)
 
     def batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
