@@ -63,7 +63,7 @@ def check_options(batch: Batch, options: Options) -> None:
 
 def check_softmax(batch: Batch, softmax: Softmax) -> None:
     """Raise unless this margin softmax fits the batch."""
-    margin, scale, negatives = softmax[:3]
+    margin, scale, negatives = softmax.margin, softmax.scale, softmax.negatives
     if not callable(margin):
         raise TypeError(
             "margin: expected a function of the target angle theta, such as "
@@ -182,7 +182,7 @@ def margin_softmax_loss(
 
 def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
     """The margin softmax of what is checked."""
-    margin, scale, negatives = softmax[:3]
+    margin, scale, negatives = softmax.margin, softmax.scale, softmax.negatives
     rule = _rule(softmax, batch.sub_centers)
     chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
     dtype = working_dtype(batch.embeddings, batch.weight)
@@ -236,14 +236,14 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
     """Whether the derivative of the loss by the cosines is known, and autograd not needed."""
     weights = options.class_weight, options.sample_weight
     return (
-        isinstance(softmax.margin, KnownDescent)
+        not torch.compiler.is_compiling()
+        and isinstance(softmax.margin, KnownDescent)
         and not isinstance(softmax.scale, Tensor)
         and not softmax.label_smoothing
         and options.penalty is None
         and not any(weight is not None and weight.requires_grad for weight in weights)
         and not batch.shard.is_partial
         and mode != "dense"
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -257,12 +257,15 @@ def precise_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Disable autocast; does nothing on devices without it (meta)."""
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on; some devices (meta) have none."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    # Nothing to do where it is disabled; the compiler cannot always query that.
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    # The compiler cannot always query what is available.
+    is_available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return kind != "meta" and is_available and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Disable autocast where it is on."""
+    is_on = is_autocast_enabled(device)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()

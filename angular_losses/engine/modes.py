@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import validation
-from ..geometry import angle_between, directions, precise_dtype
+from ..geometry import angle_between, directions, is_autocast_enabled, precise_dtype
 from .batch import Batch
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Rule, Settings
 from .operators import Others, margin_parts
@@ -47,8 +47,7 @@ def product_dtype(embeddings: Tensor, weight: Tensor, mode: str) -> torch.dtype:
         len(weight) > FEW_CLASSES
         and mode != "dense"
         and dtype == torch.float32
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
+        and is_autocast_enabled(weight.device)
         and torch.get_autocast_dtype(kind) != torch.float32
         and _multiplies_bfloat16(weight.device)
     ):

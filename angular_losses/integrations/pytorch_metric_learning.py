@@ -34,6 +34,7 @@ from ..functional import margin_softmax_loss
 from ..geometry import (
     angle_between,
     directions,
+    is_autocast_enabled,
     lengths,
     nearest_sub_centers,
     target_angle,
@@ -667,8 +668,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
 
 def _follow(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
     """Bring a parameter where PML would, but leave its dtype alone under autocast."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if is_autocast_enabled(device):
         dtype = parameter.dtype
     parameter.data = parameter.data.to(device, dtype)
 
