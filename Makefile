@@ -8,8 +8,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
 
+# As collected, for the files with the fewest tests take the longest and must not come last.
 test: lint  ## lint, type-check and test, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-grid: .venv/dev.done  ## every loss with every schedule compiled in every way; hours
 	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/losses/test_steps.py
@@ -24,13 +25,13 @@ bench: .venv/dev.done  ## accuracy, time and memory, compared with other librari
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs
 
-docs: .venv/docs.done  ## the site, in docs/_build/html; nothing is fetched
+docs: .venv/dev.done  ## the site, in docs/_build/html; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
 
 docs-serve: docs  ## the same, at http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
-docs-test: docs .venv/dev.done  ## the site in a real browser; needs Chromium and Node.js
+docs-test: docs  ## the site in a real browser; needs Chromium and Node.js
 	$(BIN)/python -m tests.docs.site
 
 check-install:  ## whether pip resolves every extra on each Python and platform; needs a network
@@ -38,9 +39,9 @@ check-install:  ## whether pip resolves every extra on each Python and platform;
 
 constraints: .venv/bin/python  ## pin what tests and docs need, but not what torch pins itself
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --extra docs --no-build \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-build \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt pyproject.toml
-	grep -Ev '^(cuda|nvidia|setuptools|triton)' constraints.txt > constraints.new
+	grep -Ev '^(cuda|nvidia|setuptools|sympy|triton)' constraints.txt > constraints.new
 	mv constraints.new constraints.txt
 
 dist: .venv/bin/python  ## wheel and source distribution, in dist

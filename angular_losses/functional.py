@@ -37,18 +37,6 @@ class Options(NamedTuple):
     mode: str = "auto"
     memory_budget: int | None = None
 
-    def check(self, batch: Batch) -> None:
-        """Raise unless these fit the batch."""
-        num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
-        validation.choice("reduction", self.reduction, REDUCTIONS)
-        for name, value, size in (
-            ("class_weight", self.class_weight, batch.num_classes),
-            ("sample_weight", self.sample_weight, num_rows),
-            ("penalty", self.penalty, num_rows),
-        ):
-            if value is not None:
-                validation.floating(name, value, size, device=device)
-
 
 class Softmax(NamedTuple):
     """Which margin softmax it is, as :func:`margin_softmax_loss` describes it."""
@@ -59,24 +47,39 @@ class Softmax(NamedTuple):
     normalize_weight: bool = True
     label_smoothing: float = 0.0
 
-    def check(self, batch: Batch) -> None:
-        """Raise unless these fit the batch."""
-        if not callable(self.margin):
-            raise TypeError(
-                "margin: expected a function of the target angle theta, such as "
-                f"`lambda theta: arcface(theta, 0.5)`, got {self.margin!r}"
-            )
-        if self.negatives is not None and not callable(self.negatives):
-            raise TypeError(
-                "negatives: expected a function of cosines (K, N) and target logits (N,), "
-                f"got {self.negatives!r}"
-            )
-        if not isinstance(self.scale, Tensor):
-            validation.positive("scale", self.scale)
-        elif self.scale.dim():
-            num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
-            validation.floating("scale", self.scale, num_rows, device=device)
-        validation.number("label_smoothing", self.label_smoothing, 0.0, 1.0)
+
+def check_options(batch: Batch, options: Options) -> None:
+    """Raise unless these options fit the batch."""
+    num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
+    validation.choice("reduction", options.reduction, REDUCTIONS)
+    for name, value, size in (
+        ("class_weight", options.class_weight, batch.num_classes),
+        ("sample_weight", options.sample_weight, num_rows),
+        ("penalty", options.penalty, num_rows),
+    ):
+        if value is not None:
+            validation.floating(name, value, size, device=device)
+
+
+def check_softmax(batch: Batch, softmax: Softmax) -> None:
+    """Raise unless this margin softmax fits the batch."""
+    margin, scale, negatives = softmax[:3]
+    if not callable(margin):
+        raise TypeError(
+            "margin: expected a function of the target angle theta, such as "
+            f"`lambda theta: arcface(theta, 0.5)`, got {margin!r}"
+        )
+    if negatives is not None and not callable(negatives):
+        raise TypeError(
+            "negatives: expected a function of cosines (K, N) and target logits (N,), "
+            f"got {negatives!r}"
+        )
+    if not isinstance(scale, Tensor):
+        validation.positive("scale", scale)
+    elif scale.dim():
+        num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
+        validation.floating("scale", scale, num_rows, device=device)
+    validation.number("label_smoothing", softmax.label_smoothing, 0.0, 1.0)
 
 
 def margin_softmax_loss(
@@ -172,8 +175,8 @@ def margin_softmax_loss(
     batch = checked(embeddings, weight, labels, ignore_index, sub_centers, shard)
     softmax = Softmax(margin, scale, negatives, normalize_weight, label_smoothing)
     options = Options(penalty, reduction, class_weight, sample_weight, mode, memory_budget)
-    softmax.check(batch)
-    options.check(batch)
+    check_softmax(batch, softmax)
+    check_options(batch, options)
     return softmax_loss(batch, softmax, options)
 
 
@@ -377,7 +380,7 @@ def one_vs_rest_loss(
         raise ValueError(f"bias: expected a tensor of one number, got {bias!r}")
     batch = checked(embeddings, weight, labels, ignore_index, sub_centers, shard)
     options = Options(penalty, reduction, class_weight, sample_weight, mode, memory_budget)
-    options.check(batch)
+    check_options(batch, options)
     return rest_loss(batch, positive, negative, bias, options)
 
 

@@ -1,8 +1,9 @@
-"""Processes that wait for work, so that each test of several does not import torch again."""
+"""Processes that wait for work; torch is imported once for all of them, where they can fork."""
 
 import datetime
 import itertools
 import multiprocessing
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -12,7 +13,10 @@ class Processes:
     """Some processes; :meth:`run` makes a gloo world of the first of them, for some work."""
 
     def __init__(self, most: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # They are forked from a process that has imported torch and computed nothing yet.
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            context.set_forkserver_preload(["torch.distributed.device_mesh", "angular_losses"])
         self._folder = tempfile.TemporaryDirectory()
         self._numbers = itertools.count()
         self._lines, self.members = [], []

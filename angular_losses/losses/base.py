@@ -18,7 +18,14 @@ from .. import margins, validation
 from ..engine.batch import Batch, checked, of_rows
 from ..engine.placement import WHOLE, Shard, Whole
 from ..engine.planner import MODES
-from ..functional import REDUCTIONS, Options, Softmax, softmax_loss
+from ..functional import (
+    REDUCTIONS,
+    Options,
+    Softmax,
+    check_options,
+    check_softmax,
+    softmax_loss,
+)
 from ..geometry import (
     angle_between,
     cosines,
@@ -298,7 +305,7 @@ class MarginLoss(ClassCentres, nn.Module):
                 self.mode,
                 self.memory_budget,
             )
-            options.check(batch)
+            check_options(batch, options)
             loss = self._batch_loss(batch, options)
         if is_step:
             self.advance()
@@ -348,7 +355,7 @@ class MarginLoss(ClassCentres, nn.Module):
             self.normalize_weight,
             self.label_smoothing,
         )
-        softmax.check(batch)
+        check_softmax(batch, softmax)
         return softmax_loss(batch, softmax, options)
 
     def _batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
 
 
 @contextmanager
@@ -41,6 +42,7 @@ class Pass:
     first_node: int
     copies: list[Tensor]
 
+    @_disable_dynamo
     def keep(self, value: Tensor) -> None:
         """Remember this pass for as long as the graph of its value lives, which holds it."""
         if value.grad_fn is not None:
@@ -51,12 +53,14 @@ class Pass:
 _passes: weakref.WeakSet[Pass] = weakref.WeakSet()
 
 
+@_disable_dynamo
 def begin_pass(loss: nn.Module, copies: list[Tensor]) -> Pass:
     """A forward pass that reads these copies and begins now."""
     number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     return Pass(weakref.ref(loss), number, copies)
 
 
+@_disable_dynamo
 def recomputed_copies(loss: nn.Module) -> list[Tensor] | None:
     """What the pass read that a backward pass needs again; None where it is not known.
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 from scipy import ndimage
 from torch.nn import functional
 
@@ -123,6 +122,9 @@ class Head:
     """The template head; takes about two seconds to build."""
 
     def __init__(self) -> None:
+        # Here because only phantoms need it, and it takes seconds.
+        from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
+
         maps = [load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1)]
         values = np.stack([image.get_fdata(dtype=np.float32) for image in maps])
         corner = torch.from_numpy(maps[0].affine[:3, 3]).float()

@@ -12,6 +12,7 @@ from .errors import UserError
 LARGEST_K = 30
 VALIDATION = 0.2  # of the training side
 PAPER_DEGREE = 256
+TREES = 400  # of the random forest
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ def classify(
         ),
     ]
     features = min(32, train.shape[1])
-    forest = RandomForestClassifier(n_estimators=400, max_features=features, random_state=seed)
+    forest = RandomForestClassifier(n_estimators=TREES, max_features=features, random_state=seed)
     models = {
         "SVM Gaussian": (SVC(kernel="rbf", C=1.0, gamma="scale"), "C = 1, gamma 1 / (d variance)"),
         "SVM polynomial": (_polynomial(3), "((1 + cos) / 2)^3, C = 1"),
-        "random forest": (forest, f"400 trees, max_features {features}, seed {seed}"),
+        "random forest": (forest, f"{TREES} trees, max_features {features}, seed {seed}"),
     }
     if paper_degree:
         text = f"((1 + cos) / 2)^{PAPER_DEGREE}, C = 1"

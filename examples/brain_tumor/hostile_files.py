@@ -10,17 +10,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
 
 import numpy as np
 import torch
@@ -29,15 +22,12 @@ from .archives import MAX_MEMBER_BYTES, unpack
 from .checkpoint import read_checkpoint
 from .errors import UserError
 from .hdf5 import limit_address_space
-from .matlab import Slice, read_slice
 from .mutations import OUTSIDE, mutate, write_valid, zlib_zeros
-from .reader import READER
+from .trial_reader import MEMORY, TrialReader, peak_memory
 
 Counts = dict[str, int]
 
-MEMORY = 1 << 30  # bytes that reading one file may take
 VALID = 8  # slices, of which every spoiled one is a copy
-PATIENCE = 120.0  # seconds until an answer; the reader gives up after 20 of the processor's
 
 
 def in_another_process(function: Callable[..., Counts], *arguments: object) -> Counts:
@@ -63,7 +53,7 @@ def mutated_mats(folder: Path, count: int = 1000, seed: int = 0) -> Counts:
     """
     valid = [_valid_slice(folder / OUTSIDE, seed, number) for number in range(VALID)]
     counts = Counter[str]()
-    with _Reader() as reader:
+    with TrialReader() as reader:
         for number in range(count):
             generator = np.random.default_rng([seed, number])
             path = folder / f"{number}.mat"
@@ -82,101 +72,6 @@ def _valid_slice(path: Path, seed: int, number: int) -> bytes:
     return path.read_bytes()
 
 
-class _Reader:
-    """Reads slices in another process, and starts a new one when that is lost."""
-
-    def __enter__(self) -> "_Reader":
-        self._start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop()
-
-    def read(self, path: Path) -> tuple[str, str]:
-        """Return what became of reading a file, and the fault if it failed."""
-        self._connection.send(path)
-        outcome, fault = "failed", f"no answer within {PATIENCE:.0f} s"
-        if self._connection.poll(PATIENCE):
-            try:
-                outcome, fault = self._connection.recv()
-            except EOFError:
-                self._process.join()
-                fault = f"the process ended with {self._process.exitcode}"
-        if outcome == "failed":
-            self._stop()
-            self._start()
-        return outcome, fault
-
-    def _start(self) -> None:
-        context = get_context("spawn")  # a fork would inherit the parent's memory
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_answer, args=(other,), daemon=True)
-        self._process.start()
-        other.close()
-        self._connection.recv()  # it has started
-
-    def _stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-
-def _answer(connection: Connection) -> None:
-    """Read the files whose paths arrive, until the other side hangs up."""
-    before = _peak_memory()
-    limit_address_space(2 * MEMORY)  # spares the machine; what counts is the peak
-    connection.send("ready")
-    with suppress(EOFError):
-        while True:
-            outcome, fault = _try_reading(connection.recv())
-            if _peak_memory() - before > MEMORY:
-                outcome, fault = "failed", "took more than 1 GiB of memory"
-            connection.send((outcome, fault))
-
-
-def _try_reading(path: Path) -> tuple[str, str]:
-    try:
-        found = read_slice(path)
-    except UserError as error:
-        message = str(error)
-        if message.startswith(f"{path}: ") and len(message.splitlines()) == 1:
-            return "refused", ""
-        return "failed", f"not one line that names the file: {message!r}"
-    except Exception as error:
-        return "failed", repr(error)
-    return ("read", "") if _is_sound(found) else ("failed", "not a sound slice")
-
-
-def _is_sound(found: Slice) -> bool:
-    return bool(
-        found.image.ndim == 2
-        and found.image.dtype == np.float32
-        and np.isfinite(found.image).all()
-        and found.mask.shape == found.image.shape
-        and found.mask.dtype == bool
-        and found.label in (0, 1, 2)
-        and found.border.ndim == 2
-        and np.isfinite(found.border).all()
-        and found.patient.isprintable()
-    )
-
-
-def _peak_memory() -> int:
-    """Return the most memory this process and its `READER` ever held, in bytes; 0 if unknown."""
-    processes = ["self", *([str(READER.process.pid)] if READER.process else [])]
-    with suppress(OSError, StopIteration):  # Linux's getrusage hands a child its parent's peak
-        return sum(map(_high_water_mark, processes))
-    if resource is None:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _high_water_mark(process: str) -> int:
-    lines = Path("/proc", process, "status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
 # ----------------------------------------------------------------------- poisoned checkpoints
 
 
@@ -192,7 +87,7 @@ def poisoned_checkpoints(folder: Path) -> Counts:
 
 def _read_poisoned(folder: Path) -> Counts:
     canary = folder / "canary"
-    before = _peak_memory()
+    before = peak_memory()
     limit_address_space(2 * MEMORY)
     refused = 0
     poisons = write_poisoned(folder, canary)
@@ -205,7 +100,7 @@ def _read_poisoned(folder: Path) -> Counts:
         except BaseException as error:
             message = repr(error)
         sound = message.startswith(f"{path}: ") and len(message.splitlines()) == 1
-        if sound and not canary.exists() and _peak_memory() - before < MEMORY:
+        if sound and not canary.exists() and peak_memory() - before < MEMORY:
             refused += 1
         else:
             print(f"poisoned checkpoint {path.name}: {message}", file=sys.stderr)

@@ -5,9 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.distances import LpDistance
-from pytorch_metric_learning.losses import TripletMarginLoss
-from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor, nn
 
 from angular_losses import (
@@ -72,6 +69,11 @@ class TripletLoss(nn.Module):
 
     def __init__(self, margin: float) -> None:
         super().__init__()
+        # Here because only this loss needs it, and it takes seconds.
+        from pytorch_metric_learning.distances import LpDistance
+        from pytorch_metric_learning.losses import TripletMarginLoss
+        from pytorch_metric_learning.miners import TripletMarginMiner
+
         distance = LpDistance(normalize_embeddings=True, p=2, power=2)
         self.miner = TripletMarginMiner(margin, type_of_triplets="semihard", distance=distance)
         self.loss = TripletMarginLoss(margin, distance=distance)

@@ -20,21 +20,8 @@ from sklearn.manifold import TSNE
 
 from .errors import UserError
 from .figures import COLOURS, draw_confusion, make_panels, save_figure
-from .slices import CLASS_NAMES
+from .slices import CLASS_NAMES, PLANES
 
-PLANES = ("axial", "sagittal", "coronal")
-# One clear slice of the archive for each cell of figure 1, chosen by eye.
-SAMPLE_NUMBERS = {
-    ("meningioma", "axial"): 10,
-    ("meningioma", "sagittal"): 515,
-    ("meningioma", "coronal"): 300,
-    ("glioma", "axial"): 2344,
-    ("glioma", "sagittal"): 2850,
-    ("glioma", "coronal"): 2441,
-    ("pituitary", "axial"): 935,
-    ("pituitary", "sagittal"): 1832,
-    ("pituitary", "coronal"): 1092,
-}
 # The paper's blue, orange and green; the shapes tell the classes apart without colour.
 CLASS_STYLES = tuple(
     {"color": COLOURS[colour], "marker": marker}

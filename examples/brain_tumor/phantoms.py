@@ -16,7 +16,6 @@ import contourpy
 import h5py
 import numpy as np
 import torch
-from matplotlib.path import Path as Polygon
 from numpy.random import Generator, default_rng
 from tqdm import tqdm
 
@@ -279,6 +278,8 @@ def _area(border: np.ndarray) -> float:
 
 def _fill(border: np.ndarray, size: int) -> np.ndarray:
     """The pixels (size, size) whose centres lie inside a polygon (n, 2)."""
+    from matplotlib.path import Path as Polygon  # here because only this needs it
+
     (left, top), (right, bottom) = border.min(0).astype(int), np.ceil(border.max(0)).astype(int)
     y, x = np.mgrid[top : bottom + 1, left : right + 1]
     mask = np.zeros((size, size), np.uint8)

@@ -40,7 +40,6 @@ from .errors import UserError
 from .evaluation import evaluate
 from .files import PARTIAL, replacing
 from .matlab import ARCHIVE_SIZE
-from .paper_figures import PLANES, SAMPLE_NUMBERS
 from .phantoms import PLANES_NAME
 from .plan import Budget, Run, plan_runs
 from .run_folder import (
@@ -54,7 +53,7 @@ from .run_folder import (
     write_text,
 )
 from .settings import Settings
-from .slices import CLASS_NAMES, SliceSet, load_slices
+from .slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS, SliceSet, load_slices
 from .speed import measure_speed
 from .training import choose_precision, make_split, train
 

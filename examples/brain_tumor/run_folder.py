@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ except ImportError:  # on Windows
     fcntl = None
 
 import numpy as np
-import sklearn
 import torch
 
 from .errors import UserError
@@ -176,7 +176,7 @@ def describe_environment(device: torch.device, precision: torch.dtype) -> dict[s
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
+        "scikit-learn": version("scikit-learn"),
     }
 
 

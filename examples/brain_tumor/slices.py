@@ -21,6 +21,19 @@ from .matlab import FOLDS, read_folds, read_slice
 CLASS_NAMES = ("meningioma", "glioma", "pituitary")  # labels 0, 1, 2; the archive's 1, 2, 3
 ARCHIVE_COUNTS = (708, 1426, 930)  # slices of each class in the archive
 PAPER_TEST_COUNTS = (217, 422, 281)  # the only counts that fit the paper's tables
+PLANES = ("axial", "sagittal", "coronal")
+# One clear slice of the archive for each cell of figure 1, chosen by eye.
+SAMPLE_NUMBERS = {
+    ("meningioma", "axial"): 10,
+    ("meningioma", "sagittal"): 515,
+    ("meningioma", "coronal"): 300,
+    ("glioma", "axial"): 2344,
+    ("glioma", "sagittal"): 2850,
+    ("glioma", "coronal"): 2441,
+    ("pituitary", "axial"): 935,
+    ("pituitary", "sagittal"): 1832,
+    ("pituitary", "coronal"): 1092,
+}
 TEST_FRACTION = 0.3
 VALIDATION_FRACTION = 0.1  # of the paper split's training side
 CACHE_FORMAT = 2  # to be raised whenever decoding changes

@@ -1,10 +1,19 @@
 """Slices to train on in a second: one bright blob each, whose place tells the class."""
 
+import io
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+from examples.brain_tumor import classifiers
+from examples.brain_tumor import export as export_module
 from examples.brain_tumor.settings import load_settings
 from examples.brain_tumor.slices import SliceSet, Split
+from examples.brain_tumor.training import train
 
 SIZE = 32
 PLACES = ((8, 8), (8, 24), (24, 16))  # of the blob's centre, by class
@@ -19,9 +28,37 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def few_trees():
+    """A random forest that takes no time, in a module where its answers do not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "TREES", 5)
+        yield
+
+
 @pytest.fixture
-def blobs():
-    """24 slices, eight of each class."""
+def blank_figures(monkeypatch, few_trees):
+    """Reports that take no time: each figure is one pixel, and the random forest small."""
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "PNG")
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **given: path.write_bytes(pixel.getvalue())
+    )
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Exporters that take no time, and write what files answered with; the modules given them."""
+    modules = []
+    monkeypatch.setattr(export_module, "_trace", lambda module, size: modules.append(module))
+    for kind in ("torch", "onnx"):
+        content = kind.encode()
+        monkeypatch.setattr(export_module, f"_{kind}_bytes", lambda *given, made=content: made)
+        monkeypatch.setattr(export_module, f"_run_{kind}", lambda content: modules[-1])
+    return modules
+
+
+def make_blobs():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(24) % 3
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
@@ -40,6 +77,12 @@ def blobs():
 
 
 @pytest.fixture
+def blobs():
+    """24 slices, eight of each class."""
+    return make_blobs()
+
+
+@pytest.fixture(scope="session")
 def blob_split():
     """The first 15 slices against the last 9."""
     return Split(
@@ -47,7 +90,7 @@ def blob_split():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_settings():
     """A network small enough for the blobs, which it need not turn around to know."""
     return load_settings(
@@ -64,3 +107,17 @@ def tiny_settings():
             "rotation_degrees": 5.0,
         },
     )
+
+
+@pytest.fixture(scope="session")
+def blob_run(tmp_path_factory, tiny_settings, blob_split):
+    """A run of the blobs that its tests only read; training takes long."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_settings, make_blobs(), blob_split, out)
+    return out
+
+
+@pytest.fixture
+def trained(tmp_path, blob_run):
+    """The same as a run of one's own to break."""
+    return Path(shutil.copytree(blob_run, tmp_path / "run"))

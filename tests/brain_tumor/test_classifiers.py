@@ -19,6 +19,11 @@ def clouds(count, seed, spread=0.6):
     return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
 
 
+@pytest.fixture
+def few_trees(monkeypatch):
+    monkeypatch.setattr(classifiers, "TREES", 20)
+
+
 @pytest.fixture(scope="module")
 def every():
     train, train_labels = clouds(150, 0)
@@ -74,7 +79,7 @@ def test_the_papers_way_is_the_best_of_all_k_and_says_so(every):
     assert "of 1 to 30" in best.settings
 
 
-def test_models_are_set_as_they_say():
+def test_models_are_set_as_they_say(few_trees):
     """On classes that overlap so far that other settings give other answers."""
     train, labels = clouds(150, 8, spread=1.0)
     test, truth = clouds(600, 9, spread=1.0)
@@ -90,7 +95,7 @@ def test_models_are_set_as_they_say():
     for name, kernel in kernels.items():
         model = SVC(kernel="precomputed", C=1.0).fit(kernel(own), labels)
         assert (model.predict(kernel(squares)) == found[name].predicted).mean() > 0.995
-    forest = RandomForestClassifier(400, max_features=8, random_state=2).fit(train, labels)
+    forest = RandomForestClassifier(20, max_features=8, random_state=2).fit(train, labels)
     assert found["random forest"].predicted.tolist() == forest.predict(test).tolist()
 
     validated = found["k-NN, k validated"]
@@ -102,7 +107,7 @@ def test_models_are_set_as_they_say():
     assert (validated.predicted != best.predicted).any()  # or the one could stand for the other
 
 
-def test_the_validated_k_does_not_look_at_the_test_slices():
+def test_the_validated_k_does_not_look_at_the_test_slices(few_trees):
     train, train_labels = clouds(150, 0)
     test, test_labels = clouds(90, 1)
     chosen = [
@@ -117,7 +122,7 @@ def test_the_validated_k_does_not_look_at_the_test_slices():
 
 
 @pytest.mark.parametrize("patients", [None, np.repeat(np.arange(30), 5)])
-def test_a_fifth_of_the_training_side_validates_k(monkeypatch, patients):
+def test_a_fifth_of_the_training_side_validates_k(monkeypatch, few_trees, patients):
     parts = []
 
     def record(train, labels, test):
@@ -136,7 +141,7 @@ def test_a_fifth_of_the_training_side_validates_k(monkeypatch, patients):
         np.testing.assert_allclose(classes, 0.8, atol=0.02)
 
 
-def test_whole_patients_validate_k_where_patients_do_not_mix():
+def test_whole_patients_validate_k_where_patients_do_not_mix(few_trees):
     """Copies of one slice a patient: k = 1 shines on slices, not on unknown patients."""
     points, labels = clouds(40, 4, spread=1.2)
     train, train_labels = np.repeat(points, 8, axis=0), np.repeat(labels, 8)
@@ -150,7 +155,7 @@ def test_whole_patients_validate_k_where_patients_do_not_mix():
     assert ks["patients"] > 8
 
 
-def test_few_training_slices_and_the_papers_degree():
+def test_few_training_slices_and_the_papers_degree(few_trees):
     train, labels = clouds(12, 6, spread=0.1)
     test, truth = clouds(9, 7, spread=0.1)
     found = classify(train, labels, test, truth, None, seed=0, paper_degree=True)

@@ -198,7 +198,7 @@ def test_predict_answers_what_it_can_and_says_what_it_cannot(
     assert len(list((tmp_path / "answers").glob("*.png"))) == 2
 
 
-def test_export_says_how_far_the_files_differ(phantoms, finished_run, tmp_path, capsys):
+def test_export_says_how_far_the_files_differ(phantoms, finished_run, tmp_path, capsys, traced):
     capsys.readouterr()
     arguments = ["--data", str(phantoms), "--out", str(tmp_path / "model")]
     assert main(["export", str(finished_run), *arguments]) == 0
@@ -239,7 +239,7 @@ def test_a_reproduction_with_failures_is_reported_and_fails(
     assert captured.err == "error: 2 runs failed, the first: a: diverged\n"
 
 
-def test_finished_runs_go_out_and_in(phantoms, tmp_path, monkeypatch, capsys):
+def test_finished_runs_go_out_and_in(phantoms, tmp_path, monkeypatch, capsys, blank_figures):
     made, kept, out = reproduction(tmp_path / "made", LATE), tmp_path / "kept", tmp_path / "out"
     assert main(["collect", str(made), str(kept)]) == 0
     assert f"{len(RUNS) - len(LATE)} runs copied" in capsys.readouterr().out

@@ -48,14 +48,7 @@ def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(blobs, tiny_
     assert (together - alone).abs().max() < 1e-5
 
 
-@pytest.fixture
-def trained(tmp_path, blobs, blob_split, tiny_settings):
-    out = tmp_path / "blob-run"
-    train(tiny_settings, blobs, blob_split, out)
-    return out
-
-
-def test_evaluation_and_report_of_a_run(trained, blobs, blob_split):
+def test_evaluation_and_report_of_a_run(trained, blobs):
     metrics = evaluate(trained, blobs)
     stored = json.loads((trained / "metrics.json").read_text())
     assert stored["confusion"] == metrics.confusion
@@ -172,7 +165,9 @@ def test_mirror_images_count_the_same(trained, blobs):
 
 
 @pytest.mark.parametrize("loss", ["softmax", "triplet", "subcenter-arcface"])
-def test_every_loss_is_evaluated_and_reported(tmp_path, blobs, blob_split, tiny_settings, loss):
+def test_every_loss_is_evaluated_and_reported(
+    tmp_path, blobs, blob_split, tiny_settings, blank_figures, loss
+):
     changed = {"loss": loss, "margin": 0.2, "epochs": 20}  # fewer leave BatchNorm no statistics
     train(override_settings(tiny_settings, changed), blobs, blob_split, tmp_path / "run")
     evaluate(tmp_path / "run", blobs)
@@ -182,24 +177,22 @@ def test_every_loss_is_evaluated_and_reported(tmp_path, blobs, blob_split, tiny_
     assert "98.69" not in write_report(tmp_path / "run").read_text()
 
 
-@pytest.mark.parametrize("fault", ["missing", "truncated", "column", "class", "number"])
-def test_damaged_predictions_are_one_line(trained, blobs, fault):
+def test_damaged_predictions_are_one_line(trained, blobs):
     evaluate(trained, blobs)
     path = trained / "predictions.csv"
     text = path.read_text()
-    if fault == "missing":
-        path.unlink()
-    elif fault == "truncated":
-        path.write_text(text[: len(text) - 12])
-    elif fault == "column":
-        path.write_text(text.replace("score_glioma", "score"))
-    elif fault == "class":
-        path.write_text(text.replace("meningioma,", "meningoma,"))
-    else:
-        path.write_text(text.replace("\n16,", "\nsixteen,"))
-    with pytest.raises(UserError, match=r"predictions\.csv: ") as error:
-        read_predictions(path)
-    assert "\n" not in str(error.value)
+    damaged = {
+        "truncated": text[: len(text) - 12],
+        "column": text.replace("score_glioma", "score"),
+        "class": text.replace("meningioma,", "meningoma,"),
+        "number": text.replace("\n16,", "\nsixteen,"),
+        "missing": None,
+    }
+    for content in damaged.values():
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(UserError, match=r"predictions\.csv: ") as error:
+            read_predictions(path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"precision": "float8"}'])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from examples.brain_tumor import export as export_module
+from examples.brain_tumor import mobilenet
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation import embed, evaluate, read_predictions
 from examples.brain_tumor.export import Classifier, describe_export, export
@@ -26,6 +27,12 @@ from examples.brain_tumor.training import train
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch):
+    """A short network: each block is traced and translated as the others are."""
+    monkeypatch.setattr(mobilenet, "BLOCKS", mobilenet.BLOCKS[:4])
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +128,6 @@ def test_each_file_carries_its_description(exported):
 
 
 # ------------------------------------------------------------------------------ what is left out
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Exporters that take no time, and write what files answered with; the modules given them."""
-    modules = []
-    monkeypatch.setattr(export_module, "_trace", lambda module, size: modules.append(module))
-    for kind in ("torch", "onnx"):
-        content = kind.encode()
-        monkeypatch.setattr(export_module, f"_{kind}_bytes", lambda *given, made=content: made)
-        monkeypatch.setattr(export_module, f"_run_{kind}", lambda content: modules[-1])
-    return modules
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])

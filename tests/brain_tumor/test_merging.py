@@ -27,7 +27,7 @@ def kept(made, tmp_path):
     return tmp_path / "kept"
 
 
-def test_what_is_collected_is_small_and_reports_the_same(made, kept):
+def test_what_is_collected_is_small_and_reports_the_same(made, kept, blank_figures):
     assert not list(kept.rglob("checkpoint.pt"))
     ours, theirs = read_reproduction(made), read_reproduction(kept)
     assert theirs.missing == ours.missing == list(LATE)

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.image import imread
 from matplotlib.text import Text
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
@@ -591,10 +590,11 @@ def draw(path, shape=(32, 40), with_mask=True, count=5):
 def test_texts_of_the_figure_are_inside_and_apart(tmp_path, shape, with_mask, count):
     path = tmp_path / "figure.png"
     figure = draw(path, shape, with_mask, count)
-    height, width = imread(path).shape[:2]
+    with Image.open(path) as picture:
+        width, height = picture.size
     figure.set_dpi(150)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
+    figure.draw_without_rendering()
     texts = [one for one in figure.findobj(Text) if one.get_visible() and one.get_text().strip()]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
     for index, (text, box) in enumerate(boxes):

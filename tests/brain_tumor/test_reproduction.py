@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.brain_tumor import reproduction, reproduction_report
+from examples.brain_tumor import reproduction, reproduction_report, speed
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.phantoms import MARKER_NAME, _write
 from examples.brain_tumor.plan import Budget, plan_runs
@@ -30,6 +30,7 @@ from examples.brain_tumor.slices import load_slices
 
 CHANGES = {
     **{"image_size": 32, "epochs": 1, "learning_rate": 1e-3, "schedule": "cosine"},
+    **{"width": 0.25, "embedding_size": 16},
     "annealing_gamma": 1.0,
 }
 TINY = Budget("tiny", "paper", CHANGES, 2, 2, 1, 1, 48, (2.0,))
@@ -72,13 +73,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
+def finished(data, tmp_path_factory, few_trees):
     """A reproduction of the chosen runs, all finished, with its report."""
     out = tmp_path_factory.mktemp("reproduction") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduction, "plan_runs", some_runs)
         patch.setattr(reproduction, "run_drills", lambda folder: {"a drill": {"tried": 7}})
-        assert run_plan(data, None, out, TINY, jobs=2) == []
+        assert run_plan(data, None, out, TINY, jobs=1) == []
+        patch.setattr(speed, "ROUNDS", 2)
         measure(data, None, out, TINY)
     write_reproduction_report(out)
     return out
@@ -103,7 +105,7 @@ def test_every_run_has_its_folder(finished):
     assert described["slices"] == 90
     assert described["synthetic"] is True
     start, end = read_rows(finished / "sessions.jsonl")
-    assert start["jobs"] == 2
+    assert start["jobs"] == 1
     assert start["runs left"] == end["finished"] == len(CHOSEN)
     assert end["failed"] == []
     assert "torch" in start
@@ -140,7 +142,7 @@ def test_a_report_holds_what_ran(finished):
     assert page.count("data:image/png;base64,") == text.count("](figures/")
 
 
-def test_real_slices_stand_beside_the_paper(copy):
+def test_real_slices_stand_beside_the_paper(copy, blank_figures):
     path = copy / "reproduction.json"
     path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false'))
     write_reproduction_report(copy)
@@ -223,12 +225,13 @@ def test_a_failing_run_keeps_none_of_the_others(data, tmp_path, monkeypatch):
 SCRIPT = """
 import sys
 from pathlib import Path
-from examples.brain_tumor import reproduction
-from tests.brain_tumor.test_reproduction import TINY, some_runs
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the workers need none of it
+    from examples.brain_tumor import reproduction
+    from tests.brain_tumor.test_reproduction import TINY, some_runs
+
     reproduction.plan_runs = some_runs
-    reproduction.run_plan(Path(sys.argv[1]), None, Path(sys.argv[2]), TINY, 2)
+    reproduction.run_plan(Path(sys.argv[1]), None, Path(sys.argv[2]), TINY, int(sys.argv[3]))
 """
 
 
@@ -241,7 +244,7 @@ def test_workers_die_with_their_parent_and_the_same_command_goes_on(data, finish
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(data), str(out)]
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "2"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     waited = time.monotonic() + 300
     while not list(out.glob("runs/*/metrics.json")) and time.monotonic() < waited:
@@ -256,7 +259,7 @@ def test_workers_die_with_their_parent_and_the_same_command_goes_on(data, finish
     assert len(children) >= 2
     left = [run for run in some_runs(TINY, None) if not is_finished(out / "runs" / run.name, run)]
     assert left, "killed too late to show anything"
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run([*command, "1"], env=environment, check=True, capture_output=True)
     for run in some_runs(TINY, None):
         one, other = (
             json.loads((folder / "runs" / run.name / "metrics.json").read_text())
@@ -272,9 +275,9 @@ def test_samples_are_those_of_the_planes(finished):
 
 
 def test_speed_is_measured(finished):
-    speed = json.loads((finished / "speed.json").read_text())
-    assert min(speed["step"], speed["floor"], speed["batch"]) > 0
-    assert (speed["image_size"], speed["batch_size"]) == (32, 32)
+    found = json.loads((finished / "speed.json").read_text())
+    assert min(found["step"], found["floor"], found["batch"]) > 0
+    assert (found["image_size"], found["batch_size"]) == (32, 32)
     assert "images/s" in (finished / "report.md").read_text()
 
 

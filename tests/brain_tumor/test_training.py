@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.brain_tumor import training
+from examples.brain_tumor import mobilenet, training
 from examples.brain_tumor.checkpoint import TrainingState
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.run_folder import locked
@@ -106,9 +106,8 @@ def test_it_learns_the_blobs(tmp_path, tiny_settings, blobs, blob_split):
     assert log[-1]["mean_target_angle"] < log[0]["mean_target_angle"] - 0.2
 
 
-def test_class_centres_are_trained(tmp_path, tiny_settings, blobs, blob_split):
-    train(tiny_settings, blobs, blob_split, tmp_path / "run")
-    contents = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+def test_class_centres_are_trained(tiny_settings, blob_run):
+    contents = torch.load(blob_run / "checkpoint.pt", weights_only=True)
     start = TrainingState.start(tiny_settings, CPU).loss.weight
     assert (contents["loss"]["weight"] - start).abs().min() > 1e-5
 
@@ -151,12 +150,10 @@ def test_resuming_drops_what_an_interrupted_epoch_logged(
     assert log[1]["loss"] > 0
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_settings, blobs, blob_split):
-    out = tmp_path / "run"
-    train(tiny_settings, blobs, blob_split, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    train(tiny_settings, blobs, blob_split, out, resume=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+def test_resuming_a_blob_run_changes_nothing(tiny_settings, blobs, blob_split, trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    train(tiny_settings, blobs, blob_split, trained, resume=True)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
 def test_another_run_is_not_overwritten(tmp_path, tiny_settings, blobs, blob_split):
@@ -172,24 +169,20 @@ def test_another_run_is_not_overwritten(tmp_path, tiny_settings, blobs, blob_spl
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes.txt"]
 
 
-def test_resuming_refuses_what_does_not_fit(tmp_path, tiny_settings, blobs, blob_split):
-    out = tmp_path / "run"
+def test_resuming_refuses_what_does_not_fit(tmp_path, tiny_settings, blobs, blob_split, trained):
     with pytest.raises(UserError, match="holds no run"):
-        train(tiny_settings, blobs, blob_split, out, resume=True)
-    train(tiny_settings, blobs, blob_split, out)
+        train(tiny_settings, blobs, blob_split, tmp_path / "none", resume=True)
     other = override_settings(tiny_settings, {"margin": 4.0})
     with pytest.raises(UserError, match=r"settings.toml: loss.margin differs"):
-        train(other, blobs, blob_split, out, resume=True)
+        train(other, blobs, blob_split, trained, resume=True)
     blobs.patients[3] = "somebody else"
     with pytest.raises(UserError, match=r"split.json: .* other slices"):
-        train(tiny_settings, blobs, blob_split, out, resume=True)
+        train(tiny_settings, blobs, blob_split, trained, resume=True)
 
 
 @pytest.mark.parametrize("fault", ["truncated", "empty", "foreign", "shape", "moments", "pickle"])
-def test_faulty_checkpoints_are_one_line(tmp_path, tiny_settings, blobs, blob_split, fault):
-    out = tmp_path / "run"
-    train(tiny_settings, blobs, blob_split, out)
-    path = out / "checkpoint.pt"
+def test_faulty_checkpoints_are_one_line(tiny_settings, blobs, blob_split, trained, fault):
+    path = trained / "checkpoint.pt"
     contents = torch.load(path, weights_only=True)
     match fault:
         case "truncated":
@@ -208,18 +201,14 @@ def test_faulty_checkpoints_are_one_line(tmp_path, tiny_settings, blobs, blob_sp
             torch.save({"epoch": 1, "network": print}, path)
     before = path.read_bytes()
     with pytest.raises(UserError) as error:
-        train(tiny_settings, blobs, blob_split, out, resume=True)
+        train(tiny_settings, blobs, blob_split, trained, resume=True)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(
-    tmp_path, tiny_settings, blobs, blob_split, monkeypatch
-):
-    out = tmp_path / "run"
-    train(tiny_settings, blobs, blob_split, out)
-    before = (out / "checkpoint.pt").read_bytes()
+def test_a_failed_save_leaves_the_last_checkpoint(tiny_settings, trained, monkeypatch):
+    before = (trained / "checkpoint.pt").read_bytes()
 
     def full_disk(path, content):
         path.write_text("half")
@@ -227,9 +216,9 @@ def test_a_failed_save_leaves_the_last_checkpoint(
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be written: No space left"):
-        TrainingState.start(tiny_settings, CPU).save(out)
-    assert (out / "checkpoint.pt").read_bytes() == before
-    assert not list(out.glob("*.partial"))
+        TrainingState.start(tiny_settings, CPU).save(trained)
+    assert (trained / "checkpoint.pt").read_bytes() == before
+    assert not list(trained.glob("*.partial"))
 
 
 def test_divergence_ends_the_training(tmp_path, tiny_settings, blobs, blob_split):
@@ -376,7 +365,8 @@ def test_a_run_that_was_killed_before_it_began_can_begin(
 def test_a_compiled_network_trains_alike_and_is_stored_alike(
     tmp_path, tiny_settings, blobs, blob_split, monkeypatch
 ):
-    """With the compiler's front half alone: what it makes of the graph, without minutes of C++."""
+    """With the compiler's front half alone and few blocks: no minutes of C++."""
+    monkeypatch.setattr(mobilenet, "BLOCKS", mobilenet.BLOCKS[:3])
     calls, compile_module = [], torch.nn.Module.compile
 
     def compile_quickly(module):

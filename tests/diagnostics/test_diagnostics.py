@@ -1,9 +1,9 @@
+import importlib.util
 import itertools
 import math
-import subprocess
 import sys
-import warnings
 from fractions import Fraction
+from pathlib import Path
 from unittest import mock
 
 import mpmath
@@ -21,6 +21,7 @@ from angular_losses import diagnostics
 from angular_losses.diagnostics import measures
 from tests import family
 from tests.cases import CASES, NAMES
+from tests.processes import Processes
 
 
 def brute_force(embeddings, weight, labels, sub_centers=1):
@@ -546,43 +547,28 @@ def test_log():
         monitor.log(10, object())
 
 
-RANK = """
-import sys, torch, angular_losses as al
-from angular_losses import diagnostics
-from tests.diagnostics.test_diagnostics import CLASSES, SIZE, rows_for, watched
-rank, file = int(sys.argv[1]), f"file://{sys.argv[2]}"
-torch.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
-monitor = watched()
-monitor.update(*rows_for(monitor, 10 + rank, seed=rank))
-monitor.update_gradients(torch.full((CLASSES, SIZE), 1.0 + rank))
-own = monitor.summary(across_ranks=False)["rows"]
-both = monitor.summary(), monitor.summary()
-assert both[0] == both[1]
-torch.distributed.destroy_process_group()
-print(own, *both[0].values())
-"""
+def summaries(mesh):
+    """Of one's own rows their number, and of those of all ranks everything."""
+    monitor, rank = watched(), mesh.get_rank()
+    monitor.update(*rows_for(monitor, 10 + rank, seed=rank))
+    monitor.update_gradients(torch.full((CLASSES, SIZE), 1.0 + rank))
+    own = monitor.summary(across_ranks=False)["rows"]
+    both = monitor.summary()
+    assert both == monitor.summary()
+    return own, list(both.values())
 
 
-def test_sums_of_all_ranks(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    answers = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], answers[0][1] + answers[1][1]
-    own, numbers = zip(*((a[0], a[1:]) for a in (out.split() for out, _ in answers)), strict=True)
-    assert own == ("10.0", "11.0")
+def test_sums_of_all_ranks():
+    processes = Processes(2)
+    own, numbers = zip(*processes.run(summaries, 2), strict=True)
+    processes.close()
+    assert own == (10, 11)
     alone = watched()
     for rank in range(2):
         alone.update(*rows_for(alone, 10 + rank, seed=rank))
         alone.update_gradients(torch.full((CLASSES, SIZE), 1.0 + rank))
     for found in numbers:
-        assert list(map(float, found)) == pytest.approx(list(alone.summary().values()))
+        assert found == pytest.approx(list(alone.summary().values()))
 
 
 # Plots
@@ -608,18 +594,14 @@ def figures():
     yield "one step", diagnostics.plot_history(history[:1]), True
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in figures()])
-def test_figures_are_labelled_in_degrees_and_radians(name, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, figure, has_angles = next(each for each in figures() if each[0] == name)
+def test_figures_are_labelled_in_degrees_and_radians(tmp_path):
+    for name, figure, has_angles in figures():
         figure.savefig(tmp_path / "figure.png", dpi=40)
-    axes = figure.axes[0]
-    assert axes.get_title()
-    every = [*figure.axes, *(child for a in figure.axes for child in a.child_axes)]
-    labels = " ".join(f"{a.get_xlabel()} {a.get_ylabel()}" for a in every)
-    assert ("(degrees)" in labels and "radians" in labels) == has_angles
-    assert all(a.get_ylabel() or a.get_yticks().size == 0 for a in figure.axes)
+        assert figure.axes[0].get_title(), name
+        every = [*figure.axes, *(child for a in figure.axes for child in a.child_axes)]
+        labels = " ".join(f"{a.get_xlabel()} {a.get_ylabel()}" for a in every)
+        assert ("(degrees)" in labels and "radians" in labels) == has_angles, name
+        assert all(a.get_ylabel() or a.get_yticks().size == 0 for a in figure.axes), name
 
 
 def lines_of(axes):
@@ -657,15 +639,14 @@ def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
         diagnostics.plot_margin(torch.cos)
 
 
-def test_plots_leave_pyplot_alone():
-    code = (
-        "import sys, torch; from angular_losses import diagnostics; "
-        "diagnostics.plot_margin(torch.cos); print('matplotlib.pyplot' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "False"
+def test_plots_leave_pyplot_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it fails
+    place = Path(diagnostics.__file__).with_name("plots.py")
+    name = f"{diagnostics.__name__}.a_second_time"
+    spec = importlib.util.spec_from_file_location(name, place)
+    plots = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plots)
+    plots.plot_margin(torch.cos)
 
 
 # Bad input

@@ -115,9 +115,18 @@ def interpret_overflow():
     return out.tolist(), sums.tolist()
 
 
+def all_interpreted():
+    return {"each": interpret(), "engine": through_the_engine(), "overflow": interpret_overflow()}
+
+
 @pytest.fixture(scope="module")
-def interpreted():
-    return in_fresh_python(interpret, TRITON_INTERPRET="1")
+def found():
+    return in_fresh_python(all_interpreted, TRITON_INTERPRET="1")
+
+
+@pytest.fixture
+def interpreted(found):
+    return found["each"]
 
 
 @needs_triton
@@ -141,8 +150,8 @@ def test_every_run_is_bitwise_the_same(interpreted, case):
 
 
 @needs_triton
-def test_target_that_overflows_is_0():
-    out, sums = in_fresh_python(interpret_overflow, TRITON_INTERPRET="1")
+def test_target_that_overflows_is_0(found):
+    out, sums = found["overflow"]
     assert out == (1 - torch.eye(4)).tolist()
     assert sums == [3.0] * 4
 
@@ -294,9 +303,9 @@ def through_the_engine():
     return found
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return in_fresh_python(through_the_engine, TRITON_INTERPRET="1")
+@pytest.fixture
+def engine(found):
+    return found["engine"]
 
 
 # Two chunks: in the forward where no maximum is sought, in the backward where E is not kept.

@@ -102,10 +102,10 @@ def test_learns_to_separate_classes(case):
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
     points = torch.randn(60, 8) + 4 * torch.eye(8)[labels]
-    module = case.loss(3, 8, schedule=al.MarginWarmup(50))
+    module = case.loss(3, 8, schedule=al.MarginWarmup(20))
     network = torch.nn.Linear(8, 8)
-    optimiser = torch.optim.Adam([*network.parameters(), *module.parameters()], lr=0.02)
-    for _ in range(150):
+    optimiser = torch.optim.Adam([*network.parameters(), *module.parameters()], lr=0.05)
+    for _ in range(60):
         optimiser.zero_grad()
         module(network(points), labels).backward()
         optimiser.step()
