@@ -269,7 +269,7 @@ class KnownDescent:
 
 @dataclass(frozen=True)
 class Combined:
-    """:func:`combined` as what a loss hands to a schedule: a function of theta and of a share.
+    """:func:`angular_losses.combined` as a loss hands it to a schedule: of theta and of a share.
 
     Attributes:
         m1: Multiplicative margin, a float or a tensor that broadcasts against theta, as all three.
