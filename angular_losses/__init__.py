@@ -39,6 +39,7 @@ from .losses import SphereFaceLoss as SphereFaceLoss
 from .losses import SphereFaceRLoss as SphereFaceRLoss
 from .losses import SubCenterArcFaceLoss as SubCenterArcFaceLoss
 from .losses import UniFaceLoss as UniFaceLoss
+from .losses import X2SoftmaxLoss as X2SoftmaxLoss
 from .losses import available as available
 from .losses import ldam_margins as ldam_margins
 from .losses import power_law_margins as power_law_margins
@@ -83,6 +84,7 @@ __all__ = [
     "SphereFaceRLoss",
     "SubCenterArcFaceLoss",
     "UniFaceLoss",
+    "X2SoftmaxLoss",
     "angle_between",
     "arcface",
     "available",

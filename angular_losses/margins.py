@@ -219,6 +219,36 @@ def linear_angle(theta: Tensor, m: float | Tensor) -> Tensor:
     return 1 - 2 / math.pi * (theta + m)
 
 
+def x2_softmax(theta: Tensor, a: float | Tensor, h: float | Tensor, k: float | Tensor) -> Tensor:
+    r"""X2-Softmax: a parabola in the angle, :math:`a(\theta - h)^2 + k`.
+
+    Args:
+        theta: Target angle in radians, in [0, pi].
+        a: The curvature, below 0, a float or a tensor.
+        h: The angle of the vertex in radians, a float or a tensor. Above 0 the logit increases from
+            theta = 0 to h.
+        k: The value at the vertex, a float or a tensor.
+
+    Returns:
+        The target logit before scaling, shaped like theta.
+
+    Raises:
+        TypeError: If a, h or k is neither a number nor a tensor.
+        ValueError: If a (a float) is not below 0, or h or k is not finite.
+
+    Example:
+        >>> x2_softmax(torch.tensor([0.0, 1.0]), -0.9, 0.0, 0.65)
+        tensor([ 0.6500, -0.2500])
+
+    References:
+        Xu et al., "X2-Softmax: Margin adaptive loss function for face recognition", Expert Systems
+        with Applications 2024, arXiv:2312.05281.
+    """
+    _check(validation.negative, a=a)
+    _check(validation.finite, h=h, k=k)
+    return a * (theta - h) ** 2 + k
+
+
 @dataclass(frozen=True)
 class KnownDescent:
     """A margin together with its derivative, which then is not autograd's work.
@@ -239,7 +269,7 @@ class KnownDescent:
 
 @dataclass(frozen=True)
 class Combined:
-    """:func:`combined` as what a loss hands to a schedule: a function of theta and of a share.
+    """:func:`angular_losses.combined` as a loss hands it to a schedule: of theta and of a share.
 
     Attributes:
         m1: Multiplicative margin, a float or a tensor that broadcasts against theta, as all three.

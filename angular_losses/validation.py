@@ -29,7 +29,7 @@ def number(name: str, value: object, low: float, high: float = math.inf, unit: s
     if isinstance(value, bool) or not isinstance(value, Real):
         of_unit = f" of {unit}" if unit else ""
         raise TypeError(f"{name}: expected a number{of_unit}, got {_describe(value)}")
-    if not low <= float(value) < high:
+    if not low <= float(value) < high or float(value) == -math.inf:
         unit = f" {unit}" if unit else ""
         raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}){unit}, got {value!r}")
     return float(value)
@@ -45,6 +45,16 @@ def positive(name: str, value: object) -> float:
     if isinstance(value, Real) and value == 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     return number(name, value, 0.0)
+
+
+def negative(name: str, value: object) -> float:
+    """Return ``value`` as a float when it is below 0 and finite. Raises as :func:`number`."""
+    return number(name, value, -math.inf, 0.0)
+
+
+def finite(name: str, value: object) -> float:
+    """Return ``value`` as a float when it is finite. Raises as :func:`number`."""
+    return number(name, value, -math.inf)
 
 
 def multiplicative_margin(name: str, value: object) -> float:

@@ -44,6 +44,7 @@ nitpick_ignore_regex = [  # other projects (no inventory is fetched), and privat
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say more: shapes, ranges, units
+maximum_signature_line_length = 88  # longer ones have a line for each parameter
 autosummary_generate = True
 templates_path = ["_templates"]
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import angular_losses as al
+from angular_losses import margins
 from angular_losses.engine import planner
 from tests import reference
 
@@ -66,6 +67,12 @@ CASES = [
         lambda theta: al.combined(theta, 1.5, 0.3, 0.2),
         lambda theta: reference.combined(theta, 1.5, 0.3, 0.2),
         kinked_at=1.5,
+    ),
+    Case(
+        "x2softmax",
+        lambda *sizes, **options: al.X2SoftmaxLoss(*sizes, -0.9, -0.2, 0.65, **options),
+        lambda theta: margins.x2_softmax(theta, -0.9, -0.2, 0.65),
+        lambda theta: reference.x2_softmax(theta, -0.9, -0.2, 0.65),
     ),
 ]
 NAMES = [case.name for case in CASES]

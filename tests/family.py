@@ -176,6 +176,12 @@ FAMILY = [
         margin=LANDMARK,
     ),
     fixed("Li-ArcFace", al.LiArcFaceLoss, papers.li_arcface, **MARGIN_AND_SCALE),
+    fixed(
+        "X2-Softmax",
+        with_defaults(al.X2SoftmaxLoss, h=-0.2),
+        papers.x2_softmax,
+        **{name: of(name) for name in ("a", "h", "k", "scale")},
+    ),
     fixed("AdaCos", al.AdaCosLoss, papers.adacos, scale=lambda loss: loss.scale.double()),
     fixed(
         "AdaFace",

@@ -197,6 +197,16 @@ def li_arcface(embeddings, weight, labels, *, margin, scale):
     return cross_entropy(scale * (math.pi - 2 * theta) / math.pi, labels)
 
 
+def x2_softmax(embeddings, weight, labels, *, a, h, k, scale):
+    """X2-Softmax, 2312.05281: the target's logit s (a (theta - h)^2 + k), the others' s cos.
+
+    The code makes the target's from the arccosine without a gradient.
+    """
+    cosine = cosines(embeddings, weight)
+    theta = torch.acos(at_labels(cosine, labels))
+    return cross_entropy(scale * with_target(cosine, labels, a * (theta - h) ** 2 + k), labels)
+
+
 def curricularface(embeddings, weight, labels, *, margin, scale, t):
     """CurricularFace, 2004.00288 eq. 4-7?: T = cos(theta_y + m), N_j = cos_j, or cos_j (t + cos_j)
     where cos_j > T. ``t`` is the already updated one and a constant (code: no_grad).

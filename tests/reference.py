@@ -66,6 +66,10 @@ def arcface(theta, m):
     return -2 - mp.cos(theta + m)
 
 
+def x2_softmax(theta, a, h, k):
+    return mp.mpf(a) * (theta - mp.mpf(h)) ** 2 + mp.mpf(k)
+
+
 def combined(theta, m1, m2, m3):
     phi = mp.mpf(m1) * theta + mp.mpf(m2)
     turns = 0

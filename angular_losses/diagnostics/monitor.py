@@ -129,7 +129,7 @@ class AngularMonitor:
         if not self._is_sampled():
             return
         loss = self.loss
-        centres = loss.by_centre(loss.centres)
+        centres = loss._by_centre(loss._centres)
         kept = validation.batch(embeddings, centres, labels, loss.ignore_index, loss.sub_centers)
         labels = labels.long() if kept is None else labels.long().where(kept, 0)
         angles = batch_angles(embeddings, centres, labels, loss.sub_centers)
@@ -167,8 +167,8 @@ class AngularMonitor:
         """
         if not self._is_sampled():
             return
-        validation.floating("gradient", gradient, *self.loss.centres.shape)
-        gradient = self.loss.by_centre(gradient)
+        validation.floating("gradient", gradient, *self.loss._centres.shape)
+        gradient = self.loss._by_centre(gradient)
         _, per_class, gradients_seen = self._views(self._sums_on(gradient.device))
         per_class[GRADIENT] += gradient_norm_per_class(gradient, self.loss.sub_centers)
         gradients_seen += 1
@@ -185,7 +185,7 @@ class AngularMonitor:
         hooks = ExitStack()
         loss = cast(nn.Module, self.loss)
         before = loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        after = self.loss.centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
+        after = self.loss._centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
         hooks.callback(before.remove)
         hooks.callback(after.remove)
         return hooks
@@ -205,7 +205,7 @@ class AngularMonitor:
         Returns:
             :class:`Snapshot`.
         """
-        sums = self._sums_on(self.loss.centres.device)
+        sums = self._sums_on(self.loss._centres.device)
         divergence = sums.new_zeros(())
         if across_ranks:
             sums, divergence = collectives.total(sums), self._divergence()
@@ -353,7 +353,7 @@ class AngularMonitor:
 
     def _divergence(self) -> Tensor:
         """The relative difference of the centres between processes, a scalar; 0 if equal."""
-        centres = self.loss.centres.detach()
+        centres = self.loss._centres.detach()
         precise = precise_dtype(centres.device)
         if hasattr(centres, "full_tensor"):  # a DTensor of fully_shard: shards of one tensor
             return torch.zeros((), dtype=precise, device=centres.device)
@@ -361,7 +361,7 @@ class AngularMonitor:
         return collectives.spread(summed).amax() / summed.abs().amax()
 
     def _separation(self) -> dict[str, float]:
-        centres = self.loss.by_centre(self.loss.centres)
+        centres = self.loss._by_centre(self.loss._centres)
         separation = centre_separation(centres, self.loss.sub_centers)
         collapsed = collapsed_classes(separation)
         return {

@@ -136,7 +136,7 @@ def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
 
 
 def _check_may_sample(loss: MarginLoss) -> None:
-    if type(loss).batch_loss is not MarginLoss.batch_loss:
+    if type(loss)._batch_loss is not MarginLoss._batch_loss:
         raise ValueError(
             f"sample_rate: expected 1 for {type(loss).__name__}, which is a sum over all classes"
         )

@@ -126,8 +126,8 @@ class _ClassificationLoss(
     scale: float
     sub_centers = 1
     normalize_weight = True
-    centres_name = "W"
-    centres_are_columns = True
+    _centres_name = "W"
+    _centres_are_columns = True
 
     def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
@@ -625,7 +625,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
     """
 
     sub_centers = 1
-    centres_are_columns = True
+    _centres_are_columns = True
 
     def __init__(
         self, descriptors_dim: int, num_classes: int, **options: Unpack[BaseOptions]

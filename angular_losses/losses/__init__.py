@@ -13,6 +13,7 @@ from .additive_margin import CosFaceLoss as CosFaceLoss
 from .additive_margin import LiArcFaceLoss as LiArcFaceLoss
 from .additive_margin import NormalizedSoftmaxLoss as NormalizedSoftmaxLoss
 from .additive_margin import SubCenterArcFaceLoss as SubCenterArcFaceLoss
+from .additive_margin import X2SoftmaxLoss as X2SoftmaxLoss
 from .base import MarginLoss as MarginLoss
 from .catalogue import available as available
 from .hard_negatives import CircleLoss as CircleLoss

@@ -58,7 +58,7 @@ class AdaCosLoss(MarginLoss):
     """
 
     scale: Tensor
-    scale_decides = False  # as it is when the base class looks
+    _scale_decides = False  # as it is when the base class looks
     statistics = ("scale",)
 
     def __init__(
@@ -77,9 +77,9 @@ class AdaCosLoss(MarginLoss):
         fixed = torch.tensor(_fixed_scale(num_classes), device=options.get("device"))
         self.register_buffer("scale", fixed)
 
-    def extend_buffers(self, num_new: int) -> None:
+    def _extend_buffers(self, num_new: int) -> None:
         """A fixed scale is that of all classes; a dynamic one finds its way."""
-        super().extend_buffers(num_new)
+        super()._extend_buffers(num_new)
         if not self.dynamic:
             self.scale.fill_(_fixed_scale(self.num_classes + num_new))
 
@@ -87,7 +87,7 @@ class AdaCosLoss(MarginLoss):
         """Make the scale that of this batch."""
         if not self.dynamic:
             return
-        batch, rule = self.batch_of(embeddings, labels), Rule(sub_centers=self.sub_centers)
+        batch, rule = self._batch_of(embeddings, labels), Rule(sub_centers=self.sub_centers)
         chosen = modes.choose(batch, self.mode, self.memory_budget, rule)
         parts = modes.parts(batch, chosen, rule, scale=self.scale)
         each = torch.ones_like(parts.theta) if weights is None else weights.to(parts.theta.dtype)
@@ -443,9 +443,9 @@ class KappaFaceLoss(MarginLoss):
         self.direction_sums.index_add_(0, labels, unit * each[:, None])
         self.seen.index_add_(0, labels, each)
 
-    def extend_buffers(self, num_new: int) -> None:
+    def _extend_buffers(self, num_new: int) -> None:
         """New classes count as the rarest, with the largest margin, until the counts are set."""
-        super().extend_buffers(num_new)
+        super()._extend_buffers(num_new)
         rarest = self.class_counts.min().expand(num_new)
         self.class_counts = torch.cat([self.class_counts, rarest])
         self.seen = torch.cat([self.seen, torch.zeros_like(rarest)])

@@ -1,10 +1,11 @@
-"""Losses with a margin added to the angle or the cosine: their defaults and margin, no more."""
+"""Losses whose margin is a function of the target's angle: their defaults and margin, no more."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .. import margins, negatives, validation
@@ -99,7 +100,7 @@ class CosFaceLoss(MarginLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        self.margin = self.of_classes("margin", margin, validation.cosine_margin)
+        self.margin = self._of_classes("margin", margin, validation.cosine_margin)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """cos(theta) less the share of the margin in force."""
@@ -151,7 +152,7 @@ class ArcFaceLoss(MarginLoss):
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
         validation.choice("beyond", beyond, margins.ARCFACE_BEYOND)
-        self.margin = self.of_classes("margin", margin, validation.angular_margin)
+        self.margin = self._of_classes("margin", margin, validation.angular_margin)
         self.beyond = beyond
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
@@ -173,7 +174,8 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         margin: m in radians, in [0, pi), or one for each class (C,).
         scale: The scale s > 0.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
-        **options: See :class:`MarginLoss`; ``sub_centers``, K, is 3 by default.
+        sub_centers: The number of centres of a class, K.
+        **options: See :class:`MarginLoss`.
 
     Shape:
         embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
@@ -194,7 +196,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         Faces", ECCV 2020.
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # one of the options, with another default
         self,
         num_classes: int,
         embedding_size: int,
@@ -202,9 +204,10 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",
+        sub_centers: int = 3,
         **options: Unpack[LossOptions],
     ) -> None:
-        options.setdefault("sub_centers", 3)
+        options["sub_centers"] = sub_centers
         super().__init__(num_classes, embedding_size, margin, scale, beyond=beyond, **options)
 
 
@@ -263,6 +266,62 @@ class LiArcFaceLoss(MarginLoss):
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The same line, without a margin."""
         return lambda cosine, target: negatives.linear_angle(cosine)
+
+
+class X2SoftmaxLoss(MarginLoss):
+    r"""X2-Softmax: the target's logit is a parabola in its angle, so the margin grows with it.
+
+    .. math:: f = s\,(a\,(\theta_y - h)^2 + k)
+
+    Args:
+        num_classes: The number of classes, C.
+        embedding_size: The length of an embedding, d.
+        a: The curvature, below 0. The paper's a, h and k could not be checked; the defaults are
+            those of a training command in the authors' code.
+        h: The angle of the vertex in radians. Above 0 the logit increases from theta = 0 to h.
+        k: The value at the vertex.
+        scale: The scale s > 0.
+        **options: See :class:`MarginLoss`. The authors' code has the gradient of the cosine:
+            ``gradient="detached"``.
+
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a is not below 0, or another argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> loss = X2SoftmaxLoss(num_classes=10, embedding_size=64)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).shape
+        torch.Size([])
+
+    References:
+        Xu et al., "X2-Softmax: Margin adaptive loss function for face recognition", Expert Systems
+        with Applications 2024, arXiv:2312.05281.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        a: float = -0.9,
+        h: float = 0.0,
+        k: float = 0.65,
+        scale: float = 64.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.a = validation.negative("a", a)
+        self.h = validation.finite("h", h)
+        self.k = validation.finite("k", k)
+
+    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
+        """From the cosine to the parabola, by the share of the margin in force."""
+        cosine = torch.cos(theta)
+        return cosine + share * (margins.x2_softmax(theta, self.a, self.h, self.k) - cosine)
 
 
 class CombinedMarginLoss(MarginLoss):

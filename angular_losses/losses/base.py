@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,8 @@ class MarginLoss(ClassCentres, nn.Module):
     A margin that differs between rows is a function that :meth:`row_target` returns; a scale that
     does, what :meth:`row_scale` returns. :meth:`negatives_function` reweights the other classes,
     :meth:`penalty` adds to the loss of a row, and :meth:`observe` updates running statistics, which
-    ``statistics`` names.
+    ``statistics`` names. If ``**options`` of its ``__init__`` go to this class's, its signature
+    shows each of them with its default.
 
     Each forward pass in training mode with gradients enabled is a training step: it moves the
     schedule and the statistics. A pass under ``torch.no_grad()`` moves nothing and uses them as
@@ -107,6 +109,12 @@ class MarginLoss(ClassCentres, nn.Module):
         weight: (C * sub_centers, d) parameter, the class centres, sub-centre k of class c in row
             c * sub_centers + k; only their directions enter the loss. Drawn from a normal
             distribution with standard deviation d ** -0.5, so of length about 1.
+        statistics: Names of the buffers that :meth:`observe` updates; an attribute of the class,
+            as are the next two. Empty by default.
+        normalize_weight: Whether only the directions of the centres enter the other classes'
+            logits, as by default, and not their lengths.
+        is_random: Whether a forward pass in training mode draws random numbers; then sharded
+            losses draw the same ones in all processes. False by default.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -114,18 +122,21 @@ class MarginLoss(ClassCentres, nn.Module):
     """
 
     ignore_index: int
-    # Whether only the directions of the centres count, and not their lengths.
-    normalize_weight = True
-    # Whether the scale is all that makes logits of cosines, with a softmax after it.
-    scale_decides = True
-    # Whether a forward pass in training mode draws random numbers.
-    is_random = False
-    # The buffers that ``observe`` updates and that the loss reads.
     statistics: tuple[str, ...] = ()
+    normalize_weight = True
+    is_random = False
+    # Whether the scale is all that makes logits of cosines, with a softmax after it.
+    _scale_decides = True
     # Whether passes belong to the training step before: see same_step.
     _is_same_step = False
     # Passes in training mode without gradients, since the last step.
     _uncounted = 0
+
+    def __init_subclass__(cls, **arguments: object) -> None:
+        """Show all options in the signature of the class, which ``**options`` would hide."""
+        super().__init_subclass__(**arguments)
+        if "__init__" in vars(cls):
+            vars(cls)["__init__"].__signature__ = _with_options(vars(cls)["__init__"])
 
     def __init__(
         self,
@@ -189,7 +200,7 @@ class MarginLoss(ClassCentres, nn.Module):
             class_weight = class_weight.detach().to(self.weight.device)
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
-        if self.scale_decides:
+        if self._scale_decides:
             self._warn_of_small_scale(self.scale)
         self.reset_parameters()
         watch(self)
@@ -295,7 +306,7 @@ class MarginLoss(ClassCentres, nn.Module):
                 self.memory_budget,
             )
             check_options(batch, options)
-            loss = self.batch_loss(batch, options)
+            loss = self._batch_loss(batch, options)
         if is_step:
             self.advance()
         if this is not None:
@@ -334,7 +345,7 @@ class MarginLoss(ClassCentres, nn.Module):
         finally:
             self._is_same_step = before
 
-    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
+    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """The loss with one label a row, state left as it is: the margin softmax."""
         embeddings, labels = batch.embeddings, batch.labels
         softmax = Softmax(
@@ -347,20 +358,20 @@ class MarginLoss(ClassCentres, nn.Module):
         check_softmax(batch, softmax)
         return softmax_loss(batch, softmax, options)
 
-    def batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
+    def _batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
         """The batch of checked rows that are not ignored."""
         num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
         return of_rows(
             embeddings, self.weight, labels, None, num_classes, self.sub_centers, self.shard
         )
 
-    def centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The centres that this process holds, all as a rule, and the labels as they count them."""
         return self.shard.centres(self.weight, self.sub_centers), self.shard.local(labels)
 
     def target_angles(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The angles to the targets' nearest centres (N,); the gradient reaches the centres."""
-        weight, here = self.centres_here(labels)
+        weight, here = self._centres_here(labels)
         own = nearest_sub_centers(embeddings, weight, here, self.sub_centers)
         return self.shard.of_targets(
             lambda centres: angle_between(embeddings, centres), weight, own
@@ -404,7 +415,7 @@ class MarginLoss(ClassCentres, nn.Module):
 
         return margins.KnownDescent(margin, with_descent)
 
-    def of_classes(
+    def _of_classes(
         self,
         name: str,
         value: float | Tensor | Sequence[float],
@@ -483,14 +494,14 @@ class MarginLoss(ClassCentres, nn.Module):
             apart = 0.0 if each == 1 else 0.1
             new = directions(given.repeat_interleave(each, 0) + apart * new)
         new = new * lengths(old).mean().to(new.dtype)
-        self.extend_buffers(num_new)
+        self._extend_buffers(num_new)
         self.weight = nn.Parameter(
             torch.cat([old, new.to(old.dtype)]), requires_grad=old.requires_grad
         )
         self.num_classes += num_new
         watch(self)
 
-    def extend_buffers(self, num_new: int) -> None:
+    def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
         for name, fill in (("class_weight", 1.0), ("margin", None)):
             buffer = self._buffers.get(name)
@@ -628,6 +639,17 @@ _DEFAULTS = {
     "ignore_index": -100,
     "mode": "auto",
     "beyond": "decreasing",
-    "scale_decides": True,
+    "keeps_lengths": False,
     "shard": WHOLE,
 }
+
+
+def _with_options(init: Callable[..., None]) -> inspect.Signature:
+    """The signature of an ``__init__``, with each of :class:`LossOptions` for ``**options``."""
+    signature = inspect.signature(init)
+    shown = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+    if len(shown) < len(signature.parameters):
+        options = inspect.signature(MarginLoss.__init__).parameters
+        names = LossOptions.__optional_keys__ - signature.parameters.keys()
+        shown += [each for name, each in options.items() if name in names]
+    return signature.replace(parameters=shown)

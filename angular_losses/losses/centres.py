@@ -20,26 +20,26 @@ FORGOTTEN_AFTER = 20
 class ClassCentres:
     """What a loss, a ``nn.Module``, says of its class centres; PML's interface does so too."""
 
-    centres_name = "weight"
-    centres_are_columns = False
+    _centres_name = "weight"
+    _centres_are_columns = False
     num_classes: int
     sub_centers: int
     training: bool
     ignore_index: int | None = None
 
     @property
-    def centres(self) -> nn.Parameter:
+    def _centres(self) -> nn.Parameter:
         """The parameter that the class centres are."""
-        parameter: nn.Parameter = getattr(self, self.centres_name)
+        parameter: nn.Parameter = getattr(self, self._centres_name)
         return parameter
 
     def margin_function(self, embeddings: Tensor, labels: Tensor) -> MarginFunction:
         """The margin now in force for a batch, as a function of its target angles (N,)."""
         raise NotImplementedError
 
-    def by_centre(self, values: Tensor) -> Tensor:
-        """What is laid out as :attr:`centres`, with a row for each of them."""
-        return values.t() if self.centres_are_columns else values
+    def _by_centre(self, values: Tensor) -> Tensor:
+        """What is laid out as the parameter of the centres, with a row for each of them."""
+        return values.t() if self._centres_are_columns else values
 
 
 @dataclass
@@ -73,7 +73,7 @@ def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
     if torch.compiler.is_compiling():
         return
     for loss, seen in list(_watched.items()):
-        centres = loss.centres
+        centres = loss._centres
         gradient = centres.grad
         if gradient is None or not (loss.training and centres.requires_grad):
             continue
@@ -91,10 +91,10 @@ def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
 def _warn(loss: ClassCentres, seen: _Watch, gradient: Tensor) -> None:
     del _watched[loss]
     # A change through .data has no version; and the steps may all be those of another model.
-    is_same = torch.equal(seen.centre, loss.centres.detach()[:1])
+    is_same = torch.equal(seen.centre, loss._centres.detach()[:1])
     if is_same and not torch.equal(seen.gradient, gradient.detach().sum()):
         warnings.warn(
-            f"{loss.centres_name}: the class centres of {type(loss).__name__} have not changed in "
+            f"{loss._centres_name}: the class centres of {type(loss).__name__} have not changed in "
             f"{FORGOTTEN_AFTER} steps of an optimiser; does it hold the loss's parameters? See "
             "parameter_groups",
             stacklevel=4,  # the call of step

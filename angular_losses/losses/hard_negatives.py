@@ -215,15 +215,15 @@ class NPCFaceLoss(MarginLoss):
         self.beyond = beyond
 
     @torch.no_grad()
-    def threshold(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def _threshold(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The cosine above which a negative is hard, (N,)."""
         theta = self.target_angles(embeddings, labels)
         return torch.cos(theta + self.mask_margin)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """ArcFace with the margin of each row, as its hard negatives have it."""
-        threshold = self.threshold(embeddings, labels)
-        weight, here = self.centres_here(labels)
+        threshold = self._threshold(embeddings, labels)
+        weight, here = self._centres_here(labels)
         sums = sums_above(embeddings, weight, here, threshold, sub_centers=self.sub_centers)
         total, count = self.shard.total(sums)
         margin = self.margin + self.m1 * total / count.clamp(min=1)
@@ -231,7 +231,7 @@ class NPCFaceLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives stretched and raised."""
-        threshold = self.threshold(embeddings, labels).to(
+        threshold = self._threshold(embeddings, labels).to(
             torch.promote_types(
                 torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32
             )
@@ -362,7 +362,7 @@ class InterTopKLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The k nearest brought nearer."""
-        weight, here = self.centres_here(labels)
+        weight, here = self._centres_here(labels)
         found = self.shard.nearest(
             nearest(
                 embeddings,

@@ -62,7 +62,8 @@ class SphereFaceLoss(MarginLoss):
         beyond: str = "decreasing",
         **options: Unpack[LossOptions],
     ) -> None:
-        self.scale_decides = scale is not None
+        self.keeps_lengths = scale is None
+        self._scale_decides = not self.keeps_lengths
         super().__init__(num_classes, embedding_size, 1.0 if scale is None else scale, **options)
         validation.choice("beyond", beyond, margins.SPHEREFACE_BEYOND)
         self.margin = validation.multiplicative_margin("margin", margin)
@@ -74,7 +75,7 @@ class SphereFaceLoss(MarginLoss):
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
         """The scale, or the lengths of the embeddings (N,)."""
-        return self.scale if self.scale_decides else lengths(embeddings)
+        return lengths(embeddings) if self.keeps_lengths else self.scale
 
 
 class SphereFaceRLoss(MarginLoss):
@@ -206,7 +207,7 @@ class LSoftmaxLoss(MarginLoss):
     """
 
     normalize_weight = False
-    scale_decides = False
+    _scale_decides = False
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class LSoftmaxLoss(MarginLoss):
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The length of the target's centre times psi(theta)."""
-        length = self.shard.of_targets(lambda centres: lengths(centres), *self.centres_here(labels))
+        length = self.shard.of_targets(lengths, *self._centres_here(labels))
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
             return length * margins.sphereface(theta, 1 + share * (self.margin - 1))

@@ -79,7 +79,7 @@ class SphereFace2Loss(_WithBias):
         ICLR 2022, arXiv:2108.01513; the defaults are those of OpenSphere, its authors' code.
     """
 
-    scale_decides = False
+    _scale_decides = False
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class SphereFace2Loss(_WithBias):
 
         return negative
 
-    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
+    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """One versus the rest, with the bias learned."""
         target = self.margin_function(batch.embeddings, batch.labels)
         n, bias = self._negative(), self.bias
@@ -187,7 +187,7 @@ class UniFaceLoss(_WithBias):
         Zhou et al., "UniFace: Unified Cross-Entropy Loss for Deep Face Recognition", ICCV 2023.
     """
 
-    scale_decides = False
+    _scale_decides = False
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class UniFaceLoss(_WithBias):
         """cos(theta) less the share of the margin in force."""
         return torch.cos(theta) - share * self.margin
 
-    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
+    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """One versus the rest, with the bias learned."""
         target = self.margin_function(batch.embeddings, batch.labels)
         scale, balance, bias = self.scale, self.balance, self.bias
@@ -253,7 +253,7 @@ class P2SGradLoss(MarginLoss):
         arXiv:1905.02479, eq. (11).
     """
 
-    scale_decides = False
+    _scale_decides = False
 
     def __init__(
         self, num_classes: int, embedding_size: int, **options: Unpack[LossOptions]
@@ -265,7 +265,7 @@ class P2SGradLoss(MarginLoss):
         """cos(theta)."""
         return torch.cos(theta)
 
-    def batch_loss(self, batch: Batch, options: Options) -> Tensor:
+    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
         """One versus the rest, by squares."""
         return rest_loss(
             batch,

@@ -303,9 +303,9 @@ def test_a_mesh_of_two_dimensions(processes, classes_over_all):
 
 def test_unshard_and_what_is_rejected(processes):
     expected = [
-        "RuntimeError: get_logits: expected a whole loss; unshard(loss) makes one",
-        "RuntimeError: extend: expected a whole loss; unshard(loss) makes one",
-        "TypeError: loss: expected one that is not sharded yet",
+        "RuntimeError: get_logits: expected an unsharded loss, use unshard(loss)",
+        "RuntimeError: extend: expected an unsharded loss, use unshard(loss)",
+        "TypeError: loss: expected an unsharded loss, got a sharded one",
         "TypeError: loss: expected a sharded one, got SubCenterArcFaceLoss",
         "TypeError: loss: expected a sharded one, got SubCenterArcFaceLoss",
         "ValueError: optimizer: expected it to hold the weight of the loss",
@@ -317,7 +317,7 @@ def test_unshard_and_what_is_rejected(processes):
         "ValueError: sample_rate: expected 1 with label smoothing",
         "ValueError: loss: its t has values, and cannot be on the meta device",
         "ValueError: mesh: expected one dimension, such as mesh['classes'], got 2 dimensions",
-        "TypeError: loss: expected a whole loss; unshard(loss) makes one",
+        "TypeError: loss: expected an unsharded loss, use unshard(loss)",
     ]
     for is_plain, has_its_centres, told in processes.run(sharding.whole_again, 2):
         assert is_plain

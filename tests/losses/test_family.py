@@ -483,6 +483,17 @@ def test_a_warm_up_starts_without_a_margin_and_ends_with_all_of_it(build):
     assert not torch.allclose(plain(embeddings, labels), whole(embeddings, labels))
 
 
+def test_x2_softmax_warms_up_from_the_cosine():
+    theta = torch.linspace(0, math.pi, 7, dtype=torch.float64)
+    loss, parabola = al.X2SoftmaxLoss(3, 4), 0.65 - 0.9 * theta**2
+    assert torch.equal(loss.target(theta, 0.0), theta.cos())
+    assert torch.allclose(loss.target(theta, 0.25), 0.75 * theta.cos() + 0.25 * parabola)
+    assert torch.allclose(loss.target(theta, 1.0), parabola)
+    for bad in ({"a": 0.0}, {"a": -math.inf}, {"h": math.inf}, {"k": -math.inf}):
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))}: expected a number in "):
+            al.X2SoftmaxLoss(3, 4, **bad)
+
+
 REDUCED = ("SubCenterArcFace", "CurricularFace", "MV-arc-adaptive", "UniFace", "L-Softmax")
 
 

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 import pickle
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 import angular_losses as al
+from angular_losses.losses.base import LossOptions
 from tests import papers
 from tests.cases import CASES, NAMES
 
@@ -257,3 +259,55 @@ class TestBias:
         assert losses[1].bias.shape == (1,)
         assert losses[1].bias.item() == 2.5
         assert state["1.bias"].shape == ()  # the caller's own
+
+
+OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(al.MarginLoss).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+
+
+def test_the_typed_options_are_those_of_the_base_class():
+    assert LossOptions.__annotations__.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", al.available())
+def test_a_loss_shows_all_its_options_with_their_defaults(name):
+    cls = getattr(al, name)
+    shown = inspect.signature(cls).parameters
+    expected = OPTIONS | ({"sub_centers": 3} if name == "SubCenterArcFaceLoss" else {})
+    for option, default in expected.items():
+        assert shown[option].kind is inspect.Parameter.KEYWORD_ONLY
+        assert shown[option].default == default
+        assert shown[option].annotation == LossOptions.__annotations__[option].__forward_arg__
+    assert all(each.kind is not each.VAR_KEYWORD for each in shown.values())
+
+    sizes = {"num_classes": 7, "embedding_size": 8, "class_counts": [1] * 7}
+    loss = cls(**{name: value for name, value in sizes.items() if name in shown})
+    for option in OPTIONS.keys() - {"device", "dtype"}:  # what is shown is what is done
+        assert getattr(loss, option) == shown[option].default
+    assert "schedule" not in inspect.signature(loss).parameters  # that of a call
+
+
+def test_a_loss_of_ones_own_shows_the_options_too():
+    class Own(al.MarginLoss):
+        def __init__(self, num_classes, embedding_size, margin=0.1, **options):
+            super().__init__(num_classes, embedding_size, 30.0, **options)
+
+    class Closed(Own):
+        def __init__(self, num_classes):
+            super().__init__(num_classes, 8)
+
+    own = ["num_classes", "embedding_size", "margin"]
+    assert list(inspect.signature(Own).parameters) == [*own, *OPTIONS]
+    assert list(inspect.signature(Closed).parameters) == ["num_classes"]
+
+
+def test_the_hooks_and_what_is_called_are_all_that_is_public():
+    hooks = {"target", "row_target", "row_scale", "negatives_function", "penalty", "observe"}
+    called = {"get_logits", "extend", "same_step", "advance", "reset_parameters"}
+    angles = {"margin_function", "target_angles"}
+    attributes = {"statistics", "normalize_weight", "is_random", "ignore_index"}
+    public = {name for name in dir(al.MarginLoss) if not name.startswith("_")}
+    assert public - set(dir(torch.nn.Module)) == hooks | called | angles | attributes
