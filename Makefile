@@ -13,7 +13,7 @@ test: lint  ## lint, type-check and test, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-grid: .venv/dev.done  ## every loss with every schedule compiled in every way; hours
-	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/losses/test_steps.py
+	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/losses/test_compiled_steps.py
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

@@ -1,0 +1,70 @@
+"""Five training steps of every loss, compiled, against plain eager ones; see test_steps.
+
+By default the losses take turns with schedules, backends, modes and kinds of batches; ``make
+test-grid`` compiles all.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from tests.cases import needs_compiler
+from tests.family import NAMES
+from tests.steps import (
+    COMPILED,
+    LOSSES_WITH_SCHEDULES,
+    MODES,
+    assert_steps_are_eager,
+    empty,
+    ignored,
+    one_row,
+    plain,
+    schedules_of,
+    uint8,
+)
+
+
+def cells():
+    """Which losses are compiled with which schedule, execution, mode and kinds of batches."""
+    if os.environ.get("WHOLE_GRID"):
+        grid = [(*one, how) for how in COMPILED for one in LOSSES_WITH_SCHEDULES]
+    else:  # inductor is slow
+        aot = ["aot_eager", "aot_eager, dynamic"]
+        hows = [*(aot * 3)[:5], "inductor", *(aot * 3)[1:], "inductor, dynamic"]
+        grid = [
+            (name, [*schedules_of(name)][k % len(schedules_of(name))], hows[k // 3 % len(hows)])
+            for k, name in enumerate(NAMES)
+        ]
+    # Kinds that are compiled anew are slow too: a cell has one of those.
+    return [
+        (
+            *cell,
+            MODES[(k + k // 3) % 3],
+            (plain, ignored, plain, (uint8, one_row, empty)[(k - k // 3) % 3], plain),
+        )
+        for k, cell in enumerate(grid)
+    ]
+
+
+# The compiler looks at .grad of what crosses a gap in the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "schedule", "execution", "mode", "kinds"),
+    [
+        pytest.param(*cell, id="-".join(cell[:4]), marks=needs_compiler if "ind" in cell[2] else ())
+        for cell in cells()
+    ],
+)
+def test_compiled_steps_are_those_of_eager_mode(name, schedule, execution, mode, kinds):
+    torch.compiler.reset()
+    assert_steps_are_eager(name, schedule, execution, mode, kinds)
+
+
+def test_what_is_compiled_by_default_covers_every_pair():
+    found = [(schedule, how, mode, kinds[3]) for _, schedule, how, mode, kinds in cells()]
+    for one, other in itertools.combinations(range(4), 2):
+        pairs = {(cell[one], cell[other]) for cell in found}
+        firsts, seconds = ({pair[k] for pair in pairs} for k in (0, 1))
+        assert pairs == set(itertools.product(firsts, seconds)), (one, other)
