@@ -7,6 +7,7 @@
 killed `pause` holds nothing up, for its lock goes with it; an interrupted `run` ends its command.
 """
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -34,6 +35,9 @@ def run(command: Sequence[str]) -> int:
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     # A group of its own: a signal to it reaches the trainings that the command starts.
     child = subprocess.Popen(["nice", "-n", str(LOWEST), *command], start_new_session=True)
+    # Where Linux schedules sessions as groups, niceness counts inside one only.
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{child.pid}/autogroup").write_text(str(LOWEST))
     stopped = False
     try:
         with LOCK.open("w") as file:

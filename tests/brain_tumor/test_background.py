@@ -88,3 +88,10 @@ def test_usage(tmp_path):
     process = start("stop", "x", home=tmp_path)
     process.communicate()
     assert process.returncode == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="sessions are no groups here")
+def test_a_training_is_at_the_lowest_priority_among_sessions_too(training):
+    _, pids = training
+    for pid in pids:
+        wait_until(lambda pid=pid: "nice 19" in Path(f"/proc/{pid}/autogroup").read_text())
