@@ -470,3 +470,35 @@ def test_bad_options_are_named(change, error, message):
         margin_softmax_loss(
             embeddings, weight, labels, **({"margin": margin, "scale": 8.0} | change)
         )
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_row_may_be_left_without_negatives(mode):
+    embeddings, weight, labels = batch(torch.float64)
+
+    def negatives(cosine, target):
+        hidden = torch.zeros_like(cosine, dtype=torch.bool)
+        hidden[:, 0] = True  # all of the first row's
+        return torch.where(hidden, -torch.inf, cosine)
+
+    with in_chunks_of(mode[1]):
+        loss = margin_softmax_loss(
+            *(embeddings, weight, labels),
+            margin=lambda theta: arcface(theta, 0.5),
+            scale=8.0,
+            negatives=negatives,
+            reduction="none",
+            mode=mode[0],
+        )
+    others = margin_softmax_loss(
+        *(embeddings[1:], weight, labels[1:]),
+        margin=lambda theta: arcface(theta, 0.5),
+        scale=8.0,
+        reduction="none",
+        mode="dense",
+    )
+    assert loss[0] == 0
+    found = torch.autograd.grad(loss.sum(), (embeddings, weight))
+    expected = torch.autograd.grad(others.sum(), (embeddings, weight))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)

@@ -163,9 +163,9 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
     if not rule.summed:
         negatives = negatives.log() + sums.shifts[-1] if sums.shifts else negatives.log()
         if settings.differentiate:
-            total = sums.total
-            if settings.partial or weight.shape[0] == rule.sub_centers:  # there may be no negatives
-                total = torch.threshold(total, 0, math.inf)
+            total, has_one_class = sums.total, weight.shape[0] == rule.sub_centers
+            if settings.partial or has_one_class or rule.terms is not None:
+                total = torch.threshold(total, 0, math.inf)  # a row may have no negatives
             over_total = total.reciprocal().to(dtype)
             terms.rescale(over_total)
             over_total = over_total[:, None]
