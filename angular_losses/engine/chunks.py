@@ -169,7 +169,7 @@ class Chunks:
         unit = self._unit * self._row_scales if self.rule.is_linear else self._unit
         return unit.to(self.product_dtype).T
 
-    def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def workspace(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Memory for a result of a chunk's shape; None leaves it to the operator."""
         if self.spans[0] is None:
             return None
@@ -186,14 +186,14 @@ class Chunks:
         """Those of a chunk of centres (K, d), in the working dtype, or the centres themselves."""
         if self.rule.keep_lengths:
             return weight.to(self._dtype)
-        out = self.room("directions", weight.shape, self._dtype)
+        out = self.workspace("directions", weight.shape, self._dtype)
         return torch.mul(weight, inverse, out=out)
 
     def factors(self, directions: Tensor) -> Tensor:
         """The same in the dtype of the products."""
         if not self._is_reduced:
             return directions
-        out = self.room("factors", directions.shape, self.product_dtype)
+        out = self.workspace("factors", directions.shape, self.product_dtype)
         return directions.to(self.product_dtype) if out is None else out.copy_(directions)
 
     def logits(self, span: slice | None, factors: Tensor, out: Tensor | None = None) -> Tensor:
@@ -208,7 +208,9 @@ class Chunks:
     def _cosines(self, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """The products of a chunk's centres with the embeddings (K, N), in the working dtype."""
         if out is None or self._is_reduced:
-            out = self.room("products", (factors.shape[0], self._factors.shape[1]), self._dtype)
+            out = self.workspace(
+                "products", (factors.shape[0], self._factors.shape[1]), self._dtype
+            )
         return multiply(factors, self._factors, self._dtype, out=out)
 
     def own_row(self, span: slice | None) -> tuple[Tensor, Tensor]:
@@ -232,7 +234,7 @@ class Chunks:
             return self.exponentiate(self.logits(span, factors, out), shift, out)
         shape = factors.shape[0], self._factors.shape[1]
         if out is None:
-            out = self.room("exponentials", shape, self.product_dtype)
+            out = self.workspace("exponentials", shape, self.product_dtype)
         if out is None:
             out = factors.new_empty(shape)
         start = 0 if span is None else span.start
@@ -285,7 +287,7 @@ class Chunks:
         if values is out or (out is None and not self._is_reduced):
             return values
         if out is None:
-            out = self.room("exponentials", values.shape, self.product_dtype)
+            out = self.workspace("exponentials", values.shape, self.product_dtype)
         return values.to(self.product_dtype) if out is None else out.copy_(values)
 
 

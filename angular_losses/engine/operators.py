@@ -62,7 +62,7 @@ def margin_parts(inputs: Inputs, settings: Settings, others: Others) -> Parts:
     if others.rule == PLAIN and others.begin_sum is None:
         theta, negatives, mean_cosine, *_ = _forward_operator(*inputs, *settings)
         return Parts(theta, negatives, None if inputs.class_share is None else mean_cosine)
-    # The compiled graph has a gap here.
+    # The compiled graph breaks here.
     return _disable_dynamo(_eager)(inputs, settings, others)
 
 

@@ -144,7 +144,7 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
         inverse = inverse_lengths(part, dtype)
         directions = chunks.directions(part, inverse)
         factors = chunks.factors(directions)
-        out = kept.room(span)
+        out = kept.place_of(span)
         if bounded:
             exponentials, of_chunk = chunks.exponentials(span, factors, out=out)
         else:
@@ -199,7 +199,7 @@ class _Kept:
                 shape = several, unit.shape[0]
                 self.stashed = unit.new_empty(shape, dtype=settings.product_dtype)
 
-    def room(self, span: slice | None) -> Tensor | None:
+    def place_of(self, span: slice | None) -> Tensor | None:
         """Where E of a chunk is to be kept, if there is such a place already."""
         return None if self.stashed is None or span is None else self.stashed[span]
 
@@ -272,13 +272,13 @@ def _weight_gradient(
             directions = chunks.directions(part, inverse)
         exponentials, factor = _exponentials(chunks, saved, index, span, directions, push)
         result = chunks.rows(gradient, span)
-        out = result if same and not is_whole else chunks.room("gradient", part.shape, dtype)
+        out = result if same and not is_whole else chunks.workspace("gradient", part.shape, dtype)
         found = multiply(exponentials, factor.to(exponentials.dtype), dtype, out=out)
         if of_mean is not None and chunks.class_share is not None:
             found.addr_(chunks.rows(chunks.class_share, span), of_mean)
         if not chunks.rule.keep_lengths:
             # A centre's length does not matter: its gradient has no component along it.
-            out = chunks.room("scratch", part.shape, dtype)
+            out = chunks.workspace("scratch", part.shape, dtype)
             radial = torch.mul(found, directions, out=out).sum(1, keepdim=True)
             found.addcmul_(directions, radial, value=-1).mul_(inverse)
         if not same:  # the target's part too, before it is rounded
