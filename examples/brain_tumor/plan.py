@@ -58,6 +58,8 @@ SEARCH: Mapping[str, Mapping[str, object]] = {
     "milder-augmentation": {"rotation_degrees": 8.0, "brightness": 0.1, "zoom": 1.1},
     "margin-4": {"margin": 4.0},
     "scale-45": {"scale": 45.0},
+    "128-pixels": {"image_size": 128},  # to 112 pixels as 256 to 224
+    "144-pixels": {"image_size": 144},  # as 288
 }
 DEVELOPMENT_FOLD = 5  # of patients: settings were chosen on it, so its figure is marked
 
