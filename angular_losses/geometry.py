@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,39 +87,56 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     return 2 * torch.atan2(difference.masked_fill(both_zero, 1), total.masked_fill(both_zero, 1))
 
 
-def angles_and_gradients(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-    r"""The angle of each pair of vectors and its gradients, for custom backward passes.
+class Pairs(NamedTuple):
+    """Pairs of vectors, all (N, 1) or (N, d): in float64 (float32 on MPS), without a graph.
+
+    Attributes:
+        theta: The angle.
+        cosine: Its cosine, exactly 0 with a zero vector.
+        sine: Its sine; where the pair is parallel to rounding, the smallest number.
+        tangent: The unit tangent t at the first's direction, towards the second's; 0 where the pair
+            is parallel to rounding.
+        unit: The direction u of the first.
+        inverse: 1 / lengths of both (2, N, 1), 0 for a zero vector.
+    """
+
+    theta: Tensor
+    cosine: Tensor
+    sine: Tensor
+    tangent: Tensor
+    unit: Tensor
+    inverse: Tensor
+
+
+def pairs(first: Tensor, second: Tensor) -> Pairs:
+    r"""The angle of each pair of vectors and what its gradients are made of.
 
     .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
-        \frac{\partial\theta}{\partial x} = -\frac{r}{|r|\,|x|}
+        t = r / |r|, \\
+        \frac{\partial\theta}{\partial x} = -\frac{t}{|x|}, \qquad
+        \frac{\partial\theta}{\partial w} = \frac{t \cos\theta - u \sin\theta}{|w|}
 
-    with u = x / |x| and v = w / |w|, and for w with u and v exchanged. As accurate as
-    :func:`angle_between`, with the same treatment of parallel pairs and zero vectors, in fewer
-    passes over (N, d).
+    with u = x / |x| and v = w / |w|. As accurate as :func:`angle_between`, with the same treatment
+    of parallel pairs and zero vectors, in fewer passes over (N, d).
 
     Args:
         first: x (N, d), floating point.
         second: w (N, d) likewise.
-
-    Returns:
-        theta (N,), its gradients by both vectors (2, N, d), the directions of the first (N, d), and
-        1 / their length (N, 1), 0 for a zero vector: in float64 (float32 on MPS), no graph.
     """
     if first.dtype == second.dtype:
-        unit, inverse = _normalized(torch.stack([first, second]))
+        units, inverse = _normalized(torch.stack([first, second]))
     else:
         both = zip(_normalized(first), _normalized(second), strict=True)
-        unit, inverse = (torch.stack(pair) for pair in both)
-    u, v = unit
+        units, inverse = (torch.stack(each) for each in both)
+    u, v = units.unbind()
     cosine = (u * v).sum(1, keepdim=True)
-    residual = unit.flip(0).addcmul_(cosine, unit, value=-1)
-    sine: Tensor = torch.linalg.vector_norm(residual, dim=2, keepdim=True)
-    rounding = _resolution(unit)
-    # With one zero vector the sine of the other is 1; two of them have the cosine 0.
-    opposite = torch.threshold(sine, rounding, 0.0).amax(0) + (cosine == 0)
-    theta = torch.atan2(opposite, cosine)[:, 0]
-    gradients = residual.mul_(-inverse / torch.threshold(sine, rounding, math.inf))
-    return theta, gradients, u, inverse[0]
+    residual = torch.addcmul(v, cosine, u, value=-1)
+    sine: Tensor = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
+    rounding = _resolution(u)
+    tangent = residual.div_(torch.threshold(sine, rounding, math.inf))
+    # Not 0, so that a zero vector has pi / 2 to everything.
+    sine = torch.threshold(sine, rounding, torch.finfo(sine.dtype).tiny)
+    return Pairs(torch.atan2(sine, cosine), cosine, sine, tangent, u, inverse)
 
 
 def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -112,7 +112,18 @@ class _Loss(torch.autograd.Function):
         if settings.differentiate:
             of_negatives = torch.sigmoid(excess) * ending.row_weight
             of_theta = of_negatives * descent * ending.scale
-            _save(ctx, inputs, settings, saved, others, of_theta, of_negatives)
+            # With few classes at once, while all is in the cache, but for the factor to come.
+            ctx.is_done = ending.is_summed and inputs.weight.shape[0] <= min(
+                settings.chunk, inputs.own.shape[0]
+            )
+            if ctx.is_done:
+                grads, terms = Parts(of_theta, of_negatives, None), _terms(others, settings)
+                needed = [*ctx.needs_input_grad[:2], False]
+                found = passes.backward(grads, inputs, settings, saved, terms, needed)
+                ctx.save_for_backward(*found[:2])
+                ctx.variables = inputs[:2]  # never read, so not saved
+            else:
+                _save(ctx, inputs, settings, saved, others, of_theta, of_negatives)
         loss: Tensor = F.softplus(excess, threshold=50)
         if ending.is_mean:
             loss = loss.mean()
@@ -123,6 +134,10 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_done:
+            with torch.no_grad():
+                found = [None if each is None else grad * each for each in ctx.saved_tensors]
+            return *_once(found, *ctx.variables, grad), *[None] * 4
         inputs, saved, others, (of_theta, of_negatives) = _unpacked(ctx)
         with torch.no_grad():
             grads = Parts(grad * of_theta, grad * of_negatives, None)
@@ -170,13 +185,17 @@ def _gradients(
         of_bias = None
         if ctx.needs_input_grad[3] and saved.bias_slope is not None:
             of_bias = grads.negatives.to(saved.bias_slope.dtype) * saved.bias_slope
-    gradients = *found, of_bias
+    of = inputs.embeddings, inputs.weight, inputs.row_scale, others.bias, *grads, *variables
+    return _once((*found, of_bias), *of)
+
+
+def _once(
+    gradients: Sequence[Tensor | None], *variables: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients; where a graph is wanted of the backward pass itself, that says it has none."""
     if not torch.is_grad_enabled():
-        return gradients
-    # A graph is wanted of the backward pass itself: there is none, and this says so.
-    variables = (*variables, *(grad for grad in grads if grad is not None))
-    of = inputs.embeddings, inputs.weight, inputs.row_scale, others.bias, *variables
-    return tuple(None if each is None else _Once.apply(each, *of) for each in gradients)  # type: ignore[no-untyped-call]
+        return tuple(gradients)
+    return tuple(None if each is None else _Once.apply(each, *variables) for each in gradients)  # type: ignore[no-untyped-call]
 
 
 class _Once(torch.autograd.Function):
@@ -212,10 +231,10 @@ def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors: list[Any] = [
-        None if each is None or each.dim() == 0 else each for each in arguments[:19]
+        None if each is None or each.dim() == 0 else each for each in arguments[:20]
     ]
     grads, inputs, saved = Parts(*tensors[:3]), Inputs(*tensors[3:8]), Saved(*tensors[8:])
-    settings, needed = Settings(*arguments[19:-1]), arguments[-1]
+    settings, needed = Settings(*arguments[20:-1]), arguments[-1]
     with without_autocast(saved.unit.device):
         terms = _terms(Others(), settings)
         found = passes.backward(grads, inputs, settings, saved, terms, needed)
@@ -269,7 +288,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         unit.new_empty(num_rows, 1),
         unit.new_empty(num_classes, 1),
         optional(settings.stash and chunks == 1, num_classes, size),
-        unit.new_empty(2, num_rows, size),
+        unit.new_empty(num_rows, size),
+        unit.new_empty(2, num_rows, 1),
         optional(differentiate, num_rows, size),
         optional(differentiate, num_rows, 1),
         optional(has_mean, size),

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import angles_and_gradients, inverse_lengths
+from ..geometry import inverse_lengths, pairs
 from .chunks import BOUNDED_SCALE, Chunks, Inputs, Rule, Settings, Terms, multiply
 
 
@@ -60,7 +60,9 @@ class Saved(NamedTuple):
         inverse_of_rows: (N, 1) 1 / lengths of the embeddings.
         inverse: (C, 1) 1 / lengths of the centres.
         directions: (C, d) of the centres, where one chunk has all of them and E is kept.
-        of_theta: (2, N, d) gradients of theta by the embeddings and by their targets' centres.
+        tangent: (N, d) unit tangents at the embeddings' directions, towards their targets' centres.
+        turn: (2, N, 1) cosine and sine of theta over the lengths of those centres, whose gradients
+            of theta are the first times the tangent less the second times ``unit``.
         pull: (N, d) E times the centres: where the negatives pull an embedding.
         over_total: (N, 1) 1 / the sum of E; None where terms are summed.
         mean_direction: (d,) the gradient of the mean cosine by each direction, or None.
@@ -73,7 +75,8 @@ class Saved(NamedTuple):
     inverse_of_rows: Tensor
     inverse: Tensor
     directions: Tensor | None
-    of_theta: Tensor
+    tangent: Tensor
+    turn: Tensor
     pull: Tensor | None
     over_total: Tensor | None
     mean_direction: Tensor | None
@@ -132,8 +135,8 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
     """The parts of a loss, and what the backward pass needs."""
     weight, rule, dtype = inputs.weight, terms.rule, working_dtype(*inputs[:2])
     own = inputs.own.clamp(min=0) if settings.partial else inputs.own
-    found = angles_and_gradients(inputs.embeddings, weight.index_select(0, own))
-    theta, (of_theta, unit, inverse_of_rows) = found[0], (each.to(dtype) for each in found[1:])
+    found = pairs(inputs.embeddings, weight.index_select(0, own))
+    theta, unit = found.theta[:, 0], found.unit.to(dtype)
     scales, bounded = scales_of(inputs, settings, dtype, rule)
     chunks, sums = Chunks(inputs, settings, unit, scales, terms), _Sums(terms, dtype)
     share = None if rule.summed else inputs.class_share
@@ -171,10 +174,11 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
             over_total = over_total[:, None]
     saved = Saved(
         unit=unit,
-        inverse_of_rows=inverse_of_rows,
+        inverse_of_rows=found.inverse[0].to(dtype),
         inverse=kept.inverse,
         directions=kept.directions,
-        of_theta=of_theta,
+        tangent=found.tangent.to(dtype),
+        turn=(torch.stack([found.cosine, found.sine]) * found.inverse[1]).to(dtype),
         pull=sums.pull,
         over_total=over_total,
         mean_direction=mean_direction,
@@ -230,15 +234,15 @@ def backward(
     of_negatives = grads.negatives.to(dtype)[:, None]
     pulled = of_negatives if saved.over_total is None else of_negatives * saved.over_total
     scaled = pulled * scales
-    turned = saved.of_theta * grads.theta.to(dtype)[:, None]
+    of_theta = grads.theta.to(dtype)[:, None]
     of_embeddings = of_weight = of_scale = None
     if needed[0]:
         along = scaled * pull
         if saved.mean_direction is not None and grads.mean_cosine is not None:
             along.addr_(grads.mean_cosine, saved.mean_direction)
         along.addcmul_(unit, (along * unit).sum(1, keepdim=True), value=-1)
-        of_embeddings = torch.addcmul(turned[0], along, saved.inverse_of_rows)
-        of_embeddings = of_embeddings.to(inputs.embeddings.dtype)
+        along.addcmul_(saved.tangent, of_theta, value=-1).mul_(saved.inverse_of_rows)
+        of_embeddings = along.to(inputs.embeddings.dtype)
     if needed[2]:
         of_scale = settings.scale * (pulled * pull * unit).sum(1)
     if needed[1]:
@@ -246,7 +250,9 @@ def backward(
         if saved.mean_direction is not None and grads.mean_cosine is not None:
             of_mean = grads.mean_cosine @ unit
         chunks = Chunks(inputs, settings, unit, scales, terms)
-        of_weight = _weight_gradient(chunks, saved, unit * scaled, turned[1], of_mean)
+        cosine, sine = saved.turn * of_theta
+        of_targets = torch.mul(saved.tangent, cosine).addcmul_(unit, sine, value=-1)
+        of_weight = _weight_gradient(chunks, saved, unit * scaled, of_targets, of_mean)
     return Gradients(of_embeddings, of_weight, of_scale)
 
 
