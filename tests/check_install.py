@@ -36,6 +36,7 @@ PLATFORMS = {  # torch has no wheels for other Macs since 2.3
     "Linux arm64": linux("aarch64"),
     "macOS arm64": (MACOS, ["macosx_14_0_arm64"]),
 }
+FROM_SOURCE = ["antlr4-python3-runtime==4.9.*"]  # of hydra: pure Python, published without a wheel
 PIP = """
 import json, sys
 from pip._vendor.packaging import markers
@@ -53,7 +54,8 @@ def complaint(python, wheel, extras, version, platform):
     command = [python, "-c", PIP, json.dumps(markers), "install", "--isolated", "--quiet"]
     command += ["--dry-run", "--target", wheel.parent / "nothing", "--only-binary=:all:"]
     # Where an index has no metadata of its own, the end of a wheel is read and not all of it.
-    command += ["--use-feature=fast-deps", "--python-version", version]
+    command += ["--use-feature=fast-deps", "--find-links", wheel.parent]
+    command += ["--python-version", version]
     command += [f"--platform={tag}" for tag in tags]
     command += ["-c", ROOT / "constraints.txt", f"{wheel}[{','.join(extras)}]"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -68,8 +70,8 @@ def main():
         venv.create(folder, with_pip=True, upgrade_deps=True)
         python = Path(folder, "bin", "python")
         build = [python, "-m", "pip", "wheel", "--isolated", "--quiet", "--no-deps", "-w", folder]
-        subprocess.run([*build, ROOT], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
+        subprocess.run([*build, ROOT, *FROM_SOURCE], check=True)
+        (wheel,) = Path(folder).glob("angular_losses*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
             metadata = message_from_bytes(archive.read(name))
