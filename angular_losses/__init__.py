@@ -52,6 +52,7 @@ from .schedules import LambdaAnnealing as LambdaAnnealing
 from .schedules import MarginWarmup as MarginWarmup
 from .schedules import Schedule as Schedule
 from .training import parameter_groups as parameter_groups
+from .training import suggest_margin as suggest_margin
 from .training import suggest_scale as suggest_scale
 
 __version__ = "0.1.0"
@@ -98,6 +99,7 @@ __all__ = [
     "plan",
     "power_law_margins",
     "sphereface",
+    "suggest_margin",
     "suggest_scale",
     "target_angle",
 ]

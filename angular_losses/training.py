@@ -1,4 +1,4 @@
-"""Utilities for setting up a training: the scale, and the parameter groups of an optimiser."""
+"""Utilities for setting up a training: scale, margin, and the parameter groups of an optimiser."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from . import validation
 from .losses.centres import ClassCentres
+from .margins import ADDITIVE
+from .separation import separation_bound
 
 
 def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
@@ -47,6 +49,42 @@ def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
     )
     odds = probability / (1 - probability)
     return max(1.0, math.sqrt(2) * math.log((num_classes - 1) * odds))
+
+
+def suggest_margin(num_classes: int, embedding_size: int, *, kind: str = "arc") -> float:
+    r"""The margin that is a third of the largest angle between class centres.
+
+    .. math:: m = \frac B3 \text{ ("arc")}, \qquad
+        m = \cos\frac B3 - \cos\frac{2B}3 \text{ ("cos")}
+
+    B is the angle that the two closest of C centres in d dimensions cannot exceed
+    (:func:`angular_losses.diagnostics.separation_bound`). An embedding at an angle r from its
+    centre may be as near as B - r to another, so it satisfies ArcFace's margin if r + m <= B - r.
+    With m above B no embedding does, not even one at its centre; with a third, all up to r = B / 3
+    do, and so they do for CosFace's. In many dimensions B is near 90 degrees, and these are the
+    usual margins: 0.52 and 0.37.
+
+    Args:
+        num_classes: The number of classes, C >= 2.
+        embedding_size: The dimension of the embeddings, d.
+        kind: "arc" for a margin added to the angle, "cos" for one subtracted from the cosine.
+
+    Returns:
+        The margin, in radians for "arc".
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If there are fewer than two classes, d < 1, or the kind is unknown.
+
+    Example:
+        >>> round(suggest_margin(100_000, 512), 2), round(suggest_margin(100, 8), 2)
+        (0.51, 0.39)
+        >>> round(suggest_margin(100_000, 512, kind="cos"), 2)
+        0.35
+    """
+    validation.choice("kind", kind, tuple(ADDITIVE))
+    third = separation_bound(num_classes, embedding_size) / 3
+    return third if kind == "arc" else math.cos(third) - math.cos(2 * third)
 
 
 def parameter_groups(

@@ -1,6 +1,7 @@
 """What people trip over: forgotten parameters, small scales, weight decay, export, new classes."""
 
 import collections
+import functools
 import math
 import warnings
 
@@ -58,6 +59,77 @@ class TestScale:
         others = torch.full((num_classes - 1,), -1 / (num_classes - 1))
         cosine = torch.cat([torch.ones(1), others])
         assert (least * cosine).softmax(0)[0].item() == pytest.approx(0.9, abs=1e-6)
+
+
+class TestMargin:
+    @pytest.mark.parametrize(("num_classes", "size"), [(2, 5), (6, 5), (9, 6), (7, 2)])
+    @pytest.mark.parametrize("kind", ["arc", "cos"])
+    def test_best_centres_satisfy_it_up_to_a_third_of_their_angle(self, num_classes, size, kind):
+        """On arrangements that reach the bound: simplex, cross-polytope, polygon."""
+        if num_classes <= size + 1:
+            points = torch.eye(num_classes, dtype=torch.float64)
+            centres = points - points.mean(0)
+        elif size == 2:
+            turns = 2 * math.pi / num_classes * torch.arange(num_classes, dtype=torch.float64)
+            centres = torch.stack([turns.cos(), turns.sin()], 1)
+        else:
+            centres = torch.cat([torch.eye(size), -torch.eye(size)]).double()
+        between = torch.acos(torch.cosine_similarity(centres[:1], centres[1:])).min().item()
+        margin = al.suggest_margin(num_classes, size, kind=kind)
+        for radius, sign in ((between / 3 - 1e-6, 1), (between / 3 + 1e-6, -1)):
+            if kind == "arc":
+                left = between - radius - (radius + margin)
+            else:
+                left = math.cos(radius) - margin - math.cos(between - radius)
+            assert sign * left > 0
+
+    def test_usual_margins_are_those_of_many_dimensions(self):
+        assert al.suggest_margin(10_000, 512) == pytest.approx(0.5, abs=0.02)
+        assert al.suggest_margin(10_000, 512, kind="cos") == pytest.approx(0.35, abs=0.015)
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "message"),
+        [
+            ((1, 8), {}, "num_classes: expected at least 2"),
+            ((10, 0), {}, "embedding_size: expected at least 1"),
+            ((10, 8), {"kind": "sphere"}, "kind: expected one of 'arc', 'cos'"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, options, message):
+        with pytest.raises(ValueError, match=message):
+            al.suggest_margin(*arguments, **options)
+
+
+class TestUnitVectors:
+    LOSSES = (
+        al.AdaFaceLoss,
+        al.MagFaceLoss,
+        al.LSoftmaxLoss,
+        functools.partial(al.SphereFaceLoss, scale=None),
+        functools.partial(al.SphereFaceRLoss, normalization="soft"),
+    )
+
+    @pytest.mark.parametrize("build", LOSSES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_a_warning_says_so_once(self, build, dtype):
+        loss, (points, labels) = build(5, 8), batch()
+        unit = torch.nn.functional.normalize(points).to(dtype)
+        labels = labels.clone()
+        labels[0] = loss.ignore_index
+        with pytest.warns(UserWarning, match="embeddings: all have length 1, and ") as said:
+            loss(torch.cat([points[:1].to(dtype), unit[1:]]), labels)
+        assert said[0].filename == __file__
+        loss(unit, labels)
+
+    @pytest.mark.parametrize("build", [*LOSSES, al.ArcFaceLoss, al.SphereFaceLoss])
+    @pytest.mark.parametrize("quiet", ["lengths", "eval", "no graph", "no rows"])
+    def test_no_warning_where_there_is_no_reason(self, build, quiet):
+        loss, (points, labels) = build(5, 8).train(quiet != "eval"), batch()
+        if quiet != "lengths" or build in (al.ArcFaceLoss, al.SphereFaceLoss):
+            points = torch.nn.functional.normalize(points)
+        rows = 0 if quiet == "no rows" else 12
+        with torch.set_grad_enabled(quiet != "no graph"):
+            loss(points[:rows], labels[:rows])
 
 
 class TestForgottenParameters:

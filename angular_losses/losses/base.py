@@ -127,6 +127,8 @@ class MarginLoss(ClassCentres, nn.Module):
     is_random = False
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
     _scale_decides = True
+    # Whether to look, at the first training step, if the embeddings have lengths, which matter.
+    _looks_at_lengths = False
     # Whether passes belong to the training step before: see same_step.
     _is_same_step = False
     # Passes in training mode without gradients, since the last step.
@@ -291,6 +293,9 @@ class MarginLoss(ClassCentres, nn.Module):
             counts = batch.kept
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
+        if is_step and self._looks_at_lengths and validation.is_readable(batch.embeddings):
+            self._looks_at_lengths = False
+            self._warn_of_unit_vectors(batch)
         if is_step and type(self).observe is not MarginLoss.observe:
             with torch.no_grad(), without_autocast(embeddings.device):
                 self.observe(batch.embeddings.detach(), batch.labels, counts)
@@ -532,6 +537,18 @@ class MarginLoss(ClassCentres, nn.Module):
                 f"scale: {scale:g} is small for {self.num_classes} classes: with less than "
                 f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
                 stacklevel=4,
+            )
+
+    def _warn_of_unit_vectors(self, batch: Batch) -> None:
+        """Warn if all embeddings have length 1, to the rounding of their dtype."""
+        embeddings = batch.embeddings.detach()
+        length = lengths(embeddings if batch.kept is None else embeddings[batch.kept])
+        rounding = max(8 * torch.finfo(embeddings.dtype).eps, 1e-6)
+        if len(length) and bool((length - 1).abs().amax() < rounding):
+            warnings.warn(
+                f"embeddings: all have length 1, and {type(self).__name__} learns from their "
+                "lengths: do not normalise them before the loss",
+                stacklevel=5,  # the call of the loss, through torch's Module
             )
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> Batch:
