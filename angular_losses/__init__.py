@@ -51,6 +51,7 @@ from .margins import sphereface as sphereface
 from .schedules import LambdaAnnealing as LambdaAnnealing
 from .schedules import MarginWarmup as MarginWarmup
 from .schedules import Schedule as Schedule
+from .training import mean_directions as mean_directions
 from .training import parameter_groups as parameter_groups
 from .training import suggest_margin as suggest_margin
 from .training import suggest_scale as suggest_scale
@@ -94,6 +95,7 @@ __all__ = [
     "detached",
     "ldam_margins",
     "margin_softmax_loss",
+    "mean_directions",
     "one_vs_rest_loss",
     "parameter_groups",
     "plan",
