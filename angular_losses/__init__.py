@@ -51,7 +51,9 @@ from .margins import sphereface as sphereface
 from .schedules import LambdaAnnealing as LambdaAnnealing
 from .schedules import MarginWarmup as MarginWarmup
 from .schedules import Schedule as Schedule
+from .training import mean_directions as mean_directions
 from .training import parameter_groups as parameter_groups
+from .training import suggest_margin as suggest_margin
 from .training import suggest_scale as suggest_scale
 
 __version__ = "0.1.0"
@@ -93,11 +95,13 @@ __all__ = [
     "detached",
     "ldam_margins",
     "margin_softmax_loss",
+    "mean_directions",
     "one_vs_rest_loss",
     "parameter_groups",
     "plan",
     "power_law_margins",
     "sphereface",
+    "suggest_margin",
     "suggest_scale",
     "target_angle",
 ]

@@ -1,15 +1,23 @@
-"""Utilities for setting up a training: the scale, and the parameter groups of an optimiser."""
+"""Utilities for setting up a training: scale, margin, and the parameter groups of an optimiser."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import validation
+from .geometry import directions, precise_dtype
 from .losses.centres import ClassCentres
+from .margins import ADDITIVE
+from .separation import separation_bound
+
+# Of k-means, which mostly ends before.
+MOST_ROUNDS = 50
 
 
 def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
@@ -47,6 +55,153 @@ def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
     )
     odds = probability / (1 - probability)
     return max(1.0, math.sqrt(2) * math.log((num_classes - 1) * odds))
+
+
+def suggest_margin(num_classes: int, embedding_size: int, *, kind: str = "arc") -> float:
+    r"""The margin that is a third of the largest angle between class centres.
+
+    .. math:: m = \frac B3 \text{ ("arc")}, \qquad
+        m = \cos\frac B3 - \cos\frac{2B}3 \text{ ("cos")}
+
+    B is the angle that the two closest of C centres in d dimensions cannot exceed
+    (:func:`angular_losses.diagnostics.separation_bound`). An embedding at an angle r from its
+    centre may be as near as B - r to another, so it satisfies ArcFace's margin if r + m <= B - r.
+    With m above B no embedding does, not even one at its centre; with a third, all up to r = B / 3
+    do, and so they do for CosFace's. In many dimensions B is near 90 degrees, and these are the
+    usual margins: 0.52 and 0.37.
+
+    Args:
+        num_classes: The number of classes, C >= 2.
+        embedding_size: The dimension of the embeddings, d.
+        kind: "arc" for a margin added to the angle, "cos" for one subtracted from the cosine.
+
+    Returns:
+        The margin, in radians for "arc".
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If there are fewer than two classes, d < 1, or the kind is unknown.
+
+    Example:
+        >>> round(suggest_margin(100_000, 512), 2), round(suggest_margin(100, 8), 2)
+        (0.51, 0.39)
+        >>> round(suggest_margin(100_000, 512, kind="cos"), 2)
+        0.35
+    """
+    validation.choice("kind", kind, tuple(ADDITIVE))
+    third = separation_bound(num_classes, embedding_size) / 3
+    return third if kind == "arc" else math.cos(third) - math.cos(2 * third)
+
+
+@torch.no_grad()
+def mean_directions(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    *,
+    sub_centers: int = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""The mean direction of each class's embeddings, for class centres to start from.
+
+    .. math:: \mu_c = \frac{\sum_{i:\,y_i = c} u_i}{|\sum_{i:\,y_i = c} u_i|}, \qquad
+        u_i = x_i / |x_i|
+
+    Pass them to :meth:`MarginLoss.reset_parameters` or :meth:`MarginLoss.extend`.
+
+    Args:
+        batches: Embeddings (N, d) and labels (N,), batch by batch, such as a generator over a data
+            loader; it runs without gradients.
+        num_classes: The number of classes, C.
+        sub_centers: The number of directions of a class, K: with several, those of spherical
+            k-means of its embeddings, of which all directions are kept meanwhile.
+        ignore_index: Rows with this label do not count.
+
+    Returns:
+        (C * sub_centers, d) unit vectors, float32, sub-centre k of class c in row
+        c * sub_centers + k; zero for a class without samples, of which there is a warning, and for
+        a sub-centre without.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If there are no batches, or a shape, a device or a label is out of place.
+
+    Example:
+        >>> from angular_losses import ArcFaceLoss
+        >>> network, loss = torch.nn.Linear(32, 64), ArcFaceLoss(10, 64)
+        >>> loader = [(torch.randn(20, 32), torch.arange(20) % 10)]  # a DataLoader
+        >>> batches = ((network(images), labels) for images, labels in loader)
+        >>> loss.reset_parameters(mean_directions(batches, 10))
+    """
+    num_classes = validation.positive_integer("num_classes", num_classes)
+    sub_centers = validation.positive_integer("sub_centers", sub_centers)
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    seen: list[tuple[Tensor, Tensor]] = []
+    for embeddings, labels in batches:
+        validation.floating("embeddings", embeddings, "N", "d")
+        centres = embeddings.new_empty(1, embeddings.shape[1]).expand(num_classes, -1)
+        kept = validation.batch(embeddings, centres, labels, ignore_index)
+        rows = (embeddings, labels) if kept is None else (embeddings[kept], labels[kept])
+        unit, labels = directions(rows[0], precise_dtype(embeddings.device)), rows[1].long()
+        if sums is None or counts is None:
+            sums, counts = unit.new_zeros(num_classes, unit.shape[1]), labels.new_zeros(num_classes)
+        sums.index_add_(0, labels, unit)
+        counts += labels.bincount(minlength=num_classes)
+        if sub_centers > 1:
+            seen.append((unit.float(), labels))
+    if sums is None or counts is None:
+        raise ValueError("batches: expected at least one, got none")
+    without = (counts == 0).nonzero()[:, 0].tolist()
+    if without:
+        some = ", ".join(map(str, without[:10])) + (", ..." if len(without) > 10 else "")
+        warnings.warn(
+            f"batches: no samples of {len(without)} of {num_classes} classes ({some}); their "
+            "directions are zero",
+            stacklevel=3,  # the caller of what no_grad wraps
+        )
+    means = directions(sums).float()
+    if sub_centers == 1:
+        return means
+    unit, labels = (torch.cat(each) for each in zip(*seen, strict=True))
+    return _clusters(unit, labels, means, sub_centers).flatten(0, 1)
+
+
+def _clusters(unit: Tensor, labels: Tensor, means: Tensor, sub_centers: int) -> Tensor:
+    """Spherical k-means in each class, of all classes at once, begun with the farthest rows.
+
+    Args:
+        unit: (N, d) directions.
+        labels: (N,) int64.
+        means: (C, d), of each class.
+        sub_centers: The number of clusters of a class, K.
+
+    Returns:
+        (C, K, d) their directions, zero for a cluster without rows.
+    """
+    num_classes, rows = len(means), torch.arange(len(labels), device=labels.device)
+
+    def cosines(centres: Tensor) -> Tensor:
+        """(N, K), of each row with the centres of its class."""
+        of_each = [torch.linalg.vecdot(unit, centre[labels]) for centre in centres.unbind(1)]
+        return torch.stack(of_each, 1)
+
+    centres = means[:, None]
+    for _ in range(sub_centers - 1):
+        nearest = cosines(centres).amax(1)
+        least = nearest.new_full((num_classes,), 2.0).scatter_reduce(0, labels, nearest, "amin")
+        is_farthest = nearest == least[labels]
+        farthest = labels.new_zeros(num_classes)
+        farthest = farthest.scatter_reduce(0, labels, rows.where(is_farthest, 0), "amax")
+        centres = torch.cat([centres, unit[farthest][:, None]], 1)
+    found = centres
+    for _ in range(MOST_ROUNDS):
+        place = labels * sub_centers + cosines(centres).argmax(1)
+        sums = torch.zeros_like(centres).flatten(0, 1).index_add_(0, place, unit)
+        found, before = directions(sums).view_as(centres), centres
+        centres = found.where(found.any(2, keepdim=True), before)
+        if torch.equal(centres, before):
+            break
+    return found
 
 
 def parameter_groups(

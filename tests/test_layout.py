@@ -14,7 +14,7 @@ PACKAGE = ROOT / "angular_losses"
 # Dependencies point one way: a module imports its own folder and those of earlier lines.
 LAYERS = (
     ("validation", "collectives"),
-    ("geometry", "margins", "negatives", "schedules"),
+    ("geometry", "margins", "negatives", "schedules", "separation"),
     ("engine",),
     ("functional",),
     ("losses",),

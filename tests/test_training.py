@@ -1,6 +1,7 @@
 """What people trip over: forgotten parameters, small scales, weight decay, export, new classes."""
 
 import collections
+import functools
 import math
 import warnings
 
@@ -58,6 +59,77 @@ class TestScale:
         others = torch.full((num_classes - 1,), -1 / (num_classes - 1))
         cosine = torch.cat([torch.ones(1), others])
         assert (least * cosine).softmax(0)[0].item() == pytest.approx(0.9, abs=1e-6)
+
+
+class TestMargin:
+    @pytest.mark.parametrize(("num_classes", "size"), [(2, 5), (6, 5), (9, 6), (7, 2)])
+    @pytest.mark.parametrize("kind", ["arc", "cos"])
+    def test_best_centres_satisfy_it_up_to_a_third_of_their_angle(self, num_classes, size, kind):
+        """On arrangements that reach the bound: simplex, cross-polytope, polygon."""
+        if num_classes <= size + 1:
+            points = torch.eye(num_classes, dtype=torch.float64)
+            centres = points - points.mean(0)
+        elif size == 2:
+            turns = 2 * math.pi / num_classes * torch.arange(num_classes, dtype=torch.float64)
+            centres = torch.stack([turns.cos(), turns.sin()], 1)
+        else:
+            centres = torch.cat([torch.eye(size), -torch.eye(size)]).double()
+        between = torch.acos(torch.cosine_similarity(centres[:1], centres[1:])).min().item()
+        margin = al.suggest_margin(num_classes, size, kind=kind)
+        for radius, sign in ((between / 3 - 1e-6, 1), (between / 3 + 1e-6, -1)):
+            if kind == "arc":
+                left = between - radius - (radius + margin)
+            else:
+                left = math.cos(radius) - margin - math.cos(between - radius)
+            assert sign * left > 0
+
+    def test_usual_margins_are_those_of_many_dimensions(self):
+        assert al.suggest_margin(10_000, 512) == pytest.approx(0.5, abs=0.02)
+        assert al.suggest_margin(10_000, 512, kind="cos") == pytest.approx(0.35, abs=0.015)
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "message"),
+        [
+            ((1, 8), {}, "num_classes: expected at least 2"),
+            ((10, 0), {}, "embedding_size: expected at least 1"),
+            ((10, 8), {"kind": "sphere"}, "kind: expected one of 'arc', 'cos'"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, options, message):
+        with pytest.raises(ValueError, match=message):
+            al.suggest_margin(*arguments, **options)
+
+
+class TestUnitVectors:
+    LOSSES = (
+        al.AdaFaceLoss,
+        al.MagFaceLoss,
+        al.LSoftmaxLoss,
+        functools.partial(al.SphereFaceLoss, scale=None),
+        functools.partial(al.SphereFaceRLoss, normalization="soft"),
+    )
+
+    @pytest.mark.parametrize("build", LOSSES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_a_warning_says_so_once(self, build, dtype):
+        loss, (points, labels) = build(5, 8), batch()
+        unit = torch.nn.functional.normalize(points).to(dtype)
+        labels = labels.clone()
+        labels[0] = loss.ignore_index
+        with pytest.warns(UserWarning, match="embeddings: all have length 1, and ") as said:
+            loss(torch.cat([points[:1].to(dtype), unit[1:]]), labels)
+        assert said[0].filename == __file__
+        loss(unit, labels)
+
+    @pytest.mark.parametrize("build", [*LOSSES, al.ArcFaceLoss, al.SphereFaceLoss])
+    @pytest.mark.parametrize("quiet", ["lengths", "eval", "no graph", "no rows"])
+    def test_no_warning_where_there_is_no_reason(self, build, quiet):
+        loss, (points, labels) = build(5, 8).train(quiet != "eval"), batch()
+        if quiet != "lengths" or build in (al.ArcFaceLoss, al.SphereFaceLoss):
+            points = torch.nn.functional.normalize(points)
+        rows = 0 if quiet == "no rows" else 12
+        with torch.set_grad_enabled(quiet != "no graph"):
+            loss(points[:rows], labels[:rows])
 
 
 class TestForgottenParameters:
@@ -314,6 +386,171 @@ class TestExtend:
             loss.extend(*arguments)
         assert loss.weight is weight
         assert loss.num_classes == 3
+
+
+def rows_of(num_classes=5, size=8, num_rows=60, seed=0):
+    """Embeddings about directions of their classes, of any length; none of class 3."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    labels[labels == 3] = 2
+    means = torch.randn(num_classes, size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_rows, size, generator=generator, dtype=torch.float64)
+    lengths = 10 * torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
+    return lengths * (means[labels] + 0.3 * noise), labels
+
+
+WITHOUT = "ignore:batches. no samples of 1 of 5 classes .3.:UserWarning"
+
+
+class TestMeanDirections:
+    @pytest.mark.filterwarnings(WITHOUT)
+    @pytest.mark.parametrize("size", [7, 60])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_they_are_those_of_all_rows_in_any_batches(self, size, dtype):
+        embeddings, labels = rows_of()
+        embeddings = embeddings.to(dtype)
+        labels[5] = -100
+        batches = zip(embeddings.split(size), labels.split(size), strict=True)
+        found = al.mean_directions(batches, 5)
+        expected = np.zeros((5, 8))
+        for row, label in zip(embeddings.double().numpy(), labels.tolist(), strict=True):
+            if label >= 0:
+                expected[label] += row / np.linalg.norm(row)
+        expected[[0, 1, 2, 4]] /= np.linalg.norm(expected, axis=1, keepdims=True)[[0, 1, 2, 4]]
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+    def test_classes_without_samples_are_named_and_drawn(self):
+        with pytest.warns(
+            UserWarning, match=r"^batches: no samples of 1 of 5 classes \(3\)"
+        ) as said:
+            found = al.mean_directions([rows_of()], 5)
+        assert said[0].filename == __file__
+        assert not found[3].any()
+        loss = al.ArcFaceLoss(5, 8)
+        loss.reset_parameters(found)
+        assert torch.allclose(loss.weight[[0, 1, 2, 4]], found[[0, 1, 2, 4]])
+        assert loss.weight[3].norm().item() == pytest.approx(1)
+
+    def test_no_gradient_is_kept_and_none_is_needed(self):
+        network = torch.nn.Linear(8, 8)
+        points, labels = batch()
+        seen = []
+
+        def batches():
+            seen.append(network(points))
+            yield seen[0], labels
+
+        assert not al.mean_directions(batches(), 5).requires_grad
+        assert not seen[0].requires_grad
+
+    def test_sub_centers_are_clusters_of_a_class(self):
+        """Two or three groups a class, of unequal sizes, well apart; one row alone is a cluster."""
+        generator = torch.Generator().manual_seed(1)
+        groups = torch.nn.functional.normalize(torch.eye(9) + 0.01)
+        group = torch.tensor([0] * 20 + [1] * 5 + [2] + [3] * 9 + [4] * 9 + [5] * 4)
+        rows = groups[group] + 0.05 * torch.randn(len(group), 9, generator=generator)
+        order = torch.randperm(len(group), generator=generator)
+        rows, group = rows[order], group[order]
+        found = al.mean_directions(
+            zip(rows.split(10), (group // 3).split(10), strict=True), 2, sub_centers=3
+        )
+        for one in (0, 1):
+            expected = al.mean_directions([(rows, group)], 6)[3 * one : 3 * one + 3]
+            cosine = expected @ found.view(2, 3, 9)[one].T
+            assert torch.allclose(cosine.amax(1), torch.ones(3), atol=1e-6)
+            assert sorted(cosine.argmax(1).tolist()) == [0, 1, 2]
+
+    def test_sub_centers_without_rows_are_zero(self):
+        embeddings = torch.eye(4)[:3]
+        with pytest.warns(UserWarning, match="classes .2.; "):
+            found = al.mean_directions(
+                [(embeddings, torch.tensor([0, 1, 1]))], 3, sub_centers=2
+            ).view(3, 2, 4)
+        assert found.any(2).sum(1).tolist() == [1, 2, 0]
+        assert found.sum((0, 1)).tolist() == [1, 1, 1, 0]
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_sub_centers_start_where_they_are_told(self, rows):
+        loss, init = al.ArcFaceLoss(3, 64, sub_centers=2), torch.randn(3 * rows, 64)
+        for start in (loss.reset_parameters, lambda init: loss.extend(3, init)):
+            start(init)
+            centres = loss.weight[-6:].detach()
+            cosine = torch.cosine_similarity(centres, init.repeat_interleave(2 // rows, 0))
+            assert cosine.min() > (0.98 if rows == 1 else 0.999999)
+            assert not torch.equal(centres[0], centres[1])
+
+    @pytest.mark.parametrize(
+        ("batches", "error", "message"),
+        [
+            ([], ValueError, "batches: expected at least one, got none"),
+            ([(torch.ones(2, 4), torch.tensor([0, 3]))], ValueError, r"labels: .*\[0, 3\).*got 3"),
+            ([(torch.ones(2, 4), torch.ones(2))], TypeError, "labels: expected an integer"),
+            ([(torch.ones(2), torch.tensor([0, 1]))], ValueError, "embeddings: expected shape"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, batches, error, message):
+        with pytest.raises(error, match=message):
+            al.mean_directions(batches, 3)
+
+    def test_a_bad_init_changes_nothing(self):
+        loss = al.ArcFaceLoss(3, 8, sub_centers=2)
+        before = loss.weight.detach().clone()
+        with pytest.raises(ValueError, match=r"init: expected shape \(3, 8\), got \(5, 8\)"):
+            loss.reset_parameters(torch.ones(5, 8))
+        assert torch.equal(loss.weight, before)
+
+
+class TestDropSubCenters:
+    def test_the_centre_of_most_rows_is_kept_and_angles_are_those_to_it(self):
+        embeddings, labels = rows_of(num_rows=200)
+        labels[::9] = -100
+        loss = al.ArcFaceLoss(5, 8, sub_centers=3, dtype=torch.float64)
+        weight = loss.weight.detach().clone().view(5, 3, 8)
+        batches = zip(embeddings.split(64), labels.split(64), strict=True)
+        found = loss.drop_sub_centers((rows.requires_grad_(), of) for rows, of in batches)
+        votes = collections.defaultdict(collections.Counter)
+        angles = {}
+        for i, (row, label) in enumerate(zip(embeddings, labels.tolist(), strict=True)):
+            if label >= 0:
+                cosine = torch.cosine_similarity(row[None], weight[label])
+                votes[label][int(cosine.argmax())] += 1
+                angles[i] = cosine.acos()
+        dominant = {label: of.most_common(1)[0][0] for label, of in votes.items()}
+        assert loss.sub_centers == 1
+        assert 3 not in dominant
+        for label in range(5):
+            assert torch.equal(loss.weight[label], weight[label, dominant.get(label, 0)])
+        for i, label in enumerate(labels.tolist()):
+            if label < 0:
+                assert found[i].isnan()
+            else:
+                assert found[i].item() == pytest.approx(angles[i][dominant[label]].item())
+        assert not found.requires_grad
+        assert loss.weight.requires_grad
+        assert loss(embeddings, labels).isfinite()
+
+    @pytest.mark.parametrize("row", FAMILY, ids=NAMES)
+    def test_every_loss_goes_on_with_one_centre(self, row):
+        if row.name.startswith("L-Softmax"):
+            pytest.skip("has one centre a class")
+        loss = row.build(7, 8, sub_centers=2)
+        points, labels = batch(num_classes=7)
+        loss.drop_sub_centers([(points, labels)])
+        one = row.build(7, 8, sub_centers=1)
+        one.load_state_dict(loss.state_dict())
+        torch.manual_seed(0)
+        value = loss(points, labels)
+        torch.manual_seed(0)
+        assert torch.equal(one(points, labels), value)
+
+    def test_bad_batches_change_nothing(self):
+        loss = al.ArcFaceLoss(3, 8, sub_centers=2)
+        weight = loss.weight
+        with pytest.raises(ValueError, match="batches: expected at least one"):
+            loss.drop_sub_centers([])
+        with pytest.raises(ValueError, match="labels: "):
+            loss.drop_sub_centers([(torch.ones(1, 8), torch.tensor([3]))])
+        assert loss.weight is weight
 
 
 class Head(torch.nn.Module):

@@ -4,6 +4,7 @@
 available too. Angles are in radians; plots have axes in degrees and radians.
 """
 
+from ..separation import separation_bound as separation_bound
 from .measures import BatchAngles as BatchAngles
 from .measures import CentreSeparation as CentreSeparation
 from .measures import CollapsedClasses as CollapsedClasses
@@ -22,4 +23,3 @@ from .plots import plot_gradient_norms as plot_gradient_norms
 from .plots import plot_history as plot_history
 from .plots import plot_margin as plot_margin
 from .plots import plot_separation as plot_separation
-from .separation import separation_bound as separation_bound

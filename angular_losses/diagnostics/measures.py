@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .. import validation
 from ..geometry import directions, target_angle, without_autocast
 from ..margins import MarginFunction
-from .separation import separation_bound
+from ..separation import separation_bound
 
 # The numbers of classes and of cosines computed at a time.
 CLASSES_AT_ONCE, COSINES_AT_ONCE = 8192, 2**22

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +93,10 @@ class ShardedLoss(MarginLoss):
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Not available for a shard; see :func:`unshard`."""
         raise RuntimeError("extend: expected an unsharded loss, use unshard(loss)")
+
+    def drop_sub_centers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Not available for a shard; see :func:`unshard`."""
+        raise RuntimeError("drop_sub_centers: expected an unsharded loss, use unshard(loss)")
 
     def _check_own(self, batch: Batch) -> None:
         """Raise unless this rank's batch is valid."""

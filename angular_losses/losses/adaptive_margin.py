@@ -165,6 +165,7 @@ class AdaFaceLoss(MarginLoss):
     mean: Tensor
     deviation: Tensor
     statistics = ("mean", "deviation")
+    _looks_at_lengths = True
 
     def __init__(
         self,
@@ -247,6 +248,8 @@ class MagFaceLoss(MarginLoss):
         Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
         Assessment", CVPR 2021, arXiv:2103.06627.
     """
+
+    _looks_at_lengths = True
 
     def __init__(
         self,

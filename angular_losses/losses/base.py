@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import NoReturn, TypeAlias, TypedDict
@@ -127,6 +127,8 @@ class MarginLoss(ClassCentres, nn.Module):
     is_random = False
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
     _scale_decides = True
+    # Whether to look, at the first training step, if the embeddings have lengths, which matter.
+    _looks_at_lengths = False
     # Whether passes belong to the training step before: see same_step.
     _is_same_step = False
     # Passes in training mode without gradients, since the last step.
@@ -205,9 +207,22 @@ class MarginLoss(ClassCentres, nn.Module):
         self.reset_parameters()
         watch(self)
 
-    def reset_parameters(self) -> None:
-        """Draw the class centres anew."""
-        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+    @torch.no_grad()
+    def reset_parameters(self, init: Tensor | None = None) -> None:
+        """Draw the class centres anew, or start them from directions.
+
+        Args:
+            init: The directions, as in :meth:`extend`, such as :func:`mean_directions` of the
+                training data; (C, d), or (C * sub_centers, d).
+
+        Raises:
+            TypeError: If ``init`` is not a floating-point tensor.
+            ValueError: If its shape does not fit. Nothing is changed then.
+        """
+        if init is None:
+            nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+        else:
+            self.weight.copy_(self._first_directions(init, self.num_classes))
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """The target logits before scaling.
@@ -291,6 +306,9 @@ class MarginLoss(ClassCentres, nn.Module):
             counts = batch.kept
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
+        if is_step and self._looks_at_lengths and validation.is_readable(batch.embeddings):
+            self._looks_at_lengths = False
+            self._warn_of_unit_vectors(batch)
         if is_step and type(self).observe is not MarginLoss.observe:
             with torch.no_grad(), without_autocast(embeddings.device):
                 self.observe(batch.embeddings.detach(), batch.labels, counts)
@@ -468,9 +486,10 @@ class MarginLoss(ClassCentres, nn.Module):
 
         Args:
             num_new: How many classes are added.
-            init: (num_new, d) the directions of their centres, such as the mean embedding of each
-                class (its sub-centres all start near it), floating point; drawn at random by
-                default. They are given the mean length of the centres there are.
+            init: The directions of their centres, floating point, such as
+                :func:`mean_directions` of their data: (num_new, d), near which all sub-centres of
+                a class start, or (num_new * sub_centers, d). By default, and where a row is zero,
+                they are drawn at random. They are given the mean length of the centres there are.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -484,15 +503,8 @@ class MarginLoss(ClassCentres, nn.Module):
             torch.Size([1, 12])
         """
         num_new = validation.positive_integer("num_new", num_new)
-        old, each = self.weight, self.sub_centers
-        drawn = torch.randn(num_new * each, self.embedding_size, dtype=torch.float32)
-        new = directions(drawn.to(old.device))
-        if init is not None:
-            validation.floating("init", init, num_new, self.embedding_size)
-            given = directions(init.detach().to(old.device, torch.float32))
-            # Sub-centres at one place would stay together.
-            apart = 0.0 if each == 1 else 0.1
-            new = directions(given.repeat_interleave(each, 0) + apart * new)
+        old = self.weight
+        new = self._first_directions(init, num_new)
         new = new * lengths(old).mean().to(new.dtype)
         self._extend_buffers(num_new)
         self.weight = nn.Parameter(
@@ -500,6 +512,75 @@ class MarginLoss(ClassCentres, nn.Module):
         )
         self.num_classes += num_new
         watch(self)
+
+    def _first_directions(self, init: Tensor | None, num_classes: int) -> Tensor:
+        """Where the centres of some classes start: the given directions, drawn ones for none."""
+        size, num_centres = self.embedding_size, num_classes * self.sub_centers
+        drawn = directions(torch.randn(num_centres, size, dtype=torch.float32, device="cpu"))
+        drawn = drawn.to(self.weight.device)
+        if init is None:
+            return drawn
+        has_all = isinstance(init, Tensor) and init.shape[:1] == (num_centres,)
+        validation.floating("init", init, num_centres if has_all else num_classes, size)
+        given = directions(init.detach().to(drawn))
+        if not has_all:  # sub-centres at one place would stay together
+            given = directions(given.repeat_interleave(self.sub_centers, 0) + 0.1 * drawn)
+        return given.where(given.any(1, keepdim=True), drawn)
+
+    @torch.no_grad()
+    def drop_sub_centers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Keep the dominant centre of each class alone: the nearest one of most of its rows.
+
+        Where labels are noisy, rows far from it (in the paper further than 75 degrees) are to be
+        left out, and the network trained again. ``weight`` becomes a new parameter (C, d), so make
+        a new optimiser, or give it this one.
+
+        Args:
+            batches: Embeddings (N, d) and labels (N,) of the training data, batch by batch, such as
+                a generator over a data loader; it runs without gradients.
+
+        Returns:
+            The angle of each row to the centre kept, in radians, float64, in the order of the
+            batches; NaN for an ignored row.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If there are no batches, or a shape, a device or a label is out of place.
+                Nothing is changed then.
+
+        Example:
+            >>> from angular_losses import SubCenterArcFaceLoss
+            >>> loss = SubCenterArcFaceLoss(10, 64, sub_centers=2)
+            >>> angles = loss.drop_sub_centers([(torch.randn(30, 64), torch.arange(30) % 10)])
+            >>> far = (angles > math.radians(75)).nonzero()[:, 0]
+            >>> loss.weight.shape
+            torch.Size([10, 64])
+
+        References:
+            Deng et al., "Sub-center ArcFace", ECCV 2020, section 3.3.
+        """
+        each, angles, first = self.sub_centers, [], []
+        for embeddings, labels in batches:
+            batch = self._checked(embeddings, labels)
+            first.append(batch.labels * each)
+            of_centres = [
+                angle_between(embeddings, self.weight[first[-1] + k]) for k in range(each)
+            ]
+            angle = torch.stack(of_centres, 1)
+            angles.append(
+                angle if batch.kept is None else angle.where(batch.kept[:, None], math.nan)
+            )
+        if not angles:
+            raise ValueError("batches: expected at least one, got none")
+        angle, row = torch.cat(angles), torch.cat(first)
+        nearest = row + angle.argmin(1)
+        votes = nearest[~angle[:, 0].isnan()].bincount(minlength=len(self.weight))
+        dominant = votes.view(-1, each).argmax(1)
+        kept = self.weight[torch.arange(0, len(self.weight), each).to(dominant) + dominant]
+        self.weight = nn.Parameter(kept, requires_grad=self.weight.requires_grad)
+        self.sub_centers = 1
+        watch(self)
+        return angle.gather(1, dominant[row // each, None])[:, 0]
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
@@ -532,6 +613,18 @@ class MarginLoss(ClassCentres, nn.Module):
                 f"scale: {scale:g} is small for {self.num_classes} classes: with less than "
                 f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
                 stacklevel=4,
+            )
+
+    def _warn_of_unit_vectors(self, batch: Batch) -> None:
+        """Warn if all embeddings have length 1, to the rounding of their dtype."""
+        embeddings = batch.embeddings.detach()
+        length = lengths(embeddings if batch.kept is None else embeddings[batch.kept])
+        rounding = max(8 * torch.finfo(embeddings.dtype).eps, 1e-6)
+        if len(length) and bool((length - 1).abs().amax() < rounding):
+            warnings.warn(
+                f"embeddings: all have length 1, and {type(self).__name__} learns from their "
+                "lengths: do not normalise them before the loss",
+                stacklevel=5,  # the call of the loss, through torch's Module
             )
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> Batch:

@@ -63,7 +63,7 @@ class SphereFaceLoss(MarginLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         self.keeps_lengths = scale is None
-        self._scale_decides = not self.keeps_lengths
+        self._scale_decides, self._looks_at_lengths = not self.keeps_lengths, self.keeps_lengths
         super().__init__(num_classes, embedding_size, 1.0 if scale is None else scale, **options)
         validation.choice("beyond", beyond, margins.SPHEREFACE_BEYOND)
         self.margin = validation.multiplicative_margin("margin", margin)
@@ -136,6 +136,7 @@ class SphereFaceRLoss(MarginLoss):
         validation.choice("normalization", normalization, ("hard", "soft"))
         self.margin = validation.multiplicative_margin("margin", margin)
         self.kind, self.normalization = kind, normalization
+        self._looks_at_lengths = normalization == "soft"
         if kind == "v2" and self.schedule is not None:
             raise ValueError(
                 f"schedule: expected None for v2, whose margin is not the target's, "
@@ -208,6 +209,7 @@ class LSoftmaxLoss(MarginLoss):
 
     normalize_weight = False
     _scale_decides = False
+    _looks_at_lengths = True
 
     def __init__(
         self,

@@ -508,6 +508,7 @@ def whole_again(mesh):
     for call in (
         lambda: part.get_logits(torch.ones(1, SIZE)),
         lambda: part.extend(1),
+        lambda: part.drop_sub_centers([]),
         lambda: shard(part, mesh),
         lambda: unshard(again),
         lambda: shard_optimizer(torch.optim.SGD(again.parameters()), again),

@@ -305,6 +305,7 @@ def test_unshard_and_what_is_rejected(processes):
     expected = [
         "RuntimeError: get_logits: expected an unsharded loss, use unshard(loss)",
         "RuntimeError: extend: expected an unsharded loss, use unshard(loss)",
+        "RuntimeError: drop_sub_centers: expected an unsharded loss, use unshard(loss)",
         "TypeError: loss: expected an unsharded loss, got a sharded one",
         "TypeError: loss: expected a sharded one, got SubCenterArcFaceLoss",
         "TypeError: loss: expected a sharded one, got SubCenterArcFaceLoss",

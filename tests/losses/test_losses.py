@@ -307,6 +307,7 @@ def test_a_loss_of_ones_own_shows_the_options_too():
 def test_the_hooks_and_what_is_called_are_all_that_is_public():
     hooks = {"target", "row_target", "row_scale", "negatives_function", "penalty", "observe"}
     called = {"get_logits", "extend", "same_step", "advance", "reset_parameters"}
+    called.add("drop_sub_centers")
     angles = {"margin_function", "target_angles"}
     attributes = {"statistics", "normalize_weight", "is_random", "ignore_index"}
     public = {name for name in dir(al.MarginLoss) if not name.startswith("_")}

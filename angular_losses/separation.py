@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import validation
+from . import validation
 
 
 def separation_bound(num_classes: int, embedding_size: int) -> float:
