@@ -140,15 +140,21 @@ def pairs(first: Tensor, second: Tensor) -> Pairs:
 
 
 def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / the lengths of vectors (N, d): (N, 1), 0 for a zero vector; no autograd graph."""
-    # On the CPU sums in float64 are slow, and where those in float32 are safe can be read.
-    if vectors.dtype != torch.float64 and validation.is_readable(vectors):
+    """1 / the lengths of vectors (N, d): (N, 1), 0 for a zero vector; no autograd graph.
+
+    Args:
+        vectors: (N, d), floating point.
+        dtype: Of the computation and the result, no narrower than that of the vectors.
+    """
+    smallest = _smallest(vectors.dtype)
+    if validation.is_readable(vectors):  # whether a pass more is needed for safety
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
         limits = torch.finfo(dtype)
-        lowest = max(limits.tiny**0.4, _smallest(vectors.dtype))
-        if torch.equal(length, length.clamp(lowest, limits.max)):
+        if torch.equal(length, length.clamp(max(limits.tiny**0.4, smallest), limits.max)):
             return length.reciprocal_()
-    return _normalized(vectors)[1].to(dtype)
+    # In the dtype of the centres: in float64 a device would read and write three times as much.
+    _, length, largest = _scaled(vectors.to(dtype), smallest)
+    return length.reciprocal_().div_(largest)
 
 
 def target_angle(
@@ -241,7 +247,9 @@ def _length(difference: Tensor) -> Tensor:
 
 
 def _largest(vectors: Tensor) -> Tensor:
-    """The largest magnitude of a component (..., 1): the infinity norm, faster than torch's."""
+    """The largest magnitude of a component (..., 1): the infinity norm."""
+    if vectors.is_cuda:  # on the CPU torch's is slow
+        return torch.linalg.vector_norm(vectors, math.inf, -1, keepdim=True)
     return torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
 
 
@@ -252,11 +260,19 @@ def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
         length = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
         inverse = torch.threshold(length, _smallest(vectors.dtype), math.inf).reciprocal_()
         return precise.mul_(inverse), inverse
-    largest = torch.threshold(_largest(precise), torch.finfo(precise.dtype).tiny, 1.0)
-    scaled = precise / largest
-    again = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # from 1 on, where not tiny
-    again = again.masked_fill(again * largest < _smallest(vectors.dtype), math.inf)
-    return scaled / again, again.reciprocal() / largest
+    scaled, length, largest = _scaled(precise, _smallest(vectors.dtype))
+    return scaled / length, length.reciprocal() / largest
+
+
+def _scaled(vectors: Tensor, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors (..., d) over their largest component, their lengths then, and that (..., 1).
+
+    So no square overflows or underflows. The length of what counts as zero is infinite.
+    """
+    largest = torch.threshold(_largest(vectors), torch.finfo(vectors.dtype).tiny, 1.0)
+    scaled = vectors / largest
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)  # from 1 on, where not tiny
+    return scaled, length.masked_fill(length * largest < smallest, math.inf), largest
 
 
 def _smallest(dtype: torch.dtype) -> float:

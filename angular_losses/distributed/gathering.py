@@ -96,8 +96,10 @@ class Gathering:
         if batch.other_labels is not None:
             columns.append(batch.other_labels.long())
         if lam is not None:
-            lam = torch.as_tensor(lam, dtype=torch.float64, device=batch.labels.device)
-            columns.append(lam.expand(len(batch.labels)))
+            device = batch.labels.device
+            if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
+                lam = torch.full((), lam, dtype=torch.float64, device=device)
+            columns.append(lam.to(device, torch.float64).expand(len(batch.labels)))
         if batch.sample_weight is not None:
             columns.append(batch.sample_weight.detach().double())
         return [*columns, batch.embeddings.detach()]
@@ -105,7 +107,8 @@ class Gathering:
     def _exchange(self, columns: list[Tensor], header: list[int], device: torch.device) -> Tensor:
         """The messages of all ranks (size, bytes)."""
         rows, per_row = self._capacity
-        parts = [torch.tensor(header, dtype=torch.int64).view(torch.uint8).to(device)]
+        sent = torch.tensor(header, dtype=torch.int64)
+        parts = [sent.view(torch.uint8).to(device, non_blocking=True)]
         if _fits(header, self._capacity):
             parts += [self._padded(column, rows) for column in columns]
         else:

@@ -112,10 +112,11 @@ class _Loss(torch.autograd.Function):
         if settings.differentiate:
             of_negatives = torch.sigmoid(excess) * ending.row_weight
             of_theta = of_negatives * descent * ending.scale
-            # With few classes at once, while all is in the cache, but for the factor to come.
-            ctx.is_done = ending.is_summed and inputs.weight.shape[0] <= min(
-                settings.chunk, inputs.own.shape[0]
-            )
+            # With few classes at once, while all is in the cache, but for the factor to come: in
+            # float16 that is a GradScaler's, without which the gradients would underflow.
+            is_small = inputs.weight.shape[0] <= min(settings.chunk, inputs.own.shape[0])
+            has_range = torch.float16 not in (inputs.embeddings.dtype, inputs.weight.dtype)
+            ctx.is_done = ending.is_summed and is_small and has_range
             if ctx.is_done:
                 grads, terms = Parts(of_theta, of_negatives, None), _terms(others, settings)
                 needed = [*ctx.needs_input_grad[:2], False]

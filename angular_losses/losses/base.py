@@ -656,7 +656,9 @@ class MarginLoss(ClassCentres, nn.Module):
             validation.floating("lam", lam, num_rows, device=device)
         elif not isinstance(lam, Tensor):
             validation.share("lam", lam)
-        share = torch.as_tensor(lam, device=device).to(self.weight.dtype).expand(num_rows)
+        if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
+            lam = batch.embeddings.new_full((), lam, dtype=torch.float64)
+        share = lam.to(device, self.weight.dtype).expand(num_rows)
         shares = torch.stack([share, 1 - share], 1)
         weights = shares
         if sample_weight is not None:

@@ -77,6 +77,8 @@ def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
         gradient = centres.grad
         if gradient is None or not (loss.training and centres.requires_grad):
             continue
+        if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
+            continue  # nothing can be read, and what is kept would be the graph's
         if seen is None:
             first = centres.detach()[:1].clone()
             _watched[loss] = _Watch(centres._version, first, gradient.detach().sum())
