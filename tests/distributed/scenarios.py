@@ -61,7 +61,7 @@ def errors(mesh, build, dtype, sizes, classes=CLASSES, *, train=False, rows=12, 
     torch.manual_seed(1)
     part = shard(build(classes, SIZE, dtype=dtype, **options).train(train), mesh)
     expected_rows = embeddings.clone().requires_grad_()
-    with collectives.gathered_rows(dist.get_world_size()):
+    with collectives.over(None):
         expected = whole(expected_rows, labels)
     mine = parts_of(len(labels), sizes)[mesh.get_rank()]
     own = embeddings[mine].clone().requires_grad_()
@@ -426,7 +426,7 @@ def die_while_saving(mesh, folder):
 
 
 def halved_total(mesh):
-    with collectives.gathered_rows(2):
+    with collectives.over(None):
         return collectives.total(torch.ones(())).item()
 
 
