@@ -9,7 +9,6 @@ import angular_losses as al
 from tests.distributed import scenarios as sharding
 from tests.processes import Processes
 
-
 MODES = ["dense", "stash", "recompute"]
 SIZES = {1: (12,), 2: (9, 3), 3: (5, 0, 7)}
 
