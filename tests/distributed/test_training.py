@@ -21,15 +21,21 @@ from tests.distributed import trainings
         ),
     ],
 )
-def test_wrapped_and_clipped_as_one_process(processes, how):
-    assert max(processes.run(trainings.training, 2, how)) <= 1e-6
-    assert max(processes.run(trainings.training, 2, how, 0.1)) <= 1e-6
+def test_wrapped_clipped_saved_and_scheduled_as_one_process(processes, tmp_path, how):
+    for max_norm in (None, 0.1):
+        arguments = how, str(tmp_path), max_norm
+        assert max(processes.run(trainings.training, 2, *arguments)) <= 1e-10
 
 
-def test_clipped_with_sampled_classes(processes):
-    options = {"max_norm": 0.1, "sample_rate": 0.999}
-    assert max(processes.run(trainings.training, 2, "ddp, network", **options)) <= 1e-6
+def test_clipped_with_sampled_classes(processes, tmp_path):
+    arguments = "ddp, network", str(tmp_path), 0.1
+    errors = processes.run(trainings.training, 2, *arguments, sample_rate=0.999)
+    assert max(errors) <= 1e-10
     assert max(processes.run(trainings.norm_of_sampled, 3)) <= 1e-10
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(processes):
+    assert processes.run(trainings.overflow_on_one_rank, 2) == [(True, 1.0)] * 2
 
 
 @pytest.mark.parametrize(

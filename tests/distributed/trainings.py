@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -41,7 +42,8 @@ class Both(torch.nn.Module):
 
 def built_loss(classes=CLASSES):
     torch.manual_seed(5)
-    return al.ArcFaceLoss(classes, SIZE, scale=16.0, dtype=torch.float64)
+    schedule = al.MarginWarmup(4)
+    return al.ArcFaceLoss(classes, SIZE, scale=16.0, schedule=schedule, dtype=torch.float64)
 
 
 def told(call):
@@ -71,14 +73,18 @@ def wrapped(mesh, how, **options):
     return both
 
 
-def training(mesh, how, max_norm=None, **options):
-    """The largest differences of losses, norms and centres from those of one process."""
+def training(mesh, how, folder, max_norm=None, **options):
+    """The largest differences of losses, norms and centres from those of one process.
+
+    Scheduled, saved, and loaded again.
+    """
     run, alone = wrapped(mesh, how, **options), Both(None)
     loss = run.module.loss if isinstance(run, DistributedDataParallel) else run.loss
     optimizers = [
         torch.optim.SGD(al.parameter_groups(model, lr=0.1), momentum=0.9) for model in (run, alone)
     ]
     shard_optimizer(optimizers[0], loss)
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2) for optimizer in optimizers]
     errors = []
     for inputs, labels in steps_of(5, 12, CLASSES):
         sizes = (5, 7) if mesh.size() == 2 else (12,)
@@ -91,12 +97,34 @@ def training(mesh, how, max_norm=None, **options):
             expected = torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm)
             assert expected > max_norm
             errors.append(relative_error(norm, expected))
-        for optimizer in optimizers:
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
+            scheduler.step()
         errors.append(relative_error(*(value.detach() for value in values)))
+    save(folder, run, optimizers[0])
+    with torch.no_grad():
+        for parameter in run.parameters():
+            parameter.zero_()
+    load(folder, run, optimizers[0])
     errors.append(relative_error(unshard(loss).weight.detach(), alone.loss.weight.detach()))
+    with torch.no_grad():
+        errors.append(relative_error(run(inputs, labels), alone(inputs, labels)))
     return max(errors)
+
+
+def overflow_on_one_rank(mesh):
+    """A gradient of one rank's centres is infinite: no rank steps, and all have a smaller scale."""
+    loss = shard(al.ArcFaceLoss(CLASSES, SIZE), mesh)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    scaler = ShardedGradScaler("cpu", init_scale=2.0, process_group=mesh.get_group())
+    before = loss.weight.detach().clone()
+    scaler.scale(loss(*batch_of(4, torch.float32, CLASSES))).backward()
+    if mesh.get_rank() == 1:
+        loss.weight.grad[0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.equal(loss.weight, before), scaler.get_scale()
 
 
 def refused_wrapper(mesh, how):
