@@ -72,13 +72,13 @@ class ShardedLoss(MarginLoss):
                 DistributedDataParallel or fully_shard wraps the loss as if all ranks had the same
                 centres, with what to do instead.
         """
-        replicas = self._replicas()
+        self.shard.replicas = self._replicas()
         batch = Batch(embeddings, labels, sample_weight, other_labels, lam)
         rows = self.gathering(batch, self._check_own)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
         _used.add(self)
-        with collectives.over(replicas), self._same_random_numbers(self.weight.device):
-            if replicas is not None:
+        with self.shard.reductions(), self._same_random_numbers(self.weight.device):
+            if self.shard.replicas is not None:
                 self._check_replicas(rows.labels)
             self._sample(rows)
             found = super().forward(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,9 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import collectives
 from .passes import Parts
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 _Result = TypeVar("_Result")
@@ -89,6 +92,10 @@ class Whole:
         """The cosines."""
         return cosines
 
+    def reductions(self) -> AbstractContextManager[None]:
+        """Context of statistics over rows: over all processes, each with its own."""
+        return nullcontext()
+
 
 WHOLE = Whole()
 
@@ -113,6 +120,7 @@ class Shard:
         sampled: Which of them take part in this batch, (n,) int64 in ascending order from 0; None
             where all do.
         most: The most classes of a rank that take part in this batch, the same on all ranks.
+        replicas: The processes with the same classes and other rows; None where there are none.
     """
 
     is_partial = True
@@ -126,6 +134,7 @@ class Shard:
         self.count = min(self.each, num_classes - self.first)
         self.sampled: Tensor | None = None
         self.most = self.each
+        self.replicas: ProcessGroup | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         """A copy with the same process group, which cannot be copied."""
@@ -191,6 +200,10 @@ class Shard:
         """Of the k largest cosines of each rank (N, k) those of all, without a graph."""
         of_ranks = self.gathered(cosines).transpose(0, 1).flatten(1)
         return of_ranks.topk(cosines.shape[1], 1).values
+
+    def reductions(self) -> AbstractContextManager[None]:
+        """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
+        return collectives.over(self.replicas)
 
     def of_classes(self, values: Tensor) -> Tensor:
         """The part of what is kept for all classes (C,) that belongs to those taking part here."""

@@ -55,6 +55,10 @@ def test_statistics_over_the_mesh(processes):
     assert max(processes.run(trainings.statistics_of_some_ranks, 4, timeout=20.0)) <= 1e-6
 
 
+def test_margins_updated_from_the_rows_of_all_ranks(processes):
+    assert max(processes.run(trainings.updated_margins, 3)) <= 1e-6
+
+
 @pytest.mark.parametrize("kind", [al.ArcFaceLoss, al.MagFaceLoss, al.CurricularFaceLoss])
 def test_ignored_rows_that_are_not_finite(processes, kind):
     assert all(processes.run(trainings.ignored_rows, 2, kind))

@@ -169,6 +169,23 @@ def statistics_of_some_ranks(mesh):
     return max(errors)
 
 
+def updated_margins(mesh):
+    """KappaFace's margins, of classes of which some are seen once."""
+    torch.manual_seed(1)
+    counts = torch.arange(CLASSES) + 2
+    whole = al.KappaFaceLoss(CLASSES, SIZE, counts, dtype=torch.float64)
+    part = shard(copy.deepcopy(whole), mesh)
+    embeddings, labels = batch_of(12, torch.float64, CLASSES)
+    mine = parts_of(12, (5, 0, 7))[mesh.get_rank()]
+    part(embeddings[mine], labels[mine])
+    part.update_margins()
+    with al.collectives.over(None):
+        whole(embeddings, labels)
+        whole.update_margins()
+    assert labels.unique(return_counts=True)[1].min() == 1
+    return relative_error(part.margin, whole.margin)
+
+
 def ignored_rows(mesh, kind):
     """The gradients where one rank's ignored row is not finite."""
     part = shard(kind(CLASSES, SIZE, dtype=torch.float64), mesh)
@@ -308,7 +325,7 @@ def refused_replicas(mesh, *arguments):
 
 def copies(mesh):
     """A copy of a sharded loss computes the same and is trained by itself; so an average."""
-    part = shard(built_loss(), mesh)
+    part = shard(built_loss(), mesh).eval()
     embeddings, labels = batch_of(4, torch.float64, CLASSES)
     before = part(embeddings, labels)
     average = AveragedModel(part)
