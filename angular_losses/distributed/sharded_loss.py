@@ -296,6 +296,11 @@ class ShardedLoss(MarginLoss):
         wanted = max(math.ceil(self.sample_rate * shard.count), int((chances == 2.0).sum()))
         shard.sampled = chances.topk(wanted).indices.sort().values
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose weight is its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.own_weight = weakref.ref(self.weight)
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:

@@ -109,7 +109,7 @@ def test_replicas_that_are_refused(processes, rate, sizes, reason):
 
 
 def test_copies_and_averages(processes):
-    assert processes.run(trainings.copies, 2) == [(True, True, True)] * 2
+    assert processes.run(trainings.copies, 2) == [(True, True, True, True)] * 2
 
 
 def test_optimizers_that_step_sampled_rows_wrongly_are_refused(processes):

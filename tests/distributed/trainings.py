@@ -337,6 +337,7 @@ def copies(mesh):
         torch.equal(other(embeddings, labels), before),
         torch.equal(average(embeddings, labels), part(embeddings, labels)),
         other.shard is not part.shard and other.gathering.shard is other.shard,
+        other.own_weight() is other.weight,
     )
 
 
