@@ -29,9 +29,8 @@ def clip_grad_norm_(
     and distributed tensors, such as those of ``fully_shard``.
 
     Args:
-        parameters: Modules or parameters; a parameter that occurs twice counts once. Every rank has
-            to call this with the same ones.
-            They are on one device.
+        parameters: Modules or parameters, on one device; one that occurs twice counts once. Every
+            rank has to call this with the same ones.
         max_norm: The largest 2-norm, above 0.
 
     Returns:
@@ -66,11 +65,11 @@ def clip_grad_norm_(
         values = _values(parameter.grad)
         gradients.append(values)
         squares[groups] += torch.linalg.vector_norm(values, dtype=dtype).square()
+    if not squares:
+        raise ValueError("parameters: expected some, got none")
     for groups, square in squares.items():
         for group in groups:
             dist.all_reduce(square, group=group)
-    if not squares:
-        raise ValueError("parameters: expected some, got none")
     total = torch.stack([*squares.values()]).sum().sqrt()
     factor = (max_norm / (total + 1e-6)).clamp(max=1)
     for values in gradients:
