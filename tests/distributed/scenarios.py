@@ -1,4 +1,4 @@
-"""What the processes of tests/test_sharded.py do; each compares with the whole loss by itself."""
+"""What the processes of test_sharding.py do; each compares with the whole loss by itself."""
 
 import copy
 import os
