@@ -1,27 +1,31 @@
-"""Reductions over all processes, where torch.distributed is initialised."""
+"""Reductions over processes: all, where torch.distributed is initialised, or those of a group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The number of processes that have the same rows, which are counted once.
-_copies = 1
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_group: ProcessGroup | None = None  # all processes
+_is_alone = False
 
 
 @contextmanager
-def gathered_rows(processes: int) -> Iterator[None]:
-    """Context in which each process has the gathered rows of that many processes."""
-    global _copies
-    before, _copies = _copies, processes
+def over(group: ProcessGroup | None) -> Iterator[None]:
+    """Context in which reductions are over the processes of a group; None: over this one alone."""
+    global _group, _is_alone
+    before, (_group, _is_alone) = (_group, _is_alone), (group, group is None)
     try:
         yield
     finally:
-        _copies = before
+        _group, _is_alone = before
 
 
 def total(values: Tensor) -> Tensor:
@@ -29,8 +33,8 @@ def total(values: Tensor) -> Tensor:
     if not _is_distributed():
         return values
     values = values.clone()
-    dist.all_reduce(values)
-    return values / _copies if _copies > 1 else values
+    dist.all_reduce(values, group=_group)
+    return values
 
 
 def largest(values: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ def largest(values: Tensor) -> Tensor:
     if not _is_distributed():
         return values
     values = values.clone()
-    dist.all_reduce(values, dist.ReduceOp.MAX)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=_group)
     return values
 
 
@@ -70,4 +74,6 @@ def _weights_of(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > _copies
+    if _is_alone or not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(_group) > 1

@@ -173,6 +173,32 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
     return torch.where(cosine >= threshold, nearer, cosine)
 
 
+def interclass_filter(cosine: Tensor, target: Tensor, threshold: float) -> Tensor:
+    r"""Interclass filtering: a class too near to be another one has the logit 0.
+
+    .. math:: N(c) = 0 \text{ where } c > \text{threshold, else } c
+
+    Args:
+        cosine: (K, N).
+        target: (N,) the target logits before scaling, not used.
+        threshold: The largest cosine of a class that is taken for another one.
+
+    Returns:
+        (K, N).
+
+    Example:
+        >>> interclass_filter(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.4)
+        tensor([[0.2000],
+                [0.0000]])
+
+    References:
+        An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
+        Recognition CNNs by Partial FC", CVPR 2022, arXiv:2203.15565; insightface's
+        ``interclass_filtering_threshold``.
+    """
+    return torch.where(cosine > threshold, 0, cosine)
+
+
 def linear_angle(cosine: Tensor) -> Tensor:
     r"""Li-ArcFace: a logit linear in the angle, :math:`(\pi - 2\theta) / \pi`.
 

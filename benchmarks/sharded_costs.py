@@ -71,7 +71,8 @@ def held(num_rows, num_classes, size, ranks, sample_rate, optimizer, **options):
     """
     states, scratch = OPTIMIZERS[optimizer]
     own, is_sampled = math.ceil(num_classes / ranks), sample_rate < 1
-    taken = min(own, max(math.ceil(sample_rate * own), num_rows)) if is_sampled else own
+    positives = min(own, math.ceil(num_rows / ranks))  # at most, where labels are spread evenly
+    taken = max(math.ceil(sample_rate * own), positives) if is_sampled else own
     centre = size * FLOAT
     rows = num_rows * (INTEGER + centre)
     gathered = 2 * rows + rows // ranks  # those of all ranks, and unpacked; the message

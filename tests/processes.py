@@ -43,8 +43,8 @@ class Processes:
         for line in self._lines:
             line.close()
         for process in self.members:
-            process.join(10)
             process.kill()
+            process.join()
         self._folder.cleanup()
 
 

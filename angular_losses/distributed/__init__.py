@@ -10,6 +10,7 @@ gradient of the rows while the gradient of the weight is computed::
     shard_optimizer(optimiser, loss)
     ...
     loss(backbone(images), labels).backward()      # unchanged
+    clip_grad_norm_([backbone, loss], 1.0)         # instead of torch.nn.utils.clip_grad_norm_
     save("checkpoints", nn.ModuleList([backbone, loss]), optimiser)
 
 Every rank returns the loss of all rows, with the corresponding gradients.
@@ -17,9 +18,18 @@ Every rank returns the loss of all rows, with the corresponding gradients.
 
 from .checkpoint import load as load
 from .checkpoint import save as save
+from .clipping import clip_grad_norm_ as clip_grad_norm_
 from .optimizer import shard_optimizer as shard_optimizer
 from .sharded_loss import ShardedLoss as ShardedLoss
 from .sharding import shard as shard
 from .sharding import unshard as unshard
 
-__all__ = ["ShardedLoss", "load", "save", "shard", "shard_optimizer", "unshard"]
+__all__ = [
+    "ShardedLoss",
+    "clip_grad_norm_",
+    "load",
+    "save",
+    "shard",
+    "shard_optimizer",
+    "unshard",
+]

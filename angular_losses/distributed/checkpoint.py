@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
-import shutil
+import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +21,17 @@ from torch import Tensor, nn
 from ..losses.base import MarginLoss
 from .sharded_loss import ShardedLoss
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+_Value = TypeVar("_Value")
+
 # The file that names the current checkpoint; it is replaced when a new one is complete.
 CURRENT = "current"
+# The subdirectory of a checkpoint, and what is in it.
+NAME = re.compile(r"\d{6,}")
+METADATA, CHECKSUMS = ".metadata", "checksums.json"
+FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|checksums\.json")
 
 
 def save(
@@ -28,8 +41,9 @@ def save(
 ) -> None:
     """Save a training; the previous checkpoint is kept until all ranks have finished.
 
-    Writes a new subdirectory with ``torch.distributed.checkpoint``, then replaces the file
-    ``current``, which names it, and removes the previous subdirectory.
+    Writes a new subdirectory, chosen by rank 0, with ``torch.distributed.checkpoint``; then, with
+    the files of all ranks and their checksums on the disk, replaces the file ``current``, which
+    names it; then removes the files of other checkpoints, complete or not, and nothing else.
 
     Args:
         directory: A directory accessible to all ranks; created if missing.
@@ -38,27 +52,24 @@ def save(
         optimizer: The optimiser, prepared by :func:`shard_optimizer` if a loss is sharded.
 
     Raises:
-        RuntimeError: If a rank could not write; ``torch.distributed.checkpoint`` says which.
+        RuntimeError: On every rank, if one of them could not write; the message has its reason. The
+            previous checkpoint is still the current one.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     directory = Path(directory)
-    before = _current(directory)
-    number = 1 + int(before.name) if before else 1
-    path = directory / f"{number:06}"
-    is_first = not _is_distributed() or dist.get_rank() == 0
-    if is_first and path.exists():  # left by an interrupted save
-        shutil.rmtree(path)
-    _barrier()
-    with _without_single_process_warning():
-        save_shards(_state(module, optimizer), checkpoint_id=path, no_dist=not _is_distributed())
-    if is_first:
-        partial = directory / f"{CURRENT}.partial"
-        partial.write_text(path.name)
-        partial.replace(directory / CURRENT)
-        if before:
-            shutil.rmtree(before, ignore_errors=True)
-    _barrier()
+    with _heard_by_all("save"):
+        state = _state(module, optimizer)
+        name = _new_name(directory) if _rank() == 0 else ""
+    path = directory / _gathered(name)[0]
+    with _heard_by_all("save"), _without_single_process_warning():
+        save_shards(state, checkpoint_id=path, no_dist=not _is_distributed())
+    with _heard_by_all("save"):
+        own = {file.name: _checksum(file) for file in path.glob(f"__{_rank()}_*.distcp")}
+    checksums = {name: each for of_rank in _gathered(own) for name, each in of_rank.items()}
+    with _heard_by_all("save"):
+        if _rank() == 0:
+            _complete(path, checksums)
 
 
 def load(
@@ -68,8 +79,8 @@ def load(
 ) -> None:
     """Load a checkpoint of :func:`save`, written by any number of ranks.
 
-    Both the saved and the loaded loss may be sharded or not. The files contain pickled data: load
-    only those that you trust.
+    Both the saved and the loaded loss may be sharded or not. Of the pickled data in the files only
+    tensors, numbers and the metadata of ``torch.distributed.checkpoint`` are accepted.
 
     Args:
         directory: The directory of :func:`save`.
@@ -78,29 +89,41 @@ def load(
 
     Raises:
         FileNotFoundError: If there is no complete checkpoint.
-        RuntimeError: If the checkpoint does not match the module.
+        RuntimeError: On every rank, if the checkpoint does not match the module, or its files are
+            not those that were saved.
     """
     from torch.distributed.checkpoint import state_dict as states
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-    path = _current(Path(directory))
+    directory = Path(directory)
+    with _heard_by_all("load"):
+        current = _current(directory) if _rank() == 0 else None
+    path = _gathered(current)[0]
     if path is None:
         raise FileNotFoundError(f"directory: expected a complete checkpoint, got {directory}")
-    state = _state(module, optimizer)
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    # The count of batches is missing where the saved loss used no random numbers.
-    wanted = {
-        key: value
-        for key, value in state["module"].items()
-        if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
-    }
-    with _without_single_process_warning():
-        load_shards({**state, "module": wanted}, checkpoint_id=path, no_dist=not _is_distributed())
-    _reshape(module, state, lambda values, loss: values.flatten(0, 1))
-    states.set_model_state_dict(module, state["module"])
-    if optimizer is not None:
-        states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
+    with _heard_by_all("load"):
+        _check_files(path)
+        reader, planner = _reader(path)
+        state = _state(module, optimizer)
+        saved = reader.read_metadata().state_dict_metadata
+        # The count of batches is missing where the saved loss used no random numbers.
+        wanted = {
+            key: value
+            for key, value in state["module"].items()
+            if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
+        }
+    with _heard_by_all("load"), _without_single_process_warning():
+        load_shards(
+            {**state, "module": wanted},
+            storage_reader=reader,
+            planner=planner,
+            no_dist=not _is_distributed(),
+        )
+    with _heard_by_all("load"):
+        _reshape(module, state, lambda values, loss: values.flatten(0, 1))
+        states.set_model_state_dict(module, state["module"])
+        if optimizer is not None:
+            states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -138,18 +161,177 @@ def _reshape(
 def _current(directory: Path) -> Path | None:
     """The last complete checkpoint, or None."""
     try:
-        return directory / (directory / CURRENT).read_text().strip()
+        name = (directory / CURRENT).read_text().strip()
     except FileNotFoundError:
         return None
+    path = directory / name
+    return path if NAME.fullmatch(name) and path.is_dir() else None
+
+
+def _new_name(directory: Path) -> str:
+    """The name of a subdirectory that does not exist yet."""
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.name) for path in directory.iterdir() if NAME.fullmatch(path.name)]
+    return f"{1 + max(numbers, default=0):06}"
+
+
+def _complete(path: Path, checksums: dict[str, str]) -> None:
+    """Make a checkpoint the current one, and remove the others."""
+    missing = [name for name in checksums if not (path / name).is_file()]
+    if missing:
+        raise RuntimeError(f"{path}: expected the files of all ranks, missing {missing}")
+    checksums[METADATA] = _checksum(path / METADATA)
+    _write(path / CHECKSUMS, json.dumps(checksums))
+    partial = path.parent / f"{CURRENT}.partial"
+    _write(partial, path.name)
+    partial.replace(path.parent / CURRENT)
+    _sync_directory(path.parent)
+    for other in path.parent.iterdir():
+        is_checkpoint = NAME.fullmatch(other.name) and other.is_dir() and not other.is_symlink()
+        if is_checkpoint and other.name != path.name:
+            _remove(other)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; what else there is in its directory stays."""
+    with suppress(OSError):
+        for file in path.iterdir():
+            if FILE.fullmatch(file.name):
+                file.unlink()
+        path.rmdir()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file to the disk, its name included."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":  # where directories cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _check_files(path: Path) -> None:
+    """Raise RuntimeError if a file is not the one that was saved; each rank checks some of them."""
+    checksums = json.loads((path / CHECKSUMS).read_text())
+    for name in sorted(checksums)[_rank() :: _world_size()]:
+        if _checksum(path / name) != checksums[name]:
+            raise RuntimeError(f"{path / name}: expected the file that was saved, got another")
+
+
+_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# What the metadata of torch.distributed.checkpoint consist of.
+_OF_METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        *(name for name, each in vars(torch).items() if isinstance(each, torch.dtype)),
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads metadata, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+        if name not in _OF_METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"expected metadata, got {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _reader(path: Path) -> tuple[Any, Any]:
+    """The reader of the files of a checkpoint, and the planner, which reads pickled numbers."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.planner import ReadItem
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *arguments: object, **options: object) -> Metadata:
+            _Unpickler(io.BytesIO((path / METADATA).read_bytes())).load()
+            return super().read_metadata(*arguments, **options)
+
+    class Planner(DefaultLoadPlanner):
+        def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+            torch.load(value, weights_only=True)
+            value.seek(0)
+            super().load_bytes(read_item, value)
+
+    return Reader(path), Planner()
+
+
+@contextmanager
+def _heard_by_all(what: str) -> Iterator[None]:
+    """Context after which all ranks go on, or raise a RuntimeError with the reason of one."""
+    from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
+
+    error: BaseException | None = None
+    reasons: dict[int, str] = {}
+    try:
+        yield
+    except CheckpointException as caught:
+        error = caught
+        reasons = {rank: _reason(failure) for rank, (failure, _) in caught.failures.items()}
+    except Exception as caught:
+        error, reasons = caught, {_rank(): _reason(caught)}
+    for of_rank in _gathered(reasons):
+        for rank, reason in of_rank.items():
+            raise RuntimeError(f"{what}: rank {rank} failed: {reason}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _gathered(value: _Value) -> list[_Value]:
+    """The values of all ranks."""
+    if not _is_distributed():
+        return [value]
+    found: list[Any] = [None] * _world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _barrier() -> None:
-    if _is_distributed():
-        dist.barrier()
+def _rank() -> int:
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Gathering:
     """
 
     def __init__(self, shard: Shard, ignore_index: int, batch_size: int | None) -> None:
-        self._shard, self._ignore_index, self._batch_size = shard, ignore_index, batch_size
+        self.shard, self._ignore_index, self._batch_size = shard, ignore_index, batch_size
         self._capacity = (batch_size or 0, 0)  # rows, bytes per row
 
     def __call__(self, batch: Batch, check: Callable[[Batch], None]) -> Batch:
@@ -66,11 +66,9 @@ class Gathering:
             header = _header(columns, _present(batch))
         except (ValueError, TypeError) as error:
             rejection, header = error, _rejection(error)
-        # If the labels are not a tensor, the other ranks are informed as well.
-        device = getattr(batch.labels, "device", torch.device(self._shard.mesh.device_type))
         while True:
             capacity = self._capacity
-            found = self._exchange(columns, header, device)
+            found = self._exchange(columns, header)
             if not self._must_read(header, found):
                 most = capacity[0]
                 break
@@ -104,16 +102,17 @@ class Gathering:
             columns.append(batch.sample_weight.detach().double())
         return [*columns, batch.embeddings.detach()]
 
-    def _exchange(self, columns: list[Tensor], header: list[int], device: torch.device) -> Tensor:
+    def _exchange(self, columns: list[Tensor], header: list[int]) -> Tensor:
         """The messages of all ranks (size, bytes)."""
         rows, per_row = self._capacity
+        device = self.shard.device  # wherever a rejected batch is
         sent = torch.tensor(header, dtype=torch.int64)
         parts = [sent.view(torch.uint8).to(device, non_blocking=True)]
         if _fits(header, self._capacity):
             parts += [self._padded(column, rows) for column in columns]
         else:
             parts.append(torch.zeros(rows * per_row, dtype=torch.uint8, device=device))
-        return self._shard.gathered(torch.cat(parts))
+        return self.shard.gathered(torch.cat(parts))
 
     def _padded(self, column: Tensor, rows: int) -> Tensor:
         """The bytes of a column, padded to a number of rows."""

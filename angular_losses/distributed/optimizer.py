@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..losses.base import MarginLoss
-from .sharded_loss import ShardedLoss
+from .sharded_loss import ShardedLoss, sharded_weights
 
 
 def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
@@ -20,12 +24,17 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     ``optimizer.state_dict()`` returns it as distributed tensors, so that :func:`save` and
     ``torch.distributed.checkpoint`` can load it on any number of ranks.
 
+    A step that raises, or is interrupted, leaves weight and state of the loss as they were before.
+    As in ``torch.optim.SparseAdam``, a count of steps is that of the whole weight: the bias
+    correction of a row sampled for the first time late in the training is that of the other rows.
+
     Args:
-        optimizer: Any element-wise optimiser of ``torch.optim``, such as SGD or AdamW.
+        optimizer: Any element-wise optimiser of ``torch.optim``, such as SGD or AdamW; with sampled
+            classes not Rprop, whose state does not begin with zeros.
         loss: A :class:`ShardedLoss` whose weight the optimiser holds.
 
     Raises:
-        TypeError: If the loss is not sharded.
+        TypeError: If the loss is not sharded, or the optimiser cannot step rows.
         ValueError: If the optimiser does not hold its weight.
     """
     if not isinstance(loss, ShardedLoss):
@@ -34,9 +43,13 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     index = next((i for i, parameter in enumerate(held) if parameter is loss.weight), None)
     if index is None:
         raise ValueError("optimizer: expected it to hold the weight of the loss")
-    rows = _SampledRows(loss.weight)
-    optimizer.register_step_pre_hook(rows.extract)
-    optimizer.register_step_post_hook(rows.restore)
+    if loss.sample_rate < 1:
+        if isinstance(optimizer, _NOT_BY_ROWS):
+            raise TypeError(
+                "optimizer: expected one that can begin with a row at any step, such as SGD or "
+                f"AdamW, got {type(optimizer).__name__}"
+            )
+        _step_rows(optimizer, loss.weight)
 
     def converted(
         state: dict[str, Any], convert: Callable[[Tensor, int], Tensor]
@@ -61,49 +74,111 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     optimizer.register_load_state_dict_pre_hook(to_load)
 
 
-class _SampledRows:
-    """Replaces a weight with a sparse gradient by its sampled rows during an optimiser step."""
+# Whose state of a row does not begin with zeros, or mixes rows.
+_NOT_BY_ROWS = tuple(
+    getattr(torch.optim, name)
+    for name in ("Rprop", "LBFGS", "Adafactor", "Muon", "SparseAdam")
+    if hasattr(torch.optim, name)
+)
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weight
-        self._whole: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None = None
 
-    def extract(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Replace weight, gradient and state by their sampled rows."""
-        gradient = self.weight.grad
-        if gradient is None or not gradient.is_sparse:
-            return
-        gradient = gradient.coalesce()
-        rows, whole = gradient.indices()[0], self.weight.data
-        state = optimizer.state.get(self.weight, {})
-        kept = {
-            name: value
-            for name, value in state.items()
-            if _is_of_rows(value) and len(value) == len(whole)
-        }
-        self._whole = whole, rows, gradient, kept
-        state.update({name: value.index_select(0, rows) for name, value in kept.items()})
-        self.weight.grad = None
-        self.weight.data = whole.index_select(0, rows)
-        self.weight.grad = gradient.values()
+def _step_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
+    """Make each step of an optimiser one of the rows that a sparse gradient of a weight has."""
+    whole_step: Callable[..., object] = optimizer.step
 
-    @torch.no_grad()
-    def restore(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Restore weight, gradient and state with the updated rows."""
-        if self._whole is None:
-            return
-        (whole, rows, gradient, kept), self._whole = self._whole, None
-        stepped, state = self.weight.data, optimizer.state[self.weight]
-        self.weight.grad = None
-        self.weight.data = whole
-        self.weight.grad = gradient
-        self.weight.index_copy_(0, rows, stepped)
-        for name, value in state.items():
-            if _is_of_rows(value) and len(value) == len(rows):
-                before = kept.get(name)
-                if before is None:  # the optimiser's first step
-                    before = value.new_zeros(len(whole), *value.shape[1:])
-                state[name] = before.index_copy_(0, rows, value)
+    @functools.wraps(whole_step)
+    def step(
+        optimizer: torch.optim.Optimizer,
+        closure: Callable[[], object] | None = None,
+        **options: object,
+    ) -> object:
+        value: object = None
+        if closure is not None:  # a forward pass, which needs the whole weight
+            with torch.enable_grad():
+                value = closure()
+        with _sampled_rows(optimizer, weight):
+            found = whole_step(**options)
+        return found if closure is None else value
+
+    # Not a subclass: a scheduler may have replaced the method of this optimiser already.
+    optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+@contextmanager
+def _sampled_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[None]:
+    """While this lasts, weight, gradient and state are their sampled rows alone."""
+    gradient = weight.grad
+    if gradient is None or not gradient.is_sparse:
+        yield
+        return
+    gradient, whole = gradient.coalesce(), weight.data
+    rows, before = gradient.indices()[0], optimizer.state.get(weight, {})
+    kept = {
+        name: value
+        for name, value in before.items()
+        if _is_of_rows(value) and len(value) == len(whole)
+    }
+    is_done = False
+    try:
+        if before:
+            optimizer.state[weight] = {
+                name: value.index_select(0, rows)
+                if name in kept
+                else value.clone()
+                if isinstance(value, Tensor)
+                else value
+                for name, value in before.items()
+            }
+        weight.grad = None
+        weight.data = whole.index_select(0, rows)
+        weight.grad = gradient.values()
+        yield
+        is_done = True
+    finally:
+        stepped, state = weight.data, optimizer.state.pop(weight, {})
+        weight.grad = None
+        weight.data = whole
+        weight.grad = gradient
+        if before or is_done:
+            optimizer.state[weight] = before
+        if is_done:
+            with torch.no_grad():
+                weight.index_copy_(0, rows, stepped)
+            before.update(_of_whole(state, kept, rows, len(whole)))
+
+
+def _of_whole(
+    state: dict[str, Any], kept: dict[str, Tensor], rows: Tensor, count: int
+) -> dict[str, Any]:
+    """The state of a whole weight (count rows), from that of its rows after a step."""
+    whole = {}
+    for name, value in state.items():
+        whole[name] = value
+        if _is_of_rows(value) and len(value) == len(rows):
+            old = kept.get(name)
+            if old is None:  # the optimiser's first step
+                old = value.new_zeros(count, *value.shape[1:])
+            whole[name] = old.index_copy_(0, rows, value)
+    return whole
+
+
+@functools.cache
+def refuse_unprepared_optimizers() -> None:
+    """Make every step with the sparse gradient of a sharded loss raise, in this process.
+
+    None reaches an optimiser that :func:`shard_optimizer` has prepared.
+    """
+    register_optimizer_step_pre_hook(_refuse)
+
+
+def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for weight in sharded_weights():
+        if weight.grad is not None and weight.grad.is_sparse and id(weight) in held:
+            raise RuntimeError(
+                "optimizer: expected it to be prepared for sampled classes by "
+                "shard_optimizer(optimizer, loss)"
+            )
 
 
 def _is_of_rows(value: object) -> TypeGuard[Tensor]:

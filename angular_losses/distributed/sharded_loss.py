@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import collectives, validation
 from ..engine.placement import Shard
+from ..geometry import lengths
 from ..losses.base import MarginLoss
 from .gathering import Batch, Gathering
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ShardedLoss(MarginLoss):
@@ -31,6 +39,7 @@ class ShardedLoss(MarginLoss):
     seed: int
     gathering: Gathering
     batches: int  # the number of training steps, for random numbers
+    own_weight: weakref.ref[nn.Parameter]  # which fully_shard would replace
 
     @_disable_dynamo
     def forward(
@@ -59,13 +68,19 @@ class ShardedLoss(MarginLoss):
             TypeError: If a dtype is wrong, on every rank.
             ValueError: If a batch of any rank is invalid, on every rank, with its message (on a GPU
                 only without ``batch_size``).
-            RuntimeError: If a rank cannot be reached within the process group's timeout.
+            RuntimeError: If a rank cannot be reached within the process group's timeout; or if
+                DistributedDataParallel or fully_shard wraps the loss as if all ranks had the same
+                centres, with what to do instead.
         """
+        self.shard.replicas = self._replicas()
         batch = Batch(embeddings, labels, sample_weight, other_labels, lam)
         rows = self.gathering(batch, self._check_own)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
-        with self._same_random_numbers(embeddings.device):
-            self.shard.sampled = self._sample(rows) if self.training else None
+        _used.add(self)
+        with self.shard.reductions(), self._same_random_numbers(self.weight.device):
+            if self.shard.replicas is not None:
+                self._check_replicas(rows.labels)
+            self._sample(rows)
             found = super().forward(
                 attached,
                 rows.labels,
@@ -75,24 +90,164 @@ class ShardedLoss(MarginLoss):
             )
         return self.shard.own(found, len(embeddings)) if self.reduction == "none" else found
 
-    def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        """Update the running statistics with the rows of all ranks."""
-        with collectives.gathered_rows(self.shard.size):
-            super().observe(embeddings, labels, weights)
-
     def advance(self) -> None:
         """Count a training step; each has its own random numbers."""
         super().advance()
         if self.is_random:
             self.batches += 1
 
+    @torch.no_grad()
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Not available for a shard; see :func:`unshard`."""
-        raise RuntimeError("get_logits: expected an unsharded loss, use unshard(loss)")
+        """The logits of all classes, as of the unsharded loss, without a graph.
+
+        Gathers the logits of the rows of all ranks; :meth:`topk` gathers only the largest.
+
+        Args:
+            embeddings: (N, d), of this rank; N may differ between ranks. Every rank has to call it.
+
+        Returns:
+            (N, C), float32 at least.
+
+        Raises:
+            TypeError: If the embeddings are not floating-point, on every rank.
+            ValueError: If their shape or device does not fit, on every rank.
+        """
+        here = self._logits_here(embeddings)
+        padded = here.new_empty(len(here), self.shard.each)
+        padded[:, : self.shard.count] = here
+        of_ranks = self.shard.gathered(padded)[:, self.shard.block(len(here))]
+        logits = of_ranks.transpose(0, 1).flatten(1)
+        return logits[: len(embeddings), : self.num_classes].contiguous()
+
+    @torch.no_grad()
+    def topk(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """The largest logits and their classes, such as for the accuracy during training.
+
+        Args:
+            embeddings: (N, d), of this rank; N may differ between ranks. Every rank has to call it.
+            k: How many, at most C.
+
+        Returns:
+            The k largest logits (N, k) in descending order, without a graph, and their classes
+            (N, k), int64.
+
+        Raises:
+            TypeError: If the embeddings are not floating-point, on every rank.
+            ValueError: If their shape or device does not fit, on every rank, or k is out of range.
+        """
+        k = validation.positive_integer("k", k)
+        if k > self.num_classes:
+            raise ValueError(f"k: expected at most {self.num_classes} classes, got {k}")
+        here = self._logits_here(embeddings)
+        logits, classes = F.pad(here, (0, k), value=-torch.inf).topk(k, 1)
+        block = self.shard.block(len(here))
+        of_ranks = (
+            self.shard.gathered(each)[:, block] for each in (logits, classes + self.shard.first)
+        )
+        logits, classes = (each.transpose(0, 1).flatten(1)[: len(embeddings)] for each in of_ranks)
+        logits, place = logits.topk(k, 1)
+        return logits, classes.gather(1, place)
+
+    def _logits_here(self, embeddings: Tensor) -> Tensor:
+        """The logits of the rows of all ranks for the classes here."""
+        length = len(embeddings) if isinstance(embeddings, Tensor) and embeddings.dim() else 0
+        labels = torch.zeros(length, dtype=torch.int64, device=self.weight.device)
+        rows = self.gathering(Batch(embeddings, labels), self._check_own)
+        return super().get_logits(rows.embeddings)
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
-        """Not available for a shard; see :func:`unshard`."""
-        raise RuntimeError("extend: expected an unsharded loss, use unshard(loss)")
+        """Add classes, as to the unsharded loss, and partition all of them anew.
+
+        Every rank has to call it with the same arguments. A rank's part of the weight passes
+        through the memory of all ranks, one at a time. Call :func:`shard_optimizer` for the new
+        optimiser.
+
+        Args:
+            num_new: The number of classes added.
+            init: (num_new, d) the directions of their centres; drawn at random by default, the same
+                on all ranks.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If one is out of range or has the wrong shape. Nothing is changed then.
+        """
+        with torch.random.fork_rng([]):
+            torch.manual_seed(mixed(self.seed, self.num_classes))
+            super().extend(num_new, init)
+        self.own_weight = weakref.ref(self.weight)
+
+    def _mean_length(self) -> Tensor:
+        summed = lengths(self.weight).sum()
+        return self.shard.total(summed) / (self.num_classes * self.sub_centers)
+
+    def _appended(self, new: Tensor) -> Tensor:
+        old, sub_centers = self.shard, self.sub_centers
+        self.shard = Shard(old.mesh, self.num_classes + len(new) // sub_centers)
+        self.gathering.shard = self.shard
+        start, count = self.shard.first * sub_centers, self.shard.count * sub_centers
+        weight = new.new_empty(count, self.embedding_size, dtype=self.weight.dtype)
+        place = 0  # the row of the whole weight with which the next part begins
+        for rank in range(old.size + 1):
+            if rank < old.size:
+                rows = min(old.each, max(old.num_classes - rank * old.each, 0)) * sub_centers
+                part = old.sent(self.weight.detach(), rows, rank)
+            else:
+                part = new.to(weight.dtype)
+            first, last = max(start, place), min(start + count, place + len(part))
+            if first < last:
+                weight[first - start : last - start] = part[first - place : last - place]
+            place += len(part)
+        return weight
+
+    def _replicas(self) -> ProcessGroup | None:
+        """The processes with the same classes that average their gradients by DDP, if any.
+
+        Raises:
+            RuntimeError: If a wrapper treats different classes as replicas.
+        """
+        if getattr(self, "_is_fsdp_managed_module", False) and self.weight is not self.own_weight():
+            raise RuntimeError(
+                "fully_shard: expected it without the centres of a sharded loss, which it would "
+                "shard again; use fully_shard(network), or "
+                "fully_shard(module, ignored_params={loss.weight})"
+            )
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is None:
+            return None
+        names = [name for name, each in wrapper.module.named_parameters() if each is self.weight]
+        if not names or names[0] in wrapper.parameters_to_ignore:
+            return None
+        group = wrapper.process_group
+        ranks = set(dist.get_process_group_ranks(group))
+        if len(ranks.intersection(dist.get_process_group_ranks(self.shard.group))) > 1:
+            raise RuntimeError(
+                "DistributedDataParallel: expected it without the centres of a sharded loss, which "
+                "it has just overwritten with those of one rank, and whose gradients it would "
+                "average; use DistributedDataParallel(network), or set "
+                f"module._ddp_params_and_buffers_to_ignore = [{names[0]!r}] before wrapping the "
+                "module that contains both"
+            )
+        if self.sample_rate < 1:
+            raise RuntimeError(
+                "sample_rate: expected 1 under DistributedDataParallel over replicas of the "
+                f"classes, which cannot average sparse gradients, got {self.sample_rate}"
+            )
+        return group
+
+    def _check_replicas(self, labels: Tensor) -> None:
+        """Raise unless all replicas have the same number of rows: each is averaged alike."""
+        count = (labels != self.ignore_index).sum()
+        torch._assert_async(
+            collectives.spread(count) == 0,
+            "embeddings: expected the same number of rows in each replica of the classes, whose "
+            "means DistributedDataParallel averages with equal weights",
+        )
+
+    def reset_parameters(self, init: Tensor | None = None) -> None:
+        """Draw the class centres of this rank anew; they start from directions before :func:`shard`."""
+        if init is not None:
+            raise RuntimeError("init: expected an unsharded loss, use unshard(loss)")
+        super().reset_parameters()
 
     def drop_sub_centers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Not available for a shard; see :func:`unshard`."""
@@ -129,29 +284,40 @@ class ShardedLoss(MarginLoss):
         """The number of the training step of this pass, from 1."""
         return self.batches if self._repeats_a_step() else self.batches + 1
 
-    def _sample(self, rows: Batch) -> Tensor | None:
-        """Sampled classes in ascending order: those of the batch's labels, and random others."""
-        if self.sample_rate == 1.0 or not self.shard.count:
-            return None
+    def _sample(self, rows: Batch) -> None:
+        """Choose the classes of a step: those of the batch's labels, and random others."""
+        shard = self.shard
+        shard.sampled, shard.most = None, shard.each
+        if self.sample_rate == 1.0 or not self.training:
+            return
         labels = rows.labels
         if rows.other_labels is not None:
             labels = torch.cat([labels, rows.other_labels])
-        count, device = self.shard.count, labels.device
-        # At least as many as labels, which may all differ: counting them would synchronise.
-        wanted = min(count, max(math.ceil(self.sample_rate * count), len(labels)))
-        generator = torch.Generator(device)
-        generator.manual_seed(mixed(self.seed, self._batch(), self.shard.rank))
-        chances = torch.rand(count + 1, generator=generator, device=device)
-        known = labels.where(labels != self.ignore_index, 0)
-        here = known - self.shard.first
-        is_here = (here >= 0) & (here < count)
-        chances[here.where(is_here, count)] = 2.0
-        return chances[:count].topk(wanted).indices.sort().values
+        shard.most = min(shard.each, max(math.ceil(self.sample_rate * shard.each), len(labels), 1))
+        if not shard.count:
+            return
+        generator = torch.Generator(labels.device)
+        generator.manual_seed(mixed(self.seed, self._batch(), shard.rank))
+        chances = torch.rand(shard.count + 1, generator=generator, device=labels.device)
+        here = labels.where(labels != self.ignore_index, -1) - shard.first
+        is_here = (here >= 0) & (here < shard.count)
+        chances[here.where(is_here, shard.count)] = 2.0
+        chances = chances[:-1]
+        wanted = max(math.ceil(self.sample_rate * shard.count), int((chances == 2.0).sum()))
+        shard.sampled = chances.topk(wanted).indices.sort().values
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose weight is its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.own_weight = weakref.ref(self.weight)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        expected = self.shard.count * self.sub_centers
+        if len(self.weight) != expected:
+            raise RuntimeError(f"weight: expected {expected} rows, got {len(self.weight)}")
         destination[f"{prefix}weight"] = self.shard.distributed(
             self.weight.detach(), self.sub_centers
         )
@@ -176,3 +342,11 @@ def mixed(*numbers: int) -> int:
         seed = (seed ^ number) * 0x9E3779B97F4A7C15 % 2**63  # Fibonacci hashing
         seed ^= seed >> 29
     return seed
+
+
+_used: weakref.WeakSet[ShardedLoss] = weakref.WeakSet()
+
+
+def sharded_weights() -> dict[Tensor, Shard]:
+    """The weights of the sharded losses that have computed something."""
+    return {loss.weight: loss.shard for loss in _used}

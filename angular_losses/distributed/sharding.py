@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import weakref
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -13,6 +15,7 @@ from ..engine.placement import WHOLE, Shard
 from ..losses.base import MarginLoss
 from ..losses.centres import watch
 from .gathering import Gathering
+from .optimizer import refuse_unprepared_optimizers
 from .sharded_loss import ShardedLoss, mixed
 
 if TYPE_CHECKING:
@@ -45,10 +48,10 @@ def shard(
         backbone: "exact": the gradients of the embeddings are those of the returned loss. "ddp":
             they are multiplied by R, because DistributedDataParallel and fully_shard divide by R
             when they average gradients over the ranks.
-        sample_rate: The share of a rank's classes used in a training step, in (0, 1], as in Partial
-            FC: those of the batch's labels, and random others; at least as many as the batch has
-            rows. Below 1 the gradient of the weight is sparse, and
-            :func:`shard_optimizer` is needed.
+        sample_rate: The share of a rank's classes used in a training step, in [0, 1], as in Partial
+            FC: those of the batch's labels, however many, and random others up to this share.
+            Below 1 the gradient of the weight is sparse, :func:`shard_optimizer` is needed, and
+            counting the classes synchronises with a GPU once in each step.
         seed: The seed of the class sampling and of centres initialised here.
         batch_size: The largest number of rows of any rank. Without it the ranks exchange their
             numbers in each step, which synchronises with a GPU once. With it batches are padded to
@@ -87,11 +90,12 @@ def shard(
             f"mesh: expected one dimension, such as mesh['classes'], got {mesh.ndim} dimensions"
         )
     validation.choice("backbone", backbone, BACKBONES)
-    validation.positive("sample_rate", validation.share("sample_rate", sample_rate))
+    validation.share("sample_rate", sample_rate)
     if batch_size is not None:
         validation.positive_integer("batch_size", batch_size)
     if sample_rate < 1:
         _check_may_sample(loss)
+        refuse_unprepared_optimizers()
     for name, buffer in loss.named_buffers():
         if buffer.is_meta:
             raise ValueError(f"loss: its {name} has values, and cannot be on the meta device")
@@ -103,7 +107,7 @@ def shard(
     sharded.sample_rate = float(sample_rate)
     sharded.factor = float(place.size) if backbone == "ddp" else 1.0
     sharded.gathering = Gathering(place, loss.ignore_index, batch_size)
-    sharded.weight = weight
+    sharded.weight, sharded.own_weight = weight, weakref.ref(weight)
     sharded.is_random = loss.is_random or sample_rate < 1
     sharded.batches = 0
     watch(sharded)
@@ -124,7 +128,7 @@ def unshard(loss: MarginLoss) -> MarginLoss:
     """
     if not isinstance(loss, ShardedLoss):
         raise TypeError(f"loss: expected a sharded one, got {type(loss).__name__}")
-    each = -(-loss.num_classes // loss.shard.size) * loss.sub_centers
+    each = loss.shard.each * loss.sub_centers
     own = loss.weight.new_zeros(each, loss.embedding_size)
     own[: len(loss.weight)] = loss.weight.detach()
     centres = loss.shard.gathered(own).flatten(0, 1)[: loss.num_classes * loss.sub_centers]
@@ -152,9 +156,7 @@ def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
     if not weight.is_meta:
         own = own.clone()
     else:
-        device = torch.device(place.mesh.device_type)
-        if device.type != "cpu":
-            device = torch.device(device.type, torch.get_device_module(device).current_device())
+        device = place.device
         generator = torch.Generator(device).manual_seed(mixed(seed, place.rank))
         own = torch.empty_like(own, device=device)
         nn.init.normal_(own, std=loss.embedding_size**-0.5, generator=generator)
@@ -164,7 +166,7 @@ def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
 def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
     cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
     whole = cast(MarginLoss, cls.__new__(cls))
-    of_shards = {"gathering", "factor", "sample_rate", "seed", "shard", "is_random", "batches"}
+    of_shards = {*inspect.get_annotations(ShardedLoss), "is_random"}
     own = {k: v for k, v in vars(loss).items() if k not in of_shards}
     vars(whole).update({k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()})
     whole._parameters = dict(loss._parameters)

@@ -25,11 +25,11 @@ def choose(batch: Batch, mode: str, memory_budget: int | None, rule: Rule = PLAI
     validation.choice("mode", mode, MODES)
     if mode == "auto" and any(map(validation.is_transformed, (embeddings, weight))):
         mode = "dense"
-    (num_rows, size), num_centres = embeddings.shape, weight.shape[0]
+    num_rows, size = embeddings.shape
     function = plan if torch.compiler.is_compiling() else cached_plan
     return function(
         num_rows,
-        max(num_centres, 1),  # where others have all
+        batch.shard.most_centres(weight, batch.sub_centers),
         size,
         dtype=weight.dtype,
         product_dtype=product_dtype(embeddings, weight, mode),

@@ -12,7 +12,9 @@ the rows through the classes has to be summed:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,9 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import collectives
 from .passes import Parts
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 _Result = TypeVar("_Result")
@@ -45,6 +49,10 @@ class Whole:
     def num_classes_of(self, weight: Tensor, sub_centers: int) -> int:
         """The number of classes."""
         return weight.shape[0] // sub_centers
+
+    def most_centres(self, weight: Tensor, sub_centers: int) -> int:
+        """The number of centres."""
+        return weight.shape[0]
 
     def local(self, labels: Tensor) -> Tensor:
         """The labels (N,)."""
@@ -84,6 +92,10 @@ class Whole:
         """The cosines."""
         return cosines
 
+    def reductions(self) -> AbstractContextManager[None]:
+        """Context of statistics over rows: over all processes, each with its own."""
+        return nullcontext()
+
 
 WHOLE = Whole()
 
@@ -101,10 +113,14 @@ class Shard:
     Attributes:
         rank: Of this process in the group.
         size: How many processes there are.
+        each: The most classes of a rank, ceil(C / size).
         first: The first class of this rank.
         count: The number of its classes; 0 where the others have all.
+        device: Of this rank in the mesh.
         sampled: Which of them take part in this batch, (n,) int64 in ascending order from 0; None
             where all do.
+        most: The most classes of a rank that take part in this batch, the same on all ranks.
+        replicas: The processes with the same classes and other rows; None where there are none.
     """
 
     is_partial = True
@@ -113,10 +129,24 @@ class Shard:
         self.mesh, self.num_classes = mesh, num_classes
         self.group = mesh.get_group()
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
-        each = -(-num_classes // self.size)
-        self.first = min(self.rank * each, num_classes)
-        self.count = min(each, num_classes - self.first)
+        self.each = -(-num_classes // self.size)
+        self.first = min(self.rank * self.each, num_classes)
+        self.count = min(self.each, num_classes - self.first)
         self.sampled: Tensor | None = None
+        self.most = self.each
+        self.replicas: ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+        """A copy with the same process group, which cannot be copied."""
+        return copy.copy(self)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank, on which it can reach the others."""
+        kind = self.mesh.device_type
+        if kind == "cpu":
+            return torch.device(kind)
+        return torch.device(kind, torch.get_device_module(kind).current_device())
 
     def __repr__(self) -> str:
         return f"{self.first}:{self.first + self.count} of {self.num_classes} classes"
@@ -124,6 +154,10 @@ class Shard:
     def num_classes_of(self, weight: Tensor, sub_centers: int) -> int:
         """The number of classes in all."""
         return self.num_classes
+
+    def most_centres(self, weight: Tensor, sub_centers: int) -> int:
+        """The most centres of a rank: all ranks plan alike, and fail alike."""
+        return self.most * sub_centers
 
     def block(self, rows: int) -> slice:
         """Where this rank's rows are among all."""
@@ -134,7 +168,9 @@ class Shard:
         """The classes (N,) as this rank counts those that take part here; -1 for others."""
         here = labels - self.first
         is_here = (here >= 0) & (here < self.count)
-        if self.sampled is not None:
+        if self.sampled is not None and not len(self.sampled):
+            is_here = torch.zeros_like(is_here)
+        elif self.sampled is not None:
             place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
             is_here &= self.sampled.index_select(0, place) == here
             here = place
@@ -164,6 +200,10 @@ class Shard:
         """Of the k largest cosines of each rank (N, k) those of all, without a graph."""
         of_ranks = self.gathered(cosines).transpose(0, 1).flatten(1)
         return of_ranks.topk(cosines.shape[1], 1).values
+
+    def reductions(self) -> AbstractContextManager[None]:
+        """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
+        return collectives.over(self.replicas)
 
     def of_classes(self, values: Tensor) -> Tensor:
         """The part of what is kept for all classes (C,) that belongs to those taking part here."""
@@ -232,6 +272,13 @@ class Shard:
         flat, values = found.view(-1), values.detach().reshape(-1).contiguous()
         _reached(lambda: _all_gather(flat, values, group=self.group))
         return found
+
+    def sent(self, values: Tensor, rows: int, rank: int) -> Tensor:
+        """The tensor of that rank (rows, ...), on every rank."""
+        sent = values.clone() if rank == self.rank else values.new_empty(rows, *values.shape[1:])
+        source = dist.get_global_rank(self.group, rank)
+        _reached(lambda: dist.broadcast(sent, source, group=self.group))
+        return sent
 
     def attached(self, rows: Tensor, own: Tensor, factor: float) -> Tensor:
         """The gathered rows, those of this rank on its graph; their gradient times a factor."""
@@ -306,7 +353,8 @@ def _reached(collective: Callable[[], _Result]) -> _Result:
     except RuntimeError as error:
         raise RuntimeError(
             "sharded: the other ranks could not be reached: one of them has failed, or did not "
-            f"come within the process group's timeout ({error})"
+            "come within the process group's timeout; a rank without a batch has to bring one of "
+            f"0 rows ({error})"
         ) from error
 
 

@@ -482,7 +482,8 @@ class KappaFaceLoss(MarginLoss):
     @torch.no_grad()
     def update_margins(self) -> None:
         """Set the margins from the embeddings seen since the last call, by all processes."""
-        sums, seen = collectives.total(self.direction_sums), collectives.total(self.seen)
+        with self.shard.reductions():
+            sums, seen = collectives.total(self.direction_sums), collectives.total(self.seen)
         mean = lengths(sums) / seen.clamp(min=1)
         kappa = mean * (self.embedding_size - mean**2) / (1 - mean**2).clamp(min=1e-6)
         scatters = (seen > 1) & (self.class_counts > 1)  # the mean of one direction has length 1

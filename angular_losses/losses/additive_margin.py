@@ -337,6 +337,8 @@ class CombinedMarginLoss(MarginLoss):
         m3: Additive margin on the cosine, in [0, 2).
         scale: The scale s > 0.
         beyond: See :func:`angular_losses.combined`.
+        interclass_filtering_threshold: In [0, 1]: other classes with a larger cosine do not push
+            (:func:`angular_losses.negatives.interclass_filter`), as in insightface; 0: all do.
         **options: See :class:`MarginLoss`.
 
     Shape:
@@ -367,6 +369,7 @@ class CombinedMarginLoss(MarginLoss):
         scale: float = 64.0,
         *,
         beyond: str = "decreasing",
+        interclass_filtering_threshold: float = 0.0,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
@@ -375,6 +378,16 @@ class CombinedMarginLoss(MarginLoss):
         self.m2 = validation.angular_margin("m2", m2)
         self.m3 = validation.cosine_margin("m3", m3)
         self.beyond = beyond
+        self.interclass_filtering_threshold = validation.share(
+            "interclass_filtering_threshold", interclass_filtering_threshold
+        )
+
+    def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction | None:
+        """What filters the other classes, if there is a threshold."""
+        threshold = self.interclass_filtering_threshold
+        if threshold == 0:
+            return None
+        return lambda cosine, target: negatives.interclass_filter(cosine, target, threshold)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The combined margin with the share of each part that is in force."""

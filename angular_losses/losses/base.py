@@ -471,7 +471,8 @@ class MarginLoss(ClassCentres, nn.Module):
             if not self.normalize_weight:
                 cosine = cosine * lengths(self.weight).to(cosine.dtype)
             if self.sub_centers > 1:
-                cosine = cosine.view(-1, self.num_classes, self.sub_centers).amax(2)
+                each = cosine.shape[1] // self.sub_centers
+                cosine = cosine.view(len(cosine), each, self.sub_centers).amax(2)
             scale = self.row_scale(embeddings)
             if isinstance(scale, Tensor):
                 scale = scale.to(cosine.dtype).reshape(-1, 1)
@@ -503,13 +504,10 @@ class MarginLoss(ClassCentres, nn.Module):
             torch.Size([1, 12])
         """
         num_new = validation.positive_integer("num_new", num_new)
-        old = self.weight
-        new = self._first_directions(init, num_new)
-        new = new * lengths(old).mean().to(new.dtype)
+        old, new = self.weight, self._first_directions(init, num_new)
+        new = new * self._mean_length().to(new.dtype)
         self._extend_buffers(num_new)
-        self.weight = nn.Parameter(
-            torch.cat([old, new.to(old.dtype)]), requires_grad=old.requires_grad
-        )
+        self.weight = nn.Parameter(self._appended(new), requires_grad=old.requires_grad)
         self.num_classes += num_new
         watch(self)
 
@@ -581,6 +579,14 @@ class MarginLoss(ClassCentres, nn.Module):
         self.sub_centers = 1
         watch(self)
         return angle.gather(1, dominant[row // each, None])[:, 0]
+
+    def _mean_length(self) -> Tensor:
+        """The mean length of all centres."""
+        return lengths(self.weight).mean()
+
+    def _appended(self, new: Tensor) -> Tensor:
+        """The centres with new ones after them."""
+        return torch.cat([self.weight, new.to(self.weight.dtype)])
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""

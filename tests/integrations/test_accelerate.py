@@ -3,10 +3,20 @@
 import os
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, TensorDataset
 
 import angular_losses as al
 from angular_losses.diagnostics import AngularMonitor
+from angular_losses.distributed import (
+    clip_grad_norm_,
+    load,
+    save,
+    shard,
+    shard_optimizer,
+    unshard,
+)
 from tests.integrations import (
     examples,
     network_and_loss,
@@ -81,6 +91,35 @@ def test_two_processes_train_like_one_and_resume_bit_for_bit(processes, tmp_path
         assert same(back, state)
         assert same(resumed, later)
         assert not same(later, state, 1e-2)
+
+
+def sharded(folder):
+    """As docs/how_to/distributed_training.md has it: the network alone is prepared."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    network, loss = network_and_loss()
+    shard(loss, init_device_mesh("cpu", (accelerator.num_processes,)), backbone="ddp")
+    optimiser = sgd(network, loss)
+    shard_optimizer(optimiser, loss)
+    network, optimiser, loader = accelerator.prepare(network, optimiser, batches(4))
+    for _ in range(3):
+        for points, labels in loader:
+            accelerator.backward(loss(network(points), labels))
+            clip_grad_norm_([network, loss], 0.5)
+            optimiser.step()
+            optimiser.zero_grad()
+    training = torch.nn.ModuleList([accelerator.unwrap_model(network), loss])
+    state, before = state_of(training[0], unshard(loss)), loss.weight.detach().clone()
+    save(folder, training, optimiser.optimizer)
+    loss.weight.data.zero_()
+    load(folder, training, optimiser.optimizer)
+    assert torch.equal(loss.weight, before)
+    return state
+
+
+def test_sharded_centres_train_like_one_process(processes, tmp_path):
+    expected = plain(*network_and_loss(), in_order(), clip=0.5)
+    for state in processes.run(on_each, 2, sharded, tmp_path, timeout=300.0):
+        assert same(state, expected, 1e-10)
 
 
 def forgotten(folder):

@@ -1,12 +1,23 @@
 """Lightning: the loss is a submodule of the LightningModule."""
 
+import functools
 import os
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, TensorDataset
 
 import angular_losses as al
+from angular_losses.distributed import (
+    ShardedLoss,
+    clip_grad_norm_,
+    load,
+    save,
+    shard,
+    shard_optimizer,
+    unshard,
+)
 from tests.integrations import (
     examples,
     network_and_loss,
@@ -59,6 +70,34 @@ class ByHand(Recogniser):
 
     def configure_optimizers(self):
         return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.network, self.loss)]
+
+
+class Sharded(Recogniser):
+    """As docs/how_to/distributed_training.md has it."""
+
+    def __init__(self, directory, **options):
+        super().__init__(**options)
+        self.directory = directory
+        self._ddp_params_and_buffers_to_ignore = ["loss.weight"]
+
+    def configure_model(self):
+        if not isinstance(self.loss, ShardedLoss):
+            mesh = init_device_mesh(self.device.type, (self.trainer.world_size,))
+            shard(self.loss, mesh, backbone="ddp")
+
+    def configure_optimizers(self):
+        optimiser = sgd(self.network, self.loss)
+        shard_optimizer(optimiser, self.loss)
+        return optimiser
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **others):
+        clip_grad_norm_(self, gradient_clip_val)
+
+    def on_train_epoch_end(self):
+        save(self.directory, self, self.optimizers().optimizer)
+
+    def state(self):
+        return state_of(self.network, unshard(self.loss))
 
 
 def batches(size=8, rank=0, ranks=1):
@@ -114,17 +153,24 @@ def test_training_resumes_bit_for_bit(tmp_path):
     assert not same(first.state(), whole.state())
 
 
-def train_on_each(mesh, folder, cls):
+def train_on_each(mesh, folder, build, **options):
     """With the process group that is there, as under torchrun."""
     size, rank = mesh.size(), mesh.get_rank()
     variables = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
     os.environ |= {name: str(value) for name, value in variables.items()}
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     try:
-        model = Recogniser(cls=cls)
-        options = {"devices": size, "strategy": "ddp", "use_distributed_sampler": False}
-        trainer(folder, **options).fit(model, batches(8, rank, size))
-        return model.state()
+        model = build()
+        options |= {"devices": size, "strategy": "ddp", "use_distributed_sampler": False}
+        run = trainer(folder, **options)
+        run.fit(model, batches(8, rank, size))
+        state = model.state()
+        if isinstance(model, Sharded):
+            before = model.loss.weight.detach().clone()
+            model.loss.weight.data.zero_()
+            load(folder, model, model.optimizers().optimizer)
+            assert torch.equal(model.loss.weight, before)
+        return state
     finally:
         for name in (*variables, "TORCHELASTIC_RUN_ID"):
             del os.environ[name]
@@ -133,5 +179,14 @@ def train_on_each(mesh, folder, cls):
 @pytest.mark.parametrize("cls", [al.ArcFaceLoss, al.AdaFaceLoss])
 def test_two_processes_train_like_one(processes, tmp_path, cls):
     expected = plain(*network_and_loss(cls=cls), [*batches()] * 3)
-    for state in processes.run(train_on_each, 2, tmp_path, cls, timeout=300.0):
+    build = functools.partial(Recogniser, cls=cls)
+    for state in processes.run(train_on_each, 2, tmp_path, build, timeout=300.0):
+        assert same(state, expected, 1e-10)
+
+
+def test_sharded_centres_train_like_one_process(processes, tmp_path):
+    expected = plain(*network_and_loss(), [*batches()] * 3, clip=0.5)
+    build = functools.partial(Sharded, tmp_path)
+    arguments = train_on_each, 2, tmp_path, build
+    for state in processes.run(*arguments, gradient_clip_val=0.5, timeout=300.0):
         assert same(state, expected, 1e-10)

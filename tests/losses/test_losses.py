@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import angular_losses as al
 from angular_losses.losses.base import LossOptions
@@ -130,6 +131,30 @@ def test_peers_variants_reach_the_margin():
     assert plain(theta).item() == pytest.approx(math.cos(12.0))
     plain = al.CombinedMarginLoss(2, 3, 2.0, 0.1, 0.2, beyond="plain").margin_function(*batch)
     assert plain(theta).item() == pytest.approx(math.cos(6.1) - 0.2)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_interclass_filtering_is_insightfaces(mode):
+    torch.manual_seed(0)
+    loss = al.CombinedMarginLoss(
+        7, 4, scale=8.0, interclass_filtering_threshold=0.3, mode=mode, dtype=torch.float64
+    )
+    embeddings = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(20) % 7
+    cosine = F.linear(F.normalize(embeddings), F.normalize(loss.weight))
+    is_target = F.one_hot(labels, 7).bool()
+    is_dirty = (cosine > 0.3) & ~is_target
+    assert is_dirty.any()
+    angle = cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos()
+    target = (angle + 0.3).cos() - 0.2
+    expected = F.cross_entropy(8 * torch.where(is_target, target, cosine * ~is_dirty), labels)
+    found = loss(embeddings, labels)
+    variables = embeddings, loss.weight
+    assert found.item() == pytest.approx(expected.item(), abs=1e-8)
+    for one, other in zip(
+        torch.autograd.grad(found, variables), torch.autograd.grad(expected, variables), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-7)
 
 
 def test_a_new_loss_is_a_few_lines():

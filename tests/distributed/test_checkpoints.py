@@ -1,0 +1,131 @@
+"""The files of a checkpoint: what is accepted, what is removed, what is noticed."""
+
+import os
+import pickle
+import shutil
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import angular_losses as al
+from angular_losses.distributed import checkpoint, load, save
+
+
+def modules(num_classes=20):
+    torch.manual_seed(0)
+    return torch.nn.ModuleList([torch.nn.Linear(4, 8), al.ArcFaceLoss(num_classes, 8, scale=16.0)])
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def weight_file(directory):
+    return next(directory.glob("*/__0_0.distcp"))
+
+
+@pytest.mark.parametrize("current", ["", "../victim/000003", "notes", "000009", "7"])
+def test_current_names_only_what_save_makes(tmp_path, current):
+    directory, victim = tmp_path / "2024", tmp_path / "victim" / "000003"
+    victim.mkdir(parents=True)
+    save(directory, modules())
+    for folder in (directory, victim):
+        (folder / "notes.txt").write_text("mine")
+    (directory / "7").mkdir()
+    (directory / "current").write_text(current)
+    with pytest.raises(FileNotFoundError, match="directory: expected a complete checkpoint"):
+        load(directory, modules())
+    save(directory, modules())
+    load(directory, modules())
+    assert names(directory) == ["000002", "7", "current", "notes.txt"]
+    assert names(victim) == ["notes.txt"]
+
+
+def test_leftovers_are_removed_but_not_what_others_put_there(tmp_path):
+    with patch.object(checkpoint, "_remove"):  # killed before it
+        save(tmp_path, modules())
+        save(tmp_path, modules())
+    (tmp_path / "000001" / "notes.txt").write_text("mine")
+    unfinished = tmp_path / "000003"
+    unfinished.mkdir()
+    shutil.copy(weight_file(tmp_path), unfinished / "__0_0.distcp")
+    save(tmp_path, modules())
+    assert names(tmp_path) == ["000001", "000004", "current"]
+    assert names(tmp_path / "000001") == ["notes.txt"]
+
+
+def test_files_are_on_the_disk_before_current_names_them(tmp_path):
+    order = []
+    sync, replace = os.fsync, checkpoint.Path.replace
+
+    def noted(descriptor):
+        order.append("sync")
+        sync(descriptor)
+
+    def replaced(path, target):
+        order.append(target.name)
+        return replace(path, target)
+
+    with patch.object(os, "fsync", noted), patch.object(checkpoint.Path, "replace", replaced):
+        save(tmp_path, modules())
+    place = order.index("current")
+    assert order[place - 2 :] == ["sync", "sync", "current", "sync"]  # the file and its directory
+
+
+@pytest.mark.parametrize("kind", ["byte", "half", "empty", "missing"])
+def test_damaged_files_are_noticed(tmp_path, kind):
+    saved = modules()
+    save(tmp_path, saved)
+    file = weight_file(tmp_path)
+    data = bytearray(file.read_bytes())
+    place = data.find(saved[1].weight.detach().numpy().tobytes()[:64])
+    assert place > 0
+    if kind == "missing":
+        file.unlink()
+    else:
+        data[place + 2] ^= 0xFF
+        file.write_bytes({"byte": data, "half": data[: len(data) // 2], "empty": b""}[kind])
+    with pytest.raises(RuntimeError, match="load: rank 0 failed"):
+        load(tmp_path, modules())
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+def replaced(file, data, directory):
+    """A file with other contents, whose checksum is right."""
+    checksums = next(directory.glob("*/checksums.json"))
+    before = checkpoint._checksum(file)
+    file.write_bytes(data)
+    checksums.write_text(checksums.read_text().replace(before, checkpoint._checksum(file)))
+
+
+def test_planted_metadata_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "checkpoints"
+    save(directory, modules())
+    replaced(directory / "000001" / ".metadata", pickle.dumps(Planted()), directory)
+    with pytest.raises(RuntimeError, match="expected metadata, got"):
+        load(directory, modules())
+    assert names(tmp_path) == ["checkpoints"]
+
+
+def test_planted_numbers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory, both = tmp_path / "checkpoints", modules()
+    optimizer = torch.optim.SGD(both.parameters(), lr=0.1)
+    optimizer.param_groups[0]["foreach"] = Planted()
+    save(directory, both, optimizer)
+    optimizer.param_groups[0]["foreach"] = None
+    with pytest.raises(RuntimeError, match="weights_only"):
+        load(directory, both, optimizer)
+    assert names(tmp_path) == ["checkpoints"]
+
+
+def test_other_sizes_are_a_runtime_error(tmp_path):
+    save(tmp_path, modules())
+    with pytest.raises(RuntimeError, match="load: rank 0 failed: ValueError"):
+        load(tmp_path, modules(30))

@@ -1,0 +1,144 @@
+"""Sharded losses in the middle of real trainings: wrappers, clipping, interrupts, replicas."""
+
+import pytest
+import torch
+
+import angular_losses as al
+from tests.distributed import trainings
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "ddp, network",
+        "ddp, both but the centres",
+        "fully_shard, network",
+        pytest.param(
+            "fully_shard, both but the centres",
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.6"), reason="has no ignored_params"
+            ),
+        ),
+    ],
+)
+def test_wrapped_clipped_saved_and_scheduled_as_one_process(processes, tmp_path, how):
+    for max_norm in (None, 0.1):
+        arguments = how, str(tmp_path), max_norm
+        assert max(processes.run(trainings.training, 2, *arguments)) <= 1e-10
+
+
+def test_clipped_with_sampled_classes(processes, tmp_path):
+    arguments = "ddp, network", str(tmp_path), 0.1
+    errors = processes.run(trainings.training, 2, *arguments, sample_rate=0.999)
+    assert max(errors) <= 1e-10
+    assert max(processes.run(trainings.norm_of_sampled, 3)) <= 1e-10
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(processes):
+    assert processes.run(trainings.overflow_on_one_rank, 2) == [(True, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("how", "advice"),
+    [
+        ("ddp, both", "_ddp_params_and_buffers_to_ignore = ['loss.weight']"),
+        ("fully_shard, both", "fully_shard(module, ignored_params={loss.weight})"),
+    ],
+)
+def test_wrappers_of_the_centres_are_refused(processes, how, advice):
+    for told in processes.run(trainings.refused_wrapper, 2, how):
+        assert told.startswith("RuntimeError: ")
+        assert advice in told
+
+
+def test_statistics_over_the_mesh(processes):
+    assert max(processes.run(trainings.statistics_of_some_ranks, 4, timeout=20.0)) <= 1e-6
+
+
+def test_margins_updated_from_the_rows_of_all_ranks(processes):
+    assert max(processes.run(trainings.updated_margins, 3)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", [al.ArcFaceLoss, al.MagFaceLoss, al.CurricularFaceLoss])
+def test_ignored_rows_that_are_not_finite(processes, kind):
+    assert all(processes.run(trainings.ignored_rows, 2, kind))
+
+
+def test_a_budget_is_too_small_on_all_ranks(processes):
+    (first, value), *others = processes.run(trainings.one_budget, 3, timeout=20.0)
+    assert first.startswith("ValueError: memory_budget: expected at least")
+    assert others == [(first, value)] * 2
+
+
+def test_labels_on_another_device(processes):
+    for told, _ in processes.run(trainings.labels_elsewhere, 2, timeout=20.0):
+        assert told.startswith("ValueError: labels: expected device cpu")
+
+
+def test_uneven_numbers_of_batches(processes):
+    assert max(processes.run(trainings.uneven_numbers, 2, timeout=20.0)) <= 1e-10
+
+
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_sampled_classes_are_positives_and_the_rate(processes, sub_centers):
+    labels = [0, 3, 3, 21, 39]
+    for rate, extra in ((0.0, 0), (0.05, 0), (0.3, 6)):
+        found = processes.run(trainings.sampled_classes, 2, rate, labels, sub_centers=sub_centers)
+        for (sampled, is_right), positives in zip(found, ({0, 3}, {1, 19}), strict=True):
+            assert is_right
+            assert positives <= set(sampled)
+            assert len(sampled) == max(extra, 2)
+    found = processes.run(trainings.sampled_classes, 2, 0.0, [0], sub_centers=sub_centers)
+    assert found == [([0], True), ([], True)]
+
+
+@pytest.mark.parametrize("build", [al.ArcFaceLoss, al.AdaFaceLoss, al.CurricularFaceLoss])
+def test_replicas_as_one_process(processes, build):
+    assert max(processes.run(trainings.replicas, 4, build, 1.0, (3, 3, 4, 2))) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rate", "sizes", "reason"),
+    [(0.5, (3, 3, 3, 3), "sparse gradients"), (1.0, (4, 3, 3, 2), "the same number of rows")],
+)
+def test_replicas_that_are_refused(processes, rate, sizes, reason):
+    arguments = al.ArcFaceLoss, rate, sizes
+    for told in processes.run(trainings.refused_replicas, 4, *arguments, timeout=20.0):
+        assert told.startswith("RuntimeError: ")
+        assert reason in told
+
+
+def test_copies_and_averages(processes):
+    assert processes.run(trainings.copies, 2) == [(True, True, True, True)] * 2
+
+
+def test_optimizers_that_step_sampled_rows_wrongly_are_refused(processes):
+    for unprepared, rprop in processes.run(trainings.refused_optimizers, 2):
+        assert unprepared.startswith("RuntimeError: optimizer: expected it to be prepared")
+        assert rprop.startswith("TypeError: optimizer: expected one that can begin with a row")
+
+
+def test_steps_around_sampled_rows(processes, tmp_path):
+    folder = str(tmp_path)
+    for values, is_same, told in processes.run(trainings.steps_around_sampled_rows, 2, folder):
+        assert values == ["interrupted"]
+        assert is_same
+        assert "weight: expected" in told
+        assert told.startswith("RuntimeError: save: rank 0 failed: RuntimeError")
+
+
+def test_failures_of_one_rank_while_saving_reach_all(processes, tmp_path):
+    for of_zero, of_one in processes.run(trainings.failing_saves, 2, str(tmp_path), timeout=20.0):
+        assert of_zero.startswith("RuntimeError: save: rank 0 failed: OSError")
+        assert of_one.startswith("RuntimeError: save: rank 1 failed: OSError")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("world", "sizes"), [(1, (5,)), (2, (4, 1)), (4, (2, 0, 3, 1))])
+def test_logits_and_new_classes(processes, world, sizes):
+    for sub_centers in (1, 2):
+        answers = processes.run(trainings.logits, world, sub_centers, sizes)
+        assert max(error for error, _ in answers) <= 1e-10
+        rows = [rows for _, (rows, _) in answers]
+        assert sum(rows) == 16 * sub_centers
+        assert rows[0] == -(-16 // world) * sub_centers
