@@ -244,7 +244,7 @@ class ShardedLoss(MarginLoss):
         )
 
     def reset_parameters(self, init: Tensor | None = None) -> None:
-        """Draw the class centres of this rank anew; they start from directions before :func:`shard`."""
+        """Draw the centres of this rank anew; they start from directions before :func:`shard`."""
         if init is not None:
             raise RuntimeError("init: expected an unsharded loss, use unshard(loss)")
         super().reset_parameters()
