@@ -249,7 +249,8 @@ def _length(difference: Tensor) -> Tensor:
 def _largest(vectors: Tensor) -> Tensor:
     """The largest magnitude of a component (..., 1): the infinity norm."""
     if vectors.is_cuda:  # on the CPU torch's is slow
-        return torch.linalg.vector_norm(vectors, math.inf, -1, keepdim=True)
+        largest: Tensor = torch.linalg.vector_norm(vectors, math.inf, -1, keepdim=True)
+        return largest
     return torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
 
 
