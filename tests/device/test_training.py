@@ -82,8 +82,11 @@ def test_a_captured_step_replayed_with_new_labels(cuda, name, mode):
     torch.testing.assert_close(state(loss), state(reference), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step(device, name):
+    if device.type == "cpu" and name != "ArcFace":
+        pytest.skip("tests/losses/test_compiled_steps.py compiles all losses on the CPU")
     (loss, optimiser, *tensors), (reference, other, *others) = (
         a_training(name, device) for _ in range(2)
     )
