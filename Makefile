@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: example test test-grid lint bench docs docs-serve docs-test check-install constraints dist clean
+.PHONY: example test test-grid lint bench gpu docs docs-serve docs-test check-install constraints dist clean
 
 example: .venv/examples.done  ## train and evaluate HSADML on synthetic slices (phantoms)
 	$(BIN)/python -m examples.brain_tumor demo
@@ -24,6 +24,9 @@ bench: .venv/dev.done  ## accuracy, time and memory, compared with other librari
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs
+
+gpu: .venv/dev.done  ## whether all works on a GPU, how fast, and where the time goes; six minutes
+	$(BIN)/python -m benchmarks.gpu
 
 docs: .venv/dev.done  ## the site, in docs/_build/html; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html

@@ -55,7 +55,7 @@ def with_backward(loss_of):
         weight = weight.detach().requires_grad_()
 
         def step():
-            with torch.autocast("cpu", torch.bfloat16, bfloat16):
+            with torch.autocast(weight.device.type, torch.bfloat16, bfloat16):
                 loss = loss_of(embeddings, weight, labels)
             loss.backward()
             embeddings.grad = weight.grad = None
@@ -74,7 +74,7 @@ def naive(embeddings, weight, labels):
 @with_backward
 def linear_cross_entropy(embeddings, weight, labels):
     # Its chunks are not known to autocast.
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(weight.device.type) else torch.float32
     return F.linear_cross_entropy(
         (F.normalize(embeddings) * SCALE).to(dtype),
         F.normalize(weight).to(dtype),
@@ -83,7 +83,7 @@ def linear_cross_entropy(embeddings, weight, labels):
     )
 
 
-def of_module(make, parameter):
+def of_module(make, parameter, wrapped=lambda loss: loss):
     """A builder from a function of C and d that makes a loss module, and its parameter's name."""
 
     def build(embeddings, weight, labels, bfloat16):
@@ -94,10 +94,11 @@ def of_module(make, parameter):
             torch.nn.Parameter(weight.T.contiguous() if parameter == "W" else weight),
         )
         embeddings = embeddings.detach().requires_grad_()
+        call = wrapped(loss)
 
         def step():
-            with torch.autocast("cpu", torch.bfloat16, bfloat16):
-                value = loss(embeddings, labels)
+            with torch.autocast(weight.device.type, torch.bfloat16, bfloat16):
+                value = call(embeddings, labels)
             value.backward()
             embeddings.grad = getattr(loss, parameter).grad = None
 
@@ -111,7 +112,10 @@ def of_pml(name):
 
     def make(num_classes, size):
         losses = importlib.import_module("pytorch_metric_learning.losses")
-        return getattr(losses, f"{name}Loss")(num_classes, size, **PML[name])
+        # With one class: it would draw all of them, for nothing.
+        loss = getattr(losses, f"{name}Loss")(1, size, **PML[name])
+        loss.num_classes = num_classes
+        return loss
 
     return make
 
@@ -131,11 +135,11 @@ CANDIDATES = {
 }
 
 
-def inputs(num_rows, num_classes, size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.randn(num_rows, size, generator=generator)
-    weight = torch.randn(num_classes, size, generator=generator)
-    return embeddings, weight, torch.randint(num_classes, (num_rows,), generator=generator)
+def inputs(num_rows, num_classes, size, seed=0, device="cpu"):
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    embeddings = torch.randn(num_rows, size, **options)
+    weight = torch.randn(num_classes, size, **options)
+    return embeddings, weight, torch.randint(num_classes, (num_rows,), **options)
 
 
 def steps_of(names, num_rows, size, num_classes, bfloat16=False):

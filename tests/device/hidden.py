@@ -49,6 +49,6 @@ def no_synchronisation(device):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
-    with mock.patch.object(validation, "is_readable", lambda tensor: False):
-        with _NoReading(), _NoCopies():
-            yield
+    unreadable = mock.patch.object(validation, "is_readable", return_value=False)
+    with unreadable, _NoReading(), _NoCopies():
+        yield
