@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from . import validation
 from .engine import modes
 from .engine.batch import Batch, checked
-from .engine.chunks import PLAIN, Rule
+from .engine.chunks import PLAIN, Ranking, Rule
 from .engine.operators import Ending, Others, margin_loss
 from .engine.passes import working_dtype
 from .engine.placement import WHOLE, Shard, Whole
@@ -36,6 +36,7 @@ class Options(NamedTuple):
     sample_weight: Tensor | None = None
     mode: str = "auto"
     memory_budget: int | None = None
+    ranking: Ranking | None = None
 
 
 class Softmax(NamedTuple):
@@ -195,7 +196,8 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
             assert not isinstance(scale, Tensor)
             inputs, settings = modes.inputs(batch, scale), modes.settings(batch, chosen, scale)
             ending = _ending(batch, options, margin, scale, dtype)
-            return margin_loss(inputs, settings, Others(rule, before), ending)
+            others = Others(rule, before, ranking=options.ranking)
+            return margin_loss(inputs, settings, others, ending)
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
         share = None
@@ -209,6 +211,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
             class_share=share if rule == PLAIN else None,
             target=before,
             bias=of_rows,
+            ranking=options.ranking,
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
         losses = F.softplus(parts.negatives - target, threshold=50)
@@ -216,13 +219,13 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         if share is not None:
             share_of_own = share.index_select(0, batch.labels)
             if parts.mean_cosine is not None:
-                others = parts.mean_cosine - share_of_own * parts.theta.cos()
+                mean_of_others = parts.mean_cosine - share_of_own * parts.theta.cos()
             else:  # not a sum of cosines
                 summed = rule._replace(summed=True)
-                others = modes.parts(
+                mean_of_others = modes.parts(
                     batch, chosen, summed, class_share=share, target=before
                 ).negatives
-            mean_logit = scale * others + share_of_own * target
+            mean_logit = scale * mean_of_others + share_of_own * target
             # The weights of the classes are in it already.
             smooth = share.sum() * (target + losses) - mean_logit
             losses = losses if of_class is None else losses * of_class
@@ -403,7 +406,9 @@ def rest_loss(
     with without_autocast(batch.embeddings.device):
         if bias is None:
             bias = batch.embeddings.new_zeros(())
-        parts = modes.parts(batch, chosen, rule, bias=bias.to(dtype).reshape(()))
+        parts = modes.parts(
+            batch, chosen, rule, bias=bias.to(dtype).reshape(()), ranking=options.ranking
+        )
         losses = positive(parts.theta) + parts.negatives
         of_class = _class_weights(batch, options, dtype)
         losses = losses if of_class is None else losses * of_class

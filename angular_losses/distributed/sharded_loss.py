@@ -50,7 +50,8 @@ class ShardedLoss(MarginLoss):
         *,
         other_labels: Tensor | None = None,
         lam: float | Tensor | None = None,
-    ) -> Tensor:
+        return_correct: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of the batches of all ranks; every rank has to call it, even without rows.
 
         Args:
@@ -59,10 +60,13 @@ class ShardedLoss(MarginLoss):
             sample_weight: (N,), on all ranks or none.
             other_labels: (N,), on all ranks or none.
             lam: A number or (N,), with ``other_labels``.
+            return_correct: Whether to return which of this rank's rows are classified correctly
+                too, among the classes that take part; on all ranks or none.
 
         Returns:
             The loss of all rows, the same scalar on every rank; with reduction "none" (N,), the
-            losses of this rank's rows. The gradients are those of the loss of all rows.
+            losses of this rank's rows. The gradients are those of the loss of all rows. With
+            ``return_correct`` a pair of it and (N,) booleans.
 
         Raises:
             TypeError: If a dtype is wrong, on every rank.
@@ -87,8 +91,14 @@ class ShardedLoss(MarginLoss):
                 rows.sample_weight,
                 other_labels=rows.other_labels,
                 lam=rows.lam,
+                return_correct=return_correct,
             )
-        return self.shard.own(found, len(embeddings)) if self.reduction == "none" else found
+        value, correct = found if isinstance(found, tuple) else (found, None)
+        count = len(embeddings)
+        value = self.shard.own(value, count) if self.reduction == "none" else value
+        if correct is None:
+            return value
+        return value, correct[self.shard.block(len(correct))][:count]
 
     def advance(self) -> None:
         """Count a training step; each has its own random numbers."""

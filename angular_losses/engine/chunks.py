@@ -92,13 +92,34 @@ class Rule(NamedTuple):
 PLAIN = Rule()
 
 
+class Ranking:
+    """The largest product of each row with a centre of its own class and with any other, (N,) each.
+
+    Without the margin: a row is right where its own is the larger.
+    """
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
+        self.both = rows.new_full((2, rows.shape[0]), -torch.inf, dtype=dtype)
+
+    def add(self, own: Tensor, other: Tensor) -> None:
+        """Take notice of a chunk's; -inf where it has none."""
+        self.both = torch.maximum(self.both, torch.stack([own, other]))
+
+
 class Terms:
     """A rule applied to one chunk after another; its slopes are autograd's, inside the chunk."""
 
     def __init__(
-        self, rule: Rule, target: Tensor | None, bias: Tensor | None, *, differentiate: bool
+        self,
+        rule: Rule,
+        target: Tensor | None,
+        bias: Tensor | None,
+        *,
+        differentiate: bool,
+        ranking: Ranking | None = None,
     ) -> None:
         self.rule, self.target, self.differentiate = rule, target, differentiate
+        self.ranking = ranking
         self.bias = None if bias is None else bias.detach().requires_grad_(differentiate)
         self.bias_slope = None if bias is None else torch.zeros_like(bias)
 
@@ -152,6 +173,7 @@ class Chunks:
         self.weight, self.own, self.rule = inputs.weight, inputs.own, terms.rule
         self.product_dtype, self._dtype = settings.product_dtype, unit.dtype
         self._terms = None if terms.rule.is_linear else terms
+        self._ranking = terms.ranking
         self.class_share = inputs.class_share
         self.has_all_targets = len(self.spans) == 1 and not settings.partial
         self._scales = scales.T if isinstance(scales, Tensor) else scales
@@ -201,17 +223,31 @@ class Chunks:
 
         In ``out``, where E is to be kept, if that has the working dtype.
         """
-        products = self._cosines(factors, out if self._terms is None else None)
+        products = self._cosines(span, factors, out if self._terms is None else None)
         logits = products if self._terms is None else self._terms(products) * self._scales
         return self._without_targets(span, logits, -torch.inf)
 
-    def _cosines(self, factors: Tensor, out: Tensor | None = None) -> Tensor:
+    def _cosines(self, span: slice | None, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """The products of a chunk's centres with the embeddings (K, N), in the working dtype."""
         if out is None or self._is_reduced:
             out = self.workspace(
                 "products", (factors.shape[0], self._factors.shape[1]), self._dtype
             )
-        return multiply(factors, self._factors, self._dtype, out=out)
+        products = multiply(factors, self._factors, self._dtype, out=out)
+        if self._ranking is not None:
+            self._rank(self._ranking, span, products)
+        return products
+
+    def _rank(self, ranking: Ranking, span: slice | None, products: Tensor) -> None:
+        """Take notice of the largest products; those of the own class are hidden meanwhile."""
+        each, (row, is_here) = self.rule.sub_centers, self.own_row(span)
+        rows = row[None]
+        if each > 1:
+            rows = rows - rows % each + torch.arange(each, device=row.device)[:, None]
+        present = products.gather(0, rows)
+        products.scatter_(0, rows, present.masked_fill(is_here, -torch.inf))
+        ranking.add(present.amax(0).masked_fill(~is_here, -torch.inf), products.amax(0))
+        products.scatter_(0, rows, present)
 
     def own_row(self, span: slice | None) -> tuple[Tensor, Tensor]:
         """Where each row's own centre is in a chunk (N,), and whether it is there at all (N,)."""
@@ -238,7 +274,13 @@ class Chunks:
         if out is None:
             out = factors.new_empty(shape)
         start = 0 if span is None else span.start
-        return out, kernels.exponentials(factors, self._factors.T, self.own, start, shift, out)
+        sums = kernels.exponentials(factors, self._factors.T, self.own, start, shift, out)
+        if self._ranking is not None:  # which has no products, and 0 for the target
+            row, is_here = self.own_row(span)
+            own = (factors.index_select(0, row) * self._factors.T).sum(1, dtype=self._dtype)
+            other = out.amax(0).to(self._dtype).log()
+            self._ranking.add(own.masked_fill(~is_here, -torch.inf), other)
+        return out, sums
 
     def exponentiate(
         self, logits: Tensor, shift: Tensor | None, out: Tensor | None = None
@@ -256,7 +298,7 @@ class Chunks:
     ) -> tuple[Tensor, Tensor]:
         """The slopes of the terms themselves, in the place of E, and the sums of the terms."""
         assert self._terms is not None
-        terms = self._terms(self._cosines(factors))
+        terms = self._terms(self._cosines(span, factors))
         weights = torch.ones_like(terms)
         if self.class_share is not None:
             each, share = self.rule.sub_centers, self.class_share

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .. import validation
 from ..geometry import angle_between, directions, is_autocast_enabled, precise_dtype
 from .batch import Batch
-from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Rule, Settings
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings
 from .operators import Others, margin_parts
 from .passes import Parts, working_dtype
 from .planner import MODES, Plan, cached_plan, plan
@@ -91,6 +91,7 @@ def parts(
     class_share: Tensor | None = None,
     target: Tensor | None = None,
     bias: Tensor | None = None,
+    ranking: Ranking | None = None,
 ) -> Parts:
     """The angle, the negatives and the mean cosine, over all classes wherever they are.
 
@@ -102,6 +103,7 @@ def parts(
         class_share: (C,) of all classes: see :class:`Inputs`.
         target: (N,) the logit of the target before scaling, for a rule that looks at it.
         bias: () or (N,), for a rule that has one.
+        ranking: What to fill, where it is asked for.
     """
     shard = batch.shard
     # Before the rows, whose gradients then are summed first, on every rank.
@@ -111,7 +113,7 @@ def parts(
     if not batch.weight.shape[0]:
         here = _no_parts(batch, rule, scale, bias, has_mean=share is not None)
     elif chosen.mode == "dense":
-        here = _dense(batch, rule, scale, share, target, bias)
+        here = _dense(batch, rule, scale, share, target, bias, ranking)
     else:
         here = margin_parts(
             inputs(batch, scale, share),
@@ -121,6 +123,7 @@ def parts(
                 target,
                 None if bias is None else bias.expand(batch.own.shape[0]),
                 shard.begin_sum,
+                ranking,
             ),
         )
     is_bounded = (
@@ -152,6 +155,7 @@ def _dense(
     class_share: Tensor | None,
     target: Tensor | None,
     bias: Tensor | None,
+    ranking: Ranking | None,
 ) -> Parts:
     weight, own, partial = batch.weight, batch.own, batch.shard.is_partial
     embeddings = batch.shard.shared_rows(batch.embeddings)
@@ -159,6 +163,11 @@ def _dense(
     theta = angle_between(embeddings, weight.index_select(0, own.clamp(min=0)))
     factor = weight.to(dtype) if rule.keep_lengths else directions(weight, dtype)
     cosine = F.linear(directions(embeddings, dtype), factor)
+    if ranking is not None:
+        of_class = cosine.detach().view(len(own), -1, rule.sub_centers).amax(2)
+        of_own = of_class.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        others = _replaced(of_class, labels, -torch.inf, partial=partial).amax(1)
+        ranking.add(of_own.masked_fill(own < 0, -torch.inf), others)
     mean_cosine = None
     if rule == PLAIN and class_share is not None:
         mean_cosine = cosine @ class_share

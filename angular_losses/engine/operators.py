@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..geometry import precise_dtype, without_autocast
 from ..margins import KnownDescent
 from . import passes
-from .chunks import PLAIN, Inputs, Rule, Settings, Terms
+from .chunks import PLAIN, Inputs, Ranking, Rule, Settings, Terms
 from .passes import Gradients, Parts, Saved, working_dtype
 
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
@@ -29,12 +29,14 @@ class Others(NamedTuple):
         begin_sum: Where the classes are shared between processes: what begins to sum the gradient
             of the embeddings over them, and returns how to end that. Between the two the gradient
             of the weight is computed.
+        ranking: What the forward pass is to fill, where it is asked for.
     """
 
     rule: Rule = PLAIN
     target: Tensor | None = None
     bias: Tensor | None = None
     begin_sum: BeginSum | None = None
+    ranking: Ranking | None = None
 
 
 class Ending(NamedTuple):
@@ -59,7 +61,7 @@ def margin_parts(inputs: Inputs, settings: Settings, others: Others) -> Parts:
     """The parts of a loss, differentiable once."""
     if not torch.compiler.is_compiling():
         return _eager(inputs, settings, others)
-    if others.rule == PLAIN and others.begin_sum is None:
+    if others.rule == PLAIN and others.begin_sum is None and others.ranking is None:
         theta, negatives, mean_cosine, *_ = _forward_operator(*inputs, *settings)
         return Parts(theta, negatives, None if inputs.class_share is None else mean_cosine)
     # The compiled graph breaks here.
@@ -146,7 +148,13 @@ class _Loss(torch.autograd.Function):
 
 
 def _terms(others: Others, settings: Settings) -> Terms:
-    return Terms(others.rule, others.target, others.bias, differentiate=settings.differentiate)
+    return Terms(
+        others.rule,
+        others.target,
+        others.bias,
+        differentiate=settings.differentiate,
+        ranking=others.ranking,
+    )
 
 
 def _save(

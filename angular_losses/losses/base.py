@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .. import margins, validation
 from ..engine.batch import Batch, checked, of_rows
+from ..engine.chunks import Ranking
+from ..engine.passes import working_dtype
 from ..engine.placement import WHOLE, Shard, Whole
 from ..engine.planner import MODES
 from ..functional import (
@@ -278,7 +280,8 @@ class MarginLoss(ClassCentres, nn.Module):
         *,
         other_labels: Tensor | None = None,
         lam: float | Tensor | None = None,
-    ) -> Tensor:
+        return_correct: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of a batch; see :func:`angular_losses.margin_softmax_loss`.
 
         Args:
@@ -289,9 +292,13 @@ class MarginLoss(ClassCentres, nn.Module):
                 lam times that with its label plus 1 - lam times that with the other. It takes
                 the time of two batches.
             lam: The share of ``labels`` in [0, 1], a number or (N,); needed with ``other_labels``.
+            return_correct: Whether to return which rows are classified correctly too, found in the
+                same pass: those whose own class has the largest cosine, without the margin (with
+                lengths of centres, where the loss keeps them).
 
         Returns:
-            A scalar, or (N,) for reduction "none"; float32 at least.
+            A scalar, or (N,) for reduction "none"; float32 at least. With ``return_correct`` a pair
+            of it and (N,) booleans, False for ignored rows; of mixed rows, for ``labels``.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -306,15 +313,14 @@ class MarginLoss(ClassCentres, nn.Module):
             counts = batch.kept
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
-        if is_step and self._looks_at_lengths and validation.is_readable(batch.embeddings):
-            self._looks_at_lengths = False
-            self._warn_of_unit_vectors(batch)
-        if is_step and type(self).observe is not MarginLoss.observe:
-            with torch.no_grad(), without_autocast(embeddings.device):
-                self.observe(batch.embeddings.detach(), batch.labels, counts)
+        if is_step:
+            self._begin_step(batch, counts)
         with self._state_of_a_pass(repeats) as copies:
             has_state = bool(copies) and not torch.compiler.is_compiling()
             this = begin_pass(self, copies) if has_state else None
+            ranking = None
+            if return_correct:
+                ranking = Ranking(batch.embeddings, working_dtype(batch.embeddings, batch.weight))
             options = Options(
                 self.penalty(batch.embeddings),
                 self.reduction,
@@ -322,6 +328,7 @@ class MarginLoss(ClassCentres, nn.Module):
                 sample_weight,
                 self.mode,
                 self.memory_budget,
+                ranking,
             )
             check_options(batch, options)
             loss = self._batch_loss(batch, options)
@@ -332,7 +339,22 @@ class MarginLoss(ClassCentres, nn.Module):
         if not torch.compiler.is_compiling():
             self._count(is_step)
         is_mixed = other_labels is not None
-        return loss.view(-1, 2).sum(1) if is_mixed and self.reduction == "none" else loss
+        if is_mixed and self.reduction == "none":
+            loss = loss.view(-1, 2).sum(1)
+        if ranking is None:
+            return loss
+        own, other = self.shard.largest(ranking.both)
+        correct = own >= other if batch.kept is None else (own >= other) & batch.kept
+        return loss, correct[::2] if is_mixed else correct
+
+    def _begin_step(self, batch: Batch, counts: Tensor | None) -> None:
+        """What precedes the loss of a training step: a look at the first batch, statistics."""
+        if self._looks_at_lengths and validation.is_readable(batch.embeddings):
+            self._looks_at_lengths = False
+            self._warn_of_unit_vectors(batch)
+        if type(self).observe is not MarginLoss.observe:
+            with torch.no_grad(), without_autocast(batch.embeddings.device):
+                self.observe(batch.embeddings.detach(), batch.labels, counts)
 
     def advance(self) -> None:
         """Count a training step."""
@@ -630,7 +652,7 @@ class MarginLoss(ClassCentres, nn.Module):
             warnings.warn(
                 f"embeddings: all have length 1, and {type(self).__name__} learns from their "
                 "lengths: do not normalise them before the loss",
-                stacklevel=5,  # the call of the loss, through torch's Module
+                stacklevel=6,  # the call of the loss, through torch's Module
             )
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> Batch:

@@ -525,3 +525,18 @@ def test_many_classes_in_bfloat16(name, mode, monkeypatch):
     assert halved[2].dtype == torch.bfloat16
     for found, expected in zip(halved, exact, strict=True):
         assert (found.float() - expected).norm() / expected.norm() < 5e-3
+
+
+@pytest.mark.parametrize("sub_centers", [1, 2])
+@every_loss
+def test_correct_rows_are_those_of_the_largest_logit_without_margin(row, sub_centers):
+    if row.name.startswith("L-Softmax") and sub_centers > 1:
+        pytest.skip("has one centre a class")
+    embeddings, labels = batch(40)
+    labels[3] = -100
+    for mode, chunk in MODES:
+        loss = built(row, mode=mode, sub_centers=sub_centers)
+        with in_chunks_of(chunk):
+            value, correct = loss(embeddings, labels, return_correct=True)
+            assert torch.equal(value, loss(embeddings, labels))
+        assert torch.equal(correct, loss.get_logits(embeddings).argmax(1) == labels)
