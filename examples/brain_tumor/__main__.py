@@ -7,20 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import epochs_done
-from .download import download_slices, download_weights
+from .data.download import download_slices, download_weights
+from .data.phantoms import make_phantoms
+from .data.slices import SliceSet, load_slices
 from .errors import UserError
-from .evaluation import evaluate
-from .export import describe_export, export
-from .figures import plot_early
-from .merging import collect, merge
-from .phantoms import make_phantoms
-from .plan import BUDGETS, Run
-from .prediction import describe_prediction, predict
-from .report import describe_result, write_report
-from .reproduction import decoded_as, default_jobs, measure, run_plan
-from .reproduction_report import write_reproduction_report
-from .run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .evaluation.evaluate import evaluate
+from .report.figures import plot_early
+from .report.reproduction_report import write_reproduction_report
+from .report.run_report import describe_result, write_report
+from .reproduction.merging import collect, merge
+from .reproduction.plan import BUDGETS, Run
+from .reproduction.running import decoded_as, default_jobs, measure, run_plan
 from .settings import (
     PRESETS,
     Settings,
@@ -29,8 +26,11 @@ from .settings import (
     read_settings,
     setting_fields,
 )
-from .slices import SliceSet, load_slices
-from .training import make_split, train
+from .training.checkpoint import epochs_done
+from .training.loop import make_split, train
+from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .use.export import describe_export, export
+from .use.prediction import describe_prediction, predict
 
 PROGRAM = "python -m examples.brain_tumor"
 ARCHIVE = "https://figshare.com/articles/dataset/brain_tumor_dataset/1512427"

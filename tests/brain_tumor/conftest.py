@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from examples.brain_tumor import classifiers
-from examples.brain_tumor import export as export_module
+from examples.brain_tumor.data.slices import SliceSet, Split
+from examples.brain_tumor.evaluation import classifiers
 from examples.brain_tumor.settings import load_settings
-from examples.brain_tumor.slices import SliceSet, Split
-from examples.brain_tumor.training import train
+from examples.brain_tumor.training.loop import train
+from examples.brain_tumor.use import export as export_module
 
 SIZE = 32
 PLACES = ((8, 8), (8, 24), (24, 16))  # of the blob's centre, by class
