@@ -330,8 +330,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
         plot_early(
             options.out / "comparison.png",
-            {run.name: read_rows(run / STEPS) for run in options.runs},
             f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
+            {run.name: read_rows(run / STEPS) for run in options.runs},
         )
         print(f"comparison of the first steps: {options.out / 'comparison.png'}")
 

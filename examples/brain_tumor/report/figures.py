@@ -1,11 +1,16 @@
-"""The figures of a run, one function each; all take a title, which says SYNTHETIC for phantoms."""
+"""The figures of a run, and what all figures share.
 
+Each function takes the path of the PNG file to write and a title, which says SYNTHETIC for
+phantoms, before what it draws, and returns the figure.
+"""
+
+import functools
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,17 +22,31 @@ from ..files import replacing
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+Arguments = ParamSpec("Arguments")
 SMOOTHING = 10  # steps; a single batch says little
 LARGEST_DRAWN = 1024  # pixels a side; more cost memory and are not seen
 
 
-def plot_loss(path: Path, epochs: list[dict[str, Any]], title: str) -> None:
+def saved(draw: Callable[Arguments, Figure]) -> Callable[Concatenate[Path, Arguments], Figure]:
+    """Let what draws a figure take first the PNG file that it is then written to, whole or not."""
+
+    @functools.wraps(draw)
+    def plot(path: Path, *arguments: Arguments.args, **options: Arguments.kwargs) -> Figure:
+        figure = draw(*arguments, **options)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        return figure
+
+    return plot
+
+
+@saved
+def plot_loss(title: str, epochs: list[dict[str, Any]]) -> Figure:
     """Draw loss and training accuracy against the epoch.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         epochs: The rows of a run's log.
-        title: Stands above the figure.
     """
     figure, (loss, accuracy) = make_panels(title)
     x = [row["epoch"] for row in epochs]
@@ -37,23 +56,23 @@ def plot_loss(path: Path, epochs: list[dict[str, Any]], title: str) -> None:
     loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     accuracy.plot(x, [100 * value for value in _column(epochs, "accuracy")], **style)
     accuracy.set(xlabel="epoch", ylabel="training accuracy (%)", ylim=(None, 101))
-    save_figure(figure, path)
+    return figure
 
 
-def plot_confusion(path: Path, confusion: list[list[int]], title: str) -> None:
+@saved
+def plot_confusion(title: str, confusion: list[list[int]]) -> Figure:
     """Draw a confusion matrix: counts as text, the share of each true class as shade.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         confusion: Counts, rows are the truth.
-        title: Stands above the figure.
     """
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.add_subplot()
     picture = draw_confusion(axes, confusion)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
     figure.suptitle(title, fontsize=11)
-    save_figure(figure, path)
+    return figure
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
@@ -81,13 +100,13 @@ def choose_ink(share: float) -> str:
     return "white" if share > 0.72 else "black"
 
 
-def plot_early(path: Path, runs: dict[str, list[dict[str, Any]]], title: str) -> None:
+@saved
+def plot_early(title: str, runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw target angle and gradient norm over the first steps, one line per run.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         runs: For each run's name the rows of its step log.
-        title: Stands above the figure.
     """
     figure, (angles, norms) = make_panels(title)
     for (name, steps), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
@@ -100,7 +119,7 @@ def plot_early(path: Path, runs: dict[str, list[dict[str, Any]]], title: str) ->
     norms.set(xlabel="step", ylabel="gradient norm of the network", yscale="log")
     if len(runs) > 1:
         norms.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
+    return figure
 
 
 def make_panels(
@@ -143,32 +162,25 @@ def _plot_smoothed(axes: Axes, values: list[float], colour: str, label: str) -> 
     axes.plot(x, (sums[x] - sums[x - window]) / window, color=colour, label=label)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
+@saved
 def plot_prediction(
-    path: Path,
+    title: str,
     image: np.ndarray,
     heat: np.ndarray,
     mask: np.ndarray | None,
     probabilities: Mapping[str, float],
     neighbours: Sequence[tuple[np.ndarray, str]],
-    title: str,
     notes: str,
 ) -> Figure:
     """Draw a slice, what its class is drawn from, and the training slices nearest to it.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         image: (h, w) the slice.
         heat: (h, w) its Grad-CAM, at least 0.
         mask: (h, w) the tumour, outlined on the heat, if known.
         probabilities: Of each class.
         neighbours: Pictures (size, size) in [0, 1] with what stands above each, two lines at most.
-        title: Stands above the figure.
         notes: Lines below it.
     """
     figure = Figure(figsize=(10, 6.6), layout="constrained")
@@ -208,5 +220,4 @@ def plot_prediction(
         axes.set(xticks=[], yticks=[])
     lower.supxlabel(notes, fontsize=9)
     figure.suptitle(wrap_title(title, 10), fontsize=11, parse_math=False)
-    save_figure(figure, path)
     return figure

@@ -6,7 +6,6 @@ Accuracies, confidences and rates are shares from 0 to 1.
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc, roc_curve
 
 from ..data.slices import CLASS_NAMES
-from .figures import COLOURS, choose_ink, make_panels, save_figure
+from .figures import COLOURS, choose_ink, make_panels, saved
 from .paper_figures import (
     CLASS_STYLES,
     add_class_legend,
@@ -48,14 +47,14 @@ class Angles(NamedTuple):
     wrong: np.ndarray
 
 
-def plot_roc(path: Path, truth: np.ndarray, scores: np.ndarray, title: str) -> Figure:
+@saved
+def plot_roc(title: str, truth: np.ndarray, scores: np.ndarray) -> Figure:
     """Draw each class's ROC curve against the rest, and its upper left corner enlarged.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         truth: (n,) labels.
         scores: (n, 3), the higher the surer of that class.
-        title: Stands above the figure.
     """
     figure, (whole, corner) = make_panels(title, 2, 2, (4.2, 4.1))
     for label, name in enumerate(CLASS_NAMES):
@@ -76,27 +75,21 @@ def plot_roc(path: Path, truth: np.ndarray, scores: np.ndarray, title: str) -> F
     corner.set_title("upper left corner, enlarged", fontsize=10)
     for axes in (whole, corner):
         axes.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
-    save_figure(figure, path)
     return figure
 
 
+@saved
 def plot_reliability(
-    path: Path,
-    confidence: np.ndarray,
-    accuracy: np.ndarray,
-    count: np.ndarray,
-    error: float,
-    title: str,
+    title: str, confidence: np.ndarray, accuracy: np.ndarray, count: np.ndarray, error: float
 ) -> Figure:
     """Draw accuracy against confidence, and how many slices are how sure.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         confidence: (bins,) mean confidence in each of bins of equal width.
         accuracy: (bins,) share of right answers.
         count: (bins,) number of slices; the other values of empty bins are not read.
         error: The expected calibration error, from 0 to 1.
-        title: Stands above the figure.
     """
     figure, (upper, lower) = make_panels(title, 2, 1, (5, 2.9))
     upper.get_gridspec().set_height_ratios([2.2, 1])
@@ -114,14 +107,13 @@ def plot_reliability(
     # On a logarithmic scale, since nearly all slices are in the last bin.
     lower.set(xlim=(-0.02, 1.02), ylim=(0.5, 2 * max(count.max(), 1)), yscale="log")
     lower.set(xlabel="confidence", ylabel="slices (log scale)")
-    save_figure(figure, path)
     return figure
 
 
+@saved
 def plot_angles(
-    path: Path,
-    test: Angles,
     title: str,
+    test: Angles,
     train: Angles | None = None,
     boundary: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Figure:
@@ -131,9 +123,8 @@ def plot_angles(
     an embedding its own: for SphereFace at m times the target angle.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         test: The embeddings of the test slices; misclassified ones are crossed out.
-        title: Stands above the figure.
         train: Those of the training slices, drawn faintly.
         boundary: From target angles to the other angles at which both logits are equal, radians;
             where it is beyond pi nothing is drawn.
@@ -163,20 +154,19 @@ def plot_angles(
     degrees.set_ylabel("degrees")
     marks = {"misclassified": CROSS, "equal angles": BOUNDARY}
     add_class_legend(figure, marks if boundary is None else marks | {"with the margin": MARGIN})
-    save_figure(figure, path)
     return figure
 
 
+@saved
 def plot_slice_and_patient(
-    path: Path, losses: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str
+    title: str, losses: Mapping[str, Mapping[str, tuple[float, float, float]]]
 ) -> Figure:
     """Draw each loss's accuracies by slice and by patient below each other.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         losses: For each loss, and each way to split and to count, the accuracy and its interval's
             ends. At most four ways, which some losses may lack.
-        title: Stands above the figure.
     """
     ways = list(dict.fromkeys(way for scores in losses.values() for way in scores))
     figure, axes = make_rows(title, list(losses), lines=len(ways))
@@ -197,28 +187,26 @@ def plot_slice_and_patient(
     axes.grid(visible=False, axis="y")
     start_accuracy_axis(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    save_figure(figure, path)
     return figure
 
 
+@saved
 def plot_budget(
-    path: Path,
+    title: str,
     runs: Mapping[float, Sequence[float]],
     budget: float,
     paper: float,
     aim: float,
-    title: str,
     unit: str = "epochs",
 ) -> Figure:
     """Draw accuracy against the length of training: where a budget stands against its own limit.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         runs: For each length of training the accuracies of its seeds.
         budget: The length that the budget takes, one of those in `runs`.
         paper: The paper's accuracy.
         aim: The accuracy to reach.
-        title: Stands above the figure.
         unit: What the lengths count.
     """
     figure, (axes,) = make_panels(title, 1, 1, (6.5, 4.6))
@@ -241,17 +229,16 @@ def plot_budget(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     start_accuracy_axis(axes, upright=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    save_figure(figure, path)
     return figure
 
 
-def plot_errors(path: Path, confusions: Mapping[str, np.ndarray], title: str) -> Figure:
+@saved
+def plot_errors(title: str, confusions: Mapping[str, np.ndarray]) -> Figure:
     """Draw which errors there are: the share of each kind in all errors, and how many.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         confusions: For each way to split the counts (3, 3), rows are the truth.
-        title: Stands above the figure.
     """
     kinds = [(i, j) for i in range(len(CLASS_NAMES)) for j in range(len(CLASS_NAMES)) if i != j]
     counts = np.array([[matrix[i][j] for matrix in confusions.values()] for i, j in kinds])
@@ -278,5 +265,4 @@ def plot_errors(path: Path, confusions: Mapping[str, np.ndarray], title: str) ->
         range(len(kinds)), [f"{CLASS_NAMES[i]} → {CLASS_NAMES[j]}" for i, j in kinds], fontsize=9
     )
     axes.set_xlabel("errors of each kind\n(share of all errors)", fontsize=9)
-    save_figure(figure, path)
     return figure

@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from sklearn.manifold import TSNE
 
 from ..data.slices import CLASS_NAMES, PLANES
 from ..errors import UserError
-from .figures import COLOURS, draw_confusion, make_panels, save_figure
+from .figures import COLOURS, draw_confusion, make_panels, saved
 
 # The paper's blue, orange and green; the shapes tell the classes apart without colour.
 CLASS_STYLES = tuple(
@@ -66,13 +65,13 @@ SOURCES = {
 }
 
 
-def plot_samples(path: Path, slices: Mapping[tuple[str, str], np.ndarray], title: str) -> Figure:
+@saved
+def plot_samples(title: str, slices: Mapping[tuple[str, str], np.ndarray]) -> Figure:
     """Draw figure 1: a slice for each class (rows) and plane (columns).
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         slices: For (class, plane) a picture (h, w) in [0, 1]; what is missing becomes a dash.
-        title: Stands above the figure.
     """
     cells = [(name, plane) for name in CLASS_NAMES for plane in PLANES]
     figure, panels = make_panels(title, len(cells), len(PLANES), (2.3, 2.35))
@@ -88,20 +87,19 @@ def plot_samples(path: Path, slices: Mapping[tuple[str, str], np.ndarray], title
             axes.set_title(plane, fontsize=10)
         if plane == PLANES[0]:
             axes.set_ylabel(name)
-    save_figure(figure, path)
     return figure
 
 
-def plot_losses(path: Path, runs: Mapping[str, Sequence[float]], title: str) -> Figure:
+@saved
+def plot_losses(title: str, runs: Mapping[str, Sequence[float]]) -> Figure:
     """Draw figure 3: the training loss of every run against the epoch.
 
     The losses are not of one kind, so each run has a panel with a scale of its own, from zero: a
     common scale would only compare what cannot be compared.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         runs: For each run's name its loss in each epoch.
-        title: Stands above the figure.
     """
     figure, panels = make_panels(title, len(runs), 3, (3.2, 2.5))
     for (name, losses), axes in zip(runs.items(), panels, strict=True):
@@ -114,17 +112,16 @@ def plot_losses(path: Path, runs: Mapping[str, Sequence[float]], title: str) -> 
     figure.supxlabel("epoch", fontsize=10)
     label = "training loss" if len(runs) == 1 else "training loss (each on its own scale)"
     figure.supylabel(label, fontsize=10)
-    save_figure(figure, path)
     return figure
 
 
-def plot_confusions(path: Path, confusions: Mapping[str, np.ndarray], title: str) -> Figure:
+@saved
+def plot_confusions(title: str, confusions: Mapping[str, np.ndarray]) -> Figure:
     """Draw figure 4: confusion matrices side by side, counts and the shares of each true class.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         confusions: For each name the counts (3, 3), rows are the truth.
-        title: Stands above the figure.
     """
     figure, panels = make_panels(title, len(confusions), 3, (3.2, 3.3))
     for (name, confusion), axes in zip(confusions.items(), panels, strict=True):
@@ -134,7 +131,6 @@ def plot_confusions(path: Path, confusions: Mapping[str, np.ndarray], title: str
         axes.tick_params(labelsize=9)
         axes.set_title(textwrap.fill(name, 34), fontsize=10)
     figure.colorbar(picture, ax=panels, shrink=0.8, label="share of the true class")
-    save_figure(figure, path)
     return figure
 
 
@@ -167,15 +163,15 @@ def compute_tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
     return method.fit_transform(directions.astype(np.float32))
 
 
-def plot_tsne(path: Path, panels: Mapping[str, Embedded], title: str) -> Figure:
+@saved
+def plot_tsne(title: str, panels: Mapping[str, Embedded]) -> Figure:
     """Draw figures 5 and 6: t-SNE of the embeddings, one panel per loss or margin.
 
     t-SNE's distances are not to be read as angles: see `compute_tsne` and `plot_angles`.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         panels: For each name its points; those misclassified are ringed.
-        title: Stands above the figure.
     """
     figure, all_axes = make_panels(title, len(panels), 3, (3.2, 3.2))
     for (name, (points, labels, wrong)), axes in zip(panels.items(), all_axes, strict=True):
@@ -190,7 +186,6 @@ def plot_tsne(path: Path, panels: Mapping[str, Embedded], title: str) -> Figure:
         axes.set_title(textwrap.fill(name, 36), fontsize=10)
     ringed = any(panel.wrong is not None for panel in panels.values())
     add_class_legend(figure, {"misclassified": RING_IN_LEGEND} if ringed else {})
-    save_figure(figure, path)
     return figure
 
 
@@ -210,13 +205,13 @@ def add_class_legend(figure: Figure, further: Mapping[str, Mapping[str, object]]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def plot_scores(path: Path, scores: Sequence[Score], title: str) -> Figure:
+@saved
+def plot_scores(title: str, scores: Sequence[Score]) -> Figure:
     """Draw figure 7: accuracies beside each other, as points, since their axis starts above zero.
 
     Args:
-        path: The PNG file to write.
+        title: Stands above it.
         scores: From top to bottom.
-        title: Stands above the figure.
     """
     figure, axes = make_rows(title, [score.label for score in scores])
     for row, score in enumerate(scores):
@@ -237,7 +232,6 @@ def plot_scores(path: Path, scores: Sequence[Score], title: str) -> Figure:
         hollow = {"color": "grey", "marker": "D", "markerfacecolor": "white"}
         handles.append(Line2D([], [], linestyle="", label="hollow: from memory", **hollow))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    save_figure(figure, path)
     return figure
 
 

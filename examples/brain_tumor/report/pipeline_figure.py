@@ -3,13 +3,12 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from .figures import COLOURS, save_figure, wrap_title
+from .figures import COLOURS, saved, wrap_title
 
 # All lengths in inches, from the upper left corner.
 WIDTH, TITLE = 9.2, 0.5
@@ -22,8 +21,8 @@ GAP = 0.12  # between bands
 FONT_SIZE = 8.5
 
 
+@saved
 def plot_pipeline(
-    path: Path,
     title: str,
     *,
     image_size: int = 224,
@@ -38,8 +37,7 @@ def plot_pipeline(
     """Draw the training phase, the network and the testing phase with the numbers of a run.
 
     Args:
-        path: The PNG file to write.
-        title: Stands above the figure.
+        title: Stands above it.
         image_size: Side of the network's input in pixels.
         pretrained: Whether the backbone started from ImageNet weights.
         channels: Feature maps of the backbone.
@@ -48,9 +46,6 @@ def plot_pipeline(
         margin: SphereFace's m.
         scale: SphereFace's s.
         neighbours: The k of k-NN.
-
-    Returns:
-        The figure that was written.
     """
     side = math.ceil(image_size / 32)  # the backbone halves it five times, rounding up
     picture = f"{image_size} x {image_size} x 3\nin [0, 1]"
@@ -96,7 +91,6 @@ def plot_pipeline(
         _draw_band(axes, top, name, steps, colour)
         top += band_height + GAP
     _draw_gradient(axes, _lefts(len(training)), TITLE)
-    save_figure(figure, path)
     return figure
 
 

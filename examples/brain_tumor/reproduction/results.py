@@ -97,6 +97,10 @@ class Reproduction:
             if result.run.group == group and result.run.training == training
         ]
 
+    def first(self, training: str, group: str) -> Result | None:
+        """Return a training's first run of a group, that of seed 0 or of fold 1, if finished."""
+        return next(iter(self.select(group, training)), None)
+
 
 def read_reproduction(folder: Path) -> Reproduction:
     """Read a reproduction's folder.
@@ -131,6 +135,11 @@ class SliceTable:
     numbers: np.ndarray
     labels: np.ndarray
     patients: np.ndarray
+
+    @property
+    def patients_unknown(self) -> bool:
+        """Whether runs of neighbouring slices stand in for patients."""
+        return any(one.startswith("fold") and "-run" in one for one in self.patients)
 
     def sides(self, split: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of a split file's training and test slices."""

@@ -324,12 +324,12 @@ def _plot(
         notes.insert(0, f"This file is training slice {prediction.itself}: its answer is no test.")
     plot_prediction(
         path,
+        f"{mark}{name}: {prediction.predicted}{truth}",
         image,
         heat,
         mask,
         prediction.probabilities,
         list(zip(neighbours, captions, strict=True)),
-        title=f"{mark}{name}: {prediction.predicted}{truth}",
         notes="\n".join(notes),
     )
 

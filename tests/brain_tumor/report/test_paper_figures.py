@@ -124,7 +124,7 @@ def test_samples_stand_in_their_row_and_column_and_gaps_have_a_dash(path):
         for j, plane in enumerate(PLANES)
     }
     del slices["glioma", "coronal"]
-    figure = plot_samples(path, slices, "Slices")
+    figure = plot_samples(path, "Slices", slices)
     assert_readable(figure, path)
     values = [float(a.images[0].get_array()[0, 0]) if a.images else None for a in figure.axes]
     assert values == [0, 1 / 9, 2 / 9, 3 / 9, 4 / 9, None, 6 / 9, 7 / 9, 8 / 9]
@@ -176,7 +176,7 @@ def test_the_pipeline_says_what_was_run_and_its_text_stays_in_its_boxes(path):
 @pytest.mark.parametrize(("names", "epochs"), [(["one"], 1), (LONG_NAMES[:7], 275)])
 def test_losses(path, names, epochs):
     runs = {name: [10.0 * (i + 1) / (1 + e) for e in range(epochs)] for i, name in enumerate(names)}
-    figure = plot_losses(path, runs, TITLE)
+    figure = plot_losses(path, TITLE, runs)
     assert_readable(figure, path)
     assert len(figure.axes) == len(names)
     for axes, (name, losses) in zip(figure.axes, runs.items(), strict=True):
@@ -190,13 +190,13 @@ def test_losses(path, names, epochs):
 
 
 def test_a_diverged_run_is_drawn_as_far_as_it_went(path):
-    assert_readable(plot_losses(path, {"a": [3.0, math.inf, math.nan]}, "Losses"), path)
+    assert_readable(plot_losses(path, "Losses", {"a": [3.0, math.inf, math.nan]}), path)
 
 
 @pytest.mark.parametrize("names", [["one"], LONG_NAMES[:4]])
 def test_confusions(path, names):
     perfect = np.diag([217, 422, 0])  # one class is missing
-    figure = plot_confusions(path, dict.fromkeys(names, perfect) | {"paper": PAPER_MATRIX}, TITLE)
+    figure = plot_confusions(path, TITLE, dict.fromkeys(names, perfect) | {"paper": PAPER_MATRIX})
     assert_readable(figure, path)
     *panels, paper, bar = figure.axes
     assert len(panels) == len(names)
@@ -212,7 +212,7 @@ def test_confusions(path, names):
 def test_cells_can_be_read(path):
     hits = (0, 50, 60, 70, 80, 100)
     counts = {f"{hit} %": np.array([[hit, 100 - hit, 0], [0, 9, 0], [0, 0, 9]]) for hit in hits}
-    *panels, _ = plot_confusions(path, counts, "a").axes
+    *panels, _ = plot_confusions(path, "a", counts).axes
     for hit, axes in zip(hits, panels, strict=True):
         image = axes.images[0]
         ground = luminance(image.cmap(image.norm(hit / 100))[:3])
@@ -280,7 +280,7 @@ def test_tsne_panels_show_every_point_in_its_classs_colour_and_ring_errors(path,
     wrong = np.arange(12) < 2
     panels = {name: Embedded(generator.normal(size=(12, 2)), labels, wrong) for name in names}
     panels[names[-1]] = panels[names[-1]]._replace(wrong=None)
-    figure = plot_tsne(path, panels, TITLE)
+    figure = plot_tsne(path, TITLE, panels)
     assert_readable(figure, path)
     for axes, panel in zip(figure.axes, panels.values(), strict=True):
         assert [len(c.get_offsets()) for c in axes.collections[:3]] == [7, 0, 5]
@@ -308,7 +308,7 @@ def test_scores_show_points_intervals_and_numbers(path):
             LONG_NAMES[0] + ", 70-30 by slice, as cited by another", 0.9423, None, "cited", False
         ),
     ]
-    figure = plot_scores(path, scores, TITLE)
+    figure = plot_scores(path, TITLE, scores)
     assert_readable(figure, path)
     (axes,) = figure.axes
     dots = [line for line in axes.lines if len(line.get_xdata()) == 1]
@@ -342,7 +342,7 @@ def test_scores_show_points_intervals_and_numbers(path):
     ],
 )
 def test_where_the_axis_of_scores_starts(path, accuracies, start, label):
-    figure = plot_scores(path, [Score("a", accuracy) for accuracy in accuracies], "Scores")
+    figure = plot_scores(path, "Scores", [Score("a", accuracy) for accuracy in accuracies])
     assert_readable(figure, path)
     low, high = figure.axes[0].get_xlim()
     assert low == start
@@ -352,14 +352,14 @@ def test_where_the_axis_of_scores_starts(path, accuracies, start, label):
 
 def test_many_scores(path):
     scores = [Score(name, 0.9 + i / 200, (0.89, 0.99)) for i, name in enumerate(LONG_NAMES)]
-    assert_readable(plot_scores(path, scores, TITLE), path)
+    assert_readable(plot_scores(path, TITLE, scores), path)
 
 
 def test_roc_states_the_area_and_shows_every_threshold(path):
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 3, 200)
     scores = np.eye(3)[truth] + generator.normal(0, 0.6, (200, 3))
-    figure = plot_roc(path, truth, scores, TITLE)
+    figure = plot_roc(path, TITLE, truth, scores)
     assert_readable(figure, path)
     whole, corner = figure.axes
     assert legend_texts(whole.get_legend()) == [
@@ -379,7 +379,7 @@ def test_roc_states_the_area_and_shows_every_threshold(path):
 
 
 def test_roc_without_a_class(path):
-    figure = plot_roc(path, np.array([0, 0, 1, 1]), np.eye(3)[[0, 0, 1, 1]], "ROC")
+    figure = plot_roc(path, "ROC", np.array([0, 0, 1, 1]), np.eye(3)[[0, 0, 1, 1]])
     assert_readable(figure, path)
     assert legend_texts(figure.axes[0].get_legend()) == [
         "meningioma, AUC 1.0000",
@@ -392,7 +392,7 @@ def test_reliability(path):
     count = np.array([0, 3, 0, 40, 900])
     confidence = np.array([np.nan, 0.3, np.nan, 0.7, 0.99])
     accuracy = np.array([np.nan, 0.0, np.nan, 0.8, 1.0])
-    figure = plot_reliability(path, confidence, accuracy, count, 0.01234, TITLE)
+    figure = plot_reliability(path, TITLE, confidence, accuracy, count, 0.01234)
     assert_readable(figure, path)
     upper, lower = figure.axes
     (line,) = (line for line in upper.lines if line.get_label() == "slices")
@@ -409,7 +409,7 @@ def test_reliability(path):
 
 def test_reliability_of_nothing(path):
     empty = np.full(10, np.nan)
-    assert_readable(plot_reliability(path, empty, empty, np.zeros(10, int), 0.0, "a"), path)
+    assert_readable(plot_reliability(path, "a", empty, empty, np.zeros(10, int), 0.0), path)
 
 
 def make_angles(count, labels=(0, 1, 2)):
@@ -421,7 +421,7 @@ def make_angles(count, labels=(0, 1, 2)):
 @pytest.mark.parametrize("train", [None, make_angles(60)])
 def test_angles(path, train):
     test = make_angles(40, labels=(0, 2))  # no glioma
-    figure = plot_angles(path, test, TITLE, train, lambda angles: 3 * angles)
+    figure = plot_angles(path, TITLE, test, train, lambda angles: 3 * angles)
     assert_readable(figure, path)
     for label, axes in enumerate(figure.axes):
         assert axes.get_title() == CLASS_NAMES[label]
@@ -458,7 +458,7 @@ def test_angles(path, train):
 
 def test_angles_up_to_pi_and_without_a_margin(path):
     far = Angles(np.array([math.pi]), np.array([0.0]), np.array([1]), np.array([True]))
-    figure = plot_angles(path, far, "Angles")
+    figure = plot_angles(path, "Angles", far)
     assert_readable(figure, path)
     assert figure.axes[1].get_xlim() == (0, math.pi)
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
@@ -470,7 +470,7 @@ def test_slice_and_patient(path, names):
     ways = ("split by slice", "split by patient", "split by patient, vote of a patient's slices")
     losses = {name: dict.fromkeys(ways, (0.96, 0.94, 0.97)) for name in names}
     losses["without a vote"] = {ways[0]: (0.99, 0.98, 1.0), ways[1]: (0.81, 0.8, 0.85)}
-    figure = plot_slice_and_patient(path, losses, TITLE)
+    figure = plot_slice_and_patient(path, TITLE, losses)
     assert_readable(figure, path)
     (axes,) = figure.axes
     dots = np.array([line.get_xydata()[0] for line in axes.lines if len(line.get_xdata()) == 1])
@@ -486,7 +486,7 @@ def test_slice_and_patient(path, names):
 
 def test_budget_marks_its_own_point_between_its_limits(path):
     runs = {24: [0.972, 0.974, 0.979], 3: [0.93], 275: [0.985, 0.986]}
-    figure = plot_budget(path, runs, 24, 0.9869, 0.99, TITLE)
+    figure = plot_budget(path, TITLE, runs, 24, 0.9869, 0.99)
     assert_readable(figure, path)
     (axes,) = figure.axes
     lines = {line.get_label(): line.get_xydata() for line in axes.lines}
@@ -502,7 +502,7 @@ def test_budget_marks_its_own_point_between_its_limits(path):
 
 
 def test_budget_of_one_run_in_steps_far_below_the_aim(path):
-    figure = plot_budget(path, {589_600: [0.4]}, 589_600, 0.9869, 0.9869, "A", unit="image steps")
+    figure = plot_budget(path, "A", {589_600: [0.4]}, 589_600, 0.9869, 0.9869, unit="image steps")
     assert_readable(figure, path)
     (axes,) = figure.axes
     assert axes.get_xlabel() == "image steps"
@@ -515,7 +515,7 @@ def test_errors_count_each_kind(path, names):
     confusions = dict.fromkeys(names, PAPER_MATRIX)
     if "perfect" in names:
         confusions["perfect"] = np.diag([1, 2, 3])
-    figure = plot_errors(path, confusions, TITLE)
+    figure = plot_errors(path, TITLE, confusions)
     assert_readable(figure, path)
     (axes,) = figure.axes
     cells = np.array([text.get_text() for text in axes.texts]).reshape(6, -1)
@@ -535,7 +535,7 @@ def test_errors_count_each_kind(path, names):
 
 def test_the_same_data_give_the_same_bytes(tmp_path):
     for name in ("one.png", "two.png"):
-        plot_confusions(tmp_path / name, {"a": PAPER_MATRIX}, "A")
+        plot_confusions(tmp_path / name, "A", {"a": PAPER_MATRIX})
     one, two = (tmp_path / name for name in ("one.png", "two.png"))
     assert one.read_bytes() == two.read_bytes()
     assert sorted(tmp_path.iterdir()) == [one, two]

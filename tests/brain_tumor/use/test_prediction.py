@@ -573,12 +573,12 @@ def draw(path, shape=(32, 40), with_mask=True, count=5):
     mask[: (shape[0] + 1) // 2, : shape[1] // 2] = True
     return plot_prediction(
         path,
+        "SYNTHETIC: $\\frac{ " + "a long name of a file " * 8,
         image,
         heat,
         mask if with_mask else None,
         {"meningioma": 0.2, "glioma": 0.7, "pituitary": 0.1},
         [(image, f"this file: slice 306{i}\nmeningioma, cosine -0.123") for i in range(count)],
-        "SYNTHETIC: $\\frac{ " + "a long name of a file " * 8,
         f"This file is training slice 3064: its answer is no test.\n{'o' * 100}\n{NOTICE}",
     )
 
@@ -626,6 +626,6 @@ def title_of(artist):
 def test_an_empty_map_is_called_so(tmp_path):
     image, empty = np.random.default_rng(0).random((8, 8)), np.zeros((8, 8))
     figure = plot_prediction(
-        tmp_path / "figure.png", image, empty, None, {"glioma": 1.0}, [(image, "one")], "t", "n"
+        tmp_path / "figure.png", "t", image, empty, None, {"glioma": 1.0}, [(image, "one")], "n"
     )
     assert any(title_of(axes) == "Grad-CAM: empty" for axes in figure.findobj())

@@ -1,15 +1,15 @@
 """What the report's sections draw and state, from made-up answers; nothing is drawn here."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from examples.brain_tumor.evaluation.classifiers import Classification
-from examples.brain_tumor.report import further_sections, paper, paper_sections, reporting
-from examples.brain_tumor.report.document import Figure, Heading, Items, Paragraph, Table
-from examples.brain_tumor.report.reporting import Report
+from examples.brain_tumor.report import drawing, paper, reproduction_report, tables
+from examples.brain_tumor.report.reproduction_report import Report, write_reproduction_report
 from examples.brain_tumor.report.tables import TITLES
 from examples.brain_tumor.reproduction.plan import PAPER_LOSSES, PROPOSED, SWAPPED
 from tests.brain_tumor.report.made_results import (
@@ -47,22 +47,26 @@ def drawn(monkeypatch):
     def recorder(path, *arguments, **options):
         calls[path.stem] = (*arguments, *options.values())
 
-    for module in (paper_sections, further_sections):
-        for name in [name for name in vars(module) if name.startswith("plot_")]:
-            monkeypatch.setattr(module, name, recorder)
+    for name in [name for name in vars(drawing) if name.startswith("plot_")]:
+        monkeypatch.setattr(drawing, name, recorder)
     return calls
 
 
-def texts(blocks, kind=Paragraph):
-    return [block.text for block in blocks if isinstance(block, kind)]
+@pytest.fixture
+def written(drawn, monkeypatch, few_trees):
+    """Writes the report of a folder without drawing anything, and returns its Markdown."""
+    monkeypatch.setattr(drawing, "compute_tsne", lambda embeddings, seed: embeddings[:, :2])
+    monkeypatch.setattr(reproduction_report, "to_html", lambda title, text, folder: "")
+
+    def write(folder):
+        write_reproduction_report(folder)
+        return (folder / reproduction_report.REPORT).read_text()
+
+    return write
 
 
-def tables_of(blocks):
-    return [block for block in blocks if isinstance(block, Table)]
-
-
-def captions(blocks):
-    return {block.path.stem: block.caption for block in blocks if isinstance(block, Figure)}
+def headings(text):
+    return [line for line in text.splitlines() if line.startswith("#")]
 
 
 def confusion(folder, names):
@@ -84,43 +88,67 @@ def sides_of(report, training):
 
 def test_pictures_come_from_the_file_of_samples(tmp_path, drawn):
     folder = write_reproduction(tmp_path / "out", synthetic=True)
-    assert "figure1" not in captions(paper_sections.samples_and_pipeline(Report(folder)))
+    assert not drawing.samples(Report(folder))
     np.savez(folder / "samples.npz", **{"glioma axial": np.full((2, 2), 0.5)})
-    blocks = paper_sections.samples_and_pipeline(Report(folder))
-    pictures, title = drawn["figure1"]
+    assert drawing.samples(Report(folder))
+    assert drawing.pipeline(Report(folder))
+    title, pictures = drawn["figure1"]
     assert list(pictures) == [("glioma", "axial")]
     assert title.startswith("SYNTHETIC: ")
     assert drawn["figure2"] == ("SYNTHETIC: HSADML, as it was run", 32, False, 5.0, 30.0)
-    assert list(captions(blocks)) == ["figure1", "figure2"]
 
 
-def test_sections_about_the_paper_are_left_out_for_phantoms(phantoms, drawn):
-    assert paper_sections.golden(phantoms) == []
-    assert paper_sections.bars(phantoms) == []
-    assert further_sections.length(phantoms) == []
-    assert len(texts(paper_sections.deviations(phantoms), Heading)) == 1
-    assert drawn == {}
+def test_sections_about_the_paper_are_left_out_for_phantoms(phantoms, drawn, written):
+    text = written(phantoms.folder)
+    for absent in ("Validation of the metrics", "Figure 7", "Number of epochs", "Contradictions"):
+        assert absent not in text
+    assert all(one.split(" ", 1)[1].startswith("SYNTHETIC: ") for one in headings(text))
+    assert not {"figure7", "length"} & set(drawn)
 
 
-def test_the_golden_check_and_the_contradictions_are_printed_whole(report):
-    (table,) = tables_of(paper_sections.golden(report))
-    assert [row[1] for row in table.rows] == [" ".join(one[1]) for one in paper.golden_check()]
-    lists = [block for block in paper_sections.deviations(report) if isinstance(block, Items)]
-    assert [one.texts for one in lists] == [paper.DEVIATIONS, paper.CONTRADICTIONS]
+def test_the_report_of_real_slices_holds_every_section(folder, drawn, written):
+    text = written(folder)
+    assert [row[1] for row in tables.golden_table(paper.golden_check()).rows] == [
+        " ".join(one[1]) for one in paper.golden_check()
+    ]
+    assert str(tables.golden_table(paper.golden_check())) in text
+    for one in (*paper.DEVIATIONS, *paper.CONTRADICTIONS):
+        assert f"\n- {one}\n" in text
+    assert (
+        "\n- Ismael and Abdel-Qader 2018, statistical features: 91.90 %, tumour region given; "
+        "abstract, doi:10.1109/EIT.2018.8500308\n"
+    ) in text
+    assert set(drawn) == {
+        one.split("](figures/")[1].split(".png)")[0]
+        for one in text.splitlines()
+        if "](figures/" in one
+    }
+    assert "no patient identifiers" not in text
+    for file in ("slice", "patient"):
+        error = drawn[f"reliability-{file}"][-1]
+        (caption,) = re.findall(rf"^Reliability by {file}.*", text, re.MULTILINE)
+        assert f"calibration error {100 * error:.1f} %" in caption
+        assert "s = 30," in caption
 
 
 def test_each_of_the_papers_tables_has_its_rows(report):
-    made = tables_of(paper_sections.paper_tables(report))
+    r, rows = report.reproduction, paper.BY_TRAINING
+    made = [
+        tables.paper_table(r, tables.SPLITS, rows, ""),
+        tables.paper_table(r, tables.LOSSES, rows, ""),
+        tables.auc_table(r, tables.LOSSES),
+        tables.paper_table(r, tables.MARGINS, rows, ""),
+        tables.auc_table(r, tables.MARGINS),
+    ]
     names = [[row[0] for row in table.rows[::2]] for table in made]
     by_loss = [TITLES[one] for one in ("softmax", "modified-softmax", "triplet", PROPOSED)]
     by_margin = [TITLES[one] for one in ("sphereface-m4", "sphereface-m6", PROPOSED)]
     expected = [[TITLES[PROPOSED], TITLES[SWAPPED]], by_loss, by_loss, by_margin, by_margin]
-    assert names[:5] == expected
-    assert all(row[0] == "the paper" for table in made[:5] for row in table.rows[1::2])
-    assert made[5].header[0] == "against"
+    assert names == expected
+    assert all(row[0] == "the paper" for table in made for row in table.rows[1::2])
 
 
-def test_classifiers_of_every_seed_are_averaged(report, monkeypatch):
+def test_classifiers_of_every_seed_are_averaged(report, written, monkeypatch):
     asked = []
 
     def classify(report, result):
@@ -129,11 +157,12 @@ def test_classifiers_of_every_seed_are_averaged(report, monkeypatch):
         note = "Too good." if len(asked) == 1 else "another seed's"
         return [Classification("ours", f"k = {len(asked)}", truth, note)]
 
-    monkeypatch.setattr(paper_sections, "classifications", classify)
-    blocks = paper_sections.classifiers(report)
-    assert asked == [f"slice-{PROPOSED}-seed{seed}" for seed in range(3)]
-    assert tables_of(blocks)[0].rows[0][11] == "3"
-    assert blocks[-1] == Items(["ours: k = 1. Too good."])
+    monkeypatch.setattr(reproduction_report, "classifications", classify)
+    text = written(report.folder)
+    assert asked[:3] == [f"slice-{PROPOSED}-seed{seed}" for seed in range(3)]
+    (row,) = re.findall(r"^\| ours (?:.*\|){14}$", text, re.MULTILINE)
+    assert row.split("|")[12].strip() == "3"
+    assert "\n- ours: k = 1. Too good.\n\n" in text
 
 
 @pytest.mark.parametrize("split", ["slice", "patient"])
@@ -146,11 +175,11 @@ def test_answers_of_classifiers_are_made_once_and_from_the_runs_sides(
         calls.append((arguments, options))
         return [Classification("one", "set so", arguments[3], "a note")]
 
-    monkeypatch.setattr(reporting, "classify", classify)
+    monkeypatch.setattr(reproduction_report, "classify", classify)
     result = report.first(PROPOSED, split)
-    kept = result.folder / reporting.CLASSIFICATIONS
+    kept = result.folder / reproduction_report.CLASSIFICATIONS
     kept.unlink(missing_ok=True)
-    first, again = (reporting.classifications(report, result) for _ in range(2))
+    first, again = (reproduction_report.classifications(report, result) for _ in range(2))
     (((train, labels, test, truth), options),) = calls
     own, held = sides(result.run.settings.data)
     embeddings = np.load(result.folder / "embeddings.npy")
@@ -167,9 +196,9 @@ def test_answers_of_classifiers_are_made_once_and_from_the_runs_sides(
 
 
 def test_curves_and_matrices_are_those_of_seed_0(report, folder, drawn):
-    paper_sections.curves(report)
+    drawing.curves(report)
     trainings = [*PAPER_LOSSES, SWAPPED]
-    losses, matrices = drawn["figure3"][0], drawn["figure4"][0]
+    losses, matrices = drawn["figure3"][1], drawn["figure4"][1]
     assert list(losses) == list(matrices) == [TITLES[one] for one in trainings]
     for training in trainings:
         name = f"slice-{training}-seed0"
@@ -181,32 +210,29 @@ def test_curves_and_matrices_are_those_of_seed_0(report, folder, drawn):
 def test_embeddings_of_the_test_slices_are_shown_with_their_errors(
     report, folder, drawn, monkeypatch
 ):
-    monkeypatch.setattr(
-        paper_sections, "compute_tsne", lambda embeddings, seed: 2 * embeddings[:, :2]
-    )
+    monkeypatch.setattr(drawing, "compute_tsne", lambda embeddings, seed: 2 * embeddings[:, :2])
     for kept in folder.glob("runs/*/tsne.npy"):
         kept.unlink()
-    paper_sections.embeddings(report)
-    monkeypatch.delattr(paper_sections, "compute_tsne")  # the second time they are read back
-    paper_sections.embeddings(report)
-    assert list(drawn["figure5"][0]) == [
+    assert all(drawing.tsne(report, name) for name in ("figure5", "figure6"))
+    monkeypatch.delattr(drawing, "compute_tsne")  # the second time they are read back
+    assert all(drawing.tsne(report, name) for name in ("figure5", "figure6"))
+    assert list(drawn["figure5"][1]) == [
         TITLES[one] for one in ("softmax", "modified-softmax", "triplet", PROPOSED)
     ]
-    assert list(drawn["figure6"][0]) == [
+    assert list(drawn["figure6"][1]) == [
         TITLES[one] for one in ("sphereface-m4", "sphereface-m6", PROPOSED)
     ]
     _, test = sides_of(report, "triplet")
-    points, labels, wrong = drawn["figure5"][0][TITLES["triplet"]]
+    points, labels, wrong = drawn["figure5"][1][TITLES["triplet"]]
     own = np.load(folder / "runs/slice-triplet-seed0/embeddings.npy")[test]
     np.testing.assert_array_equal(points, 2 * own[:, :2])
     assert labels.tolist() == LABELS[test].tolist()
     assert wrong.tolist() == wrong_of(folder, "slice-triplet-seed0").tolist()
 
 
-def test_angles_to_the_own_centre_and_to_the_nearest_other(report, folder, drawn, monkeypatch):
-    monkeypatch.setattr(paper_sections, "compute_tsne", lambda embeddings, seed: embeddings[:, :2])
-    paper_sections.embeddings(report)
-    shown, _, shown_train, boundary = drawn["angles"]
+def test_angles_to_the_own_centre_and_to_the_nearest_other(report, folder, drawn):
+    drawing.angles(report)
+    _, shown, shown_train, boundary = drawn["angles"]
     every = np.load(folder / f"runs/slice-{PROPOSED}-seed0/angles.npy")
     train, test = sides_of(report, PROPOSED)
     for one, indices in ((shown, test), (shown_train, train)):
@@ -219,8 +245,8 @@ def test_angles_to_the_own_centre_and_to_the_nearest_other(report, folder, drawn
 
 
 def test_bars_are_means_with_their_intervals(report, folder, drawn):
-    blocks = paper_sections.bars(report)
-    by_slice, by_patient, theirs, *cited = drawn["figure7"][0]
+    drawing.bars(report)
+    by_slice, by_patient, theirs, *cited = drawn["figure7"][1]
     names = [f"slice-{PROPOSED}-seed{seed}" for seed in range(3)]
     for score, runs in ((by_slice, names), (by_patient, PROPOSED_FOLDS)):
         shares = [1 - wrong_of(folder, name).mean() for name in runs]
@@ -236,74 +262,57 @@ def test_bars_are_means_with_their_intervals(report, folder, drawn):
     ]
     assert {one.source for one in cited} == {"cited"}
     assert not all(one.verified for one in cited)  # Afshar's is hollow
-    (items,) = (block for block in blocks if isinstance(block, Items))
-    assert items.texts[1] == (
-        "Ismael and Abdel-Qader 2018, statistical features: 91.90 %, tumour region given; "
-        "abstract, doi:10.1109/EIT.2018.8500308"
-    )
 
 
 def test_how_sure_answers_are_is_softmax_at_the_trainings_scale(report, folder, drawn):
-    blocks = further_sections.scores(report)
+    drawing.scores(report, 30.0)
     for file, names in (("slice", [f"slice-{PROPOSED}-seed0"]), ("patient", PROPOSED_FOLDS)):
         every = [read_answers(folder, name) for name in names]
         truth, predicted, scores = (
             np.concatenate(part) for part in list(zip(*every, strict=True))[:3]
         )
         sure = np.exp(30 * scores) / np.exp(30 * scores).sum(1, keepdims=True)
-        np.testing.assert_array_equal(drawn[f"roc-{file}"][0], truth)
-        np.testing.assert_allclose(drawn[f"roc-{file}"][1], sure)
-        confidence, accuracy, count, error, _ = drawn[f"reliability-{file}"]
+        np.testing.assert_array_equal(drawn[f"roc-{file}"][-2], truth)
+        np.testing.assert_allclose(drawn[f"roc-{file}"][-1], sure)
+        _, confidence, accuracy, count, _ = drawn[f"reliability-{file}"]
         assert count.sum() == len(truth)
         assert np.nansum(confidence * count) == pytest.approx(sure.max(1).sum())
         assert np.nansum(accuracy * count) == pytest.approx((truth == predicted).sum())
-        assert f"calibration error {100 * error:.1f} %" in captions(blocks)[f"reliability-{file}"]
-        assert "s = 30," in captions(blocks)[f"reliability-{file}"]
 
 
 def test_by_patient_every_way_has_its_own_counts(report, folder, drawn):
-    blocks = further_sections.patients(report)
-    ways = drawn["slice-and-patient"][0][TITLES[PROPOSED]]
+    errors = drawing.by_patient(report)["errors"]
+    ways = drawn["slice-and-patient"][1][TITLES[PROPOSED]]
     shares = [1 - wrong_of(folder, f"slice-{PROPOSED}-seed0").mean()]
     wrong = np.concatenate([wrong_of(folder, name) for name in PROPOSED_FOLDS])
     assert [ways[name][0] for name in ("by slice", "by patient, slices")] == pytest.approx(
         [*shares, 1 - wrong.mean()]
     )
-    hits, total = further_sections.tables.votes(report.reproduction.select("patient", PROPOSED))
+    hits, total = tables.votes(report.reproduction.select("patient", PROPOSED))
     wilson = stats.binomtest(hits, total).proportion_ci(method="wilson")
     assert ways["by patient, votes"] == pytest.approx((hits / total, *wilson))
     wilson = stats.binomtest(int(30 * shares[0] + 0.5), 30).proportion_ci(method="wilson")
     assert ways["by slice"][1:] == pytest.approx(tuple(wilson))
-    matrices = drawn["errors"][0]
+    matrices = drawn["errors"][1]
     assert matrices["by slice, seed 0"].tolist() == confusion(folder, [f"slice-{PROPOSED}-seed0"])
     assert matrices["by patient, all folds"].tolist() == confusion(folder, PROPOSED_FOLDS)
-    assert not any("no patient identifiers" in text for text in texts(blocks))
 
     patients = np.concatenate([read_answers(folder, name)[3] for name in PROPOSED_FOLDS])
     found, counts = np.unique(patients[wrong], return_counts=True)
     worst = np.sort(counts)[::-1][:3].sum()  # of 30 patients
-    assert texts(blocks)[-1].startswith(
-        f"Errors come in clusters: {wrong.sum()} wrong slices lie with {len(found)} of 30 "
-        f"patients, and the worst tenth of all patients has {100 * worst / wrong.sum():.0f} % "
-    )
+    assert (errors["slices"], errors["patients"], errors["of"]) == (wrong.sum(), len(found), 30)
+    assert errors["share"] == pytest.approx(100 * worst / wrong.sum())
 
 
-def test_slices_without_patient_ids_are_reported(tmp_path, drawn):
+def test_slices_without_patient_ids_are_reported(tmp_path, written):
     folder = write_reproduction(tmp_path / "out")
     path = folder / "slices.csv"
     path.write_text(path.read_text().replace("P00", "fold1-run001"))
-    assert any(
-        "no patient identifiers" in text
-        for text in texts(further_sections.patients(Report(folder)))
-    )
+    assert "no patient identifiers" in written(folder)
 
 
-def test_networks_together_answer_by_the_nearest_in_all_their_embeddings(
-    report, folder, monkeypatch
-):
-    monkeypatch.setattr(further_sections, "classifications", lambda report, one: [None])
-    made = tables_of(further_sections.beyond(report))
-    joined = {row[0]: row[1] for row in made[2].rows if row[0].startswith("together")}
+def test_networks_together_answer_by_the_nearest_in_all_their_embeddings(report, folder):
+    joined = report.together("patient", report.with_embeddings("patient"))
     losses = {
         "together: m = 4, 5 and 6": ("sphereface-m4", PROPOSED, "sphereface-m6"),
         "together: the paper's six losses": tuple(PAPER_LOSSES),
@@ -320,61 +329,61 @@ def test_networks_together_answer_by_the_nearest_in_all_their_embeddings(
             train, test = np.flatnonzero(fold != FOLDS), np.flatnonzero(fold == FOLDS)
             nearest = train[squares[np.ix_(test, train)].argmin(1)]
             hits += (LABELS[nearest] == LABELS[test]).sum()
-        assert joined[name] == f"{100 * hits / len(NUMBERS):.2f}"
-    assert made[2].caption.startswith("By patient, on 5 of 5 folds")
-    assert made[3].caption.startswith("By slice, seed 0")
+        assert (joined[name].sum(), len(joined[name])) == (hits, len(NUMBERS))
 
 
-def test_networks_answer_together_only_where_all_of_them_are_finished(tmp_path, monkeypatch):
+def test_networks_answer_together_only_where_all_of_them_are_finished(tmp_path):
     lacking = "patient-sphereface-m4-fold3"
     report = Report(write_reproduction(tmp_path / "out", unfinished=(lacking,)))
-    monkeypatch.setattr(further_sections, "classifications", lambda report, one: [None])
-    by_patient, by_slice = tables_of(further_sections.beyond(report))[2:]
-    assert not any(row[0].startswith("together") for row in by_patient.rows)
-    assert sum(row[0].startswith("together") for row in by_slice.rows) == 2
+    assert report.together("patient", report.with_embeddings("patient")) == {}
+    assert len(report.together("slice", report.with_embeddings("slice")[:1])) == 2
 
 
 def test_lengths_are_of_seed_0_and_the_own_one_of_all_seeds(report, folder, drawn):
-    blocks = further_sections.length(report)
+    found = drawing.lengths(report)
     share = {
         name: 1 - wrong_of(folder, name).mean()
         for name in ("slice-2-epochs-seed0", "slice-8-epochs-seed0")
     }
     seeds = [1 - wrong_of(folder, f"slice-{PROPOSED}-seed{seed}").mean() for seed in range(3)]
-    runs, own, *_ = drawn["length"]
+    _, runs, own, *_ = drawn["length"]
     expected = {2: [share["slice-2-epochs-seed0"]], 4: seeds, 8: [share["slice-8-epochs-seed0"]]}
     assert list(runs) == [2, 4, 8]
     assert own == 4
     for epochs, shares in expected.items():
         assert runs[epochs] == pytest.approx(shares)
-    assert tables_of(blocks)[0].rows[1] == ["4", " ".join(f"{100 * one:.2f}" for one in seeds)]
+    assert tables.length_table(found).rows[1] == [
+        "4",
+        " ".join(f"{100 * one:.2f}" for one in seeds),
+    ]
 
 
-def test_speed_is_in_images_and_faults_in_a_table(tmp_path, monkeypatch):
+def test_speed_is_in_images_and_faults_in_a_table(tmp_path, written, monkeypatch):
     folder = write_reproduction(tmp_path / "out")
-    report = Report(folder)
-    assert further_sections.speed(report) == []
+    assert "images/s" not in written(folder)
     measured = {"step": 0.5, "floor": 0.4, "batch": 0.05, "batch_size": 20, "image_size": 32}
     where = {"device": "cpu", "threads": 1, "precision": "float32"}
     (folder / "speed.json").write_text(json.dumps({**measured, **where}))
     counts = tmp_path / "drills.json"
     counts.write_text(json.dumps({"a": {"tried": 7}, "b": {"lost": 0}}))
-    monkeypatch.setattr(further_sections, "DRILLS", counts)
-    (text,) = texts(further_sections.speed(report))
+    monkeypatch.setattr(tables, "DRILLS", counts)
+    text = written(folder)
     assert "a training step 40 images/s" in text
     assert "alone 50 images/s, a ratio of 1.250" in text
     assert "takes 10.0 % of a step" in text
-    epochs = sum(one.run.settings.training.epochs for one in report.reproduction.results)
+    results = Report(folder).reproduction.results
+    epochs = sum(one.run.settings.training.epochs for one in results)
     assert f"{1.5 * epochs / 3600:.2f} hours" in text
-    (table,) = tables_of(further_sections.faults(report))
+    table = tables.drill_table()
     assert table.header == ["drill", "tried", "lost"]
     assert table.rows == [["a", "7", "-"], ["b", "-", "0"]]
+    assert str(table) in text
 
 
 @pytest.mark.parametrize(
     ("interval", "shown"), [((0.6, 1.2), (0.6, 1.0)), ((np.nan, np.nan), None)]
 )
 def test_bars_end_where_accuracies_do(report, drawn, monkeypatch, interval, shown):
-    monkeypatch.setattr(paper_sections, "seed_interval", lambda accuracies: (0.9, interval))
-    paper_sections.bars(report)
-    assert drawn["figure7"][0][0].interval == shown
+    monkeypatch.setattr(drawing, "seed_interval", lambda accuracies: (0.9, interval))
+    drawing.bars(report)
+    assert drawn["figure7"][1][0].interval == shown
