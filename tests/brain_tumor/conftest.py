@@ -9,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from examples.brain_tumor.data.slices import SliceSet, Split
+from examples.brain_tumor.data.slices import SliceSet
+from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.evaluation import classifiers
 from examples.brain_tumor.settings import load_settings
 from examples.brain_tumor.training.loop import train

@@ -41,7 +41,7 @@ def fault(capsys, arguments):
     return captured.err
 
 
-def interrupt(monkeypatch, name="_finish_epoch"):
+def interrupt(monkeypatch, name="finish_epoch"):
     def stop(*arguments):
         raise KeyboardInterrupt
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from angular_losses import angle_between
 
-from ..data.slices import CLASS_NAMES, SliceSet, Split
+from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.splits import Split
 from ..errors import UserError
 from ..files import replacing
 from ..network.mobilenet import EmbeddingNetwork

@@ -35,16 +35,18 @@ import torch
 from ..data.matlab import ARCHIVE_SIZE
 from ..data.phantoms import PLANES_NAME
 from ..data.slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS, SliceSet, load_slices
+from ..data.splits import make_split
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate
 from ..files import PARTIAL, replacing
 from ..settings import Settings
 from ..training.checkpoint import epochs_done
-from ..training.loop import choose_precision, make_split, train
+from ..training.loop import train
 from ..training.run_folder import (
     METRICS,
     SETTINGS,
     append_rows,
+    choose_precision,
     describe_environment,
     locked,
     read_json,

@@ -15,8 +15,8 @@ import torch
 from ..data.slices import SliceSet
 from ..settings import Settings
 from ..training.augment import augment
-from ..training.checkpoint import TrainingState
-from ..training.loop import choose_precision, take_step
+from ..training.loop import start, take_step
+from ..training.run_folder import choose_precision
 
 ROUNDS = 15
 WARM_UP = 3
@@ -52,7 +52,7 @@ def measure_speed(settings: Settings, slices: SliceSet) -> Speed:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(settings.training.precision, device)
     random = torch.get_rng_state()
-    state = TrainingState.start(settings, device)
+    state = start(settings, device)
     images, labels = slices.images.to(device), slices.labels.to(device)
     size = min(settings.training.batch_size, len(labels))
     still = images[:size].float()

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import UserError
 from ..files import replacing
-from ..network.mobilenet import EmbeddingNetwork, load_imagenet_weights
+from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import make_loss
 from ..settings import NetworkSettings, Settings
 from .run_folder import CHECKPOINT
@@ -50,36 +50,6 @@ class TrainingState:
     average: AveragedModel | None
     generator: torch.Generator
     epoch: int = 0
-
-    @classmethod
-    def start(cls, settings: Settings, device: torch.device) -> "TrainingState":
-        """Return the state before the first step."""
-        torch.manual_seed(settings.training.seed)
-        network = make_network(settings.network)
-        if settings.network.weights:
-            load_imagenet_weights(network.backbone, Path(settings.network.weights))
-        network = network.to(device, memory_format=torch.channels_last)
-        loss = make_loss(settings.loss, settings.network.embedding_size).to(device)
-        training = settings.training
-        groups = [
-            {"params": list(network.backbone.parameters())},
-            # The class centres are the loss's own parameters: left out, they would never move.
-            {"params": [*network.output.parameters(), *loss.parameters()]},
-        ]
-        optimiser: torch.optim.Optimizer
-        if training.optimiser == "adamw":
-            decay = training.weight_decay
-            optimiser = torch.optim.AdamW(groups, weight_decay=decay, fused=True)
-        elif training.weight_decay:
-            raise UserError("--weight-decay: the paper's Adam has none; set --optimiser adamw")
-        else:
-            optimiser = torch.optim.Adam(groups, fused=True)
-        average = None
-        if training.ema:
-            blend = get_ema_multi_avg_fn(training.ema)
-            average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
-        generator = torch.Generator().manual_seed(training.seed)
-        return cls(network, loss, optimiser, training.backbone_rate, average, generator)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the next step."""

@@ -21,7 +21,8 @@ except ImportError:  # on Windows
 import numpy as np
 import torch
 
-from ..data.slices import CLASS_NAMES, SliceSet, Split
+from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.splits import Split
 from ..errors import UserError
 from ..files import PARTIAL, append_text, replacing
 from ..settings import (
@@ -163,6 +164,18 @@ def read_precision(folder: Path) -> torch.dtype:
         return names[read_json(path)["precision"]]
     except (KeyError, TypeError):
         raise UserError(f"{path}: no precision in it, expected {' or '.join(names)}") from None
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the data type of the network's arithmetic for a value of `precision`."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def describe_environment(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:

@@ -20,15 +20,8 @@ from examples.brain_tumor.data import reader
 from examples.brain_tumor.data import slices as slices_module
 from examples.brain_tumor.data.matlab import ARCHIVE_SIZE
 from examples.brain_tumor.data.reader import READER
-from examples.brain_tumor.data.slices import (
-    ARCHIVE_COUNTS,
-    CLASS_NAMES,
-    SliceSet,
-    load_slices,
-    paper_split,
-    patient_split,
-    read_slice,
-)
+from examples.brain_tumor.data.slices import CLASS_NAMES, SliceSet, load_slices, read_slice
+from examples.brain_tumor.data.splits import ARCHIVE_COUNTS, paper_split, patient_split
 from examples.brain_tumor.errors import UserError
 
 GRADIENT = np.arange(20 * 30).reshape(20, 30)  # (rows, columns) as MATLAB shows it

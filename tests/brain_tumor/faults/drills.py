@@ -23,13 +23,14 @@ except ImportError:  # on Windows
 import numpy as np
 import torch
 
-from examples.brain_tumor.data.slices import SliceSet, Split, write_cache
+from examples.brain_tumor.data.slices import SliceSet, write_cache
+from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import evaluate
 from examples.brain_tumor.files import PARTIAL
 from examples.brain_tumor.settings import load_settings
-from examples.brain_tumor.training.checkpoint import TrainingState, read_checkpoint
-from examples.brain_tumor.training.loop import train
+from examples.brain_tumor.training.checkpoint import read_checkpoint
+from examples.brain_tumor.training.loop import start, train
 from examples.brain_tumor.training.run_folder import (
     ANGLES,
     CHECKPOINT,
@@ -114,7 +115,7 @@ def killed_runs(folder: Path, kills: int = 20, seed: int = 0) -> Counts:
 def _kill_runs(folder: Path, kills: int, seed: int) -> Counts:
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU
-    TrainingState.start(TINY, torch.device("cpu"))  # what torch imports late, forks then have
+    start(TINY, torch.device("cpu"))  # what torch imports late, forks then have
     started = time.perf_counter()
     if not _run_ends(folder / "straight", LONGEST_RUN):
         raise RuntimeError("an undisturbed training does not end")
@@ -208,7 +209,7 @@ def full_disk(folder: Path) -> Counts:
 
 def _fill_disk(folder: Path) -> Counts:
     torch.set_num_threads(1)
-    state = TrainingState.start(TINY, torch.device("cpu"))
+    state = start(TINY, torch.device("cpu"))
     decoded = {"images": _tiny_slices().images.numpy()}
     writers: dict[str, Callable[[Path], None]] = {
         CHECKPOINT: lambda path: state.save(path.parent),

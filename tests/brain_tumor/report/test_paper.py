@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from examples.brain_tumor.data.slices import ARCHIVE_COUNTS, PAPER_TEST_COUNTS
+from examples.brain_tumor.data.splits import ARCHIVE_COUNTS, PAPER_TEST_COUNTS
 from examples.brain_tumor.evaluation.metrics import compute_metrics, metrics_row
 from examples.brain_tumor.report import paper
 from examples.brain_tumor.reproduction.plan import PAPER_LOSSES, SWAPPED

@@ -12,9 +12,9 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import load_settings, override_settings, read_settings
 from examples.brain_tumor.training import loop as training
-from examples.brain_tumor.training.checkpoint import TrainingState
-from examples.brain_tumor.training.loop import batch_bounds, choose_precision, learning_rate, train
-from examples.brain_tumor.training.run_folder import locked
+from examples.brain_tumor.training import progress
+from examples.brain_tumor.training.loop import batch_bounds, learning_rate, start, train
+from examples.brain_tumor.training.run_folder import choose_precision, locked
 
 CPU = torch.device("cpu")
 
@@ -109,8 +109,8 @@ def test_it_learns_the_blobs(tmp_path, tiny_settings, blobs, blob_split):
 
 def test_class_centres_are_trained(tiny_settings, blob_run):
     contents = torch.load(blob_run / "checkpoint.pt", weights_only=True)
-    start = TrainingState.start(tiny_settings, CPU).loss.weight
-    assert (contents["loss"]["weight"] - start).abs().min() > 1e-5
+    begun = start(tiny_settings, CPU).loss.weight
+    assert (contents["loss"]["weight"] - begun).abs().min() > 1e-5
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
@@ -217,7 +217,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(tiny_settings, trained, monkey
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be written: No space left"):
-        TrainingState.start(tiny_settings, CPU).save(trained)
+        start(tiny_settings, CPU).save(trained)
     assert (trained / "checkpoint.pt").read_bytes() == before
     assert not list(trained.glob("*.partial"))
 
@@ -307,7 +307,7 @@ def test_triplets_part_the_classes(tmp_path, tiny_settings, blobs, blob_split):
     settings = override_settings(tiny_settings, changed)
     train(settings, blobs, blob_split, tmp_path / "run")
     assert rows(tmp_path / "run" / "log.jsonl")[0]["accuracy"] is None
-    state = TrainingState.start(settings, CPU)
+    state = start(settings, CPU)
     before = parted(state.network, blobs)
     state.restore(tmp_path / "run")
     assert parted(state.network, blobs) > before + 0.3
@@ -340,8 +340,8 @@ def test_saving_takes_a_bounded_share_of_the_time(monkeypatch, tmp_path):
             saved.append(now[0])
             now[0] += 0.5
 
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    save = training._Saver(State(), tmp_path)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    save = progress.Saver(State(), tmp_path)
     for epoch in range(12):
         now[0] += 1
         save(last=epoch == 11)

@@ -11,20 +11,15 @@ from h5py import File
 from PIL import Image
 
 from examples.brain_tumor.data.crop import find_box
-from examples.brain_tumor.data.slices import (
-    ARCHIVE_COUNTS,
-    SliceSet,
-    paper_split,
-    resize,
-    validation_split,
-)
+from examples.brain_tumor.data.slices import SliceSet, resize
+from examples.brain_tumor.data.splits import ARCHIVE_COUNTS, paper_split, validation_split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate
 from examples.brain_tumor.network.objectives import make_loss
 from examples.brain_tumor.settings import LossSettings, load_settings, override_settings
 from examples.brain_tumor.training import loop as training
-from examples.brain_tumor.training.checkpoint import TrainingState, load_network, make_network
-from examples.brain_tumor.training.loop import learning_rate, train
+from examples.brain_tumor.training.checkpoint import load_network, make_network
+from examples.brain_tumor.training.loop import learning_rate, start, train
 from examples.brain_tumor.use import prediction as prediction_module
 from examples.brain_tumor.use.gradcam import grad_cam
 from examples.brain_tumor.use.prediction import predict
@@ -33,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def state_of(settings, **changes):
-    return TrainingState.start(override_settings(settings, changes), CPU)
+    return start(override_settings(settings, changes), CPU)
 
 
 def test_the_optimiser_is_the_one_that_is_asked_for(tiny_settings):

@@ -18,7 +18,8 @@ from matplotlib.text import Text
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from examples.brain_tumor.data.slices import CLASS_NAMES, Split
+from examples.brain_tumor.data.slices import CLASS_NAMES
+from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate
 from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
