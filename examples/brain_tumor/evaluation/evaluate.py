@@ -32,7 +32,7 @@ from ..training.run_folder import (
     write_json,
     write_text,
 )
-from .metrics import Metrics, compute_metrics, confusion_matrix
+from .metrics import Metrics, measure
 
 EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
 VIEWS = ((), (3,), (2,))  # the axes along which a view of (n, 1, size, size) is mirrored
@@ -242,8 +242,7 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
                 *(f"{score:.9g}" for score in scores[row]),
             ]
         )
-    confusion = confusion_matrix(labels[split.test].numpy(), predicted.numpy(), len(CLASS_NAMES))
-    return table.getvalue(), compute_metrics(confusion)
+    return table.getvalue(), measure(labels[split.test].numpy(), predicted.numpy())
 
 
 def _write_array(path: Path, values: Tensor) -> None:

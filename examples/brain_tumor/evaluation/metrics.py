@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+
+from ..data.slices import CLASS_NAMES
 
 COLUMNS = ("recall Me", "Gl", "Pt", "accuracy", "F1 Me", "Gl", "Pt", "macro", "micro", "MCC")
 
@@ -73,16 +74,9 @@ class Reliability(NamedTuple):
     error: float
 
 
-def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return counts (num_classes, num_classes); rows are the truth.
-
-    Args:
-        truth: (n,) labels, integers from 0.
-        predicted: (n,) labels.
-        num_classes: C.
-    """
-    pairs = np.asarray(truth) * num_classes + np.asarray(predicted)
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, -1)
+def measure(truth: np.ndarray, predicted: np.ndarray) -> Metrics:
+    """Return what answers (n,) are worth, given the truth (n,)."""
+    return compute_metrics(confusion_matrix(truth, predicted, labels=range(len(CLASS_NAMES))))
 
 
 def compute_metrics(confusion: np.ndarray) -> Metrics:
@@ -144,11 +138,8 @@ def score_auc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 def wilson_interval(hits: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the score interval of a proportion, which behaves near 0 and 1."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = hits / total
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    interval = stats.binomtest(hits, total).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:

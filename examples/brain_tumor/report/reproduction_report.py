@@ -23,7 +23,7 @@ from ..training.run_folder import (
     write_json,
     write_text,
 )
-from . import paper, tables
+from . import paper, records, tables
 from .page import to_html, to_markdown
 
 REPORT = "report.md"
@@ -66,6 +66,7 @@ def write_reproduction_report(folder: Path) -> Path:
         speed=read_json(folder / SPEED) if (folder / SPEED).is_file() else None,
         draw=drawing,
         tables=tables,
+        records=records,
         paper=paper,
         plan=plan,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from ..data.slices import CLASS_NAMES
 from ..errors import UserError
 from ..evaluation.evaluate import Predictions, read_predictions
-from ..evaluation.metrics import Metrics, compute_metrics, confusion_matrix, majority_vote
+from ..evaluation.metrics import Metrics, majority_vote, measure
 from ..settings import read_settings
 from ..training.run_folder import EMBEDDINGS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS, read_json
 from .plan import Budget, Run, plan_runs
@@ -165,9 +165,7 @@ def read_slice_table(folder: Path) -> SliceTable:
 
 def metrics_of(predictions: Predictions) -> Metrics:
     """Return what answers are worth, slice by slice."""
-    return compute_metrics(
-        confusion_matrix(predictions.truth, predictions.predicted, len(CLASS_NAMES))
-    )
+    return measure(predictions.truth, predictions.predicted)
 
 
 def pooled(parts: Iterable[Predictions]) -> Predictions:

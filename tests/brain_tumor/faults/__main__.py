@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from examples.brain_tumor.report.tables import DRILLS
+from examples.brain_tumor.report.records import DRILLS
 from examples.brain_tumor.training.run_folder import write_json
 
 from .drills import run_drills

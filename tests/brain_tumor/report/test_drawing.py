@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from examples.brain_tumor.evaluation.classifiers import Classification
-from examples.brain_tumor.report import drawing, paper, reproduction_report, tables
+from examples.brain_tumor.report import drawing, paper, records, reproduction_report, tables
 from examples.brain_tumor.report.reproduction_report import Report, write_reproduction_report
 from examples.brain_tumor.report.tables import TITLES
 from examples.brain_tumor.reproduction.plan import PAPER_LOSSES, PROPOSED, SWAPPED
@@ -352,7 +352,7 @@ def test_lengths_are_of_seed_0_and_the_own_one_of_all_seeds(report, folder, draw
     assert own == 4
     for epochs, shares in expected.items():
         assert runs[epochs] == pytest.approx(shares)
-    assert tables.length_table(found).rows[1] == [
+    assert records.length_table(found).rows[1] == [
         "4",
         " ".join(f"{100 * one:.2f}" for one in seeds),
     ]
@@ -366,7 +366,7 @@ def test_speed_is_in_images_and_faults_in_a_table(tmp_path, written, monkeypatch
     (folder / "speed.json").write_text(json.dumps({**measured, **where}))
     counts = tmp_path / "drills.json"
     counts.write_text(json.dumps({"a": {"tried": 7}, "b": {"lost": 0}}))
-    monkeypatch.setattr(tables, "DRILLS", counts)
+    monkeypatch.setattr(records, "DRILLS", counts)
     text = written(folder)
     assert "a training step 40 images/s" in text
     assert "alone 50 images/s, a ratio of 1.250" in text
@@ -374,7 +374,7 @@ def test_speed_is_in_images_and_faults_in_a_table(tmp_path, written, monkeypatch
     results = Report(folder).reproduction.results
     epochs = sum(one.run.settings.training.epochs for one in results)
     assert f"{1.5 * epochs / 3600:.2f} hours" in text
-    table = tables.drill_table()
+    table = records.drill_table()
     assert table.header == ["drill", "tried", "lost"]
     assert table.rows == [["a", "7", "-"], ["b", "-", "0"]]
     assert str(table) in text
