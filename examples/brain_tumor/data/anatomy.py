@@ -51,17 +51,11 @@ PLANES = {
 
 @dataclass(frozen=True)
 class Volume:
-    """Values on a regular grid in space.
+    """Values on a regular grid in space."""
 
-    Attributes:
-        values: (channels, x, y, z).
-        corner: Where the first voxel's centre lies, in mm.
-        spacing: Distance between neighbouring voxels, in mm.
-    """
-
-    values: torch.Tensor
-    corner: torch.Tensor
-    spacing: float
+    values: torch.Tensor  # (channels, x, y, z)
+    corner: torch.Tensor  # where the first voxel's centre lies, in mm
+    spacing: float  # distance between neighbouring voxels, in mm
 
     def at(self, points: torch.Tensor) -> torch.Tensor:
         """Interpolate at points (..., 3); outside the grid its faces go on.
@@ -103,19 +97,12 @@ def smooth_noise(
 
 @dataclass(frozen=True)
 class Tissue:
-    """What a head is made of at some points, each (...).
+    """What a head is made of at some points, each (...)."""
 
-    Attributes:
-        gray: Fraction of grey matter.
-        white: Fraction of white matter.
-        other: Intensity of everything that is not brain.
-        outside: Distance to the brain's convex surface in mm, negative inside.
-    """
-
-    gray: torch.Tensor
-    white: torch.Tensor
-    other: torch.Tensor
-    outside: torch.Tensor
+    gray: torch.Tensor  # fraction of grey matter
+    white: torch.Tensor  # fraction of white matter
+    other: torch.Tensor  # intensity of everything that is not brain
+    outside: torch.Tensor  # distance to the brain's convex surface in mm, negative inside
 
 
 class Head:

@@ -69,17 +69,11 @@ FILES = (
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download waits and how often it tries.
+    """How long a download waits and how often it tries."""
 
-    Attributes:
-        timeout: Seconds without a byte after which a connection is given up.
-        attempts: Connections in all.
-        pause: Seconds before the second one, doubled before each further one.
-    """
-
-    timeout: float = 30.0
-    attempts: int = 5
-    pause: float = 2.0
+    timeout: float = 30.0  # seconds without a byte after which a connection is given up
+    attempts: int = 5  # connections in all
+    pause: float = 2.0  # seconds before the second one, doubled before each further one
 
 
 PATIENCE = Patience()

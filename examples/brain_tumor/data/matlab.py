@@ -26,21 +26,13 @@ FIELDS = {  # of a slice, and the most numbers that each may hold
 
 @dataclass(frozen=True)
 class Slice:
-    """One file of the archive.
+    """One file of the archive."""
 
-    Attributes:
-        image: (h, w) float32, the stored intensities.
-        label: 0 meningioma, 1 glioma, 2 pituitary tumour.
-        patient: The patient's id.
-        border: (k, 2) x and y in pixels from 0 of points around the tumour.
-        mask: (h, w) booleans, true inside the tumour.
-    """
-
-    image: np.ndarray
-    label: int
-    patient: str
-    border: np.ndarray
-    mask: np.ndarray
+    image: np.ndarray  # (h, w) float32, the stored intensities
+    label: int  # 0 meningioma, 1 glioma, 2 pituitary tumour
+    patient: str  # the patient's id
+    border: np.ndarray  # (k, 2) x and y in pixels from 0 of points around the tumour
+    mask: np.ndarray  # (h, w) booleans, true inside the tumour
 
 
 def read_slice(path: Path) -> Slice:

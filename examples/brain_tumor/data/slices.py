@@ -37,24 +37,15 @@ CACHE_FORMAT = 2  # to be raised whenever decoding changes
 
 @dataclass(frozen=True)
 class SliceSet:
-    """All slices of a folder, decoded.
+    """All slices of a folder, decoded."""
 
-    Attributes:
-        images: (n, 1, size, size) float16, each image scaled to [0, 1].
-        labels: (n,) indices into `CLASS_NAMES`.
-        numbers: The slices' numbers, ascending: 12 for 12.mat.
-        patients: The patients' ids.
-        folds: (n,) folds 1 to 5 of cvind.mat, or None where there is no such file.
-        synthetic: True for phantoms.
-        digest: SHA-256 of the images as they were read, whatever they were cut and resized to.
-    """
-
-    images: Tensor
-    labels: Tensor
-    numbers: list[int]
-    patients: list[str]
-    folds: Tensor | None
-    synthetic: bool
+    images: Tensor  # (n, 1, size, size) float16, each image scaled to [0, 1]
+    labels: Tensor  # (n,) indices into `CLASS_NAMES`
+    numbers: list[int]  # the slices' numbers, ascending: 12 for 12.mat
+    patients: list[str]  # the patients' ids
+    folds: Tensor | None  # (n,) folds 1 to 5 of cvind.mat, or None where there is no such file
+    synthetic: bool  # true for phantoms
+    # SHA-256 of the images as they were read, whatever they were cut and resized to
     digest: str = ""
 
 

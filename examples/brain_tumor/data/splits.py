@@ -19,19 +19,12 @@ VALIDATION_FRACTION = 0.1  # of the paper split's training side
 
 @dataclass(frozen=True)
 class Split:
-    """Which slices are trained on and which are tested on.
+    """Which slices are trained on and which are tested on."""
 
-    Attributes:
-        train: Indices into a `SliceSet`, ascending.
-        test: The same.
-        name: Of the setting `split`.
-        description: A sentence for the report.
-    """
-
-    train: Tensor
-    test: Tensor
-    name: str
-    description: str
+    train: Tensor  # indices into a `SliceSet`, ascending
+    test: Tensor  # the same
+    name: str  # of the setting `split`
+    description: str  # a sentence for the report
 
 
 def make_split(settings: DataSettings, slices: SliceSet) -> Split:

@@ -17,19 +17,12 @@ TREES = 400  # of the random forest
 
 @dataclass(frozen=True)
 class Classification:
-    """A classifier's answers.
+    """A classifier's answers."""
 
-    Attributes:
-        name: What tables call it.
-        settings: How it was set, to be printed.
-        predicted: (n,) labels.
-        note: What else must be said; may be empty.
-    """
-
-    name: str
-    settings: str
-    predicted: np.ndarray
-    note: str = ""
+    name: str  # what tables call it
+    settings: str  # how it was set, to be printed
+    predicted: np.ndarray  # (n,) labels
+    note: str = ""  # what else must be said; may be empty
 
 
 def classify(

@@ -40,20 +40,13 @@ VIEWS = ((), (3,), (2,))  # the axes along which a view of (n, 1, size, size) is
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The answers for the test slices, ascending by number.
+    """The answers for the test slices, ascending by number."""
 
-    Attributes:
-        numbers: (n,) the slices' numbers.
-        patients: (n,) the patients' ids.
-        truth: (n,) labels.
-        predicted: (n,) labels: the class of the nearest training slice.
-        scores: (n, C) for each class the cosine to its nearest training slice; the largest wins.
-    """
-
-    numbers: np.ndarray
-    patients: np.ndarray
-    truth: np.ndarray
-    predicted: np.ndarray
+    numbers: np.ndarray  # (n,) the slices' numbers
+    patients: np.ndarray  # (n,) the patients' ids
+    truth: np.ndarray  # (n,) labels
+    predicted: np.ndarray  # (n,) labels: the class of the nearest training slice
+    # (n, C) for each class the cosine to its nearest training slice; the largest wins
     scores: np.ndarray
 
 

@@ -16,62 +16,38 @@ COLUMNS = ("recall Me", "Gl", "Pt", "accuracy", "F1 Me", "Gl", "Pt", "macro", "m
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What a confusion matrix says; per class in the order of CLASS_NAMES.
+    """What a confusion matrix says; per class in the order of CLASS_NAMES."""
 
-    Attributes:
-        confusion: Counts, rows are the truth and columns the prediction.
-        accuracy: The share of slices classified correctly, in [0, 1].
-        accuracy_interval: Its Wilson 95 % interval, which takes the slices for independent.
-        recall: Per class; what the paper calls a class's accuracy.
-        precision: Per class.
-        f1: Per class.
-        f1_macro: The mean of the classes' F1.
-        f1_micro: F1 of the pooled counts, which is the accuracy when every slice has one class.
-        mcc: Matthews' correlation for many classes (R_K).
-        label_auc: Per class (TPR + TNR) / 2 of the class against the rest: the area under the ROC
-            "curve" of hard labels, which has one corner. It is what the paper calls AUC.
-    """
-
-    confusion: list[list[int]]
-    accuracy: float
+    confusion: list[list[int]]  # counts, rows are the truth and columns the prediction
+    accuracy: float  # the share of slices classified correctly, in [0, 1]
+    # its Wilson 95 % interval, which takes the slices for independent
     accuracy_interval: tuple[float, float]
-    recall: list[float]
-    precision: list[float]
-    f1: list[float]
-    f1_macro: float
-    f1_micro: float
-    mcc: float
+    recall: list[float]  # per class; what the paper calls a class's accuracy
+    precision: list[float]  # per class
+    f1: list[float]  # per class
+    f1_macro: float  # the mean of the classes' F1
+    f1_micro: float  # F1 of the pooled counts, which is the accuracy when every slice has one class
+    mcc: float  # Matthews' correlation for many classes (R_K)
+    # per class (TPR + TNR) / 2 of the class against the rest: the area under the ROC "curve"
+    # of hard labels, which has one corner. It is what the paper calls AUC.
     label_auc: list[float]
 
 
 class McNemar(NamedTuple):
-    """How two classifiers differ on the same slices.
+    """How two classifiers differ on the same slices."""
 
-    Attributes:
-        only_first: Slices that only the first got right.
-        only_second: Slices that only the second got right.
-        p: Exact two-sided probability of a difference at least as large by chance.
-    """
-
-    only_first: int
-    only_second: int
-    p: float
+    only_first: int  # slices that only the first got right
+    only_second: int  # slices that only the second got right
+    p: float  # exact two-sided probability of a difference at least as large by chance
 
 
 class Reliability(NamedTuple):
-    """Accuracy against confidence, in bins of equal width.
+    """Accuracy against confidence, in bins of equal width."""
 
-    Attributes:
-        confidence: (bins,) mean confidence; NaN in empty bins.
-        accuracy: (bins,) share of right answers; NaN in empty bins.
-        count: (bins,) number of slices.
-        error: The expected calibration error, in [0, 1].
-    """
-
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    count: np.ndarray
-    error: float
+    confidence: np.ndarray  # (bins,) mean confidence; NaN in empty bins
+    accuracy: np.ndarray  # (bins,) share of right answers; NaN in empty bins
+    count: np.ndarray  # (bins,) number of slices
+    error: float  # the expected calibration error, in [0, 1]
 
 
 def measure(truth: np.ndarray, predicted: np.ndarray) -> Metrics:

@@ -32,19 +32,12 @@ MARGIN = {"color": COLOURS[3], "linestyle": "-.", "linewidth": 1.5}
 
 
 class Angles(NamedTuple):
-    """Where embeddings lie between the class centres, in radians.
+    """Where embeddings lie between the class centres, in radians."""
 
-    Attributes:
-        target: (n,) angle to the centre of the own class.
-        other: (n,) angle to the nearest centre of another class.
-        labels: (n,) indices into `CLASS_NAMES`.
-        wrong: (n,) which are misclassified.
-    """
-
-    target: np.ndarray
-    other: np.ndarray
-    labels: np.ndarray
-    wrong: np.ndarray
+    target: np.ndarray  # (n,) angle to the centre of the own class
+    other: np.ndarray  # (n,) angle to the nearest centre of another class
+    labels: np.ndarray  # (n,) indices into `CLASS_NAMES`
+    wrong: np.ndarray  # (n,) which are misclassified
 
 
 @saved

@@ -27,20 +27,13 @@ DEVIATIONS, CONTRADICTIONS = _PAPER["deviations"], _PAPER["contradictions"]
 
 @dataclass(frozen=True)
 class Cited:
-    """An accuracy on this data set that other authors give.
+    """An accuracy on this data set that other authors give."""
 
-    Attributes:
-        name: The method.
-        accuracy: From 0 to 1.
-        protocol: How it was tested.
-        source: Where it was published.
-        verified: Whether the number was read in the authors' own abstract; else it is from memory.
-    """
-
-    name: str
-    accuracy: float
-    protocol: str
-    source: str
+    name: str  # the method
+    accuracy: float  # from 0 to 1
+    protocol: str  # how it was tested
+    source: str  # where it was published
+    # whether the number was read in the authors' own abstract; else it is from memory
     verified: bool
 
 
@@ -48,19 +41,12 @@ CITED = tuple(Cited(**one) for one in _PAPER["cited"])
 
 
 class Golden(NamedTuple):
-    """A row of the paper's beside what our metrics make of its counts.
+    """A row of the paper's beside what our metrics make of its counts."""
 
-    Attributes:
-        name: The training or classifier, and whether the cells are AUCs.
-        printed: The paper's cells.
-        ours: Of the counts.
-        explanation: Why they differ; empty where they do not.
-    """
-
-    name: str
-    printed: list[str]
-    ours: list[str]
-    explanation: str
+    name: str  # the training or classifier, and whether the cells are AUCs
+    printed: list[str]  # the paper's cells
+    ours: list[str]  # of the counts
+    explanation: str  # why they differ; empty where they do not
 
 
 def golden_check() -> list[Golden]:

@@ -41,21 +41,13 @@ class Embedded(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """One row of figure 7.
+    """One row of figure 7."""
 
-    Attributes:
-        label: The method and how it was tested.
-        accuracy: From 0 to 1.
-        interval: Its ends, from 0 to 1, if known.
-        source: A key of `SOURCES`.
-        verified: Whether the number was read in its own source; drawn hollow if not.
-    """
-
-    label: str
-    accuracy: float
-    interval: tuple[float, float] | None = None
-    source: str = "ours"
-    verified: bool = True
+    label: str  # the method and how it was tested
+    accuracy: float  # from 0 to 1
+    interval: tuple[float, float] | None = None  # its ends, from 0 to 1, if known
+    source: str = "ours"  # a key of `SOURCES`
+    verified: bool = True  # whether the number was read in its own source; drawn hollow if not
 
 
 SOURCES = {

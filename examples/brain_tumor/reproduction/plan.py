@@ -64,31 +64,19 @@ DEVELOPMENT_FOLD = 5  # of patients: settings were chosen on it, so its figure i
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much is spent on a reproduction, and on what.
+    """How much is spent on a reproduction, and on what."""
 
-    Attributes:
-        name: What the command line calls it.
-        preset: The settings of each training.
-        changes: Settings in place of the preset's.
-        seeds: Of the proposed training by slice; each seed draws its own split.
-        swapped_seeds: Of the same with the sides exchanged, 30-70.
-        other_seeds: Of the other losses by slice.
-        folds: On which folds of patients what goes beyond the paper is tried.
-        larger_size: The size of the variant with larger images.
-        lengths: Multiples of the epochs for the curve of accuracy against length.
-        comparisons: Also train by the paper's own recipe, as many epochs as the others, and all
-            that the settings were chosen from.
-    """
-
-    name: str
-    preset: str
-    changes: Mapping[str, object]
-    seeds: int
-    swapped_seeds: int
-    other_seeds: int
-    folds: int
-    larger_size: int
-    lengths: tuple[float, ...]
+    name: str  # what the command line calls it
+    preset: str  # the settings of each training
+    changes: Mapping[str, object]  # settings in place of the preset's
+    seeds: int  # of the proposed training by slice; each seed draws its own split
+    swapped_seeds: int  # of the same with the sides exchanged, 30-70
+    other_seeds: int  # of the other losses by slice
+    folds: int  # on which folds of patients what goes beyond the paper is tried
+    larger_size: int  # the size of the variant with larger images
+    lengths: tuple[float, ...]  # multiples of the epochs for the curve of accuracy against length
+    # also train by the paper's own recipe, as many epochs as the others, and all that the
+    # settings were chosen from
     comparisons: bool = False
 
     def settings(self, weights: Path | None) -> Settings:
@@ -114,20 +102,14 @@ BUDGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training of the plan.
+    """A training of the plan."""
 
-    Attributes:
-        name: Of its folder.
-        group: "slice", "patient", "beyond-slice", "beyond-patient", "variant", "length",
-            "paper-slice", "paper-patient", "search-slice" or "search-patient".
-        training: What the tables call it.
-        settings: Its settings.
-    """
-
-    name: str
+    name: str  # of its folder
+    # "slice", "patient", "beyond-slice", "beyond-patient", "variant", "length",
+    # "paper-slice", "paper-patient", "search-slice" or "search-patient"
     group: str
-    training: str
-    settings: Settings
+    training: str  # what the tables call it
+    settings: Settings  # its settings
 
 
 def plan_runs(budget: Budget, weights: Path | None) -> list[Run]:

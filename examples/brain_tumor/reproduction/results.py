@@ -21,15 +21,10 @@ from .running import REPRODUCTION, RUNS, SLICES, is_finished
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run of a plan.
+    """A finished run of a plan."""
 
-    Attributes:
-        run: What was planned.
-        folder: Where it lies.
-    """
-
-    run: Run
-    folder: Path
+    run: Run  # what was planned
+    folder: Path  # where it lies
 
     @cached_property
     def predictions(self) -> Predictions:
@@ -64,19 +59,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """All that a reproduction's folder holds.
+    """All that a reproduction's folder holds."""
 
-    Attributes:
-        folder: Where it lies.
-        description: What it was made from: budget, data, weights.
-        results: Of the runs that are finished, in the plan's order.
-        missing: Names of those that are not.
-    """
-
-    folder: Path
-    description: dict[str, Any]
-    results: Sequence[Result]
-    missing: Sequence[str]
+    folder: Path  # where it lies
+    description: dict[str, Any]  # what it was made from: budget, data, weights
+    results: Sequence[Result]  # of the runs that are finished, in the plan's order
+    missing: Sequence[str]  # names of those that are not
 
     @property
     def synthetic(self) -> bool:
@@ -124,17 +112,11 @@ def read_reproduction(folder: Path) -> Reproduction:
 
 @dataclasses.dataclass(frozen=True)
 class SliceTable:
-    """What is known of every slice, in the order of the runs' embeddings.
+    """What is known of every slice, in the order of the runs' embeddings."""
 
-    Attributes:
-        numbers: (n,) ascending.
-        labels: (n,).
-        patients: (n,) their ids.
-    """
-
-    numbers: np.ndarray
-    labels: np.ndarray
-    patients: np.ndarray
+    numbers: np.ndarray  # (n,) ascending
+    labels: np.ndarray  # (n,)
+    patients: np.ndarray  # (n,) their ids
 
     @property
     def patients_unknown(self) -> bool:

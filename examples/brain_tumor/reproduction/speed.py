@@ -24,27 +24,16 @@ WARM_UP = 3
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Medians of a training's parts.
+    """Medians of a training's parts."""
 
-    Attributes:
-        device: Of the measurement.
-        threads: Of the CPU.
-        precision: Of the network's arithmetic.
-        image_size: Side of the images in pixels.
-        batch_size: Images in a step.
-        step: Seconds of a whole step: batch, network, loss, optimiser, measures.
-        floor: Seconds of the network's forward and backward pass on a batch that is there.
-        batch: Seconds of making a batch.
-    """
-
-    device: str
-    threads: int
-    precision: str
-    image_size: int
-    batch_size: int
-    step: float
-    floor: float
-    batch: float
+    device: str  # of the measurement
+    threads: int  # of the CPU
+    precision: str  # of the network's arithmetic
+    image_size: int  # side of the images in pixels
+    batch_size: int  # images in a step
+    step: float  # seconds of a whole step: batch, network, loss, optimiser, measures
+    floor: float  # seconds of the network's forward and backward pass on a batch that is there
+    batch: float  # seconds of making a batch
 
 
 def measure_speed(settings: Settings, slices: SliceSet) -> Speed:

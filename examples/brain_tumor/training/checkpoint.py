@@ -31,25 +31,17 @@ def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
 
 @dataclasses.dataclass
 class TrainingState:
-    """All that changes while training, which is all that a checkpoint holds.
+    """All that changes while training, which is all that a checkpoint holds."""
 
-    Attributes:
-        network: The embedding network.
-        loss: The loss, with its class centres and its annealing, if it has them.
-        optimiser: Adam or AdamW on the parameters of both: first MobileNet's, then the others.
-        backbone_rate: MobileNet's share of the learning rate.
-        average: The moving average of the network, BatchNorm's statistics included, or None.
-        generator: On the CPU, for augmentation; order and dropout use torch's own.
-        epoch: How many are done.
-    """
-
-    network: EmbeddingNetwork
-    loss: nn.Module
+    network: EmbeddingNetwork  # the embedding network
+    loss: nn.Module  # the loss, with its class centres and its annealing, if it has them
+    # Adam or AdamW on the parameters of both: first MobileNet's, then the others
     optimiser: torch.optim.Optimizer
-    backbone_rate: float
+    backbone_rate: float  # mobileNet's share of the learning rate
+    # the moving average of the network, BatchNorm's statistics included, or None
     average: AveragedModel | None
-    generator: torch.Generator
-    epoch: int = 0
+    generator: torch.Generator  # on the CPU, for augmentation; order and dropout use torch's own
+    epoch: int = 0  # how many are done
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the next step."""

@@ -13,18 +13,15 @@ from ..network.mobilenet import EmbeddingNetwork
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a heat map lies on a tumour.
+    """How much of a heat map lies on a tumour."""
 
-    Attributes:
-        heat_inside: Share of the map's heat inside the mask, from 0 to 1: the energy-based pointing
-            game (Wang et al., Score-CAM, 2020, arXiv:1910.01279).
-        area_inside: Share of the slice's area that the mask takes, which is what chance would give.
-        hottest_inside: Whether the hottest point lies in the mask: the pointing game (Zhang et al.,
-            Top-down Neural Attention by Excitation Backprop, 2016, arXiv:1608.00507).
-    """
-
+    # share of the map's heat inside the mask, from 0 to 1: the energy-based pointing game
+    # (Wang et al., Score-CAM, 2020, arXiv:1910.01279)
     heat_inside: float
+    # share of the slice's area that the mask takes, which is what chance would give
     area_inside: float
+    # whether the hottest point lies in the mask: the pointing game (Zhang et al., Top-down
+    # Neural Attention by Excitation Backprop, 2016, arXiv:1608.00507)
     hottest_inside: bool
 
 

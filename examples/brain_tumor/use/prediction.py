@@ -38,33 +38,19 @@ LONGEST_NAME = 80  # letters of a file's name that its picture's name keeps
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A run's network and the training slices that its answers come from.
+    """A run's network and the training slices that its answers come from."""
 
-    Attributes:
-        name: The run's.
-        network: In eval mode.
-        epoch: How many it was trained for.
-        precision: Of the network's arithmetic.
-        scale: The loss's, which turns cosines into logits.
-        crop: What is cut out of a slice.
-        views: How many views of a slice are averaged.
-        slices: All of them.
-        train: (k,) indices of the training slices.
-        embeddings: (k, d) theirs, L2-normalised.
-        labels: (k,) theirs.
-    """
-
-    name: str
-    network: EmbeddingNetwork
-    epoch: int
-    precision: torch.dtype
-    scale: float
-    crop: str
-    views: int
-    slices: SliceSet
-    train: Tensor
-    embeddings: Tensor
-    labels: Tensor
+    name: str  # the run's
+    network: EmbeddingNetwork  # in eval mode
+    epoch: int  # how many it was trained for
+    precision: torch.dtype  # of the network's arithmetic
+    scale: float  # the loss's, which turns cosines into logits
+    crop: str  # what is cut out of a slice
+    views: int  # how many views of a slice are averaged
+    slices: SliceSet  # all of them
+    train: Tensor  # (k,) indices of the training slices
+    embeddings: Tensor  # (k, d) theirs, L2-normalised
+    labels: Tensor  # (k,) theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,31 +64,20 @@ class Neighbour:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The answer for one file.
+    """The answer for one file."""
 
-    Attributes:
-        file: As it was named.
-        synthetic: Whether the training slices are phantoms.
-        predicted: The class of the nearest training slice.
-        probabilities: For each class softmax(scale * cosine to its nearest training slice).
-        truth: The class that the file itself states, if it does.
-        itself: The number of the training slice that the file is, if it is one.
-        neighbours: The nearest training slices, the nearest first.
-        empty_map: Whether the Grad-CAM is empty: all features speak against the answer.
-        overlap: How much of the Grad-CAM lies in the tumour mask, where both are there.
-        picture: The file name of the figure.
-    """
-
-    file: str
-    synthetic: bool
-    predicted: str
+    file: str  # as it was named
+    synthetic: bool  # whether the training slices are phantoms
+    predicted: str  # the class of the nearest training slice
+    # for each class softmax(scale * cosine to its nearest training slice)
     probabilities: dict[str, float]
-    truth: str | None
-    itself: int | None
-    neighbours: list[Neighbour]
-    empty_map: bool
+    truth: str | None  # the class that the file itself states, if it does
+    itself: int | None  # the number of the training slice that the file is, if it is one
+    neighbours: list[Neighbour]  # the nearest training slices, the nearest first
+    empty_map: bool  # whether the Grad-CAM is empty: all features speak against the answer
+    # how much of the Grad-CAM lies in the tumour mask, where both are there
     overlap: Overlap | None
-    picture: str
+    picture: str  # the file name of the figure
 
 
 def predict(
