@@ -99,7 +99,7 @@ def test_answers_are_those_of_the_evaluation(tmp_path, run, scaled, drawn):
         assert answer.truth == row["truth"]
         assert answer.itself is None
         assert answer.neighbours[0].number == int(row["nearest_training_slice"])
-        assert answer.neighbours[0].cosine == pytest.approx(float(row["cosine"]), abs=1e-5)
+        assert answer.neighbours[0].cosine == pytest.approx(float(row["cosine"]), abs=1e-4)
         weights = np.exp([30 * float(row[f"score_{name}"]) for name in CLASS_NAMES])
         shares = dict(zip(CLASS_NAMES, weights / weights.sum(), strict=True))
         assert answer.probabilities == pytest.approx(shares, abs=1e-4)
@@ -115,7 +115,7 @@ def test_the_neighbours_are_sklearns(tmp_path, run, scaled, drawn):
     assert [one.number for one in found] == (rows[0] + 1).tolist()
     assert [one.label for one in found] == [CLASS_NAMES[labels[row]] for row in rows[0]]
     cosines = [one.cosine for one in found]
-    assert cosines == pytest.approx((1 - distances[0] ** 2 / 2).tolist(), abs=1e-5)
+    assert cosines == pytest.approx((1 - distances[0] ** 2 / 2).tolist(), abs=1e-4)
 
 
 def test_a_training_slice_is_told_from_all_others(tmp_path, run, scaled, drawn):
@@ -201,8 +201,8 @@ def test_slices_of_patients_are_not_called_synthetic(
     real = dataclasses.replace(scaled, synthetic=False)
     train(tiny_settings, real, blob_split, tmp_path / "run")
     answers, _ = predict(tmp_path / "run", [write_mat(tmp_path, real, 16)], real, tmp_path / "out")
-    (_, words), answer = drawn[0], answers[0]
-    assert words["title"] == f"17.mat: {answer.predicted} (the file says glioma)"
+    ((_, title, *_), words), answer = drawn[0], answers[0]
+    assert title == f"17.mat: {answer.predicted} (the file says glioma)"
     assert NOTICE in words["notes"]
     assert "SYNTHETIC" not in describe_prediction(answer)
 
@@ -210,13 +210,13 @@ def test_slices_of_patients_are_not_called_synthetic(
 def test_a_file_is_shown_with_its_mark(tmp_path, run, scaled, drawn):
     file = write_mat(tmp_path, scaled, 2)
     answer = predict(run, [file], scaled, tmp_path / "out")[0][0]
-    (_, image, heat, mask, shares, neighbours), words = drawn[0]
+    (_, title, image, heat, mask, shares, neighbours), words = drawn[0]
     pixels = scaled.images[2, 0].float().numpy()
     np.testing.assert_array_equal(image, pixels)
     np.testing.assert_array_equal(mask, pixels > 0.6)
     assert heat.shape == image.shape
     assert shares == answer.probabilities
-    assert words["title"].startswith("SYNTHETIC: 3.mat: ")
+    assert title.startswith("SYNTHETIC: 3.mat: ")
     assert "This file is training slice 3" in words["notes"]
     assert NOTICE in words["notes"]
     np.testing.assert_array_equal(neighbours[0][0], pixels)
