@@ -47,10 +47,8 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
     Where a set has the archive's class sizes, the test side has the paper's 217 meningiomas, 422
     gliomas and 281 pituitary tumours; elsewhere 30 % of each class.
 
-    Args:
-        slices: The slices.
-        seed: Decides which slices are drawn.
-        swap: Exchange the sides, as the paper does for its 30-70 experiment.
+    The seed decides which slices are drawn; `swap` exchanges the sides, as the paper does for its
+    30-70 experiment.
 
     Raises:
         UserError: A class is too small for both training and test set.
@@ -77,11 +75,7 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
 def validation_split(slices: SliceSet, seed: int) -> Split:
     """Split the training side of `paper_split` again: a tenth of each class to choose settings by.
 
-    The paper's test side is on neither side.
-
-    Args:
-        slices: The slices.
-        seed: Decides both draws.
+    The paper's test side is on neither side. The seed decides both draws.
 
     Raises:
         UserError: A class is too small for both training and test set.
@@ -121,11 +115,8 @@ def _split(name: str, test: Tensor, description: str) -> Split:
 def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) -> Split:
     """Split patient by patient: test on one fold of patients, train on the other four.
 
-    Args:
-        slices: The slices; where they come without folds, their patients are dealt to folds.
-        fold: The fold to test on, 1 to 5.
-        seed: Decides how patients are dealt; the archive's own folds do not depend on it.
-        swap: Exchange the sides: train on the one fold and test on the other four.
+    Slices without folds have their patients dealt to folds, as the seed decides; the archive's own
+    folds do not depend on it. `swap` exchanges the sides: train on one fold, test on four.
 
     Raises:
         UserError: The fold is empty, has all slices of a class, or shares a patient with another.

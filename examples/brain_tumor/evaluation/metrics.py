@@ -95,14 +95,10 @@ def _label_auc(confusion: np.ndarray, label: int) -> float:
 
 
 def score_auc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return each class's area under the ROC curve against the rest.
+    """Return each class's area (C,) under the ROC curve against the rest.
 
-    Args:
-        truth: (n,) labels.
-        scores: (n, C), the higher the surer of that class.
-
-    Returns:
-        (C,); NaN for a class without cases, or without others.
+    Of labels (n,) and scores (n, C), the higher the surer of that class; NaN for a class without
+    cases, or without others.
     """
     areas = np.full(scores.shape[1], np.nan)
     for label in range(scores.shape[1]):
@@ -121,11 +117,8 @@ def wilson_interval(hits: int, total: int, confidence: float = 0.95) -> tuple[fl
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
     """Compare two classifiers by the slices that only one of them gets right.
 
-    One run of each on one test set; the same slice under several seeds is not several slices.
-
-    Args:
-        first: (n,) booleans, true where the first is right.
-        second: (n,) booleans, of the same slices.
+    Of booleans (n,), true where each is right, from one run of each on one test set; the same slice
+    under several seeds is not several slices.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     total = only_first + only_second
@@ -138,13 +131,8 @@ def patient_bootstrap(
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of the accuracy when patients are drawn anew.
 
-    Slices of one patient are alike, so patients and not slices are the independent cases.
-
-    Args:
-        correct: (n,) booleans, true where a slice is right.
-        patients: (n,) ids.
-        seed: Of the draws.
-        repeats: Number of draws.
+    Slices of one patient are alike, so patients (n,) and not slices, right or not (n,), are the
+    independent cases.
     """
     _, group = np.unique(patients, return_inverse=True)
     right, sizes = np.bincount(group, weights=correct), np.bincount(group)
@@ -169,14 +157,8 @@ def majority_vote(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Let the slices of each patient vote; a tie goes to the class of the larger summed score.
 
-    Args:
-        patients: (n,) ids.
-        predicted: (n,) labels.
-        scores: (n, C), the higher the surer of that class.
-        truth: (n,) labels.
-
-    Returns:
-        Truth and vote (patients,), in the order of the sorted ids.
+    Of ids, labels and truth (n,) and scores (n, C), return truth and vote (patients,), in the order
+    of the sorted ids.
 
     Raises:
         ValueError: Slices of one patient differ in their truth.
@@ -194,15 +176,9 @@ def majority_vote(
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Reliability:
-    """Return how often answers of each confidence are right.
+    """Return how often answers of each confidence (n,) in [0, 1] are right, or not (n,).
 
-    Args:
-        confidence: (n,) in [0, 1].
-        correct: (n,) booleans.
-        bins: Number of bins of equal width.
-
-    References:
-        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equations (2) and (3).
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, (2) and (3).
     """
     place = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -214,11 +190,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
 
 
 def metrics_row(metrics: Mapping[str, Any]) -> list[str]:
-    """Return a row of the paper's tables: percentages, F1 and MCC, all cut off as it does.
-
-    Args:
-        metrics: The fields of `Metrics` by name.
-    """
+    """Return the fields of `Metrics` as a row of the paper's tables, all cut off as it does."""
     percentages = [*metrics["recall"], metrics["accuracy"]]
     ratios = [*metrics["f1"], metrics["f1_macro"], metrics["f1_micro"], metrics["mcc"]]
     return [

@@ -14,7 +14,7 @@ import torch
 
 from ..data.slices import SliceSet
 from ..settings import Settings
-from ..training.augment import augment
+from ..training.batches import augment
 from ..training.loop import start, take_step
 from ..training.run_folder import choose_precision
 

@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..network.mobilenet import load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
-from .augment import augment
+from .batches import augment, batch_bounds, shuffled
 from .checkpoint import TrainingState, make_network
 from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
 from .run_folder import (
@@ -80,8 +80,8 @@ def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume
     with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
         while state.epoch < epochs:
             started = time.perf_counter()
-            shuffled = _shuffled(images, labels, batches)
-            steps = _train_epoch(state, settings, shuffled, len(batches), precision, bar)
+            epoch = shuffled(images, labels, batches)
+            steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
             seconds = time.perf_counter() - started
             summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
             save(last=state.epoch == epochs)
@@ -169,22 +169,3 @@ def take_step(
     if state.average is not None:
         state.average.update_parameters(state.network)
     return torch.stack([x.detach().double() for x in (loss, accuracy, angle, norm, annealing)])
-
-
-def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
-    """Return where each batch starts and stops; BatchNorm cannot learn from a batch of one."""
-    bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    bounds = [(start, stop) for start, stop in bounds if stop - start > 1]
-    if not bounds:
-        raise UserError(f"split: {count} training slices are too few to train on")
-    return bounds
-
-
-def _shuffled(
-    images: Tensor, labels: Tensor, batches: list[tuple[int, int]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of one epoch, in a new order."""
-    order = torch.randperm(len(labels)).to(labels.device)
-    for start, stop in batches:
-        chosen = order[start:stop]
-        yield images[chosen].float(), labels[chosen]

@@ -13,7 +13,8 @@ from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import load_settings, override_settings, read_settings
 from examples.brain_tumor.training import loop as training
 from examples.brain_tumor.training import progress
-from examples.brain_tumor.training.loop import batch_bounds, learning_rate, start, train
+from examples.brain_tumor.training.batches import batch_bounds
+from examples.brain_tumor.training.loop import learning_rate, start, train
 from examples.brain_tumor.training.run_folder import choose_precision, locked
 
 CPU = torch.device("cpu")

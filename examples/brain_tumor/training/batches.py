@@ -1,12 +1,33 @@
-"""Augmentation of a whole batch at once, on the device where the batch lies."""
+"""The batches of an epoch, and their augmentation, on the device where they lie."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..settings import AugmentationSettings
+
+
+def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Return where each batch starts and stops; BatchNorm cannot learn from a batch of one."""
+    bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    bounds = [(start, stop) for start, stop in bounds if stop - start > 1]
+    if not bounds:
+        raise UserError(f"split: {count} training slices are too few to train on")
+    return bounds
+
+
+def shuffled(
+    images: Tensor, labels: Tensor, batches: list[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of one epoch, in a new order."""
+    order = torch.randperm(len(labels)).to(labels.device)
+    for start, stop in batches:
+        chosen = order[start:stop]
+        yield images[chosen].float(), labels[chosen]
 
 
 def augment(images: Tensor, settings: AugmentationSettings, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from examples.brain_tumor.settings import AugmentationSettings
-from examples.brain_tumor.training.augment import affine_maps, augment
+from examples.brain_tumor.training.batches import affine_maps, augment
 
 OFF = {
     "rotation_degrees": 0.0,
