@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import (
@@ -52,6 +52,7 @@ def test_absent_classes_count_as_nothing():
     assert compute_metrics(np.array([[5, 0], [0, 0]])).label_auc == [0.5, 0.5]
 
 
+@settings(deadline=None)  # no clock decides
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
 def test_counts_say_what_sklearn_says(pairs):
     truth, predicted = np.array(pairs).T
@@ -88,6 +89,7 @@ def test_wilson_interval_of_the_papers_counts():
         assert wilson_interval(total, total)[1] <= 1
 
 
+@settings(deadline=None)  # no clock decides
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_interval_holds_what_a_score_test_accepts(counts):
     """Its ends are where the score is at its limit: |share - p| = z sqrt(p (1 - p) / n)."""
