@@ -3,24 +3,23 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import epochs_done
-from .download import download_slices, download_weights
+from .data.download import download_slices, download_weights
+from .data.phantoms import make_phantoms
+from .data.slices import SliceSet, load_slices
+from .data.splits import make_split
 from .errors import UserError
-from .evaluation import evaluate
-from .export import describe_export, export
-from .figures import plot_early
-from .merging import collect, merge
-from .phantoms import make_phantoms
-from .plan import BUDGETS, Run
-from .prediction import describe_prediction, predict
-from .report import describe_result, write_report
-from .reproduction import decoded_as, default_jobs, measure, run_plan
-from .reproduction_report import write_reproduction_report
-from .run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .evaluation.evaluate import evaluate
+from .report.figures import plot_early
+from .report.reproduction_report import write_reproduction_report
+from .report.run_report import describe_result, write_report
+from .reproduction.merging import collect, merge
+from .reproduction.plan import BUDGETS, Run
+from .reproduction.running import decoded_as, default_jobs, measure, run_plan
 from .settings import (
     PRESETS,
     Settings,
@@ -29,8 +28,11 @@ from .settings import (
     read_settings,
     setting_fields,
 )
-from .slices import SliceSet, load_slices
-from .training import make_split, train
+from .training.checkpoint import epochs_done
+from .training.loop import train
+from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .use.export import describe_export, export
+from .use.prediction import describe_prediction, predict
 
 PROGRAM = "python -m examples.brain_tumor"
 ARCHIVE = "https://figshare.com/articles/dataset/brain_tumor_dataset/1512427"
@@ -57,6 +59,51 @@ data: Jun Cheng's brain tumor dataset, CC BY 4.0,
 Not a medical device."""
 
 
+@dataclass(frozen=True)
+class Command:
+    """A command of the program: what it does, its arguments, and how an interrupted one goes on."""
+
+    run: Callable[[argparse.Namespace], object]
+    help: str
+    arguments: Sequence[tuple[Sequence[str], Mapping[str, Any]]]
+    epilog: str | None
+    after_interrupt: Callable[[argparse.Namespace], str]
+
+
+COMMANDS: dict[str, Command] = {}
+AGAIN, CONTINUES = "the same command starts again", "the same command continues"
+
+
+def argument(*names: str, **options: object) -> tuple[Sequence[str], Mapping[str, Any]]:
+    """Return what `add_argument` takes: a path by default, with its default in the help."""
+    if "action" not in options and "choices" not in options:
+        options.setdefault("type", Path)
+    if options.get("default") is not None and "(default" not in str(options["help"]):
+        options["help"] = f"{options['help']} (default: %(default)s)"
+    return names, options
+
+
+DATA = argument("--data", required=True, help="folder of .mat slices")
+RUN = argument("run_folder", metavar="RUN", help="a run's folder")
+
+
+def command(
+    help: str,
+    *arguments: tuple[Sequence[str], Mapping[str, Any]],
+    then: str | Callable[[argparse.Namespace], str] = AGAIN,
+    epilog: str | None = None,
+) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[argparse.Namespace], None]]:
+    """Make a function a command, named after it."""
+
+    def add(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+        name = run.__name__.strip("_").replace("_", "-")
+        after = then if callable(then) else lambda options: then
+        COMMANDS[name] = Command(run, help, arguments, epilog, after)
+        return run
+
+    return add
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
@@ -68,12 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        options.command.run(options)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; {options.after_interrupt(options)}", file=sys.stderr)
+        print(f"interrupted; {options.command.after_interrupt(options)}", file=sys.stderr)
         return 130
     return 0
 
@@ -86,63 +133,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        _add_demo,
-        _add_make_phantoms,
-        _add_collect,
-        _add_download,
-        _add_train,
-        _add_evaluate,
-        _add_reproduce,
-        _add_report,
-        _add_predict,
-        _add_export,
-    ):
-        add(commands)
+    for name, one in COMMANDS.items():
+        own = commands.add_parser(name, help=one.help, epilog=one.epilog)
+        for names, options in one.arguments:
+            own.add_argument(*names, **options)
+        if name == "train":
+            _add_setting_flags(own)
+        own.set_defaults(command=one)
     return parser
-
-
-def _add_demo(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "demo", help="make phantoms, train and evaluate: what `make example` runs"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs"), help="folder for its files (default: runs)"
-    )
-    parser.set_defaults(
-        run=lambda options: demo(options.out),
-        after_interrupt=lambda options: "the same command continues",
-    )
-
-
-def _add_make_phantoms(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "make-phantoms", help="write synthetic slices in the archive's own format"
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the .mat files")
-    parser.add_argument("--count", type=int, default=1200, help="slices (default: 1200)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
-    parser.set_defaults(
-        run=_make_phantoms,
-        after_interrupt=lambda options: "the same command starts again",
-    )
-
-
-def _add_train(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "train",
-        help="train a network into a new run folder, or resume one",
-        epilog="A flag overrides the preset's value; the defaults in brackets are the presets'.",
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of .mat slices")
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--preset", choices=PRESETS, default="quick", help="(default: quick)")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --out with its own settings"
-    )
-    _add_setting_flags(parser)
-    parser.set_defaults(run=_train, after_interrupt=_resume_train)
 
 
 def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,174 +164,13 @@ def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_evaluate(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser("evaluate", help="classify the test slices, write the reports")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of .mat slices")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(),
-        help="where comparison.png goes if there are several runs (default: this folder)",
-    )
-    parser.set_defaults(
-        run=_evaluate, after_interrupt=lambda options: "the same command starts again"
-    )
-
-
-def _add_reproduce(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "reproduce",
-        help="train all that the paper's tables and figures need, and write the report",
-        epilog="The same command continues what was cut off, and leaves alone what is finished.",
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of .mat slices")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        help="ImageNet weights of MobileNet v1, safetensors; without: from scratch",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the reproduction's folder")
-    parser.add_argument(
-        "--budget",
-        choices=BUDGETS,
-        default="standard",
-        help="standard: the docs' recipe, 24 epochs at 224 pixels; small: a first look,"
-        " 4 epochs at 128; paper: as the paper has it, 275 at 224 (default: standard)",
-    )
-    parser.add_argument(
-        "--only",
-        metavar="NAMES",
-        default="*",
-        help="train only runs with such names, for instance 'slice-sphereface-m5-seed*'",
-    )
-    parser.add_argument(
-        "--merge",
-        metavar="FOLDER",
-        type=Path,
-        help="first take in the finished runs of another reproduction, or of what `collect` made, "
-        "of the same slices, weights and settings",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=default_jobs(),
-        help="trainings side by side (default: one a GPU or, without one, a core)",
-    )
-    parser.set_defaults(
-        run=_reproduce, after_interrupt=lambda options: "the same command continues"
-    )
-
-
-def _add_collect(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "collect",
-        help="copy a reproduction's finished runs, without checkpoints, for `reproduce --merge`",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the reproduction's folder")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the results go")
-    parser.set_defaults(run=_collect, after_interrupt=lambda options: "the same command continues")
-
-
-def _add_download(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "download", help="fetch the real slices, and ImageNet weights if asked; checked, unpacked"
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the .mat slices")
-    parser.add_argument("--weights", type=Path, help="a file for timm's ImageNet weights too")
-    parser.set_defaults(run=_download, after_interrupt=lambda options: "the same command continues")
-
-
-def _add_predict(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "predict", help="classify .mat, PNG or JPEG files, with neighbours and Grad-CAM beside them"
-    )
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="slices to classify")
-    _add_data_and_out(parser, "answers", "figures")
-    parser.set_defaults(
-        run=_predict, after_interrupt=lambda options: "the same command starts again"
-    )
-
-
-def _add_export(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "export", help="write a run's network for torch.export and ONNX, compared with itself"
-    )
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
-    _add_data_and_out(parser, "model", "the model")
-    parser.set_defaults(
-        run=_export, after_interrupt=lambda options: "the same command starts again"
-    )
-
-
-def _add_data_and_out(parser: argparse.ArgumentParser, out: str, what: str) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="folder of the run's slices")
-    parser.add_argument(
-        "--out", type=Path, default=Path(out), help=f"folder for {what} (default: {out})"
-    )
-
-
-def _add_report(commands: Any) -> None:  # noqa: ANN401
-    parser = commands.add_parser(
-        "report", help="write a reproduction's report again, from its folder alone"
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the reproduction's folder")
-    parser.set_defaults(
-        run=lambda options: print(f"report: {write_reproduction_report(options.out)}"),
-        after_interrupt=lambda options: "the same command starts again",
-    )
-
-
-def _make_phantoms(options: argparse.Namespace) -> None:
-    progress = sys.stderr.isatty()
-    make_phantoms(options.out, options.count, options.seed, options.size, progress)
-    print(f"{options.out}: {options.count} synthetic slices. Next:")
-    print(f"  {_command('train', '--data', options.out, '--out', 'runs/phantoms')}")
-
-
-def _train(options: argparse.Namespace) -> None:
-    given = {
-        field.name: getattr(options, field.name)
-        for _, field in setting_fields()
-        if hasattr(options, field.name)
-    }
-    if options.resume:
-        settings = override_settings(read_settings(options.out / SETTINGS), given)
-    else:
-        refuse_existing(options.out)
-        settings = load_settings(options.preset, given)
-    weights = settings.network.weights
-    if weights and not Path(weights).is_file():
-        raise UserError(
-            f"{weights}: no such weights file; name MobileNet's with --weights FILE "
-            "(the README says where it is), or train from scratch with --weights ''"
-        )
-    slices = _load(options.data, settings)
-    train(settings, slices, make_split(settings.data, slices), options.out, options.resume)
-    print(f"{options.out}: trained. Next:")
-    print(f"  {_command('evaluate', options.out, '--data', options.data)}")
-
-
-def _resume_train(options: argparse.Namespace) -> str:
-    command = _command("train", "--data", options.data, "--out", options.out, "--resume")
-    return f"continue with: {command}"
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    for run in options.runs:
-        evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
-        report = write_report(run)
-        print(f"{run}\n\n{describe_result(run)}\n\nreport: {report}\n")
-    if len(options.runs) > 1:
-        options.out.mkdir(parents=True, exist_ok=True)
-        synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
-        plot_early(
-            options.out / "comparison.png",
-            {run.name: read_rows(run / STEPS) for run in options.runs},
-            f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
-        )
-        print(f"comparison of the first steps: {options.out / 'comparison.png'}")
+@command(
+    "make phantoms, train and evaluate: what `make example` runs",
+    argument("--out", default=Path("runs"), help="folder for its files"),
+    then=CONTINUES,
+)
+def _demo(options: argparse.Namespace) -> None:
+    demo(options.out)
 
 
 def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None = None) -> None:
@@ -366,6 +203,138 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
     print(f"  {_command('train', '--data', 'FOLDER', '--out', folder / 'paper')} --preset paper")
 
 
+@command(
+    "write synthetic slices in the archive's own format",
+    argument("out", metavar="OUT", help="folder for the .mat files"),
+    argument("--count", type=int, default=1200, help="slices"),
+    argument("--seed", type=int, default=0, help="of all random numbers"),
+    argument("--size", type=int, default=256, help="pixels a side"),
+)
+def _make_phantoms(options: argparse.Namespace) -> None:
+    progress = sys.stderr.isatty()
+    make_phantoms(options.out, options.count, options.seed, options.size, progress)
+    print(f"{options.out}: {options.count} synthetic slices. Next:")
+    print(f"  {_command('train', '--data', options.out, '--out', 'runs/phantoms')}")
+
+
+@command(
+    "copy a reproduction's finished runs, without checkpoints, for `reproduce --merge`",
+    argument("out", metavar="OUT", help="the reproduction's folder"),
+    argument("folder", metavar="FOLDER", help="where the results go"),
+    then=CONTINUES,
+)
+def _collect(options: argparse.Namespace) -> None:
+    copied = collect(options.out, options.folder)
+    print(f"{options.folder}: {len(copied)} runs copied from {options.out}")
+
+
+@command(
+    "fetch the real slices, and ImageNet weights if asked; checked, unpacked",
+    argument("out", metavar="OUT", help="folder for the .mat slices"),
+    argument("--weights", help="a file for timm's ImageNet weights too"),
+    then=CONTINUES,
+)
+def _download(options: argparse.Namespace) -> None:
+    download_slices(options.out)
+    print(f"{options.out}: the data set (Jun Cheng, CC BY 4.0)")
+    if options.weights:
+        checksum = download_weights(options.weights)
+        print(f"{options.weights}: ImageNet weights of timm's layout, SHA-256 {checksum}")
+
+
+def _resume_train(options: argparse.Namespace) -> str:
+    command = _command("train", "--data", options.data, "--out", options.out, "--resume")
+    return f"continue with: {command}"
+
+
+@command(
+    "train a network into a new run folder, or resume one",
+    DATA,
+    argument("--out", required=True, help="the run's folder"),
+    argument("--preset", choices=PRESETS, default="quick", help="of the settings"),
+    argument("--resume", action="store_true", help="continue the run in --out, its own settings"),
+    then=_resume_train,
+    epilog="A flag overrides the preset's value; the defaults in brackets are the presets'.",
+)
+def _train(options: argparse.Namespace) -> None:
+    given = {
+        field.name: getattr(options, field.name)
+        for _, field in setting_fields()
+        if hasattr(options, field.name)
+    }
+    if options.resume:
+        settings = override_settings(read_settings(options.out / SETTINGS), given)
+    else:
+        refuse_existing(options.out)
+        settings = load_settings(options.preset, given)
+    weights = settings.network.weights
+    if weights and not Path(weights).is_file():
+        raise UserError(
+            f"{weights}: no such weights file; name MobileNet's with --weights FILE "
+            "(the README says where it is), or train from scratch with --weights ''"
+        )
+    slices = _load(options.data, settings)
+    train(settings, slices, make_split(settings.data, slices), options.out, options.resume)
+    print(f"{options.out}: trained. Next:")
+    print(f"  {_command('evaluate', options.out, '--data', options.data)}")
+
+
+@command(
+    "classify the test slices, write the reports",
+    argument("runs", metavar="RUN", nargs="+", help="a run's folder"),
+    DATA,
+    argument("--out", default=Path(), help="where comparison.png of several runs goes"),
+)
+def _evaluate(options: argparse.Namespace) -> None:
+    for run in options.runs:
+        evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
+        report = write_report(run)
+        print(f"{run}\n\n{describe_result(run)}\n\nreport: {report}\n")
+    if len(options.runs) > 1:
+        options.out.mkdir(parents=True, exist_ok=True)
+        synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
+        plot_early(
+            options.out / "comparison.png",
+            f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
+            {run.name: read_rows(run / STEPS) for run in options.runs},
+        )
+        print(f"comparison of the first steps: {options.out / 'comparison.png'}")
+
+
+@command(
+    "train all that the paper's tables and figures need, and write the report",
+    DATA,
+    argument("--weights", help="MobileNet v1's ImageNet weights; without: from scratch"),
+    argument("--out", required=True, help="the reproduction's folder"),
+    argument(
+        "--budget",
+        choices=BUDGETS,
+        default="standard",
+        help="standard: the docs' recipe, 24 epochs at 224 pixels; small: a first look,"
+        " 4 epochs at 128; paper: as the paper has it, 275 at 224",
+    ),
+    argument(
+        "--only",
+        type=str,
+        metavar="NAMES",
+        default="*",
+        help="train only runs with such names, for instance 'slice-sphereface-m5-seed*'",
+    ),
+    argument(
+        "--merge",
+        metavar="FOLDER",
+        help="first take in the finished runs of another reproduction, or of what `collect` made, "
+        "of the same slices, weights and settings",
+    ),
+    argument(
+        "--jobs",
+        type=int,
+        default=default_jobs(),
+        help="trainings side by side (default: one a GPU or, without one, a core)",
+    ),
+    then=CONTINUES,
+    epilog="The same command continues what was cut off, and leaves alone what is finished.",
+)
 def _reproduce(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, not {options.jobs}")
@@ -386,19 +355,21 @@ def _reproduce(options: argparse.Namespace) -> None:
         raise UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
 
 
-def _collect(options: argparse.Namespace) -> None:
-    copied = collect(options.out, options.folder)
-    print(f"{options.folder}: {len(copied)} runs copied from {options.out}")
+@command(
+    "write a reproduction's report again, from its folder alone",
+    argument("out", metavar="OUT", help="the reproduction's folder"),
+)
+def _report(options: argparse.Namespace) -> None:
+    print(f"report: {write_reproduction_report(options.out)}")
 
 
-def _download(options: argparse.Namespace) -> None:
-    download_slices(options.out)
-    print(f"{options.out}: the data set (Jun Cheng, CC BY 4.0)")
-    if options.weights:
-        checksum = download_weights(options.weights)
-        print(f"{options.weights}: ImageNet weights of timm's layout, SHA-256 {checksum}")
-
-
+@command(
+    "classify .mat, PNG or JPEG files, with neighbours and Grad-CAM beside them",
+    RUN,
+    argument("files", metavar="FILE", nargs="+", help="slices to classify"),
+    DATA,
+    argument("--out", default=Path("answers"), help="folder for the figures"),
+)
 def _predict(options: argparse.Namespace) -> None:
     slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
     answers, faults = predict(options.run_folder, options.files, slices, options.out)
@@ -409,6 +380,12 @@ def _predict(options: argparse.Namespace) -> None:
         raise UserError("; ".join(faults))
 
 
+@command(
+    "write a run's network for torch.export and ONNX, compared with itself",
+    RUN,
+    DATA,
+    argument("--out", default=Path("model"), help="folder for the model"),
+)
 def _export(options: argparse.Namespace) -> None:
     slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
     described = export(options.run_folder, slices, options.out)

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from examples.brain_tumor import __main__ as command_line
-from examples.brain_tumor import training
 from examples.brain_tumor.__main__ import demo, main
-from examples.brain_tumor.phantoms import make_phantoms
-from examples.brain_tumor.plan import plan_runs
-from examples.brain_tumor.run_folder import read_rows
+from examples.brain_tumor.data.phantoms import make_phantoms
+from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
-
-from .made_results import BUDGET, LATE, reproduction
+from examples.brain_tumor.training import loop as training
+from examples.brain_tumor.training.run_folder import read_rows
+from tests.brain_tumor.report.made_results import BUDGET, LATE, reproduction
 
 RUNS = plan_runs(BUDGET, None)
 SMALL = ["--image-size", "32", "--epochs", "2", "--batch-size", "8", "--embedding-size", "16"]
@@ -42,7 +41,7 @@ def fault(capsys, arguments):
     return captured.err
 
 
-def interrupt(monkeypatch, name="_finish_epoch"):
+def interrupt(monkeypatch, name="finish_epoch"):
     def stop(*arguments):
         raise KeyboardInterrupt
 

@@ -1,0 +1,1 @@
+"""The slices: read, made, downloaded, split."""

@@ -1,0 +1,427 @@
+"""Downloading the slices and the ImageNet weights: cut off, the same command continues.
+
+Nothing that arrives is trusted before its checksum is right, and a file has its own name only then;
+until then it is called NAME.partial.
+"""
+
+import hashlib
+import ipaddress
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPException, HTTPResponse, responses
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import PARTIAL, replacing
+from ..network.mobilenet import MobileNetV1, load_imagenet_weights
+from ..training.checkpoint import one_line
+from .archives import unpack
+
+# figshare.com/ndownloader, the same files under another name, answers programs with a riddle.
+FIGSHARE = "https://ndownloader.figshare.com/files"
+# No sum of this file is published, so the commit of the repository is named, which cannot change.
+WEIGHTS = (
+    "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k/resolve/"
+    "dda9ab42e23f3061aa191630817df76e8fe9cace/model.safetensors"
+)
+MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
+UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
+BLOCK_BYTES = 1 << 18
+USER_AGENT = "angular_losses-examples.brain_tumor"
+NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
+STRONG_TAG = re.compile(r'"[!#-~]*"')  # an ETag that stands for the same bytes
+
+
+@dataclass(frozen=True)
+class FigshareFile:
+    """A file of the data set: its name, its id at Figshare, its md5 sum and its bytes."""
+
+    name: str
+    identifier: int
+    md5: str
+    size: int
+
+
+# Figshare's article 1512427, "brain tumor dataset", by Jun Cheng, CC BY 4.0.
+FILES = (
+    FigshareFile("cvind.mat", 7005344, "5ea82eb3212c9fcb84290ccf0beb486d", 5_736),
+    *(
+        FigshareFile(f"brainTumorDataPublic_{name}.zip", identifier, md5, size)
+        for name, identifier, md5, size in (
+            ("1-766", 3381290, "74b949ad33f042e6e103523091cd1428", 214_401_279),
+            ("767-1532", 3381296, "7e8a875500d2c8a346f270538e29890e", 217_848_429),
+            ("1533-2298", 3381293, "8227bf6080cb71f15a88be8d25c79ae7", 215_563_856),
+            ("2299-3064", 3381302, "b378a80d6174e5317d59eb28430c6652", 231_679_762),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a download waits and how often it tries."""
+
+    timeout: float = 30.0  # seconds without a byte after which a connection is given up
+    attempts: int = 5  # connections in all
+    pause: float = 2.0  # seconds before the second one, doubled before each further one
+
+
+PATIENCE = Patience()
+
+
+def download_slices(
+    folder: Path,
+    base_url: str = FIGSHARE,
+    files: Sequence[FigshareFile] = FILES,
+    patience: Patience = PATIENCE,
+) -> None:
+    """Download the data set's archives and unpack them: 1.mat to 3064.mat, and cvind.mat.
+
+    What a former call left behind is used: whole files, parts of files, unpacked archives.
+
+    Args:
+        folder: Where the files go; it is made if need be.
+        base_url: The URL of the files without their ids, https.
+        files: What to download; those that end in .zip are unpacked and removed.
+        patience: How long to wait for the server and how often to try.
+
+    Raises:
+        UserError: The folder is not fit for it or the disk is too full, the server refuses or
+            cannot be reached, or a file is not the one expected.
+    """
+    if (folder / "SYNTHETIC.txt").exists():
+        raise UserError(f"{folder}: holds synthetic slices; download into another folder")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [file for file in files if not _is_unpacked(folder, file)]
+        for index, file in enumerate(missing):
+            path = folder / file.name
+            room = sum(UNPACKED * other.size for other in missing[index:])
+            fetch(f"{base_url}/{file.identifier}", path, file.size, file.md5, room, patience)
+            if path.suffix == ".zip":
+                names = unpack(path, folder)
+                with replacing(_record(folder, file)) as temporary:
+                    temporary.write_text("\n".join([file.md5, *names]), encoding="utf-8")
+                path.unlink()
+
+
+def download_weights(path: Path, url: str = WEIGHTS, patience: Patience = PATIENCE) -> str:
+    """Download timm's ImageNet weights of MobileNet v1, for a network of the layout "timm".
+
+    There is no published sum to compare the file with: it is compared with the sha256 sum that the
+    hub itself gives for it, and its tensors are checked for names, shapes and finite values.
+
+    Args:
+        path: The safetensors file to write. If it is there, its tensors are checked, no more.
+        url: Where the file is, https.
+        patience: How long to wait for the server and how often to try.
+
+    Returns:
+        The file's sha256 sum, for the record.
+
+    Raises:
+        UserError: The file cannot be downloaded or written, or is not what it should be.
+    """
+    with _writing(path):
+        if path.exists():
+            _check_weights(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetch(url, path, MAX_WEIGHTS_BYTES, patience=patience, check=_check_weights)
+        return _checksum(path, "sha256")
+
+
+def fetch(
+    url: str,
+    path: Path,
+    limit: int,
+    md5: str | None = None,
+    room: int = 0,
+    patience: Patience = PATIENCE,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Download a file, going on with a part that is there already; do nothing if it is whole.
+
+    Args:
+        url: Where it is: https, or http on this machine.
+        path: Where it goes.
+        limit: Bytes it has at most.
+        md5: Its md5 sum; without one, the server has to give a sha256 sum as Hugging Face does.
+        room: Bytes to be free on the disk besides those of the file.
+        patience: How long to wait and how often to try.
+        check: Called with the finished file before it gets its name; may raise a UserError.
+
+    Raises:
+        UserError: The server refuses or cannot be reached, or the file is not the one expected.
+        OSError: The file cannot be written.
+    """
+    if md5 and _has_md5(path, md5):
+        return
+    partial = path.with_name(path.name + PARTIAL)
+    announced = None
+    # What was stopped between its last byte and its name is whole, and no server would go on.
+    if not (md5 and _has_md5(partial, md5)):
+        announced = _receive(url, partial, limit, room, patience)
+    algorithm, expected = ("md5", md5) if md5 else ("sha256", announced)
+    _tag_of(partial).unlink(missing_ok=True)
+    try:
+        found = _checksum(partial, algorithm)
+        if found != expected:
+            expected = expected or "a sum in the header X-Linked-ETag"
+            raise UserError(f"{url}: what came has {algorithm} {found}, expected {expected}")
+        if check is not None:
+            check(partial)
+    except UserError:
+        partial.unlink()  # going on with it would not make it right
+        raise
+    partial.replace(path)
+
+
+class _BrokenError(Exception):
+    """A transfer failed in a way that another attempt may mend."""
+
+
+def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> str | None:
+    """Try to get the rest of a file until it is whole; return the sha256 sum that was announced."""
+    fault = None
+    for attempt in range(patience.attempts):
+        if attempt:
+            time.sleep(patience.pause * 2 ** (attempt - 1))
+        try:
+            return _transfer(url, partial, limit, room, patience.timeout)
+        except _BrokenError as error:
+            fault = error
+    raise UserError(
+        f"{url}: {fault} (attempt {patience.attempts} of {patience.attempts}); "
+        f"the same command goes on from the {_in_words(_size(partial))} that are here"
+    )
+
+
+def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> str | None:
+    """Get the rest of a file over one connection; return the sha256 sum that was announced."""
+    redirects = _CarefulRedirects()
+    with _open(url, partial, redirects, timeout) as response:
+        offset, total = _extent(response, partial)
+        if total is not None and total > limit:
+            raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
+        _check_room(partial.parent, (limit if total is None else total) - offset + room)
+        _keep_tag(_tag_of(partial), response.headers.get("ETag", ""))
+        offset = _append(response, partial, offset, total, limit)
+        if offset > limit:
+            partial.unlink()
+            raise UserError(f"{url}: sends more than the {limit} bytes expected")
+        if total is not None and offset < total:
+            raise _BrokenError(f"the connection was cut at {offset} of {total} bytes")
+        return _announced_sha256([*redirects.hops, response.headers])
+
+
+def _append(
+    response: HTTPResponse, partial: Path, offset: int, total: int | None, limit: int
+) -> int:
+    """Write what comes behind the first `offset` bytes, and return how many there are then."""
+    end = limit + 1 if total is None else total
+    with (
+        partial.open("ab" if offset else "wb") as file,
+        tqdm(
+            desc=partial.name.removesuffix(PARTIAL),
+            total=total,
+            initial=offset,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # unless on a terminal
+        ) as bar,
+    ):
+        while offset < end:
+            try:
+                block = response.read1(min(BLOCK_BYTES, end - offset))
+            except NETWORK_ERRORS as error:
+                raise _broken(error) from None
+            if not block:
+                break
+            file.write(block)
+            offset += len(block)
+            bar.update(len(block))
+    return offset
+
+
+def _open(url: str, partial: Path, redirects: "_CarefulRedirects", timeout: float) -> HTTPResponse:
+    """Ask for the rest of a file and return the answer, which is all of it or a part."""
+    try:
+        if not _is_safe(url, url):
+            raise UserError(f"{url}: not a URL of https")
+        response = build_opener(redirects).open(_request(url, partial), timeout=timeout)
+    except HTTPError as error:
+        error.close()
+        raise _refusal(url, error, partial) from None
+    except NETWORK_ERRORS as error:
+        raise _broken(error) from None
+    if response.status not in (200, 206):
+        response.close()
+        raise UserError(f"{url}: {_answer(response.status)}, expected the file")
+    return response
+
+
+def _request(url: str, partial: Path) -> Request:
+    """Return the request for what is missing of a file, if it is still the same file."""
+    request = Request(url, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+    tag = _tag_of(partial)
+    if offset := _size(partial):
+        request.add_header("Range", f"bytes={offset}-")
+        if tag.is_file() and STRONG_TAG.fullmatch(kept := tag.read_text("ascii", "replace")):
+            request.add_header("If-Range", kept)
+    return request
+
+
+def _refusal(url: str, error: HTTPError, partial: Path) -> Exception:
+    """Return what to raise for an answer that is neither the file nor a redirect to it."""
+    if 300 <= error.code < 400:
+        target = error.headers.get("Location", "")[:200]
+        return UserError(f"{url}: a redirect to {target!r} is not followed: https, 10 at most")
+    if error.code == 416:  # there is nothing behind what we have, so it is not a part of the file
+        partial.unlink(missing_ok=True)
+    if error.code in (408, 416, 429) or error.code >= 500:
+        return _BrokenError(_answer(error.code))
+    return UserError(f"{url}: {_answer(error.code)}, expected the file")
+
+
+def _extent(response: HTTPResponse, partial: Path) -> tuple[int, int | None]:
+    """Return which byte an answer starts with and how many the whole file has, if it says so."""
+    if response.status == 200:
+        return 0, response.length
+    found = re.fullmatch(
+        r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", "")
+    )
+    if found is None or int(found[1]) != _size(partial):
+        partial.unlink(missing_ok=True)
+        raise _BrokenError("the server sent another part than it was asked for")
+    return int(found[1]), int(found[2])
+
+
+class _CarefulRedirects(HTTPRedirectHandler):
+    """Follows redirects to safe URLs only, and keeps the headers that came with them."""
+
+    def __init__(self) -> None:
+        self.hops: list[Message] = []
+
+    def http_error_302(
+        self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message
+    ) -> HTTPResponse | None:
+        """Follow a redirect; one that is refused ends in an HTTPError of its code."""
+        fp.close()  # urllib would read it to an end that need not come
+        self.hops.append(headers)
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+    def redirect_request(
+        self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
+    ) -> Request | None:
+        """Return the request to follow with, or None."""
+        if not _is_safe(newurl, req.full_url):
+            return None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_safe(url: str, origin: str) -> bool:
+    """Tell whether a URL is https, or http on this machine as the one that led to it."""
+    return urlsplit(url).scheme == "https" or (_is_local(url) and _is_local(origin))
+
+
+def _is_local(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        return parts.scheme == "http" and ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def _tag_of(partial: Path) -> Path:
+    """Return where the server's name for this version of a file is kept while it is incomplete."""
+    return partial.with_name(partial.name + ".etag")
+
+
+def _keep_tag(path: Path, tag: str) -> None:
+    """Write down which version of a file is being received, so that no two are spliced."""
+    if STRONG_TAG.fullmatch(tag):
+        path.write_text(tag, "ascii")
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _announced_sha256(answers: Sequence[Message]) -> str | None:
+    """Return the sum that Hugging Face gives for a file in the first of its answers."""
+    for headers in answers:
+        if found := re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag", "")):
+            return found[1]
+    return None
+
+
+def _check_weights(path: Path) -> None:
+    load_imagenet_weights(MobileNetV1(layout="timm"), path)
+
+
+def _record(folder: Path, file: FigshareFile) -> Path:
+    """Return the file that says what an archive was unpacked to: its md5 sum, then the names."""
+    return folder / f".{file.name}.unpacked"
+
+
+def _is_unpacked(folder: Path, file: FigshareFile) -> bool:
+    record = _record(folder, file)
+    if not record.is_file():
+        return False
+    md5, *names = record.read_text("utf-8", "replace").split("\n")
+    return md5 == file.md5 and all((folder / name).is_file() for name in names)
+
+
+def _has_md5(path: Path, md5: str) -> bool:
+    return path.is_file() and _checksum(path, "md5") == md5
+
+
+def _checksum(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder}: {_in_words(needed)} are needed, {_in_words(free)} are free")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _answer(code: int) -> str:
+    return f"the server answered {code} {responses.get(code, '')}".rstrip()
+
+
+def _broken(error: Exception) -> _BrokenError:
+    reason = getattr(error, "reason", error)  # what urllib wraps
+    return _BrokenError(one_line(reason) or type(error).__name__)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the failure of a file operation into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None

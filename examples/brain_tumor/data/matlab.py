@@ -1,0 +1,103 @@
+"""Reading the archive's MATLAB files, which may come from anywhere.
+
+The archive (Figshare 1512427) holds 1.mat ... 3064.mat and cvind.mat in MATLAB's format v7.3, which
+is HDF5. Nothing in them is trusted: a process apart reads them (see reader.py), and what it finds
+is checked here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .hdf5 import LARGEST_SIDE
+from .reader import READER
+
+ARCHIVE_SIZE = 3064  # slices
+FOLDS = 5
+LARGEST_FILE = 1 << 28  # bytes; the archive's have less than a million
+MOST_PIXELS = LARGEST_SIDE**2
+FIELDS = {  # of a slice, and the most numbers that each may hold
+    **{"image": MOST_PIXELS, "label": LARGEST_SIDE, "PID": LARGEST_SIDE},
+    **{"tumorBorder": LARGEST_SIDE, "tumorMask": MOST_PIXELS},
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One file of the archive."""
+
+    image: np.ndarray  # (h, w) float32, the stored intensities
+    label: int  # 0 meningioma, 1 glioma, 2 pituitary tumour
+    patient: str  # the patient's id
+    border: np.ndarray  # (k, 2) x and y in pixels from 0 of points around the tumour
+    mask: np.ndarray  # (h, w) booleans, true inside the tumour
+
+
+def read_slice(path: Path) -> Slice:
+    """Read one slice of the archive.
+
+    Raises:
+        UserError: The file is missing, damaged or not a slice.
+    """
+    check_file(path)
+    image, label, patient, border, mask = READER.read(path, "cjdata", FIELDS)
+    image, mask = image.T, mask.T  # MATLAB stores columns first
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
+        image = np.ascontiguousarray(image, dtype=np.float32)
+    if not np.isfinite(image).all():
+        raise UserError(f"{path}: image holds NaN or infinite pixels")
+    if label.size != 1 or label.item() not in (1, 2, 3):
+        found = label.item() if label.size == 1 else f"of shape {label.shape}"
+        raise UserError(f"{path}: label is {found}, expected 1, 2 or 3")
+    if border.size % 2 or min(border.shape) != 1 or not np.isfinite(border).all():
+        raise UserError(f"{path}: tumorBorder is not a row of finite x1 y1 x2 y2 ...")
+    if mask.shape != image.shape:
+        raise UserError(f"{path}: tumorMask is {mask.shape}, but image is {image.shape}")
+    return Slice(
+        image=image,
+        label=int(label.item()) - 1,
+        patient=decode_text(path, patient),
+        border=border.reshape(-1, 2).astype(np.float64) - 1,  # MATLAB counts pixels from 1
+        mask=np.ascontiguousarray(mask != 0),
+    )
+
+
+def read_folds(path: Path) -> np.ndarray:
+    """Read the archive's cvind.mat: the fold, 1 to 5, of each slice from 1 to 3064.
+
+    Raises:
+        UserError: The file is missing, damaged or not the archive's.
+    """
+    check_file(path)
+    (folds,) = READER.read(path, "", {"cvind": LARGEST_SIDE})
+    folds = folds.ravel()
+    if len(folds) != ARCHIVE_SIZE:
+        raise UserError(f"{path}: holds {len(folds)} folds, expected {ARCHIVE_SIZE}")
+    if not np.isin(folds, range(1, FOLDS + 1)).all():
+        raise UserError(f"{path}: holds a fold that is not a whole number from 1 to {FOLDS}")
+    return folds.astype(np.int64)
+
+
+def check_file(path: Path) -> None:
+    """Refuse what no process needs to open."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        size = path.stat().st_size
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise UserError(f"{path}: {error.strerror}") from error
+    if size == 0:
+        raise UserError(f"{path}: the file is empty")
+    if size > LARGEST_FILE:
+        raise UserError(f"{path}: exceeds {LARGEST_FILE >> 20} MiB, which no slice needs")
+
+
+def decode_text(path: Path, codes: np.ndarray) -> str:
+    """Decode a patient's id: a column of character codes, letters among them."""
+    if codes.dtype.kind in "iu" and codes.min() >= 0 and codes.max() <= 0xFFFF:
+        text = "".join(map(chr, codes.ravel())).strip()
+        if text.isprintable() and 0 < len(text) <= 64:
+            return text
+    raise UserError(f"{path}: PID is not a short printable text")

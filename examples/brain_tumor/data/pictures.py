@@ -1,0 +1,73 @@
+"""Reading PNG and JPEG pictures, which may come from anywhere, as slices.
+
+Nothing in them is trusted: what a header promises is checked before anything is decoded.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import UserError
+from .matlab import LARGEST_FILE, LARGEST_SIDE
+
+FORMATS = ("PNG", "JPEG")
+MOST_SCANS = 100  # of a JPEG: each takes as long as a whole picture and few bytes; usual are 10
+START_OF_SCAN = b"\xff\xda"
+GREY_MODES = ("1", "L", "I", "I;16")  # of Pillow; a pixel is one number
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read a PNG or JPEG as grey intensities (h, w), float32, upright as its EXIF data says.
+
+    Colours become their luminance, which is exact where all are grey; transparency is left out.
+    Of an animation the first picture is read. 16 bits a pixel are kept where the picture is grey.
+
+    Raises:
+        UserError: The file is missing, damaged, too large or of another format.
+    """
+    content = _read_bytes(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF data, and of sizes refused here anyway
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                _check_promises(path, picture, content)
+                return _intensities(ImageOps.exif_transpose(picture))
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: is larger than {LARGEST_SIDE} pixels on a side") from None
+    except Exception as error:  # a damaged picture fails in as many ways as it has bytes
+        raise UserError(f"{path}: not readable as PNG or JPEG, or damaged") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{path}: exceeds {LARGEST_FILE >> 20} MiB, which no slice needs")
+        return path.read_bytes()
+    except OSError as error:  # no permission, a name too long, a disk at fault
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_promises(path: Path, picture: Image.Image, content: bytes) -> None:
+    """Raise a UserError if decoding would take too much memory or time."""
+    width, height = picture.size
+    if max(width, height) > LARGEST_SIDE:
+        raise UserError(
+            f"{path}: is {width} x {height} pixels, expected at most {LARGEST_SIDE} on a side"
+        )
+    scans = content.count(START_OF_SCAN)
+    if picture.format == "JPEG" and scans > MOST_SCANS:
+        raise UserError(f"{path}: has {scans} scans, expected at most {MOST_SCANS}")
+
+
+def _intensities(picture: Image.Image) -> np.ndarray:
+    """Return a picture's grey values (h, w), float32."""
+    if picture.mode not in GREY_MODES:
+        picture = picture.convert("L")
+    return np.asarray(picture).astype(np.float32)

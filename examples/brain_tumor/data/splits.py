@@ -1,0 +1,162 @@
+"""Splits of the slices into training and test sides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..settings import DataSettings
+from .matlab import FOLDS
+from .slices import CLASS_NAMES, SliceSet
+
+ARCHIVE_COUNTS = (708, 1426, 930)  # slices of each class in the archive
+PAPER_TEST_COUNTS = (217, 422, 281)  # the only counts that fit the paper's tables
+TEST_FRACTION = 0.3
+VALIDATION_FRACTION = 0.1  # of the paper split's training side
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which slices are trained on and which are tested on."""
+
+    train: Tensor  # indices into a `SliceSet`, ascending
+    test: Tensor  # the same
+    name: str  # of the setting `split`
+    description: str  # a sentence for the report
+
+
+def make_split(settings: DataSettings, slices: SliceSet) -> Split:
+    """Return the split that the settings ask for.
+
+    Raises:
+        UserError: The slices do not allow it.
+    """
+    if settings.split == "validation":
+        return validation_split(slices, settings.split_seed)
+    name, _, swapped = settings.split.partition("-")
+    if name == "patient":
+        return patient_split(slices, settings.fold, settings.split_seed, swap=bool(swapped))
+    return paper_split(slices, settings.split_seed, swap=bool(swapped))
+
+
+def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
+    """Split slice by slice as the paper did: 70 % to train on and 30 % to test on.
+
+    Where a set has the archive's class sizes, the test side has the paper's 217 meningiomas, 422
+    gliomas and 281 pituitary tumours; elsewhere 30 % of each class.
+
+    The seed decides which slices are drawn; `swap` exchanges the sides, as the paper does for its
+    30-70 experiment.
+
+    Raises:
+        UserError: A class is too small for both training and test set.
+    """
+    of_archive = dict(zip(ARCHIVE_COUNTS, PAPER_TEST_COUNTS, strict=True))
+    sizes = slices.labels.bincount(minlength=len(CLASS_NAMES)).tolist()
+    whole = tuple(sizes) == ARCHIVE_COUNTS
+    drawn = _draw(
+        "paper",
+        slices.labels,
+        lambda size: of_archive[size] if whole else round(TEST_FRACTION * size),
+        seed,
+    )
+    test = ~drawn if swap else drawn
+    shared = len(patients_on_both_sides(slices.patients, test))
+    return _split(
+        "paper-swapped" if swap else "paper",
+        test,
+        f"By slice, as in the paper, from seed {seed}: {shared} of "
+        f"{len(set(slices.patients))} patient ids have slices on both sides.",
+    )
+
+
+def validation_split(slices: SliceSet, seed: int) -> Split:
+    """Split the training side of `paper_split` again: a tenth of each class to choose settings by.
+
+    The paper's test side is on neither side. The seed decides both draws.
+
+    Raises:
+        UserError: A class is too small for both training and test set.
+    """
+    side = paper_split(slices, seed).train
+    drawn = _draw(
+        "validation", slices.labels[side], lambda size: round(VALIDATION_FRACTION * size), seed
+    )
+    return Split(
+        train=side[~drawn],
+        test=side[drawn],
+        name="validation",
+        description=(
+            f"To choose settings by: a tenth of the training slices of the paper's split from seed "
+            f"{seed}, whose own test slices are left out."
+        ),
+    )
+
+
+def _draw(name: str, labels: Tensor, count: Callable[[int], int], seed: int) -> Tensor:
+    """Return a mask (n,) of slices drawn from each class, `count` of its size."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label, title in enumerate(CLASS_NAMES):
+        members = (labels == label).nonzero()[:, 0]
+        if not 0 < count(len(members)) < len(members):
+            raise UserError(f"split {name}: {len(members)} {title} slices are too few to divide")
+        order = torch.randperm(len(members), generator=generator)
+        drawn[members[order[: count(len(members))]]] = True
+    return drawn
+
+
+def _split(name: str, test: Tensor, description: str) -> Split:
+    return Split((~test).nonzero()[:, 0], test.nonzero()[:, 0], name, description)
+
+
+def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) -> Split:
+    """Split patient by patient: test on one fold of patients, train on the other four.
+
+    Slices without folds have their patients dealt to folds, as the seed decides; the archive's own
+    folds do not depend on it. `swap` exchanges the sides: train on one fold, test on four.
+
+    Raises:
+        UserError: The fold is empty, has all slices of a class, or shares a patient with another.
+    """
+    if slices.folds is None:
+        folds, origin = deal_patients(slices, seed), f"dealt by PID from seed {seed}"
+    else:
+        folds, origin = slices.folds, "of cvind.mat"
+    test = folds == fold
+    if not test.any():
+        raise UserError(f"split patient: fold {fold} has no slices")
+    for label in slices.labels[test].unique().tolist():
+        if label not in slices.labels[~test]:
+            raise UserError(f"split patient: every {CLASS_NAMES[label]} slice is in fold {fold}")
+    shared = patients_on_both_sides(slices.patients, test)
+    if shared:
+        raise UserError(f"split patient: patient {min(shared)} is in fold {fold} and in another")
+    test = ~test if swap else test
+    return _split(
+        "patient-swapped" if swap else "patient",
+        test,
+        f"By patient: {'trained' if swap else 'tested'} on fold {fold} of {FOLDS}, {origin}; "
+        "no patient id has slices on both sides.",
+    )
+
+
+def deal_patients(slices: SliceSet, seed: int) -> Tensor:
+    """Deal patients to folds 1 to 5, class after class so that each fold has its share of each."""
+    label_of = dict(zip(slices.patients, slices.labels.tolist(), strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    dealt: dict[str, int] = {}
+    for label in range(len(CLASS_NAMES)):
+        members = sorted(patient for patient in label_of if label_of[patient] == label)
+        for place in torch.randperm(len(members), generator=generator).tolist():
+            dealt[members[place]] = len(dealt) % FOLDS + 1
+    return torch.tensor([dealt[patient] for patient in slices.patients])
+
+
+def patients_on_both_sides(patients: list[str], test: Tensor) -> set[str]:
+    """Return the patients who have slices inside a mask and outside it."""
+    sides = list(zip(patients, test.tolist(), strict=True))
+    inside = {patient for patient, tested in sides if tested}
+    return inside & {patient for patient, tested in sides if not tested}

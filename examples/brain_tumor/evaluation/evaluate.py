@@ -1,0 +1,243 @@
+"""From a trained network to answers: embeddings, the nearest neighbour's class, scores, angles."""
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from angular_losses import angle_between
+
+from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.splits import Split
+from ..errors import UserError
+from ..files import replacing
+from ..network.mobilenet import EmbeddingNetwork
+from ..network.objectives import class_centres
+from ..settings import read_settings
+from ..training.checkpoint import load_loss, load_network
+from ..training.run_folder import (
+    ANGLES,
+    EMBEDDINGS,
+    METRICS,
+    PREDICTIONS,
+    SETTINGS,
+    VIEW_PREDICTIONS,
+    read_precision,
+    read_split,
+    write_json,
+    write_text,
+)
+from .metrics import Metrics, measure
+
+EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
+VIEWS = ((), (3,), (2,))  # the axes along which a view of (n, 1, size, size) is mirrored
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The answers for the test slices, ascending by number."""
+
+    numbers: np.ndarray  # (n,) the slices' numbers
+    patients: np.ndarray  # (n,) the patients' ids
+    truth: np.ndarray  # (n,) labels
+    predicted: np.ndarray  # (n,) labels: the class of the nearest training slice
+    # (n, C) for each class the cosine to its nearest training slice; the largest wins
+    scores: np.ndarray
+
+
+def evaluate(run: Path, slices: SliceSet) -> Metrics:
+    """Classify a run's test slices by their nearest training slice; write the results beside it.
+
+    The run's own number of views decides; beside it stand the answers of fewer views, of two at
+    least and, where the weights were averaged, of the weights as they were.
+
+    Args:
+        run: A run's folder, finished or not.
+        slices: The slices it was trained on and held out, at its image size and crop.
+
+    Returns:
+        The metrics, which `run` then holds too, with predictions, embeddings and angles. The
+        embeddings of slices that are on neither side are 0.
+    """
+    settings = read_settings(run / SETTINGS)
+    split = read_split(run, slices)
+    network, epoch = load_network(run, settings.network)
+    own = settings.evaluation.views
+    embeddings = _embed_views(run, network, slices, split, max(own, 2))
+    centres = class_centres(
+        load_loss(run, settings), embeddings[own][split.train], slices.labels[split.train]
+    )
+    _write_array(run / EMBEDDINGS, embeddings[own])
+    _write_array(run / ANGLES, class_angles(embeddings[own], centres))
+    by_views = {}
+    for views, averaged in embeddings.items():
+        table, by_views[views] = _classify(slices, split, averaged)
+        write_text(run / (PREDICTIONS if views == own else VIEW_PREDICTIONS.format(views)), table)
+    results = {
+        "epoch": epoch,
+        **dataclasses.asdict(by_views[own]),
+        "accuracy_by_views": {views: metrics.accuracy for views, metrics in by_views.items()},
+    }
+    if settings.training.ema:
+        last, _ = load_network(run, settings.network, averaged=False)
+        results["accuracy_by_views_without_ema"] = {
+            views: _classify(slices, split, averaged)[1].accuracy
+            for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()
+        }
+    write_json(run / METRICS, results)
+    return by_views[own]
+
+
+def embed(
+    network: EmbeddingNetwork,
+    images: Tensor,
+    precision: torch.dtype = torch.float32,
+    views: int = 1,
+) -> Tensor:
+    """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    with torch.inference_mode(), low:
+        batches = [
+            normalised(network, batch.to(device).float(), views)
+            for batch in images.split(EMBEDDING_BATCH)
+        ]
+    return torch.cat(batches).cpu()
+
+
+def normalised(network: EmbeddingNetwork, images: Tensor, views: int) -> Tensor:
+    """Return L2-normalised embeddings (n, d) of images (n, 1, size, size), averaged over views.
+
+    Args:
+        network: The network.
+        images: As it takes them.
+        views: How many of `VIEWS` are averaged, each L2-normalised before.
+    """
+    embeddings = [F.normalize(network(images.flip(axes)).float()) for axes in VIEWS[:views]]
+    return embeddings[0] if views == 1 else F.normalize(torch.stack(embeddings).sum(0))
+
+
+def class_angles(embeddings: Tensor, centres: list[Tensor]) -> Tensor:
+    """Return the angle (n, C) in radians to the nearest of each class's centres.
+
+    Args:
+        embeddings: (n, d).
+        centres: For each class (k, d).
+    """
+    angles = [
+        torch.stack([angle_between(embeddings, one.expand_as(embeddings)) for one in own]).amin(0)
+        for own in centres
+    ]
+    return torch.stack(angles, dim=1)
+
+
+def class_scores(train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
+    """Return the cosine (n, num_classes) of each embedding to the nearest training one of a class.
+
+    The class of the largest is the answer of 1-NN. A class without training slices scores -1.
+
+    Args:
+        train: (k, d) L2-normalised.
+        train_labels: (k,).
+        test: (n, d) L2-normalised.
+        num_classes: C.
+    """
+    cosine = test @ train.T
+    scores = [
+        cosine[:, train_labels == label].amax(1)
+        if (train_labels == label).any()
+        else -torch.ones(len(test))
+        for label in range(num_classes)
+    ]
+    return torch.stack(scores, dim=1)
+
+
+def probabilities(scores: np.ndarray, scale: float) -> np.ndarray:
+    """Return softmax(scale * scores): the classes' scores (n, C) read as logits of cosines."""
+    logits = scale * (scores - scores.max(1, keepdims=True))
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each test embedding, the index of the nearest in `train`, and the cosine.
+
+    Between unit vectors the largest cosine is the smallest Euclidean distance.
+    """
+    cosine, nearest = (test @ train.T).max(dim=1)
+    return nearest, cosine
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read back a file of predictions.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        truth, predicted = (
+            np.array([CLASS_NAMES.index(row[column]) for row in rows], np.int64)
+            for column in ("truth", "predicted")
+        )
+        scores = [[float(row[f"score_{name}"]) for name in CLASS_NAMES] for row in rows]
+        numbers = [int(row["slice"]) for row in rows]
+        patients = [row["patient"] for row in rows]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable as predictions: {error}") from None
+    return Predictions(
+        np.array(numbers), np.array(patients), truth, predicted, np.array(scores).reshape(-1, 3)
+    )
+
+
+def _embed_views(
+    run: Path, network: EmbeddingNetwork, slices: SliceSet, split: Split, most: int
+) -> dict[int, Tensor]:
+    """Return both sides' embeddings (n, d) for 1 to `most` views, 0 for other slices."""
+    precision = read_precision(run)
+    sides = torch.cat([split.train, split.test])
+    images = slices.images[sides]
+    embeddings, total = {}, torch.zeros(())
+    for views, axes in enumerate(VIEWS[:most], start=1):
+        total = total + embed(network, images.flip(axes), precision)
+        rows = total if views == 1 else F.normalize(total)
+        embeddings[views] = rows.new_zeros(len(slices.labels), rows.shape[1])
+        embeddings[views][sides] = rows
+    return embeddings
+
+
+def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, Metrics]:
+    """Return the answers for the test slices as a table, and what they are worth."""
+    train, test, labels = embeddings[split.train], embeddings[split.test], slices.labels
+    nearest, cosine = nearest_neighbour(train, test)
+    predicted = labels[split.train][nearest]
+    scores = class_scores(train, labels[split.train], test, len(CLASS_NAMES))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    columns = ["slice", "patient", "fold", "truth", "predicted", "nearest_training_slice", "cosine"]
+    writer.writerow([*columns, *(f"score_{name}" for name in CLASS_NAMES)])
+    for row, index in enumerate(split.test.tolist()):
+        writer.writerow(
+            [
+                slices.numbers[index],
+                slices.patients[index],
+                "" if slices.folds is None else int(slices.folds[index]),
+                CLASS_NAMES[labels[index]],
+                CLASS_NAMES[predicted[row]],
+                slices.numbers[split.train[nearest[row]]],
+                f"{cosine[row]:.6f}",
+                *(f"{score:.9g}" for score in scores[row]),
+            ]
+        )
+    return table.getvalue(), measure(labels[split.test].numpy(), predicted.numpy())
+
+
+def _write_array(path: Path, values: Tensor) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values.float().numpy(), allow_pickle=False)

@@ -1,0 +1,267 @@
+"""MobileNet v1 in TF-slim's or timm's layout, ImageNet weights, and the paper's output network."""
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+InputRange = Literal["imagenet", "unit"]
+Layout = Literal["slim", "timm"]  # whose weights fit: they differ in names, padding and epsilon
+
+# (output channels at width 1.0, stride) of the thirteen depthwise separable blocks.
+BLOCKS = (
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *((512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1)),
+)
+BATCH_NORM_EPSILON = {"slim": 1e-3, "timm": 1e-5}  # what the ImageNet weights were trained with
+
+FIRST_TENSOR: Mapping[Layout, str] = {"slim": "stem.conv.weight", "timm": "conv_stem.weight"}
+TIMM_LAYERS = {
+    ("stem", "conv"): "conv_stem",
+    ("stem", "bn"): "bn1",
+    ("depthwise", "conv"): "conv_dw",
+    ("depthwise", "bn"): "bn1",
+    ("pointwise", "conv"): "conv_pw",
+    ("pointwise", "bn"): "bn2",
+}
+
+
+def first_centre(side: int, layout: Layout) -> int:
+    """Return the pixel on which the first 3 x 3 window of stride 2 is centred, along one side.
+
+    timm pads a side at both ends: the centres are 0, 2, 4 .... TF-slim's "SAME" padding does so if
+    the side is odd; an even one grows at its end only, and the centres are 1, 3, 5 ....
+    """
+    return 1 - side % 2 if layout == "slim" else 0
+
+
+class Stem(nn.Module):
+    """The first layer: a 3 x 3 convolution with stride 2 of the colour channels."""
+
+    def __init__(self, out_channels: int, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.conv = nn.Conv2d(3, out_channels, 3, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPSILON[layout])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (n, 3, h, w) to (n, out_channels, ceil(h / 2), ceil(w / 2))."""
+        height, width = images.shape[2:]
+        top, left = first_centre(height, self.layout), first_centre(width, self.layout)
+        images = F.pad(images, (1 - left, 1, 1 - top, 1))
+        return F.relu6(self.bn(self.conv(images)))
+
+
+class DepthwiseConvolution(nn.Module):
+    """A 3 x 3 convolution of each channel apart, with stride 1 or 2."""
+
+    def __init__(self, channels: int, stride: int, layout: Layout) -> None:
+        super().__init__()
+        self.stride = stride
+        self.layout = layout
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels, eps=BATCH_NORM_EPSILON[layout])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (n, channels, h, w) to (n, channels, ceil(h / stride), ceil(w / stride))."""
+        height, width = features.shape[2:]
+        features = self.conv(features)
+        if self.stride == 2:
+            # All windows are computed and every other one kept, because differentiating a strided
+            # bfloat16 convolution takes a CPU several times as long.
+            top, left = first_centre(height, self.layout), first_centre(width, self.layout)
+            features = features[:, :, top::2, left::2]
+            features = features.contiguous(memory_format=torch.channels_last)
+        return F.relu6(self.bn(features))
+
+
+class PointwiseConvolution(nn.Module):
+    """A 1 x 1 convolution: it mixes the channels of each pixel."""
+
+    def __init__(self, in_channels: int, out_channels: int, layout: Layout) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPSILON[layout])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (n, in_channels, h, w) to (n, out_channels, h, w)."""
+        return F.relu6(self.bn(self.conv(features)))
+
+
+class SeparableBlock(nn.Module):
+    """A depthwise convolution followed by a pointwise one: MobileNet's cheap 3 x 3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, layout: Layout) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConvolution(in_channels, stride, layout)
+        self.pointwise = PointwiseConvolution(in_channels, out_channels, layout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride))."""
+        return self.pointwise(self.depthwise(features))
+
+
+class MobileNetV1(nn.Module):
+    """The convolutional part of MobileNet v1 (Howard et al., 2017, arXiv:1704.04861).
+
+    Args:
+        width: Multiplier of all channel counts; the ImageNet weights are for 1.0.
+        layout: Whose ImageNet weights fit: "slim" is TF-slim's, with "SAME" padding and an epsilon
+            of 1e-3; "timm" is timm's, with symmetric padding and 1e-5.
+
+    Attributes:
+        out_channels: Channels of the features, 1024 * width.
+    """
+
+    def __init__(self, width: float = 1.0, layout: Layout = "slim") -> None:
+        super().__init__()
+        self.width = width
+        self.layout = layout
+        channels = int(32 * width)
+        self.stem = Stem(channels, layout)
+        self.blocks = nn.Sequential()
+        for base_channels, stride in BLOCKS:
+            in_channels, channels = channels, int(base_channels * width)
+            self.blocks.append(SeparableBlock(in_channels, channels, stride, layout))
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map RGB images (n, 3, h, w) in [-1, 1] to (n, out_channels, h / 32, w / 32) features."""
+        return self.blocks(self.stem(images))
+
+
+class EmbeddingNetwork(nn.Module):
+    """The paper's network: MobileNet v1, global average pooling and the output network.
+
+    Args:
+        width: Multiplier of MobileNet's channel counts.
+        embedding_size: Length of an embedding.
+        dropout: Probability of dropping a hidden unit while training.
+        input_range: "imagenet" maps intensities to [-1, 1], on which the ImageNet weights were
+            trained; "unit" leaves them in [0, 1], the letter of the paper.
+        layout: Whose ImageNet weights fit MobileNet, "slim" or "timm".
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        embedding_size: int = 256,
+        dropout: float = 0.2,
+        input_range: InputRange = "imagenet",
+        layout: Layout = "slim",
+    ) -> None:
+        super().__init__()
+        self.input_range = input_range
+        self.backbone = MobileNetV1(width, layout)
+        self.output = nn.Sequential(
+            nn.Linear(self.backbone.out_channels, embedding_size),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            he_initialised(nn.Linear(embedding_size, embedding_size)),
+            nn.BatchNorm1d(embedding_size),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map grey images (n, 1, h, w) in [0, 1] to embeddings (n, embedding_size)."""
+        if self.input_range == "imagenet":
+            images = images * 2 - 1
+        features = self.backbone(images.expand(-1, 3, -1, -1))
+        return self.output(features.mean((2, 3)))
+
+
+def he_initialised(layer: nn.Linear) -> nn.Linear:
+    """Draw the weights of a layer as He et al. (2015) do, with a bias of zero."""
+    nn.init.kaiming_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
+    """Copy MobileNet v1's ImageNet weights into a network, all of them or none.
+
+    Args:
+        network: A network of width 1.0, of the weights' layout.
+        path: A safetensors file with TF-slim's weights (keys `stem`, `blocks`, `classifier`) or
+            timm's `mobilenetv1_100` (keys `conv_stem`, `bn1`, `blocks`, `classifier`).
+
+    Raises:
+        UserError: The file is missing or damaged, or holds another network's weights.
+    """
+    if network.width != 1.0:
+        raise UserError(
+            f"{path}: these weights are for width 1.0, but the network has {network.width}"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file") from error
+    layout = _layout(path, weights)
+    if layout != network.layout:
+        raise UserError(
+            f"{path}: these weights have {layout}'s layout, but the network has {network.layout}'s;"
+            f" set --layout {layout} to use them"
+        )
+    state = network.state_dict()
+    for name, own in state.items():
+        if name.endswith("num_batches_tracked"):  # torch's counter: unused, and unknown elsewhere
+            continue
+        source = timm_name(name) if layout == "timm" else name
+        if source not in weights:
+            raise UserError(f"{path}: no tensor named {source}; not MobileNet v1's weights")
+        check_tensor(path, source, weights[source], own.shape)
+        state[name] = weights[source]
+    network.load_state_dict(state)
+
+
+def weights_layout(path: Path) -> Layout:
+    """Return whose layout a file of ImageNet weights has.
+
+    Raises:
+        UserError: The file is missing or damaged, or holds another network's weights.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        with safe_open(path, "pt") as file:
+            return _layout(path, file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file") from error
+
+
+def _layout(path: Path, names: Container[str]) -> Layout:
+    for layout, first in FIRST_TENSOR.items():
+        if first in names:
+            return layout
+    raise UserError(f"{path}: neither TF-slim's nor timm's weights of MobileNet v1")
+
+
+def timm_name(name: str) -> str:
+    """Return what timm calls a tensor of ours: `stem.bn.bias` is `bn1.bias` there."""
+    *place, module, layer, term = name.split(".")
+    block = f"{timm_block(int(place[1]))}." if place else ""
+    return f"{block}{TIMM_LAYERS[module, layer]}.{term}"
+
+
+def timm_block(index: int) -> str:
+    """Return what timm calls a block of ours: it numbers them anew from each one of stride 2."""
+    strides = [stride for _, stride in BLOCKS[: index + 1]]
+    since = strides[::-1].index(2) if 2 in strides else index
+    return f"blocks.{strides.count(2)}.{since}"
+
+
+def check_tensor(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raise a UserError unless a tensor has the shape and holds finite floating-point numbers."""
+    if tensor.shape != shape:
+        found, expected = list(tensor.shape), list(shape)
+        raise UserError(f"{path}: {name} has shape {found}, expected {expected}")
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise UserError(f"{path}: {name} holds values that are not finite floating-point numbers")

@@ -1,0 +1,1 @@
+"""Tables and figures, written as Markdown and HTML."""

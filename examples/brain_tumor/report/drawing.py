@@ -1,0 +1,229 @@
+"""Draws a reproduction's figures; what could not be drawn returns nothing, for the template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.evaluate import Predictions, probabilities
+from ..evaluation.metrics import reliability, seed_interval, wilson_interval
+from ..reproduction.plan import PAPER_LOSSES, PROPOSED
+from ..reproduction.results import Result, metrics_of, pooled
+from ..reproduction.running import SAMPLES
+from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT, read_rows
+from . import paper, tables
+from .further_figures import (
+    Angles,
+    plot_angles,
+    plot_budget,
+    plot_errors,
+    plot_reliability,
+    plot_roc,
+    plot_slice_and_patient,
+)
+from .paper_figures import (
+    Embedded,
+    Score,
+    compute_tsne,
+    plot_confusions,
+    plot_losses,
+    plot_samples,
+    plot_scores,
+    plot_tsne,
+)
+from .pipeline_figure import plot_pipeline
+from .reproduction_report import Report
+
+TSNE = "tsne.npy"
+
+
+def samples(report: Report) -> bool:
+    """Figure 1."""
+    path = report.folder / SAMPLES
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            pictures = {tuple(key.split()): stored[key] for key in stored.files}
+        plot_samples(*report.drawn("figure1", "slices by class and plane"), pictures)
+    return path.is_file()
+
+
+def pipeline(report: Report) -> bool:
+    """Figure 2."""
+    if report.proposed:
+        settings = report.proposed.run.settings
+        plot_pipeline(
+            *report.drawn("figure2", "HSADML, as it was run"),
+            image_size=settings.data.image_size,
+            pretrained=bool(settings.network.weights),
+            margin=settings.loss.margin,
+            scale=settings.loss.scale,
+        )
+    return report.proposed is not None
+
+
+def curves(report: Report) -> bool:
+    """Figures 3 and 4."""
+    firsts = {
+        tables.TITLES[name]: first
+        for name in tables.TRAININGS
+        if (first := report.first(name)) is not None
+    }
+    if firsts:
+        losses = {
+            title: [row["loss"] for row in read_rows(first.folder / EPOCHS)]
+            for title, first in firsts.items()
+        }
+        confusions = {title: np.array(one.metrics.confusion) for title, one in firsts.items()}
+        plot_losses(*report.drawn("figure3", "training loss, seed 0"), losses)
+        title = "test slices by slice, seed 0, 1-NN"
+        plot_confusions(*report.drawn("figure4", title), confusions)
+    return bool(firsts)
+
+
+def tsne(report: Report, name: str) -> bool:
+    """Figure 5 or 6: by loss or by margin."""
+    trainings = {"figure5": tables.LOSSES, "figure6": tables.MARGINS}[name]
+    panels = {
+        tables.TITLES[training]: _embedded(report, first)
+        for training in trainings
+        if (first := report.first(training)) is not None and first.has_embeddings
+    }
+    if panels:
+        plot_tsne(*report.drawn(name, "t-SNE, test slices"), panels)
+    return bool(panels)
+
+
+def _embedded(report: Report, result: Result) -> Embedded:
+    _, test = report.slices.sides(result.folder / SPLIT)
+    path = result.folder / TSNE
+    if path.is_file() and path.stat().st_mtime >= (result.folder / EMBEDDINGS).stat().st_mtime:
+        points = np.load(path, allow_pickle=False)
+    else:
+        points = compute_tsne(result.embeddings()[test], seed=0)
+        np.save(path, points, allow_pickle=False)
+    return Embedded(points, result.predictions.truth, ~tables.right(result.predictions))
+
+
+def angles(report: Report) -> bool:
+    """The proposed training's embeddings by angle."""
+    proposed = report.proposed
+    if proposed is None or not proposed.has_embeddings:
+        return False
+    train, test = report.slices.sides(proposed.folder / SPLIT)
+    margin = proposed.run.settings.loss.margin
+    plot_angles(
+        *report.drawn("angles", f"angles to the class centres, {tables.TITLES[PROPOSED]}, seed 0"),
+        _angles(report, proposed, test),
+        train=_angles(report, proposed, train),
+        boundary=lambda theta: margin * theta,
+    )
+    return True
+
+
+def _angles(report: Report, result: Result, indices: np.ndarray) -> Angles:
+    angles = np.load(result.folder / ANGLES, allow_pickle=False)[indices]
+    labels, rows = report.slices.labels[indices], np.arange(len(indices))
+    others = angles.copy()
+    others[rows, labels] = np.inf
+    wrong = result.predictions.numbers[~tables.right(result.predictions)]
+    wrong = np.isin(report.slices.numbers[indices], wrong)
+    return Angles(target=angles[rows, labels], other=others.min(1), labels=labels, wrong=wrong)
+
+
+def scores(report: Report, scale: float) -> list[dict[str, Any]]:
+    """ROC and reliability of the proposed training: name, file and calibration error of each."""
+    folds = report.reproduction.select("patient", PROPOSED)
+    sides = {"slice": ("by slice, seed 0", report.proposed.predictions)}
+    if folds:
+        sides["patient"] = ("by patient, all folds", pooled(one.predictions for one in folds))
+    drawn = []
+    for file, (name, predictions) in sides.items():
+        title = f"{tables.TITLES[PROPOSED]}, {name}"
+        sure = probabilities(predictions.scores, scale)
+        plot_roc(*report.drawn(f"roc-{file}", title), predictions.truth, sure)
+        bins = reliability(sure.max(1), tables.right(predictions))
+        plot_reliability(*report.drawn(f"reliability-{file}", title), *bins)
+        drawn.append({"file": file, "name": name, "error": bins.error})
+    return drawn
+
+
+def by_patient(report: Report) -> dict[str, Any]:
+    """By slice and by patient, and the kinds of errors; where they lie, if that is known."""
+    names = [name for name in PAPER_LOSSES if report.reproduction.select("patient", name)]
+    if not names:
+        return {}
+    losses = {tables.TITLES[name]: _ways(report, name) for name in names}
+    drawn = report.drawn("slice-and-patient", "by slice and by patient, 1-NN")
+    plot_slice_and_patient(*drawn, losses)
+    folds = report.reproduction.select("patient", PROPOSED)
+    if not report.proposed or not folds:
+        return {"errors": None}
+    together = pooled(one.predictions for one in folds)
+    confusions = {
+        "by slice, seed 0": np.array(report.proposed.metrics.confusion),
+        "by patient, all folds": np.array(metrics_of(together).confusion),
+    }
+    title = f"kinds of errors, {tables.TITLES[PROPOSED]}"
+    plot_errors(*report.drawn("errors", title), confusions)
+    return {"errors": _clusters(together)}
+
+
+def _ways(report: Report, training: str) -> dict[str, tuple[float, float, float]]:
+    ways = {}
+    first = report.first(training)
+    if first:
+        ways["by slice"] = (first.metrics.accuracy, *first.metrics.accuracy_interval)
+    folds = report.reproduction.select("patient", training)
+    together = pooled(one.predictions for one in folds)
+    accuracy = float(tables.right(together).mean())
+    ways["by patient, slices"] = (accuracy, *tables.patient_interval(together))
+    hits, total = tables.votes(folds)
+    ways["by patient, votes"] = (hits / total, *wilson_interval(hits, total))
+    return ways
+
+
+def _clusters(predictions: Predictions) -> dict[str, float]:
+    """Return how many slices are wrong, of how many patients, and the worst tenth's share."""
+    wrong = ~tables.right(predictions)
+    patients, counts = np.unique(predictions.patients[wrong], return_counts=True)
+    every = len(np.unique(predictions.patients))
+    worst = np.sort(counts)[::-1][: int(np.ceil(0.1 * every))].sum()
+    share = 100 * worst / max(wrong.sum(), 1)
+    return {"slices": wrong.sum(), "patients": len(patients), "of": every, "share": share}
+
+
+def lengths(report: Report) -> dict[float, Sequence[float]]:
+    """Accuracy against the length of training; return the accuracies by epochs."""
+    reproduction = report.reproduction
+    own = reproduction.budget.settings(None).training.epochs
+    runs = {own: [one.metrics.accuracy for one in reproduction.select("slice", PROPOSED)]}
+    for one in reproduction.results:
+        if one.run.group == "length":
+            epochs = one.run.settings.training.epochs
+            runs.setdefault(epochs, []).append(one.metrics.accuracy)
+    if not runs[own] or reproduction.synthetic:
+        return {}
+    runs = dict(sorted(runs.items()))
+    drawn = report.drawn("length", "accuracy by slice against the length of training")
+    plot_budget(*drawn, runs, own, paper.ACCURACY, paper.ACCURACY)
+    return runs
+
+
+def bars(report: Report) -> None:
+    """Figure 7."""
+    scores = []
+    for group, name in (("slice", "by slice, 70-30"), ("patient", "by patient, five folds")):
+        results = report.reproduction.select(group, PROPOSED)
+        if results:
+            mean, interval = seed_interval([one.metrics.accuracy for one in results])
+            shown = None if np.isnan(interval[0]) else tables.possible(interval)
+            scores.append(Score(f"ours, {name}", mean, shown))
+    counts = np.array(paper.CONFUSIONS[PROPOSED])
+    own = wilson_interval(counts.trace(), counts.sum())
+    scores.append(Score("HSADML, by slice, 70-30", paper.ACCURACY, own, "the paper"))
+    for cited in paper.CITED:
+        label = f"{cited.name}, {cited.protocol}"
+        scores.append(Score(label, cited.accuracy, None, "cited", cited.verified))
+    plot_scores(
+        *report.drawn("figure7", "accuracies on this data set: ours, and as published"), scores
+    )

@@ -1,0 +1,223 @@
+"""The figures of a run, and what all figures share.
+
+Each function takes the path of the PNG file to write and a title, which says SYNTHETIC for
+phantoms, before what it draws, and returns the figure.
+"""
+
+import functools
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from ..data.slices import CLASS_NAMES
+from ..files import replacing
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+Arguments = ParamSpec("Arguments")
+SMOOTHING = 10  # steps; a single batch says little
+LARGEST_DRAWN = 1024  # pixels a side; more cost memory and are not seen
+
+
+def saved(draw: Callable[Arguments, Figure]) -> Callable[Concatenate[Path, Arguments], Figure]:
+    """Let what draws a figure take first the PNG file that it is then written to, whole or not."""
+
+    @functools.wraps(draw)
+    def plot(path: Path, *arguments: Arguments.args, **options: Arguments.kwargs) -> Figure:
+        figure = draw(*arguments, **options)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        return figure
+
+    return plot
+
+
+@saved
+def plot_loss(title: str, epochs: list[dict[str, Any]]) -> Figure:
+    """Draw loss and training accuracy against the epoch.
+
+    Args:
+        title: Stands above it.
+        epochs: The rows of a run's log.
+    """
+    figure, (loss, accuracy) = make_panels(title)
+    x = [row["epoch"] for row in epochs]
+    # One epoch alone has no line to draw, only a point.
+    style = {"color": COLOURS[0], "marker": "o" if len(x) == 1 else ""}
+    loss.plot(x, [row["loss"] for row in epochs], **style)
+    loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    accuracy.plot(x, [100 * value for value in _column(epochs, "accuracy")], **style)
+    accuracy.set(xlabel="epoch", ylabel="training accuracy (%)", ylim=(None, 101))
+    return figure
+
+
+@saved
+def plot_confusion(title: str, confusion: list[list[int]]) -> Figure:
+    """Draw a confusion matrix: counts as text, the share of each true class as shade.
+
+    Args:
+        title: Stands above it.
+        confusion: Counts, rows are the truth.
+    """
+    figure = Figure(figsize=(5, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    picture = draw_confusion(axes, confusion)
+    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Return a log's column; what a loss without class centres cannot know is NaN, a gap."""
+    return [math.nan if row[name] is None else row[name] for row in rows]
+
+
+def draw_confusion(axes: Axes, confusion: list[list[int]]) -> AxesImage:
+    """Draw a confusion matrix into axes; return the picture that a colour bar explains."""
+    counts = np.asarray(confusion)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(CLASS_NAMES))
+    axes.set_xticks(ticks, CLASS_NAMES)
+    axes.set_yticks(ticks, CLASS_NAMES, rotation=90, va="center")
+    axes.set(xlabel="predicted", ylabel="truth")
+    for (row, column), share in np.ndenumerate(shares):
+        text = f"{counts[row, column]}\n{100 * share:.1f} %"
+        axes.text(column, row, text, ha="center", va="center", color=choose_ink(share))
+    return picture
+
+
+def choose_ink(share: float) -> str:
+    """Return the colour of text that is readable on a share's shade of blue."""
+    return "white" if share > 0.72 else "black"
+
+
+@saved
+def plot_early(title: str, runs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Draw target angle and gradient norm over the first steps, one line per run.
+
+    Args:
+        title: Stands above it.
+        runs: For each run's name the rows of its step log.
+    """
+    figure, (angles, norms) = make_panels(title)
+    for (name, steps), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
+        angle = _column(steps, "mean_target_angle")
+        norm = _column(steps, "gradient_norm")
+        _plot_smoothed(angles, angle, colour, name)
+        _plot_smoothed(norms, norm, colour, name)
+    angles.axhline(math.pi / 2, color="grey", linewidth=0.8, linestyle=":")  # a right angle
+    angles.set(xlabel="step", ylabel="mean target angle (radians)", ylim=(0, None))
+    norms.set(xlabel="step", ylabel="gradient norm of the network", yscale="log")
+    if len(runs) > 1:
+        norms.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def make_panels(
+    title: str, count: int = 2, columns: int = 2, size: tuple[float, float] = (4.5, 3.6)
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels side by side, in rows of at most `columns`.
+
+    Args:
+        title: Stands above the figure, on as many lines as it takes.
+        count: Number of panels.
+        columns: Number of panels in a full row.
+        size: Width and height of one panel in inches.
+    """
+    rows = math.ceil(count / columns)
+    columns = math.ceil(count / rows)  # four in rows of three would leave one alone
+    width = max(columns * size[0], 4.0)  # a title needs some room
+    figure = Figure(figsize=(width, rows * size[1]), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    for axes in panels[:count]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    figure.suptitle(wrap_title(title, width), fontsize=11)
+    return figure, panels[:count]
+
+
+def wrap_title(title: str, width: float) -> str:
+    """Break a title of 11 points into lines for a figure's width in inches."""
+    return textwrap.fill(title, int(12 * width))
+
+
+def _plot_smoothed(axes: Axes, values: list[float], colour: str, label: str) -> None:
+    """Draw the values faintly and the running mean of the last steps over them."""
+    x = np.arange(1, len(values) + 1)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    window = np.minimum(x, SMOOTHING)
+    axes.plot(x, values, color=colour, alpha=0.25, linewidth=0.7)
+    axes.plot(x, (sums[x] - sums[x - window]) / window, color=colour, label=label)
+
+
+@saved
+def plot_prediction(
+    title: str,
+    image: np.ndarray,
+    heat: np.ndarray,
+    mask: np.ndarray | None,
+    probabilities: Mapping[str, float],
+    neighbours: Sequence[tuple[np.ndarray, str]],
+    notes: str,
+) -> Figure:
+    """Draw a slice, what its class is drawn from, and the training slices nearest to it.
+
+    Args:
+        title: Stands above it.
+        image: (h, w) the slice.
+        heat: (h, w) its Grad-CAM, at least 0.
+        mask: (h, w) the tumour, outlined on the heat, if known.
+        probabilities: Of each class.
+        neighbours: Pictures (size, size) in [0, 1] with what stands above each, two lines at most.
+        notes: Lines below it.
+    """
+    figure = Figure(figsize=(10, 6.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[3, 2.3])
+    slice_axes, heat_axes, bars = upper.subplots(1, 3)
+    step = math.ceil(max(image.shape) / LARGEST_DRAWN)
+    image, heat = image[::step, ::step], heat[::step, ::step]
+    slice_axes.imshow(image, cmap="gray")
+    slice_axes.set_title("the slice", fontsize=10)
+    heat_axes.imshow(image, cmap="gray")
+    share = heat / max(heat.max(), np.finfo(float).tiny)
+    heat_axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.7 * share)
+    described = "Grad-CAM" if heat.any() else "Grad-CAM: empty"
+    if mask is not None and mask[::step, ::step].any():
+        # Padded, so that an outline closes at the edge too.
+        outline = np.pad(mask[::step, ::step], 1)
+        rows, columns = (np.arange(length) - 1 for length in outline.shape)
+        limits = heat_axes.axis()
+        heat_axes.contour(columns, rows, outline, [0.5], colors=COLOURS[5], linewidths=1.2)
+        heat_axes.axis(limits)
+        described += "; tumour mask outlined"
+    heat_axes.set_title(described, fontsize=10)
+    names, values = list(probabilities), list(probabilities.values())
+    best = int(np.argmax(values))
+    colours = [COLOURS[0] if i == best else "0.7" for i in range(len(values))]
+    drawn = bars.barh(names, values, color=colours)
+    bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values], padding=3)
+    bars.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel="softmax of the scaled cosines")
+    bars.set_title("probability", fontsize=10)
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    beside = list(np.ravel(lower.subplots(1, len(neighbours))))
+    for axes, (picture, caption) in zip(beside, neighbours, strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.set_title(caption, fontsize=9)
+    for axes in (slice_axes, heat_axes, *beside):
+        axes.set(xticks=[], yticks=[])
+    lower.supxlabel(notes, fontsize=9)
+    figure.suptitle(wrap_title(title, 10), fontsize=11, parse_math=False)
+    return figure

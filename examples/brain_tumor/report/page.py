@@ -1,0 +1,81 @@
+"""Reports: Markdown from a template, and the same as one HTML page that needs no other file."""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8"),
+    undefined=StrictUndefined,
+    autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")  # no text becomes markup
+FIGURE = re.compile(r'<p><img src="([^"]+)" alt="([^"]*)" /></p>\n<p>(.*?)</p>')
+HEADING = re.compile(r"<h([1-6])>(.*?)</h\1>")
+WRAPPERS = {  # what HTML has for the style sheet beyond what Markdown says
+    "<p><strong>": '<p class="warning"><strong>',
+    "<table>": '<div class="wide"><table>',
+    "</table>": "</table></div>",
+    "<tr>\n<td>the paper": '<tr class="cited">\n<td>the paper',
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its text is Markdown, padded so that it reads well as plain text too."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [self.header, ["-" * max(width, 3) for width in widths], *self.rows]
+        text = "\n".join(
+            f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+            for line in lines
+        )
+        return f"{text}\n\n{self.caption}" if self.caption else text
+
+
+def to_markdown(template: str, **values: object) -> str:
+    """Return a template's text, its parts apart by one empty line each."""
+    text = TEMPLATES.get_template(template).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def to_html(title: str, markdown: str, folder: Path) -> str:
+    """Return Markdown as a page with its contents listed, and with the pictures of `folder`."""
+    body = FIGURE.sub(lambda found: _figure(folder / found[1], found[2], found[3]), _body(markdown))
+    contents = [(_anchor(text), text) for level, text in HEADING.findall(body) if level == "2"]
+    body = HEADING.sub(lambda one: f'<h{one[1]} id="{_anchor(one[2])}">{one[2]}</h{one[1]}>', body)
+    first, rest = body.split("</h1>", 1)
+    page = TEMPLATES.get_template("page.html.j2")
+    return page.render(title=title, first=f"{first}</h1>", rest=rest, contents=contents)
+
+
+def _body(markdown: str) -> str:
+    html = MARKDOWN.render(markdown)
+    for plain, wrapped in WRAPPERS.items():
+        html = html.replace(plain, wrapped)
+    return html
+
+
+def _figure(path: Path, alternative: str, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return (
+        f'<figure><img alt="{alternative}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _anchor(text: str) -> str:
+    text = re.sub(r"&\w+;|</?code>", " ", text.lower())
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split())

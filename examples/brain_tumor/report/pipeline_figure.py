@@ -1,0 +1,136 @@
+"""Figure 2 of the paper, drawn anew: what happens to a slice in training and in testing."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from .figures import COLOURS, saved, wrap_title
+
+# All lengths in inches, from the upper left corner.
+WIDTH, TITLE = 9.2, 0.5
+EDGE = 0.25  # between the figure's edge and the boxes
+BOX_WIDTH, BOX_HEIGHT = 1.26, 0.85
+HEAD = 0.36  # of a band, above its boxes
+BAND = HEAD + BOX_HEIGHT + 0.14
+GRADIENT = 0.22  # what the way of the gradients adds to the first band
+GAP = 0.12  # between bands
+FONT_SIZE = 8.5
+
+
+@saved
+def plot_pipeline(
+    title: str,
+    *,
+    image_size: int = 224,
+    pretrained: bool = True,
+    channels: int = 1024,
+    embedding_size: int = 256,
+    dropout: float = 0.2,
+    margin: float = 5,
+    scale: float = 30,
+    neighbours: int = 1,
+) -> Figure:
+    """Draw the training phase, the network and the testing phase with the numbers of a run.
+
+    Args:
+        title: Stands above it.
+        image_size: Side of the network's input in pixels.
+        pretrained: Whether the backbone started from ImageNet weights.
+        channels: Feature maps of the backbone.
+        embedding_size: Of both dense layers.
+        dropout: Rate after the first dense layer.
+        margin: SphereFace's m.
+        scale: SphereFace's s.
+        neighbours: The k of k-NN.
+    """
+    side = math.ceil(image_size / 32)  # the backbone halves it five times, rounding up
+    picture = f"{image_size} x {image_size} x 3\nin [0, 1]"
+    embedding = f"embedding\n{embedding_size} numbers\nof length 1"
+    weights = "ImageNet weights" if pretrained else "random weights"
+    training = (
+        f"training slice\n{picture}",
+        "augmentation\nrotation, zoom,\nflips, brightness",
+        "network",
+        embedding,
+        f"SphereFace loss\nm = {margin:g}, s = {scale:g}\nangles to the\nclass centres",
+    )
+    network = (
+        f"MobileNet v1\n{weights}\n{channels} x {side} x {side}",
+        f"global average\npooling\n{channels}",
+        f"dense {embedding_size}, ReLU\ndropout {dropout:g}",
+        f"dense {embedding_size}\nlinear, He\ninitialised",
+        "BatchNorm",
+        "L2-normalise\nonto the sphere",
+    )
+    testing = (
+        f"test slice\n{picture}",
+        "network\nas trained",
+        embedding,
+        f"k-NN, k = {neighbours}\namong the\ntraining slices'\nembeddings",
+        "class\nmeningioma,\nglioma or\npituitary",
+    )
+    bands = (
+        ("Training phase", training, COLOURS[0], BAND + GRADIENT),
+        ("The network", network, COLOURS[4], BAND),
+        ("Testing phase", testing, COLOURS[2], BAND),
+    )
+    height = TITLE + sum(band[-1] + GAP for band in bands)
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(WIDTH / 2, TITLE / 2, wrap_title(title, WIDTH), ha="center", va="center", fontsize=11)
+    top = TITLE
+    for name, steps, colour, band_height in bands:
+        ground = (0.1, top), WIDTH - 0.2, band_height
+        axes.add_patch(Rectangle(*ground, color=colour, alpha=0.1, linewidth=0))
+        _draw_band(axes, top, name, steps, colour)
+        top += band_height + GAP
+    _draw_gradient(axes, _lefts(len(training)), TITLE)
+    return figure
+
+
+def _lefts(count: int) -> list[float]:
+    """Return the left edges of a band's boxes, spread over the figure's width."""
+    stride = (WIDTH - 2 * EDGE - BOX_WIDTH) / (count - 1)
+    return [EDGE + index * stride for index in range(count)]
+
+
+def _draw_band(axes: Axes, top: float, name: str, steps: Sequence[str], colour: str) -> None:
+    """Draw one row of boxes with arrows between them."""
+    axes.text(EDGE, top + 0.18, name, va="center", fontsize=10, weight="bold")
+    middle = top + HEAD + BOX_HEIGHT / 2
+    lefts = _lefts(len(steps))
+    for left, step in zip(lefts, steps, strict=True):
+        corner = (left, middle - BOX_HEIGHT / 2)
+        style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "white"}
+        axes.add_patch(FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, edgecolor=colour, **style))
+        centre = left + BOX_WIDTH / 2
+        axes.text(centre, middle, step, ha="center", va="center", fontsize=FONT_SIZE)
+    for left, following in itertools.pairwise(lefts):
+        _draw_arrow(axes, (left + BOX_WIDTH, middle), (following, middle))
+
+
+def _draw_gradient(axes: Axes, lefts: Sequence[float], top: float) -> None:
+    """Draw how the loss of the training band, its last box, trains the network, its third."""
+    bottom = top + HEAD + BOX_HEIGHT
+    start, end = lefts[-1] + BOX_WIDTH / 2, lefts[2] + BOX_WIDTH / 2
+    level = bottom + 0.2
+    axes.plot([start, start, end], [bottom, level, level], color="0.3", linestyle="--", lw=1)
+    _draw_arrow(axes, (end, level), (end, bottom), color="0.3")
+    middle = lefts[3] + BOX_WIDTH / 2
+    axes.text(
+        middle, level, "gradients", ha="center", va="center", fontsize=FONT_SIZE,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
+
+
+def _draw_arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "black"
+) -> None:
+    style = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch(start, end, color=color, linewidth=1.2, **style))

@@ -1,0 +1,149 @@
+"""The tables of a report that say how it came about: aims, recipe, search, faults, runs."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.metrics import seed_interval
+from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
+from ..reproduction.results import Reproduction, Result
+from ..reproduction.running import SESSIONS
+from ..settings import load_settings, setting_fields
+from ..training.run_folder import ENVIRONMENT, EPOCHS, METRICS, SPLIT, read_json, read_rows
+from . import paper
+from .page import Table
+from .tables import accuracy, bounds, percent
+
+SWAPPED_AIM, PATIENT_AIM = 0.9547, 0.96  # by slice, 70-30, the aim is the paper's accuracy
+DRILLS = Path(__file__).parents[1] / "results" / "drills.json"
+ELSEWHERE = ("weights", "layout", "split", "fold", "split_seed", "seed")  # no part of a recipe
+
+
+def aims_table(reproduction: Reproduction) -> Table:
+    """Return the proposed training's accuracies beside what they should reach."""
+    mark = f" (settings were chosen on fold {DEVELOPMENT_FOLD})"
+    mark = mark if reproduction.budget.comparisons else ""
+    rows = []
+    for group, training, name, aim in (
+        ("slice", PROPOSED, "by slice, 70-30, mean over the seeds", paper.ACCURACY),
+        ("slice", SWAPPED, "by slice, 30-70, mean over the seeds", SWAPPED_AIM),
+        ("patient", PROPOSED, f"by patient, mean over the folds{mark}", PATIENT_AIM),
+    ):
+        accuracies = [one.metrics.accuracy for one in reproduction.select(group, training)]
+        if accuracies:
+            mean, interval = seed_interval(accuracies)
+            cells = [percent(mean), bounds(interval), " ".join(map(percent, accuracies))]
+            if not reproduction.synthetic:
+                cells += [percent(aim), "reached" if mean >= aim else "missed"]
+            rows.append([name, *cells])
+    header = ["SphereFace, m = 5, 1-NN", "accuracy", "95 % (t)", "each"]
+    if reproduction.synthetic:
+        return Table(header, rows)
+    caption = "Targets: the paper's figures by slice, and 96 % by patient."
+    return Table([*header, "target", ""], rows, caption)
+
+
+def recipe_table(budget: Budget) -> Table:
+    """Return the settings that are not the paper's."""
+    settings, papers = budget.settings(None), load_settings("paper")
+    rows = []
+    for table, field in setting_fields():
+        ours, theirs = (getattr(getattr(one, table), field.name) for one in (settings, papers))
+        if ours != theirs and field.name not in ELSEWHERE:
+            rows.append([f"{table}.{field.name}", f"{ours}", f"{theirs}"])
+    return Table(["setting", "here", "the paper's"], rows)
+
+
+def own_recipe_table(reproduction: Reproduction) -> Table | None:
+    """Return the paper's own recipe beside this one, if it was run."""
+    rows = []
+    for where, group in ("by slice, seed 0", "slice"), ("by patient, fold 1", "patient"):
+        ours = reproduction.first(PROPOSED, group)
+        theirs = reproduction.first("papers-own", f"paper-{group}")
+        rows += [
+            ["this recipe", where, ours],
+            ["the paper's recipe, without annealing", where, theirs],
+        ]
+    rows = [
+        [name, where, str(result.run.settings.training.epochs), *accuracy([result])]
+        for name, where, result in rows
+        if result
+    ]
+    if all(name == "this recipe" for name, *_ in rows):
+        return None
+    return Table(
+        ["SphereFace, m = 5, 1-NN", "", "epochs", "accuracy", "Wilson 95 %"],
+        rows,
+        "The paper's recipe was run for as many epochs as the others, its steps of the learning "
+        "rate at the same shares of the training; the paper has 275 epochs. One run each.",
+    )
+
+
+def search_table(reproduction: Reproduction) -> Table:
+    """Return what the settings were chosen from, by the number of views."""
+    rows = []
+    for name in SEARCH:
+        pair = [
+            reproduction.first(f"search-{name}", f"search-{side}") for side in ("slice", "patient")
+        ]
+        if any(pair):
+            rows.append([name, *(cell for result in pair for cell in _by_views(result))])
+    views = ("1 view", "2", "3", "3, no EMA")
+    header = [f"{side}: {one}" for side in ("by slice", "by patient") for one in views]
+    return Table(["", *header], rows)
+
+
+def _by_views(result: Result | None) -> list[str]:
+    if result is None:
+        return ["-"] * 4
+    stored = read_json(result.folder / METRICS)
+    averaged, last = (
+        stored.get(key, {}) for key in ("accuracy_by_views", "accuracy_by_views_without_ema")
+    )
+    found = [averaged.get(views) for views in "123"] + [last.get("3")]
+    return ["-" if one is None else percent(one) for one in found]
+
+
+def length_table(runs: Mapping[float, Sequence[float]]) -> Table:
+    """Return the accuracies for each number of epochs."""
+    rows = [[f"{epochs:g}", " ".join(map(percent, values))] for epochs, values in runs.items()]
+    return Table(["epochs", "accuracy of each seed"], rows)
+
+
+def drill_table() -> Table:
+    """Return what the drills of the tests counted."""
+    return _of_rows([{"drill": name, **counts} for name, counts in read_json(DRILLS).items()])
+
+
+def facts_table(reproduction: Reproduction) -> Table:
+    """Return what a reproduction was made from."""
+    facts = {key: value for key, value in reproduction.description.items() if key != "budget"}
+    budget = reproduction.description["budget"]
+    facts |= {f"budget: {key}": value for key, value in budget.items()}
+    facts["report written with"] = f"Python {platform.python_version()}"
+    return Table(["", ""], [[key, str(value)] for key, value in facts.items()])
+
+
+def sessions_table(reproduction: Reproduction) -> Table:
+    """Return when and on what it was run."""
+    path = reproduction.folder / SESSIONS
+    rows = read_rows(path) if path.is_file() else []
+    return _of_rows(rows, "Sessions of `reproduce` on this folder.")
+
+
+def _of_rows(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Table:
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return Table(header, [[str(row.get(key, "-")) for key in header] for row in rows], caption)
+
+
+def run_table(reproduction: Reproduction) -> Table:
+    """Return each run with its split, the commit that trained it, and its time."""
+    rows = []
+    for one in reproduction.results:
+        split, made = read_json(one.folder / SPLIT), one.folder / ENVIRONMENT
+        sides = f"{len(split['train'])} / {len(split['test'])}"
+        commit = read_json(made).get("commit", "-") if made.is_file() else "-"
+        hours = sum(row["seconds"] for row in read_rows(one.folder / EPOCHS)) / 3600
+        rows.append([one.run.name, sides, split["sha256"][:16], commit, f"{hours:.2f}"])
+    return Table(["run", "train / test", "SHA-256 of the split", "commit", "hours"], rows)

@@ -1,0 +1,95 @@
+"""A run's report.md, made from what its folder holds and from nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.metrics import COLUMNS, metrics_row
+from ..settings import read_settings
+from ..training.run_folder import (
+    ENVIRONMENT,
+    EPOCHS,
+    METRICS,
+    SETTINGS,
+    SPLIT,
+    STEPS,
+    read_json,
+    read_rows,
+    write_text,
+)
+from .figures import plot_confusion, plot_early, plot_loss
+from .page import Table, to_markdown
+from .paper import BY_TRAINING
+
+REPORT = "report.md"
+# Table 1 of the paper, by the split it belongs to.
+PAPER_ROWS = {
+    "paper": ("70-30", "sphereface-m5"),
+    "paper-swapped": ("30-70", "sphereface-m5-swapped"),
+}
+ARCHIVE_SIZE = 3064  # the paper's rows stand beside results on the whole archive only
+EARLY_STEPS = (1, 10, 50, 100, 200, 500)
+
+
+def write_report(run: Path) -> Path:
+    """Draw an evaluated run's figures, write its report and return the report's path."""
+    split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
+    epochs, steps = read_rows(run / EPOCHS), read_rows(run / STEPS)
+    mark = "SYNTHETIC: " if split["synthetic"] else ""
+    plot_loss(run / "loss.png", f"{mark}training of {run.name}", epochs)
+    plot_confusion(run / "confusion.png", f"{mark}test slices of {run.name}", metrics["confusion"])
+    plot_early(run / "early.png", f"{mark}first steps of {run.name}", {run.name: steps})
+    text = to_markdown(
+        "run.md.j2",
+        mark=mark,
+        run=run,
+        result=describe_result(run),
+        split=split,
+        early=_early_table(steps),
+        environment=_environment(run, epochs),
+        settings=(run / SETTINGS).read_text(encoding="utf-8").strip(),
+    )
+    write_text(run / REPORT, text)
+    return run / REPORT
+
+
+def describe_result(run: Path) -> str:
+    """Return an evaluated run's accuracy in a sentence and its metrics as a table."""
+    split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
+    settings = read_settings(run / SETTINGS)
+    low, high = (100 * bound for bound in metrics["accuracy_interval"])
+    ours = metrics_row(metrics)
+    rows = [["this run", *ours]]
+    count = len(split["train"]) + len(split["test"])
+    comparable = settings.loss.loss == "sphereface" and count == ARCHIVE_SIZE
+    if comparable and not split["synthetic"] and settings.data.split in PAPER_ROWS:
+        name, training = PAPER_ROWS[settings.data.split]
+        rows.append([f"the paper, Table 1, {name}", *BY_TRAINING[training]])
+    sentence = (
+        f"{'SYNTHETIC slices, not patients. ' if split['synthetic'] else ''}"
+        f"1-NN on {len(split['test'])} held-out slices after {metrics['epoch']} of "
+        f"{settings.training.epochs} epochs: accuracy {ours[COLUMNS.index('accuracy')]} % "
+        f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
+    )
+    return f"{sentence}\n\n{Table(['', *COLUMNS], rows)}"
+
+
+def _early_table(steps: list[dict[str, Any]]) -> Table:
+    rows = []
+    for step in (step for step in EARLY_STEPS if step <= len(steps)):
+        row = steps[step - 1]
+        annealing = "none" if row["lambda"] is None else f"{row['lambda']:.1f}"
+        angle = row["mean_target_angle"]
+        angle, norm = "none" if angle is None else f"{angle:.3f}", f"{row['gradient_norm']:.3g}"
+        rows.append([str(step), f"{row['loss']:.3f}", angle, norm, annealing])
+    return Table(["step", "loss", "mean target angle", "gradient norm", "lambda"], rows)
+
+
+def _environment(run: Path, epochs: list[dict[str, Any]]) -> Table:
+    seconds = sum(row["seconds"] for row in epochs)
+    speed = sum(row["images_per_second"] * row["seconds"] for row in epochs) / seconds
+    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    facts = {
+        "trained for": f"{time}, {len(epochs)} epochs, {speed:.0f} images/s",
+        **{name: str(value) for name, value in read_json(run / ENVIRONMENT).items()},
+    }
+    return Table(["", ""], [[name, value] for name, value in facts.items()])

@@ -1,0 +1,407 @@
+"""The tables of a reproduction's report: the paper's, and those that it did not print."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..evaluation.classifiers import Classification
+from ..evaluation.evaluate import Predictions, probabilities
+from ..evaluation.metrics import (
+    COLUMNS,
+    mcnemar,
+    measure,
+    metrics_row,
+    patient_bootstrap,
+    ratio_text,
+    score_auc,
+    seed_interval,
+    wilson_interval,
+)
+from ..reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
+from ..reproduction.results import Reproduction, Result, mean_metrics, metrics_of, pooled, voted
+from . import paper
+from .page import Table
+
+TITLES = {
+    "sphereface-m5": "SphereFace, m = 5 (proposed)",
+    "sphereface-m4": "SphereFace, m = 4",
+    "sphereface-m6": "SphereFace, m = 6",
+    "softmax": "SoftMax",
+    "modified-softmax": "Modified SoftMax",
+    "triplet": "Triplet",
+    "sphereface-m5-swapped": "SphereFace, m = 5, sides exchanged",
+    "sphereface-m5-bare": "SphereFace, m = 5, without annealing",
+    "cosface": "CosFace, annealed",
+    "cosface-bare": "CosFace",
+    "arcface": "ArcFace, annealed",
+    "arcface-bare": "ArcFace",
+    "subcenter-arcface": "Sub-centre ArcFace, annealed",
+    "subcenter-arcface-bare": "Sub-centre ArcFace",
+}
+TRAININGS = (*PAPER_LOSSES, SWAPPED)
+SPLITS = (PROPOSED, SWAPPED)  # table 1
+LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
+MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
+INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
+CORRELATED_SLICES = (
+    "Wilson's interval and McNemar's p assume independent slices; those of one patient are "
+    "correlated, so the interval is too narrow and p too small."
+)
+COMPARED = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
+SHORT = ("Me", "Gl", "Pt")
+VIEWS = {
+    1: "the slice alone",
+    2: "mirror images averaged",
+    3: "mirrored and upside down averaged",
+}
+
+
+def percent(value: float) -> str:
+    """Return a share in per cent, two digits."""
+    return f"{100 * value:.2f}"
+
+
+def possible(interval: tuple[float, float]) -> tuple[float, float]:
+    """Keep to what an accuracy can be, which Student's interval of two seeds may leave."""
+    low, high = interval
+    return max(low, 0.0), min(high, 1.0)
+
+
+def bounds(interval: tuple[float, float]) -> str:
+    """Return an interval of shares in per cent, or a dash where there is none."""
+    low, high = possible(interval)
+    return "-" if np.isnan(low) else f"{percent(low)} to {percent(high)}"
+
+
+def p_text(p: float) -> str:
+    """Return a probability with three digits; what is smaller than they show is called so."""
+    return f"{p:.3f}".removeprefix("0") if p >= 0.001 else "<.001"
+
+
+def right(predictions: Predictions) -> np.ndarray:
+    """Return which answers are right."""
+    return predictions.predicted == predictions.truth
+
+
+def patient_interval(predictions: Predictions) -> tuple[float, float]:
+    """Return the 95 % interval of the accuracy when patients are drawn anew."""
+    return patient_bootstrap(right(predictions), predictions.patients, seed=0)
+
+
+def paper_table(
+    reproduction: Reproduction,
+    trainings: Sequence[str],
+    cited: Mapping[str, Sequence[str]],
+    caption: str,
+) -> Table:
+    """Return a table of the paper's form: per training our row, and the paper's beneath it.
+
+    Args:
+        reproduction: The finished runs.
+        trainings: Names of trainings of the group "slice".
+        cited: The paper's cells by training; left out for phantoms.
+        caption: Stands under the table.
+    """
+    rows = []
+    for training in trainings:
+        results = reproduction.select("slice", training)
+        if results:
+            cells = [*metrics_row(mean_metrics(results)), *_intervals(results)]
+            rows.append([TITLES[training], *cells])
+        if training in cited and not reproduction.synthetic:
+            rows.append(["the paper", *cited[training], "1", *["-"] * (len(INTERVALS) - 1)])
+    return Table(["", *COLUMNS, *INTERVALS], rows, caption)
+
+
+def _intervals(results: Sequence[Result]) -> list[str]:
+    accuracies = [result.metrics.accuracy for result in results]
+    _, interval = seed_interval(accuracies)
+    first = results[0]
+    return [
+        str(len(results)),
+        bounds(interval),
+        bounds(first.metrics.accuracy_interval),
+        bounds(patient_interval(first.predictions)),
+    ]
+
+
+def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
+    """Return table 4 or 6: the paper's AUC of hard labels, and a true one of scores."""
+    rows = []
+    for training in trainings:
+        results = reproduction.select("slice", training)
+        if results:
+            labels = np.mean([result.metrics.label_auc for result in results], axis=0)
+            scores = np.mean([_score_auc(result) for result in results], axis=0)
+            every = [*labels, labels.mean(), *scores, scores.mean()]
+            rows.append([TITLES[training], *map(ratio_text, every), str(len(results))])
+        if training in paper.AUCS and not reproduction.synthetic:
+            rows.append(["the paper", *paper.AUCS[training], *["-"] * 4, "1"])
+    columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]
+    return Table(
+        ["", *columns, "seeds"],
+        rows,
+        "Hard: (TPR + TNR) / 2 of the predicted classes, one against the rest, which is what the "
+        "paper calls AUC. Score: the area under the ROC curve of the class's probability, "
+        "softmax(s x cosine to the nearest training slice of each class). Means over the seeds, "
+        "cut off after the last digit like the paper's.",
+    )
+
+
+def _score_auc(result: Result) -> np.ndarray:
+    sure = probabilities(result.predictions.scores, result.run.settings.loss.scale)
+    return score_auc(result.predictions.truth, sure)
+
+
+def mcnemar_table(reproduction: Reproduction) -> Table:
+    """Return, for each other loss and each seed, the slices that only one of the two got right."""
+    rows = []
+    proposed = {
+        one.run.settings.training.seed: one for one in reproduction.select("slice", PROPOSED)
+    }
+    for training in PAPER_LOSSES:
+        for other in reproduction.select("slice", training) if training != PROPOSED else []:
+            seed = other.run.settings.training.seed
+            if seed in proposed:
+                ours, theirs = right(proposed[seed].predictions), right(other.predictions)
+                test = mcnemar(ours, theirs)
+                only = [str(test.only_first), str(test.only_second)]
+                rows.append([TITLES[training], str(seed), *only, p_text(test.p)])
+    return Table(
+        ["against", "seed", "only m = 5 right", "only the other right", "p"],
+        rows,
+        "McNemar's exact test on the same test slices assumes independent slices; those of one "
+        f"patient are correlated, so p is too small. With {len(rows)} comparisons some p below .05 "
+        "are expected by chance.",
+    )
+
+
+def classifier_table(
+    results: Sequence[Result], every: Sequence[Sequence[Classification]], synthetic: bool
+) -> Table:
+    """Return table 2: classifiers on the proposed training's embeddings, means over its seeds.
+
+    Args:
+        results: The proposed training by slice, a run a seed.
+        every: For each of them the answers of the classifiers.
+        synthetic: Whether the slices are phantoms, beside which the paper's rows do not stand.
+    """
+    truths = [one.predictions.truth for one in results]
+    rows = []
+    for same in zip(*every, strict=True):
+        metrics = [measure(truth, one.predicted) for truth, one in zip(truths, same, strict=True)]
+        accuracies = [one.accuracy for one in metrics]
+        mean = {
+            name: np.mean([vars(one)[name] for one in metrics], axis=0) for name in vars(metrics[0])
+        }
+        _, interval = seed_interval(accuracies)
+        hits = round(accuracies[0] * len(truths[0]))
+        wilson = wilson_interval(hits, len(truths[0]))
+        rows.append(
+            [same[0].name, *metrics_row(mean), str(len(metrics)), bounds(interval), bounds(wilson)]
+        )
+        if same[0].name in paper.CLASSIFIERS and not synthetic:
+            rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
+    return Table(["", *COLUMNS, *INTERVALS[:3]], rows)
+
+
+def patient_table(reproduction: Reproduction) -> Table:
+    """Return the seven trainings by slice and by patient, side by side."""
+    rows = []
+    for training in TRAININGS:
+        by_slice = reproduction.select("slice", training)
+        folds = reproduction.select("patient", training)
+        if by_slice and folds:
+            rows.append([TITLES[training], *_by_slice(by_slice), *_by_patient(folds)])
+    return Table(
+        [
+            "",
+            "by slice",
+            "seeds",
+            "by patient: mean of the folds",
+            "folds",
+            "95 % over folds",
+            "all folds together",
+            "bootstrap of patients",
+            "with mirror images",
+            "patients right by vote",
+            "Wilson 95 %",
+        ],
+        rows,
+        "Accuracy in per cent. By slice: slices of one patient in training and test set, mean "
+        "over the seeds. By patient: no patient in both. Vote: the majority of a patient's slices. "
+        "With the sides exchanged each fold is trained on alone and tested on the four others, so "
+        "a slice is answered four times.",
+    )
+
+
+def _by_slice(results: Sequence[Result]) -> list[str]:
+    mean = np.mean([result.metrics.accuracy for result in results])
+    return [percent(mean), str(len(results))]
+
+
+def _by_patient(folds: Sequence[Result]) -> list[str]:
+    accuracies = [fold.metrics.accuracy for fold in folds]
+    mean, interval = seed_interval(accuracies)
+    together = pooled(fold.predictions for fold in folds)
+    mirrored = [metrics_of(fold.by_views(2)).accuracy for fold in folds if fold.has_views(2)]
+    hits, patients = votes(folds)
+    return [
+        percent(mean),
+        str(len(folds)),
+        bounds(interval),
+        percent(metrics_of(together).accuracy),
+        bounds(patient_interval(together)),
+        percent(np.mean(mirrored)) if len(mirrored) == len(folds) else "-",
+        f"{percent(hits / patients)} ({hits} of {patients})",
+        bounds(wilson_interval(hits, patients)),
+    ]
+
+
+def votes(folds: Sequence[Result]) -> tuple[int, int]:
+    """Return how many patients the majority of their slices gets right, and how many there are."""
+    answers = [voted(fold.predictions) for fold in folds]
+    hits = sum(int((truth == vote).sum()) for truth, vote in answers)
+    return hits, sum(len(truth) for truth, _ in answers)
+
+
+def fold_table(reproduction: Reproduction) -> Table:
+    """Return the seven trainings fold by fold, in the paper's columns where folds are pooled."""
+    rows = []
+    for training in TRAININGS:
+        folds = reproduction.select("patient", training)
+        if folds:
+            metrics = metrics_of(pooled(fold.predictions for fold in folds))
+            each = " ".join(percent(fold.metrics.accuracy) for fold in folds)
+            rows.append([TITLES[training], *metrics_row(vars(metrics)), each])
+    return Table(["", *COLUMNS, "accuracy, fold by fold"], rows, "All folds' test slices together.")
+
+
+def beyond_table(reproduction: Reproduction) -> Table:
+    """Return the losses beyond the paper, a row each, beside the proposed training."""
+    rows = []
+    for training in (PROPOSED, *BEYOND):
+        groups = (
+            ("slice", "patient") if training == PROPOSED else ("beyond-slice", "beyond-patient")
+        )
+        # The proposed training has more seeds and folds: only what the others have is compared.
+        by_slice = reproduction.select(groups[0], training)[:1]
+        folds = _tried(reproduction, groups[1], training)
+        if by_slice or folds:
+            rows.append([TITLES[training], *accuracy(by_slice), *accuracy(folds)])
+    return Table(
+        ["", "by slice, seed 0", "Wilson 95 %", "by patient", "Wilson 95 %"],
+        rows,
+        f"Accuracy in per cent; by patient on {reproduction.budget.folds} of 5 folds.",
+    )
+
+
+def _tried(reproduction: Reproduction, group: str, training: str) -> list[Result]:
+    """Return the runs on the folds on which what goes beyond the paper is tried."""
+    tried = range(1, reproduction.budget.folds + 1)
+    return [
+        one for one in reproduction.select(group, training) if one.run.settings.data.fold in tried
+    ]
+
+
+def variant_table(reproduction: Reproduction) -> Table:
+    """Return what was trained otherwise for unknown patients, beside the proposed training."""
+    proposed = _tried(reproduction, "patient", PROPOSED)
+    every = [one for one in reproduction.results if one.run.group == "variant"]
+    names = dict.fromkeys(one.run.training for one in every)
+    rows = []
+    if proposed:
+        reference = right(pooled(one.predictions for one in proposed))
+        rows.append(_beside("as proposed", reference, None))
+        for name in names:
+            results = reproduction.select("variant", name)
+            if len(results) == len(proposed):
+                own = right(pooled(one.predictions for one in results))
+                rows.append(_beside(name, own, reference))
+    return Table(
+        ["trained", *COMPARED],
+        rows,
+        f"By patient, on {reproduction.budget.folds} of 5 folds. Each differs from the "
+        f"proposed training in one thing. {CORRELATED_SLICES}",
+    )
+
+
+def answer_table(
+    results: Sequence[Result],
+    every: Sequence[Sequence[Classification]],
+    together: Mapping[str, np.ndarray],
+    caption: str,
+) -> Table:
+    """Return what other answers from trained networks are worth.
+
+    Args:
+        results: Runs of the proposed training with disjoint test sides.
+        every: For each of them the answers of the classifiers.
+        together: For each way to join several networks, which of all test slices it gets right.
+        caption: Stands under the table.
+    """
+    truth = np.concatenate([one.predictions.truth for one in results])
+    reference = right(pooled(one.predictions for one in results))
+    rows = [
+        _beside("k-NN, k = 1, as proposed", reference, None),
+        *(
+            _beside(f"k-NN, k = 1, {text}", right(pooled(answers)), reference)
+            for views, text in VIEWS.items()
+            if (answers := _other_views(results, views))
+        ),
+    ]
+    for same in list(zip(*every, strict=True))[1:]:
+        own = np.concatenate([one.predicted for one in same]) == truth
+        rows.append(_beside(same[0].name, own, reference))
+    rows += [_beside(name, own, reference) for name, own in together.items()]
+    return Table(["answered", *COMPARED], rows, f"{caption} {CORRELATED_SLICES}")
+
+
+def _other_views(results: Sequence[Result], views: int) -> list[Predictions]:
+    """Return the answers from so many views, unless all were given from as many, or some lack."""
+    if all(one.run.settings.evaluation.views == views for one in results):
+        return []
+    every = [one.by_views(views) for one in results if one.has_views(views)]
+    return every if len(every) == len(results) else []
+
+
+def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:
+    p = "-" if reference is None else p_text(mcnemar(own, reference).p)
+    return [name, *share(own), p]
+
+
+def accuracy(results: Sequence[Result]) -> list[str]:
+    """Return the accuracy of runs with disjoint test sides, and its interval; dashes of none."""
+    return share(right(pooled(one.predictions for one in results))) if results else ["-", "-"]
+
+
+def share(own: np.ndarray) -> list[str]:
+    """Return the share of what is true, and its interval."""
+    return [percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own)))]
+
+
+def golden_table(rows: Sequence[paper.Golden]) -> Table:
+    """Return what the paper printed beside what our metrics make of its counts."""
+    cells = [
+        [
+            _title(row.name),
+            " ".join(row.printed),
+            " ".join(row.ours),
+            _differences(row),
+            row.explanation,
+        ]
+        for row in rows
+    ]
+    header = ["", "printed by the paper", "our metrics of its counts", "printed / ours", "why"]
+    return Table(header, cells)
+
+
+def _title(name: str) -> str:
+    training = name.removesuffix(", AUC")
+    return name.replace(training, TITLES.get(training, training), 1)
+
+
+def _differences(row: paper.Golden) -> str:
+    cells = zip(row.printed, row.ours, strict=True)
+    differ = [f"{printed} / {ours}" for printed, ours in cells if printed != ours]
+    return "; ".join(differ) or "alike"

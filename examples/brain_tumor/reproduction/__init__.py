@@ -1,0 +1,1 @@
+"""All trainings of the paper, their results side by side."""

@@ -1,0 +1,135 @@
+"""Taking finished runs out of a reproduction, small enough to be committed, and into another.
+
+What is left behind is what no table needs: checkpoints, logs of single steps, and the embeddings of
+most runs.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import PARTIAL, replacing
+from ..settings import Settings, first_difference, read_settings, write_settings
+from ..training.run_folder import (
+    ANGLES,
+    EMBEDDINGS,
+    ENVIRONMENT,
+    EPOCHS,
+    METRICS,
+    PREDICTIONS,
+    SETTINGS,
+    SPLIT,
+    VIEW_PREDICTIONS,
+    read_json,
+    write_text,
+)
+from .plan import PROPOSED, Run
+from .results import Result, read_reproduction
+from .running import REPRODUCTION, RUNS, SESSIONS, SLICES, is_finished
+
+SAME = ("synthetic", "slices_sha256", "images_sha256", "weights_sha256")  # or nothing is comparable
+
+
+def collect(out: Path, folder: Path) -> list[str]:
+    """Copy the results of finished runs, without checkpoints, out of a reproduction.
+
+    Args:
+        out: The reproduction's folder.
+        folder: Where the results go; new, or of the same data and weights. Runs that are there are
+            left as they are.
+
+    Returns:
+        The names of the runs that were copied.
+
+    Raises:
+        UserError: The folder holds results of other data or weights, or cannot be written.
+    """
+    reproduction = read_reproduction(out)
+    if (folder / REPRODUCTION).is_file():
+        _check_same(folder, out)
+    (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    copied = []
+    for result in reproduction.results:
+        target = folder / RUNS / result.run.name
+        if not target.exists():
+            _copy_run(result, target)
+            copied.append(result.run.name)
+    for name in (SLICES, SESSIONS, REPRODUCTION):
+        if (out / name).is_file():
+            write_text(folder / name, (out / name).read_text(encoding="utf-8"))
+    return copied
+
+
+def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
+    """Take the planned runs that another folder holds finished into a reproduction.
+
+    Args:
+        folder: As `collect` left it, or a reproduction's.
+        out: The reproduction's folder. Runs that it has finished are left as they are.
+        runs: Those that are planned.
+
+    Returns:
+        The names of the runs that were taken.
+
+    Raises:
+        UserError: The other folder is of other data or weights, or a run has other settings.
+    """
+    _check_same(folder, out)
+    taken = []
+    for run in runs:
+        source, target = folder / RUNS / run.name, out / RUNS / run.name
+        if not is_finished(source, run) or is_finished(target, run):
+            continue
+        key = first_difference(
+            _placeless(read_settings(source / SETTINGS)), _placeless(run.settings)
+        )
+        if key is not None:
+            raise UserError(
+                f"{source / SETTINGS}: {key} differs from the plan's; was it another's?"
+            )
+        partial = target.with_name(target.name + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        shutil.rmtree(target, ignore_errors=True)  # begun here, finished there
+        partial.rename(target)
+        taken.append(run.name)
+    return taken
+
+
+def _check_same(folder: Path, out: Path) -> None:
+    theirs, ours = read_json(folder / REPRODUCTION), read_json(out / REPRODUCTION)
+    for key in SAME:
+        if theirs.get(key) != ours[key]:
+            raise UserError(
+                f"{folder / REPRODUCTION}: {key} is {theirs.get(key)!r} there and {ours[key]!r} in "
+                f"{out}; only runs of the same data and weights can stand side by side"
+            )
+
+
+def _placeless(settings: Settings) -> Settings:
+    """Return settings without where the weights lie, whose sum is checked instead."""
+    network = dataclasses.replace(settings.network, weights="")
+    return dataclasses.replace(settings, network=network)
+
+
+def _copy_run(result: Result, target: Path) -> None:
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    names = [SPLIT, ENVIRONMENT, EPOCHS, PREDICTIONS, METRICS]
+    if result.run.training == PROPOSED:
+        names += [VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
+    for name in names:
+        if (result.folder / name).is_file():
+            shutil.copyfile(result.folder / name, partial / name)
+    write_text(partial / SETTINGS, write_settings(_placeless(result.run.settings)))
+    if (result.run.group, result.run.settings.training.seed) == ("slice", 0):  # t-SNE, angles
+        for name in (EMBEDDINGS, ANGLES):
+            halved = np.load(result.folder / name, allow_pickle=False).astype(np.float16)
+            with replacing(partial / name) as temporary, temporary.open("wb") as file:
+                np.save(file, halved, allow_pickle=False)
+    partial.rename(target)

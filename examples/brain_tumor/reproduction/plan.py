@@ -1,0 +1,216 @@
+"""What a reproduction trains: which runs, in which order, with which settings."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..data.matlab import FOLDS
+from ..network.mobilenet import weights_layout
+from ..settings import Settings, load_settings, override_settings
+
+# What the tables call a training, and the settings that make it. The paper's six losses first;
+# triplet's margin is FaceNet's, for the paper gives none.
+PAPER_LOSSES: Mapping[str, Mapping[str, object]] = {
+    "sphereface-m5": {"loss": "sphereface", "margin": 5.0},
+    "softmax": {"loss": "softmax"},
+    "modified-softmax": {"loss": "modified-softmax"},
+    "triplet": {"loss": "triplet", "margin": 0.2},
+    "sphereface-m4": {"loss": "sphereface", "margin": 4.0},
+    "sphereface-m6": {"loss": "sphereface", "margin": 6.0},
+}
+PROPOSED = "sphereface-m5"
+SWAPPED = f"{PROPOSED}-swapped"  # the seventh training: the same split, its sides exchanged
+BEYOND: Mapping[str, Mapping[str, object]] = {
+    "sphereface-m5-bare": {"loss": "sphereface", "margin": 5.0, "annealing": False},
+    "cosface": {"loss": "cosface", "margin": 0.35},
+    "cosface-bare": {"loss": "cosface", "margin": 0.35, "annealing": False},
+    "arcface": {"loss": "arcface", "margin": 0.5},
+    "arcface-bare": {"loss": "arcface", "margin": 0.5, "annealing": False},
+    "subcenter-arcface": {"loss": "subcenter-arcface", "margin": 0.5},
+    "subcenter-arcface-bare": {
+        "loss": "subcenter-arcface",
+        "margin": 0.5,
+        "annealing": False,
+    },
+}
+# What may help on unknown patients; each differs from the proposed training in this alone.
+STRONGER = {"rotation_degrees": 30.0, "brightness": 0.4, "zoom": 1.5}
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "whole-margin": {"annealing_minimum": 0.0},
+    "stronger-augmentation": STRONGER,
+    "no-upside-down": {"flip_up_down": False},
+}
+
+
+# What the recipe of `standard` was chosen from, on validation slices alone: by slice on a tenth of
+# the paper split's training side, by patient on fold 5. Each differs from the recipe in this alone,
+# and all are shorter and smaller, or the search would take longer than what it is for.
+SEARCH_PACE = {"image_size": 112, "epochs": 8, "annealing_gamma": 0.85, "ema": 0.983}
+SEARCH: Mapping[str, Mapping[str, object]] = {
+    "as-chosen": {},
+    "whole-slice": {"crop": "none"},
+    "dropout-0.5": {"dropout": 0.5},
+    "label-smoothing-0.1": {"label_smoothing": 0.1},
+    "backbone-rate-0.1": {"backbone_rate": 0.1},
+    "weight-decay-0.1": {"weight_decay": 0.1},
+    "learning-rate-1e-3": {"learning_rate": 1e-3},
+    "adam": {"optimiser": "adam", "weight_decay": 0.0},
+    "milder-augmentation": {"rotation_degrees": 8.0, "brightness": 0.1, "zoom": 1.1},
+    "margin-4": {"margin": 4.0},
+    "scale-45": {"scale": 45.0},
+    "128-pixels": {"image_size": 128},  # to 112 pixels as 256 to 224
+    "144-pixels": {"image_size": 144},  # as 288
+}
+DEVELOPMENT_FOLD = 5  # of patients: settings were chosen on it, so its figure is marked
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is spent on a reproduction, and on what."""
+
+    name: str  # what the command line calls it
+    preset: str  # the settings of each training
+    changes: Mapping[str, object]  # settings in place of the preset's
+    seeds: int  # of the proposed training by slice; each seed draws its own split
+    swapped_seeds: int  # of the same with the sides exchanged, 30-70
+    other_seeds: int  # of the other losses by slice
+    folds: int  # on which folds of patients what goes beyond the paper is tried
+    larger_size: int  # the size of the variant with larger images
+    lengths: tuple[float, ...]  # multiples of the epochs for the curve of accuracy against length
+    # also train by the paper's own recipe, as many epochs as the others, and all that the
+    # settings were chosen from
+    comparisons: bool = False
+
+    def settings(self, weights: Path | None) -> Settings:
+        """Return what all trainings start from, with ImageNet weights or from scratch."""
+        layout = weights_layout(weights) if weights else "slim"
+        changes = {**self.changes, "weights": str(weights or ""), "layout": layout}
+        return load_settings(self.preset, changes)
+
+
+# SphereFace's own pace of annealing, gamma = 0.12, has lambda at its minimum after 1658 steps. A
+# training that is over by then would hardly have had a margin, so shorter ones need a faster pace:
+# about half of their steps.
+QUICKLY = {
+    **{"image_size": 128, "epochs": 4, "learning_rate": 1e-3, "schedule": "cosine"},
+    "annealing_gamma": 1.5,
+}
+BUDGETS = {
+    "standard": Budget("standard", "standard", {}, 5, 3, 3, 1, 288, (0.5,), comparisons=True),
+    "small": Budget("small", "paper", QUICKLY, 5, 5, 2, 1, 192, (0.5, 2.0, 4.0)),
+    "paper": Budget("paper", "paper", {}, 5, 5, 5, FOLDS, 320, (0.05, 0.1, 0.25, 0.5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training of the plan."""
+
+    name: str  # of its folder
+    # "slice", "patient", "beyond-slice", "beyond-patient", "variant", "length",
+    # "paper-slice", "paper-patient", "search-slice" or "search-patient"
+    group: str
+    training: str  # what the tables call it
+    settings: Settings  # its settings
+
+
+def plan_runs(budget: Budget, weights: Path | None) -> list[Run]:
+    """Return the runs of a reproduction, those first that say most.
+
+    Args:
+        budget: How much is spent.
+        weights: ImageNet weights, or None to train from scratch.
+    """
+    base = budget.settings(weights)
+    parts = (
+        _proposed(budget, base),
+        _others(base, seed=0),
+        _swapped(budget, base),
+        _papers_own(budget, base) if budget.comparisons else (),
+        _by_patient_too(base),
+        *(_others(base, seed) for seed in range(1, budget.other_seeds)),
+        _beyond_the_paper(budget, base),
+        _lengths(budget, base),
+        _search(base) if budget.comparisons else (),
+    )
+    return [run for part in parts for run in part]
+
+
+def _proposed(budget: Budget, base: Settings) -> Iterator[Run]:
+    changes = PAPER_LOSSES[PROPOSED]
+    for seed in range(budget.seeds):
+        yield _by_slice("slice", PROPOSED, base, changes, seed)
+    for fold in range(1, FOLDS + 1):
+        yield _by_patient("patient", PROPOSED, base, changes, fold)
+
+
+def _others(base: Settings, seed: int) -> Iterator[Run]:
+    for training, changes in PAPER_LOSSES.items():
+        if training != PROPOSED:
+            yield _by_slice("slice", training, base, changes, seed)
+
+
+def _swapped(budget: Budget, base: Settings) -> Iterator[Run]:
+    for seed in range(budget.swapped_seeds):
+        changes = {**PAPER_LOSSES[PROPOSED], "split": "paper-swapped"}
+        yield _by_slice("slice", SWAPPED, base, changes, seed)
+
+
+def _papers_own(budget: Budget, base: Settings) -> Iterator[Run]:
+    """The paper's own recipe, its learning rate's steps at the same shares of fewer epochs."""
+    own = load_settings("paper", {"epochs": base.training.epochs, "annealing": False})
+    own = dataclasses.replace(own, network=base.network)
+    yield _by_slice("paper-slice", "papers-own", own, {}, seed=0)
+    for fold in range(1, budget.folds + 1):
+        yield _by_patient("paper-patient", "papers-own", own, {}, fold)
+
+
+def _by_patient_too(base: Settings) -> Iterator[Run]:
+    for training, changes in PAPER_LOSSES.items():
+        if training != PROPOSED:
+            for fold in range(1, FOLDS + 1):
+                yield _by_patient("patient", training, base, changes, fold)
+    for fold in range(1, FOLDS + 1):
+        swapped = {**PAPER_LOSSES[PROPOSED], "split": "patient-swapped"}
+        yield _by_patient("patient", SWAPPED, base, swapped, fold)
+
+
+def _beyond_the_paper(budget: Budget, base: Settings) -> Iterator[Run]:
+    larger = {f"{budget.larger_size}-pixels": {"image_size": budget.larger_size}}
+    for training, changes in BEYOND.items():
+        yield _by_slice("beyond-slice", training, base, changes, seed=0)
+    for group, trainings in ("beyond-patient", BEYOND), ("variant", {**VARIANTS, **larger}):
+        for training, changes in trainings.items():
+            for fold in range(1, budget.folds + 1):
+                yield _by_patient(group, training, base, changes, fold)
+
+
+def _lengths(budget: Budget, base: Settings) -> Iterator[Run]:
+    for length in budget.lengths:
+        epochs = max(1, round(length * base.training.epochs))
+        # The paper's pace of annealing belongs to 275 epochs; a shorter run needs its own.
+        pace = {"annealing_gamma": base.loss.annealing_gamma * base.training.epochs / epochs}
+        changes = {"epochs": epochs, "schedule": "cosine", **pace}
+        yield _by_slice("length", f"{epochs}-epochs", base, changes, seed=0)
+
+
+def _search(base: Settings) -> Iterator[Run]:
+    for training, changes in SEARCH.items():
+        changes = {**SEARCH_PACE, **changes}
+        by_slice = {**changes, "split": "validation"}
+        yield _by_slice("search-slice", f"search-{training}", base, by_slice, seed=0)
+        yield _by_patient("search-patient", f"search-{training}", base, changes, DEVELOPMENT_FOLD)
+
+
+def _by_slice(
+    group: str, training: str, base: Settings, changes: Mapping[str, object], seed: int
+) -> Run:
+    settings = override_settings(base, {"seed": seed, "split_seed": seed, **changes})
+    return Run(f"slice-{training}-seed{seed}", group, training, settings)
+
+
+def _by_patient(
+    group: str, training: str, base: Settings, changes: Mapping[str, object], fold: int
+) -> Run:
+    settings = override_settings(base, {"split": "patient", "fold": fold, **changes})
+    return Run(f"patient-{training}-fold{fold}", group, training, settings)

@@ -1,0 +1,174 @@
+"""Reading back a reproduction's finished runs, and what several of them say together."""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.slices import CLASS_NAMES
+from ..errors import UserError
+from ..evaluation.evaluate import Predictions, read_predictions
+from ..evaluation.metrics import Metrics, majority_vote, measure
+from ..settings import read_settings
+from ..training.run_folder import EMBEDDINGS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS, read_json
+from .plan import Budget, Run, plan_runs
+from .running import REPRODUCTION, RUNS, SLICES, is_finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run of a plan."""
+
+    run: Run  # what was planned
+    folder: Path  # where it lies
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """The answers of 1-NN."""
+        return read_predictions(self.folder / PREDICTIONS)
+
+    def by_views(self, views: int) -> Predictions:
+        """The same with embeddings averaged over so many views of each slice."""
+        if views == self.run.settings.evaluation.views:
+            return self.predictions
+        return read_predictions(self.folder / VIEW_PREDICTIONS.format(views))
+
+    def has_views(self, views: int) -> bool:
+        """Whether there are answers from so many views: of a merged run they may be left out."""
+        own = views == self.run.settings.evaluation.views
+        return own or (self.folder / VIEW_PREDICTIONS.format(views)).is_file()
+
+    def embeddings(self) -> np.ndarray:
+        """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
+        return np.load(self.folder / EMBEDDINGS, allow_pickle=False).astype(np.float32)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether its embeddings are there: of a run that was merged they may be left out."""
+        return (self.folder / EMBEDDINGS).is_file()
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What the answers are worth."""
+        return metrics_of(self.predictions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """All that a reproduction's folder holds."""
+
+    folder: Path  # where it lies
+    description: dict[str, Any]  # what it was made from: budget, data, weights
+    results: Sequence[Result]  # of the runs that are finished, in the plan's order
+    missing: Sequence[str]  # names of those that are not
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the slices are phantoms."""
+        return self.description["synthetic"]
+
+    @property
+    def budget(self) -> Budget:
+        """How much was to be spent."""
+        stored = self.description["budget"]
+        return Budget(**{**stored, "lengths": tuple(stored["lengths"])})
+
+    def select(self, group: str, training: str) -> list[Result]:
+        """Return the finished runs of a group (see `Run`) and a training: its seeds or folds."""
+        return [
+            result
+            for result in self.results
+            if result.run.group == group and result.run.training == training
+        ]
+
+    def first(self, training: str, group: str) -> Result | None:
+        """Return a training's first run of a group, that of seed 0 or of fold 1, if finished."""
+        return next(iter(self.select(group, training)), None)
+
+
+def read_reproduction(folder: Path) -> Reproduction:
+    """Read a reproduction's folder.
+
+    Raises:
+        UserError: It is none, or a file of it is damaged.
+    """
+    description = read_json(folder / REPRODUCTION)
+    empty = Reproduction(folder, description, [], [])
+    results, missing = [], []
+    for run in plan_runs(empty.budget, None):
+        own = folder / RUNS / run.name
+        if is_finished(own, run):
+            # As it was trained; the plan made here knows nothing of the weights.
+            trained = dataclasses.replace(run, settings=read_settings(own / SETTINGS))
+            results.append(Result(trained, own))
+        else:
+            missing.append(run.name)
+    return Reproduction(folder, description, results, missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceTable:
+    """What is known of every slice, in the order of the runs' embeddings."""
+
+    numbers: np.ndarray  # (n,) ascending
+    labels: np.ndarray  # (n,)
+    patients: np.ndarray  # (n,) their ids
+
+    @property
+    def patients_unknown(self) -> bool:
+        """Whether runs of neighbouring slices stand in for patients."""
+        return any(one.startswith("fold") and "-run" in one for one in self.patients)
+
+    def sides(self, split: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of a split file's training and test slices."""
+        stored = read_json(split)
+        train, test = (np.searchsorted(self.numbers, stored[side]) for side in ("train", "test"))
+        return train, test
+
+
+def read_slice_table(folder: Path) -> SliceTable:
+    """Read the slices.csv of a reproduction's folder."""
+    path = folder / SLICES
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return SliceTable(
+            numbers=np.array([int(row["slice"]) for row in rows]),
+            labels=np.array([CLASS_NAMES.index(row["class"]) for row in rows]),
+            patients=np.array([row["patient"] for row in rows]),
+        )
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not readable as the table of slices: {error}") from None
+
+
+def metrics_of(predictions: Predictions) -> Metrics:
+    """Return what answers are worth, slice by slice."""
+    return measure(predictions.truth, predictions.predicted)
+
+
+def pooled(parts: Iterable[Predictions]) -> Predictions:
+    """Put the answers for several disjoint test sides together: those of the folds of patients."""
+    every = list(parts)
+    return Predictions(
+        **{
+            field.name: np.concatenate([getattr(part, field.name) for part in every])
+            for field in dataclasses.fields(Predictions)
+        }
+    )
+
+
+def mean_metrics(results: Sequence[Result]) -> dict[str, Any]:
+    """Return each number of the metrics averaged over runs."""
+    every = [dataclasses.asdict(result.metrics) for result in results]
+    return {name: np.mean([one[name] for one in every], axis=0) for name in every[0]}
+
+
+def voted(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """Return truth and majority vote for each patient."""
+    return majority_vote(
+        predictions.patients, predictions.predicted, predictions.scores, predictions.truth
+    )

@@ -1,0 +1,317 @@
+"""Running a plan: each run in its own folder, several side by side, going on where it was cut off.
+
+A reproduction's folder holds all that its report is made of:
+
+    reproduction.json   budget, data and weights (with their sums), versions
+    slices.csv          number, class, patient and fold of every slice
+    samples.npz         the slices of figure 1
+    sessions.jsonl      when it ran, on what, what failed: a line at the start, one at the end
+    speed.json          how fast a training step is
+    runs/NAME/          a run's folder, see run_folder.py
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.matlab import ARCHIVE_SIZE
+from ..data.phantoms import PLANES_NAME
+from ..data.slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS, SliceSet, load_slices
+from ..data.splits import make_split
+from ..errors import UserError
+from ..evaluation.evaluate import evaluate
+from ..files import PARTIAL, replacing
+from ..settings import Settings
+from ..training.checkpoint import epochs_done
+from ..training.loop import train
+from ..training.run_folder import (
+    METRICS,
+    SETTINGS,
+    append_rows,
+    choose_precision,
+    describe_environment,
+    locked,
+    read_json,
+    write_json,
+    write_text,
+)
+from .plan import Budget, Run, plan_runs
+from .speed import measure_speed
+
+REPRODUCTION = "reproduction.json"
+SLICES = "slices.csv"
+SESSIONS = "sessions.jsonl"
+SAMPLES = "samples.npz"
+SPEED = "speed.json"
+RUNS = "runs"
+
+
+def run_plan(
+    data: Path,
+    weights: Path | None,
+    out: Path,
+    budget: Budget,
+    jobs: int,
+    chosen: str = "*",
+    take: Callable[[Sequence[Run]], object] | None = None,
+) -> list[str]:
+    """Train and evaluate what a reproduction lacks; finished runs are left as they are.
+
+    Args:
+        data: Folder of .mat slices.
+        weights: ImageNet weights, or None to train from scratch.
+        out: The reproduction's folder; new, or of the same data, weights and budget.
+        budget: How much is spent.
+        jobs: Runs side by side. Each has its share of the cores or, if there are GPUs, one of them.
+        chosen: Only runs with names like this, as file names are matched, are trained.
+        take: Called with the plan before anything is trained, to take finished runs in.
+
+    Returns:
+        A line for each run that failed.
+
+    Raises:
+        UserError: The folder holds another reproduction, or the data are at fault.
+    """
+    with locked(out):
+        slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
+        _begin(out, _describe(slices, weights, budget), slices)
+        runs = plan_runs(budget, weights)
+        if take is not None:
+            take(runs)
+        unfinished = [run for run in runs if not is_finished(out / RUNS / run.name, run)]
+        left = [run for run in unfinished if fnmatch(run.name, chosen)]
+        done = len(runs) - len(unfinished)
+        print(f"{out}: {len(runs)} runs, {done} of them finished, {len(left)} to do", flush=True)
+        for run in {decoded_as(run.settings): run for run in left}.values():
+            _load(data, run.settings, progress=sys.stderr.isatty())  # once, not in every process
+        failures: list[str] = []
+        append_rows(out / SESSIONS, [_session(jobs, len(left))])
+        try:
+            failures.extend(_work(data, out, left, jobs))
+        finally:  # what is killed leaves the first line alone
+            done = sum(is_finished(out / RUNS / run.name, run) for run in left)
+            append_rows(out / SESSIONS, [{"ended": _now(), "finished": done, "failed": failures}])
+    return failures
+
+
+def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None:
+    """Write what else the report needs, once: sample slices and the speed.
+
+    Args:
+        data: Folder of .mat slices.
+        weights: ImageNet weights, or None.
+        out: The reproduction's folder.
+        budget: How much is spent.
+    """
+    slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
+    if not (out / SAMPLES).is_file():
+        index = {number: place for place, number in enumerate(slices.numbers)}
+        pictures = {
+            " ".join(cell): slices.images[index[number], 0].numpy()
+            for cell, number in _sample_numbers(data, slices).items()
+        }
+        with replacing(out / SAMPLES) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **pictures)
+    if not (out / SPEED).is_file():
+        print(f"{out}: measuring the speed of a training step", flush=True)
+        settings = plan_runs(budget, weights)[0].settings
+        write_json(out / SPEED, dataclasses.asdict(measure_speed(settings, slices)))
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Return whether a run was trained to its end and evaluated."""
+    if not (folder / METRICS).is_file():
+        return False
+    return read_json(folder / METRICS)["epoch"] == run.settings.training.epochs
+
+
+def complete_run(folder: Path, run: Run, slices: SliceSet) -> float:
+    """Train a run, or go on with it, evaluate it, and return its accuracy."""
+    begun = (folder / SETTINGS).is_file()
+    if not begun or epochs_done(folder) < run.settings.training.epochs:
+        split = make_split(run.settings.data, slices)
+        train(run.settings, slices, split, folder, resume=begun)
+    return evaluate(folder, slices).accuracy
+
+
+def default_jobs() -> int:
+    """Return the number of GPUs or, without one, of cores: one thread each wastes none."""
+    return torch.cuda.device_count() or torch.get_num_threads()
+
+
+def _work(data: Path, out: Path, runs: Sequence[Run], jobs: int) -> Iterator[str]:
+    """Complete the runs and yield a line for each that fails."""
+    started = time.monotonic()
+    with _pool(jobs, out) as pool:
+        tasks = {pool.submit(_task, data, out / RUNS / run.name, run): run for run in runs}
+        for done, task in enumerate(as_completed(tasks), 1):
+            left = (time.monotonic() - started) / done * (len(runs) - done)
+            failure, line = _outcome(task, tasks[task])
+            print(f"[{done}/{len(runs)}] {line}; about {left / 60:.0f} min left", flush=True)
+            if failure:
+                yield line
+
+
+def _outcome(task: Future, run: Run) -> tuple[bool, str]:
+    try:
+        accuracy, seconds = task.result()
+    except UserError as error:
+        return True, f"{run.name}: {error}"
+    return False, f"{run.name}: {100 * accuracy:.2f} % in {seconds / 60:.1f} min"
+
+
+@contextmanager
+def _pool(jobs: int, out: Path) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes end at once when the block fails, or this process dies."""
+    context = get_context("spawn")
+    stop, places = context.Event(), context.SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
+    logs = out / "logs"
+    logs.mkdir(exist_ok=True)
+    threads = max(1, torch.get_num_threads() // jobs)
+    arguments = (stop, places, threads, os.getpid(), logs)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_start_process, initargs=arguments)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            f"{out}: a process died, perhaps for want of memory; the same command goes on, and "
+            "with a smaller --jobs needs less"
+        ) from None
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_process(stop: Any, places: Any, threads: int, parent: int, logs: Path) -> None:  # noqa: ANN401
+    place = places.get()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    threading.Thread(target=_watch, args=(stop, parent), daemon=True).start()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(threads)
+    sys.stderr = (logs / f"{place}.log").open("a", buffering=1, encoding="utf-8")
+
+
+def _watch(stop: Any, parent: int) -> None:  # noqa: ANN401
+    while not stop.wait(1.0):
+        if os.getppid() != parent:
+            break
+    os._exit(1)
+
+
+def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
+    started = time.monotonic()
+    accuracy = complete_run(folder, run, _load_once(data, *decoded_as(run.settings)))
+    return accuracy, time.monotonic() - started
+
+
+def decoded_as(settings: Settings) -> tuple[int, str]:
+    """Return what of the settings changes how slices are decoded: size and crop."""
+    return settings.data.image_size, settings.data.crop
+
+
+def _load(data: Path, settings: Settings, progress: bool) -> SliceSet:
+    image_size, crop = decoded_as(settings)
+    return load_slices(data, image_size, progress=progress, crop=crop)
+
+
+@lru_cache(maxsize=2)
+def _load_once(data: Path, image_size: int, crop: str) -> SliceSet:
+    return load_slices(data, image_size, progress=False, crop=crop)
+
+
+def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:
+    """Return the slice of each class and plane that figure 1 shows, as far as they are known."""
+    if not slices.synthetic:
+        return SAMPLE_NUMBERS if len(slices.numbers) == ARCHIVE_SIZE else {}
+    try:
+        with (data / PLANES_NAME).open(newline="", encoding="utf-8") as file:
+            planes = {int(row["slice"]): row["plane"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError):
+        return {}  # phantoms of an older version: figure 1 is left out
+    cells: dict[tuple[str, str], int] = {}
+    for number, label in zip(slices.numbers, slices.labels.tolist(), strict=True):
+        if planes.get(number) in PLANES:
+            cells.setdefault((CLASS_NAMES[label], planes[number]), number)
+    return cells
+
+
+def _begin(out: Path, description: dict[str, Any], slices: SliceSet) -> None:
+    """Write what a new folder is for, or check that it is for the same."""
+    path = out / REPRODUCTION
+    if path.is_file():
+        stored = read_json(path)
+        for key, value in description.items():
+            if stored.get(key) != value:
+                raise UserError(
+                    f"{path}: {key} is {stored.get(key)!r} there and {value!r} now; "
+                    "a reproduction goes on with its own data, weights and budget"
+                )
+        return
+    unborn = {RUNS, SLICES, SLICES + PARTIAL, REPRODUCTION + PARTIAL}
+    if out.exists() and any(entry.name not in unborn for entry in out.iterdir()):
+        raise UserError(f"{out}: holds something else; name an empty folder")
+    (out / RUNS).mkdir(parents=True, exist_ok=True)
+    write_text(out / SLICES, _slice_table(slices))
+    write_json(path, description)
+
+
+def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[str, Any]:
+    if weights and not weights.is_file():
+        raise UserError(f"{weights}: no such weights file")
+    return {
+        # Through JSON and back, a tuple is a list.
+        "budget": {**dataclasses.asdict(budget), "lengths": list(budget.lengths)},
+        "synthetic": slices.synthetic,
+        "slices": len(slices.numbers),
+        "slices_sha256": hashlib.sha256(_slice_table(slices).encode()).hexdigest(),
+        "images_sha256": slices.digest,
+        "weights": weights.name if weights else "",
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else "",
+    }
+
+
+def _slice_table(slices: SliceSet) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["slice", "class", "patient", "fold"])
+    folds = [""] * len(slices.numbers) if slices.folds is None else slices.folds.tolist()
+    for number, label, patient, fold in zip(
+        slices.numbers, slices.labels.tolist(), slices.patients, folds, strict=True
+    ):
+        writer.writerow([number, CLASS_NAMES[label], patient, fold])
+    return table.getvalue()
+
+
+def _session(jobs: int, left: int) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = describe_environment(device, choose_precision("auto", device))
+    shared = {"jobs": jobs, "cores": os.cpu_count(), **environment}
+    return {"started": _now(), "runs left": left, **shared}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

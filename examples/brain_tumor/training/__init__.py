@@ -1,0 +1,1 @@
+"""One training, in a folder of its own."""

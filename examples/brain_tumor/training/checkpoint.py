@@ -1,0 +1,164 @@
+"""What changes while training, how it starts, and how it is written to disk and read back."""
+
+import dataclasses
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..errors import UserError
+from ..files import replacing
+from ..network.mobilenet import EmbeddingNetwork
+from ..network.objectives import make_loss
+from ..settings import NetworkSettings, Settings
+from .run_folder import CHECKPOINT
+
+
+def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
+    """Return the network, untrained."""
+    return EmbeddingNetwork(
+        width=settings.width,
+        embedding_size=settings.embedding_size,
+        dropout=settings.dropout,
+        input_range=settings.input_range,
+        layout=settings.layout,
+    )
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """All that changes while training, which is all that a checkpoint holds."""
+
+    network: EmbeddingNetwork  # the embedding network
+    loss: nn.Module  # the loss, with its class centres and its annealing, if it has them
+    # Adam or AdamW on the parameters of both: first MobileNet's, then the others
+    optimiser: torch.optim.Optimizer
+    backbone_rate: float  # mobileNet's share of the learning rate
+    # the moving average of the network, BatchNorm's statistics included, or None
+    average: AveragedModel | None
+    generator: torch.Generator  # on the CPU, for augmentation; order and dropout use torch's own
+    epoch: int = 0  # how many are done
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for group, share in zip(
+            self.optimiser.param_groups, (self.backbone_rate, 1.0), strict=True
+        ):
+            group["lr"] = share * rate
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.network.parameters()).device
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint, or leave the last one as it was."""
+        device = self.device
+        contents = {
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        with replacing(folder / CHECKPOINT) as temporary:
+            # torch's own writer does not say that a disk is full, only that something went wrong.
+            buffer = io.BytesIO()
+            torch.save(contents, buffer)
+            temporary.write_bytes(buffer.getbuffer())
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the last checkpoint."""
+        path = folder / CHECKPOINT
+        contents = read_checkpoint(path)
+        try:
+            self._load(contents)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: does not fit this run: {one_line(error)}") from None
+
+    def _load(self, contents: dict[str, Any]) -> None:
+        self.network.load_state_dict(contents["network"])
+        if self.average is not None:
+            self.average.load_state_dict(contents["average"])
+        self.loss.load_state_dict(contents["loss"])
+        self.optimiser.load_state_dict(contents["optimiser"])
+        for parameter, moments in self.optimiser.state.items():
+            if moments["exp_avg"].shape != parameter.shape:  # torch itself does not look
+                raise ValueError("the optimiser's state has the shapes of another network")
+        self.generator.set_state(contents["generator"])
+        torch.set_rng_state(contents["random"])
+        device = self.device
+        if device.type == "cuda" and contents["device_random"] is not None:
+            torch.cuda.set_rng_state(contents["device_random"], device)
+        self.epoch = contents["epoch"]
+
+
+def load_network(
+    folder: Path, settings: NetworkSettings, averaged: bool = True
+) -> tuple[EmbeddingNetwork, int]:
+    """Return a run's network, in eval mode, and how many epochs it was trained for.
+
+    Args:
+        folder: The run's.
+        settings: The network's.
+        averaged: Where there is a moving average of the weights, return that.
+    """
+    path = folder / CHECKPOINT
+    contents = read_checkpoint(path)
+    network = make_network(settings)
+    try:
+        average = contents.get("average") if averaged else None
+        if average is None:
+            network.load_state_dict(contents["network"])
+        else:
+            holder = AveragedModel(network)
+            holder.load_state_dict(average)
+            network = holder.module
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: does not fit the network: {one_line(error)}") from None
+    return network.eval(), contents["epoch"]
+
+
+def load_loss(folder: Path, settings: Settings) -> nn.Module:
+    """Return a run's loss, with the class centres it was trained to."""
+    path = folder / CHECKPOINT
+    loss = make_loss(settings.loss, settings.network.embedding_size)
+    try:
+        loss.load_state_dict(read_checkpoint(path)["loss"])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: does not fit the loss: {one_line(error)}") from None
+    return loss.eval()
+
+
+def epochs_done(folder: Path) -> int:
+    """Return how many epochs a run has finished."""
+    path = folder / CHECKPOINT
+    return read_checkpoint(path)["epoch"] if path.exists() else 0
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it might contain."""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint: the first epoch was never finished")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch would unpack any bomb before it looks
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("it is packed, which torch does not do")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        raise UserError(f"{path}: not readable as a checkpoint: {one_line(error)}") from None
+    if not isinstance(contents, dict) or type(contents.get("epoch")) is not int:
+        raise UserError(f"{path}: not a checkpoint of this program")
+    return contents
+
+
+def one_line(error: Exception) -> str:
+    """Return the start of an error's message without its line breaks."""
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,171 @@
+"""How to train a network with an angular-margin loss: what it takes, and the loop.
+
+The loss has parameters of its own, the class centres: they go to the optimiser with the network's,
+and into the checkpoint. The network may compute in bfloat16, the loss always in float32. Everything
+else of a training is in the files beside this one; a resumed run ends where an uninterrupted one
+does (bit for bit on a CPU, with as many threads).
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..data.slices import SliceSet
+from ..data.splits import Split
+from ..errors import UserError
+from ..network.mobilenet import load_imagenet_weights
+from ..network.objectives import make_loss
+from ..settings import Settings, TrainingSettings
+from .batches import augment, batch_bounds, shuffled
+from .checkpoint import TrainingState, make_network
+from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
+from .run_folder import (
+    ENVIRONMENT,
+    check_resumable,
+    choose_precision,
+    describe_environment,
+    locked,
+    start_run,
+    write_json,
+)
+
+PAPER_EPOCHS = 275  # to which the paper's steps of the learning rate belong
+BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done rarely
+
+
+def train(
+    settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool = False
+) -> None:
+    """Train on one side of a split and leave the run in a folder.
+
+    Args:
+        settings: What to train and how.
+        slices: Images and labels.
+        split: The two sides; only its training side is looked at.
+        out: The run's folder, new unless `resume`.
+        resume: Continue the run in `out`, which must have the same settings and split.
+
+    Raises:
+        UserError: The folder holds another run, a file does not fit, or the loss diverged.
+    """
+    with locked(out):
+        _train(settings, slices, split, out, resume)
+
+
+def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(settings.training.precision, device)
+    images, labels = slices.images[split.train].to(device), slices.labels[split.train].to(device)
+    batches = batch_bounds(len(labels), settings.training.batch_size)
+    state = start(settings, device)
+    if resume:
+        check_resumable(out, settings, slices, split)
+        restore(state, out, len(batches))
+    else:
+        start_run(out, settings, slices, split)
+    write_json(out / ENVIRONMENT, describe_environment(device, precision))
+
+    if settings.training.compile:
+        state.network.compile()
+    epochs, save = settings.training.epochs, Saver(state, out)
+    done, steps_in_all = state.epoch * len(batches), epochs * len(batches)
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
+        while state.epoch < epochs:
+            started = time.perf_counter()
+            epoch = shuffled(images, labels, batches)
+            steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
+            seconds = time.perf_counter() - started
+            summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
+            save(last=state.epoch == epochs)
+            if hidden:
+                print(progress_line(summary, epochs), file=sys.stderr, flush=True)
+
+
+def start(settings: Settings, device: torch.device) -> TrainingState:
+    """Return the state before the first step: network, loss and optimiser."""
+    training = settings.training
+    torch.manual_seed(training.seed)
+    network = make_network(settings.network)
+    if settings.network.weights:
+        load_imagenet_weights(network.backbone, Path(settings.network.weights))
+    network = network.to(device, memory_format=torch.channels_last)
+    loss = make_loss(settings.loss, settings.network.embedding_size).to(device)
+    groups = [
+        {"params": list(network.backbone.parameters())},
+        # The class centres are the loss's own parameters: left out, they would never move.
+        {"params": [*network.output.parameters(), *loss.parameters()]},
+    ]
+    optimiser: torch.optim.Optimizer
+    if training.optimiser == "adamw":
+        optimiser = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
+    elif training.weight_decay:
+        raise UserError("--weight-decay: the paper's Adam has none; set --optimiser adamw")
+    else:
+        optimiser = torch.optim.Adam(groups, fused=True)
+    average = None
+    if training.ema:
+        blend = get_ema_multi_avg_fn(training.ema)
+        average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+    generator = torch.Generator().manual_seed(training.seed)
+    return TrainingState(network, loss, optimiser, training.backbone_rate, average, generator)
+
+
+def learning_rate(settings: TrainingSettings, epoch: float) -> float:
+    """Return the learning rate `epoch` passes into the training, which may lie within one."""
+    if settings.schedule == "cosine":
+        return settings.learning_rate * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+    epoch = epoch * PAPER_EPOCHS / settings.epochs
+    return settings.learning_rate * (1.0 if epoch < 125 else 0.1 if epoch < 175 else 0.01)
+
+
+def _train_epoch(
+    state: TrainingState,
+    settings: Settings,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    count: int,
+    precision: torch.dtype,
+    bar: tqdm,
+) -> Tensor:
+    """Return the MEASURES of each of the epoch's `count` steps, (count, 5)."""
+    state.network.train()
+    state.loss.train()
+    steps = []
+    for step, (images, labels) in enumerate(batches):
+        state.set_learning_rate(learning_rate(settings.training, state.epoch + step / count))
+        images = augment(images, settings.augmentation, state.generator)
+        steps.append(take_step(state, images, labels, precision))
+        bar.update()
+        if step % BAR_INTERVAL == 0 and not bar.disable:
+            loss = torch.stack(steps[-BAR_INTERVAL:]).mean(0)[0].item()
+            bar.set_description(f"epoch {state.epoch + 1}/{settings.training.epochs}")
+            bar.set_postfix(loss=f"{loss:.3f}")
+    return torch.stack(steps).cpu()
+
+
+def take_step(
+    state: TrainingState, images: Tensor, labels: Tensor, precision: torch.dtype
+) -> Tensor:
+    """Take one step and return its MEASURES, (5,), still on the device."""
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        embeddings = state.network(images)
+    embeddings = embeddings.float()
+    schedule = state.loss.schedule
+    annealing = embeddings.new_tensor(math.nan) if schedule is None else schedule.value()
+    loss = state.loss(embeddings, labels)
+    state.optimiser.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        accuracy, angle = beside_centres(state.loss, embeddings, labels)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.network.parameters()])
+    state.optimiser.step()
+    if state.average is not None:
+        state.average.update_parameters(state.network)
+    return torch.stack([x.detach().double() for x in (loss, accuracy, angle, norm, annealing)])

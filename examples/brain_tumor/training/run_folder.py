@@ -1,0 +1,222 @@
+"""A run's folder: the files of a training and how they are written, so that no crash halves one.
+
+Training fills it, evaluation and the report read it, and nothing else has to be remembered.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+import numpy as np
+import torch
+
+from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.splits import Split
+from ..errors import UserError
+from ..files import PARTIAL, append_text, replacing
+from ..settings import (
+    Settings,
+    first_difference,
+    read_settings,
+    write_settings,
+)
+
+SETTINGS = "settings.toml"
+SPLIT = "split.json"
+ENVIRONMENT = "environment.json"
+EPOCHS = "log.jsonl"
+STEPS = "steps.jsonl"
+CHECKPOINT = "checkpoint.pt"
+EMBEDDINGS = "embeddings.npy"
+ANGLES = "angles.npy"
+PREDICTIONS = "predictions.csv"
+VIEW_PREDICTIONS = "predictions_views{}.csv"  # as PREDICTIONS, with so many views averaged
+METRICS = "metrics.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all of `text`, or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON; NaN is refused because JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Read a JSON file of a run folder."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append one JSON line per row, all of them or none."""
+    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder meanwhile; a killed process lets go of it.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: a new run's folder must be empty.
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is training this run") from None
+        yield
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON lines of a log."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON lines: {error}") from None
+
+
+def keep_rows(path: Path, count: int) -> None:
+    """Drop the lines after the first `count`: what an interrupted epoch left in a log."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if len(lines) < count:
+        raise UserError(f"{path}: holds {len(lines)} lines where the checkpoint needs {count}")
+    write_text(path, "".join(lines[:count]))
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise a UserError if a new run's folder holds anything already.
+
+    A split file alone does not count: settings are written last, and until then no run began.
+    """
+    unborn = {SPLIT, SPLIT + PARTIAL, SETTINGS + PARTIAL}
+    if folder.exists() and (
+        not folder.is_dir() or any(path.name not in unborn for path in folder.iterdir())
+    ):
+        raise UserError(f"{folder}: already exists; continue it with --resume or name another")
+
+
+def start_run(folder: Path, settings: Settings, slices: SliceSet, split: Split) -> None:
+    """Make the folder of a new run."""
+    refuse_existing(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SPLIT, _describe_split(slices, split))
+    write_text(folder / SETTINGS, write_settings(settings))
+
+
+def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: Split) -> None:
+    """Raise a UserError unless `folder` holds a run of these settings and this split."""
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder}: holds no run to resume ({SETTINGS} is missing)")
+    key = first_difference(read_settings(folder / SETTINGS), settings)
+    if key is not None:
+        raise UserError(f"{folder / SETTINGS}: {key} differs; a run resumes with its own settings")
+    if read_json(folder / SPLIT) != _describe_split(slices, split):
+        raise UserError(f"{folder / SPLIT}: the run was made with other slices or another split")
+
+
+def read_split(folder: Path, slices: SliceSet) -> Split:
+    """Return the split the run was trained with, as indices into `slices`."""
+    path = folder / SPLIT
+    stored = read_json(path)
+    index = {number: i for i, number in enumerate(slices.numbers)}
+    try:
+        train, test = ([index[number] for number in stored[side]] for side in ("train", "test"))
+        split = Split(
+            train=torch.tensor(train, dtype=torch.int64),
+            test=torch.tensor(test, dtype=torch.int64),
+            name=stored["name"],
+            description=stored["description"],
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: does not belong to these slices") from None
+    if _describe_split(slices, split) != stored:
+        raise UserError(f"{path}: the slices are not those the run was trained on")
+    return split
+
+
+def read_precision(folder: Path) -> torch.dtype:
+    """Return the data type of the arithmetic that a run was trained in."""
+    path = folder / ENVIRONMENT
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    try:
+        return names[read_json(path)["precision"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: no precision in it, expected {' or '.join(names)}") from None
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the data type of the network's arithmetic for a value of `precision`."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def describe_environment(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:
+    """Return what a result depends on besides settings and slices."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "commit": _commit(),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "precision": str(precision).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scikit-learn": version("scikit-learn"),
+    }
+
+
+def _commit() -> str:
+    """Return the commit of this program, marked "-dirty" with changes, or "unknown"."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _describe_split(slices: SliceSet, split: Split) -> dict[str, Any]:
+    sides = {"train": split.train.tolist(), "test": split.test.tolist()}
+    # Phantoms and archive share their numbers; label and patient tell the two apart.
+    lines = [
+        f"{side} {slices.numbers[i]} {CLASS_NAMES[slices.labels[i]]} {slices.patients[i]}\n"
+        for side, indices in sides.items()
+        for i in indices
+    ]
+    return {
+        "name": split.name,
+        "description": split.description,
+        "synthetic": slices.synthetic,
+        "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        **{side: [slices.numbers[i] for i in indices] for side, indices in sides.items()},
+    }

@@ -1,0 +1,1 @@
+"""A trained network used: answers for single files, other formats."""

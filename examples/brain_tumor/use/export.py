@@ -1,0 +1,324 @@
+"""Exporting a run's network so that it classifies without this program: torch.export and ONNX.
+
+The model computes in float32, whatever the run was trained and evaluated in: few programs that run
+ONNX know bfloat16, and no two round alike in it. The training embeddings inside are therefore made
+anew. Where two classes are almost as near, the model may answer otherwise than the run; how often
+on the held-out slices, model.json says.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.slices import CLASS_NAMES, SliceSet
+from ..errors import UserError
+from ..evaluation.evaluate import (
+    EMBEDDING_BATCH,
+    class_scores,
+    embed,
+    nearest_neighbour,
+    normalised,
+    probabilities,
+)
+from ..files import replacing
+from ..training.run_folder import SETTINGS, SPLIT, read_json, read_split
+from .prediction import NOTICE, Reference, check_finite, make_folder, read_reference
+
+TORCH_FILE = "model.pt2"
+ONNX_FILE = "model.onnx"
+DESCRIPTION = "model.json"
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+INPUT = "images"
+OUTPUTS = ("embedding", "probabilities")
+TOLERANCE = 1e-4  # of either output; float32 itself makes some 1e-6
+CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has the rule); "}
+
+
+class Classifier(nn.Module):
+    """A network and the training slices that it answers from, as one module.
+
+    Args:
+        reference: The run's.
+
+    Raises:
+        UserError: A class has no training slice.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__()
+        self.network = reference.network
+        self.scale = reference.scale
+        self.views = reference.views
+        for label, name in enumerate(CLASS_NAMES):
+            own = reference.embeddings[reference.labels == label]
+            if not len(own):
+                raise UserError(f"{reference.name}: no training slice is of class {name}")
+            self.register_buffer(name, own)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C)."""
+        embedding = normalised(self.network, images, self.views)
+        nearest = [(embedding @ self.get_buffer(name).T).amax(1) for name in CLASS_NAMES]
+        return embedding, (self.scale * torch.stack(nearest, dim=1)).softmax(1)
+
+
+def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
+    """Write a run's network, with its training embeddings, as model.pt2 and model.onnx.
+
+    Both map `images` (n, 1, size, size), float32 in [0, 1], any n, to `embedding` (n, d),
+    L2-normalised, and `probabilities` (n, C) of the classes. On the held-out slices they are
+    compared with the network before anything is written; model.json describes them and holds their
+    SHA-256. None of the three takes its place before all are stored, and model.json is the last.
+
+    Args:
+        run: A run's folder, finished or not.
+        slices: The slices that the run was trained on and held out, at its image size.
+        out: The folder for the three files; made if missing.
+
+    Returns:
+        What model.json holds.
+
+    Raises:
+        UserError: The run is at fault, a package is missing, or an exported file answers otherwise
+            than the network.
+    """
+    _require_packages()
+    reference = read_reference(run, slices)
+    test = read_split(run, slices).test
+    of_run = _answers(
+        reference,
+        embed(reference.network, slices.images[test], reference.precision, reference.views),
+    )
+    description = _describe(run, reference)
+    reference = _in_float32(run, reference)
+    checks = [(part, _expected(reference, part)) for part in _batches(slices.images[test])]
+    of_model = _answers(reference, torch.cat([embedding for _, (embedding, _) in checks]))
+    description["held_out"] = _compare_answers(slices.labels[test], of_run, of_model)
+    with _quiet():
+        program = _trace(Classifier(reference), slices.images.shape[-1])
+        files = {
+            TORCH_FILE: _torch_bytes(program, description),
+            ONNX_FILE: _onnx_bytes(program, description),
+        }
+        answerers = {TORCH_FILE: _run_torch, ONNX_FILE: _run_onnx}
+        description["largest_difference"] = {
+            name: _largest_difference(name, answerers[name](content), checks)
+            for name, content in files.items()
+        }
+    description["sha256"] = {
+        name: hashlib.sha256(content).hexdigest() for name, content in files.items()
+    }
+    make_folder(out)
+    text = json.dumps(description, indent=2) + "\n"
+    _write_all(out, {**files, DESCRIPTION: text.encode()})
+    return description
+
+
+def describe_export(description: dict[str, Any]) -> str:
+    """Return as one line what model.json says of the run's answers and the model's."""
+    precision, held_out = description["precision"], description["held_out"]
+    mark = "SYNTHETIC: " if description["synthetic"] else ""
+    return (
+        f"{mark}the model computes in {precision['model']}, the run in {precision['run']}: of "
+        f"{held_out['slices']} held-out slices {held_out['answered_otherwise']} get another answer;"
+        f" {held_out['right']['model']} answers are right, the run's {held_out['right']['run']}"
+    )
+
+
+def _require_packages() -> None:
+    for name in ONNX_PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"{name}: cannot be imported, but export needs it: "
+                f"pip install {' '.join(ONNX_PACKAGES)}"
+            ) from error
+
+
+def _describe(run: Path, reference: Reference) -> dict[str, Any]:
+    size = reference.slices.images.shape[-1]
+    return {
+        "notice": NOTICE,
+        "synthetic": reference.slices.synthetic,
+        "run": reference.name,
+        "epoch": reference.epoch,
+        "settings_sha256": hashlib.sha256((run / SETTINGS).read_bytes()).hexdigest(),
+        "split_sha256": read_json(run / SPLIT)["sha256"],
+        "training_slices": len(reference.labels),
+        "precision": {
+            "model": "float32",
+            "run": str(reference.precision).removeprefix("torch."),
+        },
+        "input": {
+            "name": INPUT,
+            "shape": ["n", 1, size, size],
+            "type": "float32",
+            "range": [0, 1],
+            "preparation": f"{CROPS[reference.crop]}a grey slice is resized bilinearly with "
+            "antialiasing, then scaled so that its own least intensity is 0 and its largest 1",
+        },
+        "outputs": {
+            "embedding": {
+                "shape": ["n", reference.embeddings.shape[1]],
+                "meaning": "L2-normalised",
+            },
+            "probabilities": {
+                "shape": ["n", len(CLASS_NAMES)],
+                "classes": CLASS_NAMES,
+                "meaning": f"softmax of {reference.scale:g} times the cosine to each class's "
+                "nearest training slice",
+            },
+        },
+        "versions": {
+            name: importlib.import_module(name).__version__ for name in ("torch", *ONNX_PACKAGES)
+        },
+    }
+
+
+def _in_float32(run: Path, reference: Reference) -> Reference:
+    """Return the reference with the training slices embedded as the exported model embeds."""
+    network = reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
+    images = reference.slices.images[reference.train]
+    with torch.no_grad():
+        parts = [
+            normalised(network, part.float(), reference.views)
+            for part in images.split(EMBEDDING_BATCH)
+        ]
+    embeddings = torch.cat(parts)
+    check_finite(run, embeddings)
+    return dataclasses.replace(
+        reference, network=network, precision=torch.float32, embeddings=embeddings
+    )
+
+
+def _answers(reference: Reference, embeddings: Tensor) -> Tensor:
+    """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
+    nearest, _ = nearest_neighbour(reference.embeddings, embeddings)
+    return reference.labels[nearest]
+
+
+def _compare_answers(truth: Tensor, of_run: Tensor, of_model: Tensor) -> dict[str, Any]:
+    return {
+        "slices": len(truth),
+        "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
+        "answered_otherwise": int((of_model != of_run).sum()),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters, which warn of packages and shortcuts that are of no concern here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _trace(classifier: Classifier, size: int) -> torch.export.ExportedProgram:
+    example = torch.zeros(2, 1, size, size)  # of one, export would take the batch for constant
+    with torch.no_grad():
+        return torch.export.export(
+            classifier.eval(), (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("n")}}
+        )
+
+
+def _torch_bytes(program: torch.export.ExportedProgram, description: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(description)})
+    return file.getvalue()
+
+
+def _onnx_bytes(program: torch.export.ExportedProgram, description: dict[str, Any]) -> bytes:
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=[INPUT], output_names=OUTPUTS, verbose=False
+    )
+    exported.model.metadata_props[DESCRIPTION] = json.dumps(description)
+    return exported.model_proto.SerializeToString()
+
+
+Answerer = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _run_torch(content: bytes) -> Answerer:
+    return torch.export.load(io.BytesIO(content)).module()
+
+
+def _run_onnx(content: bytes) -> Answerer:
+    import onnxruntime  # here because only this command needs it
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return lambda images: tuple(
+        torch.from_numpy(answer) for answer in session.run(OUTPUTS, {INPUT: images.numpy()})
+    )
+
+
+def _batches(images: Tensor) -> list[Tensor]:
+    """Return the images in float32: one alone, then the others in batches."""
+    bounds = pairwise([0, *range(1, len(images), EMBEDDING_BATCH), len(images)])
+    return [images[start:stop].float() for start, stop in bounds]
+
+
+def _expected(reference: Reference, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return embeddings and probabilities the way that evaluation finds them."""
+    with torch.no_grad():
+        embedding = normalised(reference.network, images, reference.views)
+    scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
+    return embedding, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
+
+
+def _largest_difference(
+    name: str, answer: Answerer, checks: list[tuple[Tensor, tuple[Tensor, Tensor]]]
+) -> dict[str, float]:
+    """Return the largest difference of each output from what is expected of the images.
+
+    Raises:
+        UserError: It exceeds the tolerance.
+    """
+    largest = dict.fromkeys(OUTPUTS, 0.0)
+    for images, expected in checks:
+        with torch.no_grad():
+            found = answer(images)
+        for output, own, other in zip(OUTPUTS, expected, found, strict=True):
+            difference = (own - other).abs().max().item()
+            if not difference <= TOLERANCE:  # false for NaN too
+                raise UserError(
+                    f"{name}: its {output} differs from the network's by {difference:.2g}, "
+                    f"expected at most {TOLERANCE:g}; nothing was written"
+                )
+            largest[output] = max(largest[output], difference)
+    return largest
+
+
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files so that none takes its place before all are stored, the last one last.
+
+    The renames follow each other, so that only a loss of power, or a folder of such a name, can
+    leave a new file beside an old one; the SHA-256 in the last then tells.
+
+    Raises:
+        UserError: The system refused to write a file.
+    """
+    with ExitStack() as stack:
+        for name, content in reversed(files.items()):  # a stack: the first in is the last renamed
+            with stack.enter_context(replacing(folder / name)).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())

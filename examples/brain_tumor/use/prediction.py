@@ -1,0 +1,322 @@
+"""What a trained network says of single files, and which training slices it says it from."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.crop import cut, find_box, put_back
+from ..data.matlab import read_slice
+from ..data.pictures import read_picture
+from ..data.slices import CLASS_NAMES, SliceSet, resize
+from ..errors import UserError
+from ..evaluation.evaluate import class_scores, embed, probabilities
+from ..network.mobilenet import EmbeddingNetwork
+from ..report.figures import plot_prediction
+from ..settings import read_settings
+from ..training.checkpoint import load_network
+from ..training.run_folder import (
+    EMBEDDINGS,
+    METRICS,
+    SETTINGS,
+    read_json,
+    read_precision,
+    read_split,
+    write_json,
+)
+from .gradcam import Overlap, grad_cam, measure_overlap
+
+NOTICE = "Not a medical device: for research and teaching, never for diagnosis."
+ANSWERS = "predictions.json"
+NEIGHBOURS = 5
+SAME = 1 / 255  # intensity: what rounding to 8 bits may change; other slices differ by far more
+LONGEST_NAME = 80  # letters of a file's name that its picture's name keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A run's network and the training slices that its answers come from."""
+
+    name: str  # the run's
+    network: EmbeddingNetwork  # in eval mode
+    epoch: int  # how many it was trained for
+    precision: torch.dtype  # of the network's arithmetic
+    scale: float  # the loss's, which turns cosines into logits
+    crop: str  # what is cut out of a slice
+    views: int  # how many views of a slice are averaged
+    slices: SliceSet  # all of them
+    train: Tensor  # (k,) indices of the training slices
+    embeddings: Tensor  # (k, d) theirs, L2-normalised
+    labels: Tensor  # (k,) theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbour:
+    """A training slice near a file's slice: its number, class, and the cosine between the two."""
+
+    number: int
+    label: str
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer for one file."""
+
+    file: str  # as it was named
+    synthetic: bool  # whether the training slices are phantoms
+    predicted: str  # the class of the nearest training slice
+    # for each class softmax(scale * cosine to its nearest training slice)
+    probabilities: dict[str, float]
+    truth: str | None  # the class that the file itself states, if it does
+    itself: int | None  # the number of the training slice that the file is, if it is one
+    neighbours: list[Neighbour]  # the nearest training slices, the nearest first
+    empty_map: bool  # whether the Grad-CAM is empty: all features speak against the answer
+    # how much of the Grad-CAM lies in the tumour mask, where both are there
+    overlap: Overlap | None
+    picture: str  # the file name of the figure
+
+
+def predict(
+    run: Path, files: Sequence[Path], slices: SliceSet, out: Path
+) -> tuple[list[Prediction], list[str]]:
+    """Classify files by their nearest training slice; write a figure of each, and all answers.
+
+    Args:
+        run: A run's folder, finished or not.
+        files: Slices of the archive's format (.mat), PNG or JPEG pictures.
+        slices: The slices that the run was trained on and held out, at its image size.
+        out: The folder for the figures and `predictions.json`; made if missing.
+
+    Returns:
+        The answers, and for each file without one the fault, in a line that names the file.
+
+    Raises:
+        UserError: The run is at fault, or `out` is.
+    """
+    reference = read_reference(run, slices)
+    make_folder(out)
+    predictions, faults = [], []
+    for position, file in enumerate(files, start=1):
+        picture = out / f"{position}-{_printable(file.stem)[:LONGEST_NAME]}.png"
+        try:
+            predictions.append(_predict_file(reference, file, picture))
+        except UserError as error:
+            faults.append(_printable(str(error)))
+    answers = {
+        "notice": NOTICE,
+        "synthetic": slices.synthetic,
+        "run": reference.name,
+        "epoch": reference.epoch,
+        "predictions": [dataclasses.asdict(prediction) for prediction in predictions],
+        "faults": faults,
+    }
+    write_json(out / ANSWERS, answers)
+    return predictions, faults
+
+
+def describe_prediction(prediction: Prediction) -> str:
+    """Return an answer as one line."""
+    shares = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+    parts = [", ".join(f"{label} {100 * share:.1f} %" for label, share in shares)]
+    if prediction.truth is not None:
+        parts.append(f"the file says {prediction.truth}")
+    if prediction.itself is not None:
+        parts.append(f"it is training slice {prediction.itself} itself")
+    near = (f"{one.number} {one.label} {one.cosine:.3f}" for one in prediction.neighbours)
+    parts.append(f"nearest: {', '.join(near)}")
+    if prediction.empty_map:
+        parts.append("Grad-CAM: empty")
+    if prediction.overlap is not None:
+        parts.append(_describe_overlap(prediction.overlap))
+    mark = "SYNTHETIC: " if prediction.synthetic else ""
+    name = _printable(prediction.file)
+    return f"{mark}{name}: {prediction.predicted} ({'; '.join(parts)}); see {prediction.picture}"
+
+
+def read_reference(run: Path, slices: SliceSet) -> Reference:
+    """Return what a run answers from.
+
+    The embeddings that its evaluation kept are used if they belong to its last checkpoint.
+
+    Raises:
+        UserError: A file of the run is missing or damaged, or the slices are not its own.
+    """
+    settings = read_settings(run / SETTINGS)
+    split = read_split(run, slices)
+    network, epoch = load_network(run, settings.network)
+    precision = read_precision(run)
+    views = settings.evaluation.views
+    shape = (len(slices.labels), settings.network.embedding_size)
+    embeddings = _stored_embeddings(run, epoch, shape, split.train)
+    if embeddings is None:
+        embeddings = embed(network, slices.images[split.train], precision, views)
+    check_finite(run, embeddings)
+    return Reference(
+        name=run.name,
+        network=network,
+        epoch=epoch,
+        precision=precision,
+        scale=settings.loss.scale,
+        crop=settings.data.crop,
+        views=views,
+        slices=slices,
+        train=split.train,
+        embeddings=embeddings,
+        labels=slices.labels[split.train],
+    )
+
+
+def check_finite(source: Path, answers: Tensor) -> None:
+    """Raise a UserError that names the source of the answers if one is NaN or infinite."""
+    if not answers.isfinite().all():
+        raise UserError(
+            f"{source}: the network answers with NaN or infinite numbers: its weights are at fault"
+        )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, unless it is there.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder: {error.strerror}") from None
+
+
+def _stored_embeddings(
+    run: Path, epoch: int, shape: tuple[int, int], train: Tensor
+) -> Tensor | None:
+    """Return what evaluation kept of the training slices, or None if absent, damaged or older."""
+    try:
+        # Mapped, because a header may promise more than the file holds.
+        stored = np.load(run / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+        sound = stored.shape == shape and stored.dtype == np.float32
+        if not sound or read_json(run / METRICS)["epoch"] != epoch:
+            return None
+        embeddings = torch.from_numpy(np.array(stored))[train]
+    except Exception:  # it only saves time, and damage shows in a dozen ways
+        return None
+    return embeddings if ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all() else None
+
+
+def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
+    image, mask, truth = _read_file(file)
+    if image.min() == image.max():
+        raise UserError(f"{file}: is of one grey value throughout, expected a slice")
+    images = reference.slices.images
+    box = find_box(image, reference.crop)
+    pixels = torch.from_numpy(resize(cut(image, box), images.shape[-1])).to(images)[None, None]
+    embedding = embed(reference.network, pixels, reference.precision, reference.views)
+    check_finite(file, embedding)
+    cosines = (embedding @ reference.embeddings.T)[0]
+    nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
+    scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
+    shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
+    contrast = _contrast(reference, cosines, nearest[0])
+    heat = grad_cam(
+        reference.network, pixels.float(), contrast, (box.height, box.width), reference.views
+    )
+    check_finite(file, torch.from_numpy(heat))
+    heat = put_back(heat, box, image.shape)
+    prediction = Prediction(
+        file=str(file),
+        synthetic=reference.slices.synthetic,
+        predicted=CLASS_NAMES[reference.labels[nearest[0]]],
+        probabilities=dict(zip(CLASS_NAMES, shares, strict=True)),
+        truth=truth,
+        itself=_find_itself(reference, pixels),
+        neighbours=[_neighbour(reference, row, cosines[row].item()) for row in nearest.tolist()],
+        empty_map=not heat.any(),
+        overlap=None if mask is None else measure_overlap(heat, mask),
+        picture=picture.name,
+    )
+    near = images[reference.train[nearest], 0].float().numpy()
+    _plot(prediction, picture, image, heat, mask, near)
+    return prediction
+
+
+def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
+    """Return image (h, w), and of a .mat file the tumour mask (h, w) and the class."""
+    if path.suffix.lower() != ".mat":
+        return read_picture(path), None, None
+    found = read_slice(path)
+    return found.image, found.mask, CLASS_NAMES[found.label]
+
+
+def _contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
+    """Return the direction (d,) in which an answer becomes surer: the score of the Grad-CAM.
+
+    It leads from the nearest training slice of another class to the nearest of all. The cosine to
+    the latter alone would also show what all classes have in common, the skull for one.
+    """
+    others = reference.labels != reference.labels[nearest]
+    if not others.any():
+        return reference.embeddings[nearest]
+    rival = cosines.masked_fill(~others, -torch.inf).argmax()
+    return reference.embeddings[nearest] - reference.embeddings[rival]
+
+
+def _neighbour(reference: Reference, row: int, cosine: float) -> Neighbour:
+    number = reference.slices.numbers[reference.train[row]]
+    return Neighbour(number, CLASS_NAMES[reference.labels[row]], cosine)
+
+
+def _find_itself(reference: Reference, pixels: Tensor) -> int | None:
+    """Return the number of the training slice that has these pixels, if one has."""
+    for part in reference.train.split(128):
+        differing = (reference.slices.images[part] - pixels).abs().amax((1, 2, 3))
+        for index in part[differing <= SAME].tolist():
+            return reference.slices.numbers[index]
+    return None
+
+
+def _plot(
+    prediction: Prediction,
+    path: Path,
+    image: np.ndarray,
+    heat: np.ndarray,
+    mask: np.ndarray | None,
+    neighbours: np.ndarray,
+) -> None:
+    mark = "SYNTHETIC: " if prediction.synthetic else ""
+    name = _printable(Path(prediction.file).name)
+    truth = "" if prediction.truth is None else f" (the file says {prediction.truth})"
+    captions = []
+    for one in prediction.neighbours:
+        origin = "this file: slice" if one.number == prediction.itself else "training slice"
+        captions.append(f"{origin} {one.number}\n{one.label}, cosine {one.cosine:.3f}")
+    notes = [NOTICE]
+    if prediction.overlap is not None:
+        notes.insert(0, _describe_overlap(prediction.overlap))
+    if prediction.itself is not None:
+        notes.insert(0, f"This file is training slice {prediction.itself}: its answer is no test.")
+    plot_prediction(
+        path,
+        f"{mark}{name}: {prediction.predicted}{truth}",
+        image,
+        heat,
+        mask,
+        prediction.probabilities,
+        list(zip(neighbours, captions, strict=True)),
+        notes="\n".join(notes),
+    )
+
+
+def _describe_overlap(overlap: Overlap) -> str:
+    where = "inside" if overlap.hottest_inside else "outside"
+    return (
+        f"Grad-CAM: {100 * overlap.heat_inside:.0f} % in the tumour mask, which is "
+        f"{100 * overlap.area_inside:.1f} % of the slice; its hottest point lies {where}"
+    )
+
+
+def _printable(text: str) -> str:
+    """Replace what a terminal, a font or a file system might take amiss."""
+    return "".join(letter if letter.isascii() and letter.isprintable() else "_" for letter in text)

@@ -1,0 +1,202 @@
+"""Evaluation: what answers a trained network gives, and what a run keeps of them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation.evaluate import (
+    class_angles,
+    class_scores,
+    embed,
+    evaluate,
+    nearest_neighbour,
+    probabilities,
+    read_predictions,
+)
+from examples.brain_tumor.report.run_report import describe_result, write_report
+from examples.brain_tumor.settings import override_settings
+from examples.brain_tumor.training.loop import train
+
+
+def test_nearest_neighbour_is_sklearns():
+    generator = torch.Generator().manual_seed(0)
+    train_embeddings, test_embeddings = (
+        torch.nn.functional.normalize(torch.randn(n, 16, generator=generator)) for n in (60, 25)
+    )
+    labels = torch.randint(3, (60,), generator=generator)
+    nearest, cosine = nearest_neighbour(train_embeddings, test_embeddings)
+    classifier = KNeighborsClassifier(n_neighbors=1).fit(train_embeddings.numpy(), labels.numpy())
+    assert labels[nearest].tolist() == classifier.predict(test_embeddings.numpy()).tolist()
+    distance, index = classifier.kneighbors(test_embeddings.numpy())
+    assert nearest.tolist() == index[:, 0].tolist()
+    assert cosine.numpy() == pytest.approx(1 - distance[:, 0] ** 2 / 2, abs=1e-6)
+
+
+def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(blobs, tiny_settings):
+    from examples.brain_tumor.training.checkpoint import make_network
+
+    torch.manual_seed(0)
+    network = make_network(tiny_settings.network).train()
+    together = embed(network, blobs.images)
+    alone = torch.cat([embed(network, image[None]) for image in blobs.images])
+    assert together.norm(dim=1).numpy() == pytest.approx(np.ones(24), abs=1e-6)
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_evaluation_and_report_of_a_run(trained, blobs):
+    metrics = evaluate(trained, blobs)
+    stored = json.loads((trained / "metrics.json").read_text())
+    assert stored["confusion"] == metrics.confusion
+    assert stored["epoch"] == 2
+    assert np.sum(metrics.confusion) == 9
+    embeddings = np.load(trained / "embeddings.npy")
+    assert (embeddings.shape, embeddings.dtype) == ((24, 16), np.float32)
+
+    with (trained / "predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["slice"]) for row in table] == list(range(16, 25))
+    hits = sum(row["truth"] == row["predicted"] for row in table)
+    assert hits / 9 == pytest.approx(metrics.accuracy)
+    names = ["meningioma", "glioma", "pituitary"]
+    for row in table:
+        near = int(row["nearest_training_slice"])
+        assert near in range(1, 16)
+        assert row["predicted"] == names[(near - 1) % 3]  # the class of that slice
+        one, other = embeddings[int(row["slice"]) - 1], embeddings[near - 1]
+        assert float(row["cosine"]) == pytest.approx(float(one @ other), abs=1e-5)
+
+    report = write_report(trained).read_text()
+    for name in ("loss.png", "confusion.png", "early.png"):
+        assert f"]({name})" in report
+        assert (trained / name).read_bytes().startswith(b"\x89PNG")
+    assert "Not a medical device" in report
+    assert "By number. 15 slices trained on, 9 tested." in report
+    assert report.startswith("# SYNTHETIC: ")
+
+
+def test_papers_numbers_stand_beside_the_whole_archive_on_its_split_only(trained, blobs):
+    evaluate(trained, blobs)
+    split = json.loads((trained / "split.json").read_text())
+    settings = (trained / "settings.toml").read_text()
+    assert "98.69" not in describe_result(trained)
+
+    def with_paper_row(synthetic, kind, tested):
+        described = {**split, "synthetic": synthetic, "test": [0] * tested, "train": [0] * 2144}
+        (trained / "split.json").write_text(json.dumps(described))
+        (trained / "settings.toml").write_text(settings.replace('"patient"', f'"{kind}"'))
+        return describe_result(trained)
+
+    assert "98.69" in with_paper_row(False, "paper", 920)
+    assert "95.47" in with_paper_row(False, "paper-swapped", 920)
+    for arguments in ((True, "paper", 920), (False, "patient", 920), (False, "paper", 60)):
+        assert "the paper" not in with_paper_row(*arguments)
+
+
+def test_other_slices_are_refused(trained, blobs):
+    blobs.labels[20] = (blobs.labels[20] + 1) % 3
+    with pytest.raises(UserError, match=r"split.json: the slices are not those"):
+        evaluate(trained, blobs)
+    blobs.numbers[20] = 100
+    with pytest.raises(UserError, match=r"split.json: does not belong to these slices"):
+        evaluate(trained, blobs)
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "split.json", "checkpoint.pt"])
+def test_missing_files_of_a_run_are_named(trained, blobs, name):
+    (trained / name).unlink()
+    with pytest.raises(UserError, match=name):
+        evaluate(trained, blobs)
+
+
+def test_another_networks_checkpoint_is_refused(trained, blobs):
+    path = trained / "settings.toml"
+    path.write_text(path.read_text().replace("width = 0.25", "width = 0.5"))
+    with pytest.raises(UserError, match=r"checkpoint.pt: does not fit the network"):
+        evaluate(trained, blobs)
+    assert not (trained / "metrics.json").exists()
+
+
+def test_scores_are_cosines_to_the_nearest_of_each_class():
+    train = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    test = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    scores = class_scores(train, torch.tensor([0, 0, 1]), test, 3)
+    root = 0.5**0.5
+    assert scores.numpy() == pytest.approx(np.array([[1, root, -1], [0.8, 1.4 * root, -1]]))
+
+
+def test_the_largest_score_is_the_nearest_neighbours_class(trained, blobs):
+    evaluate(trained, blobs)
+    predictions = read_predictions(trained / "predictions.csv")
+    own = predictions.scores[np.arange(9), predictions.predicted]
+    assert (own == predictions.scores.max(1)).all()
+    assert predictions.numbers.tolist() == list(range(16, 25))
+    assert predictions.patients.tolist() == [blobs.patients[i] for i in range(15, 24)]
+    assert predictions.truth.tolist() == blobs.labels[15:].tolist()
+
+
+def test_probabilities_by_hand():
+    values = probabilities(np.array([[0.9, 0.5, -1.0], [1.0, 1.0, 1.0]]), scale=10.0)
+    weights = np.exp([9.0, 5.0, -10.0])
+    assert values == pytest.approx(np.array([weights / weights.sum(), [1 / 3] * 3]))
+
+
+def test_angles_to_the_nearest_of_a_classs_centres():
+    centres = [torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[-1.0, 0.0]])]
+    angles = class_angles(torch.tensor([[1.0, 0.0], [0.0, -5.0], [1.0, 1.0]]), centres)
+    quarter = np.pi / 2
+    expected = [[0, 2 * quarter], [quarter, quarter], [quarter / 2, 1.5 * quarter]]
+    assert angles.numpy() == pytest.approx(np.array(expected), abs=1e-12)
+
+
+def test_mirror_images_count_the_same(trained, blobs):
+    """Averaged over both, a slice and its mirror image cannot differ."""
+    evaluate(trained, blobs)
+    once = read_predictions(trained / "predictions_views2.csv")
+    blobs.images[:] = blobs.images.flip(3)
+    evaluate(trained, blobs)
+    again = read_predictions(trained / "predictions_views2.csv")
+    assert again.scores == pytest.approx(once.scores, abs=2e-6)
+    assert (once.scores != read_predictions(trained / "predictions.csv").scores).any()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "triplet", "subcenter-arcface"])
+def test_every_loss_is_evaluated_and_reported(
+    tmp_path, blobs, blob_split, tiny_settings, blank_figures, loss
+):
+    changed = {"loss": loss, "margin": 0.2, "epochs": 20}  # fewer leave BatchNorm no statistics
+    train(override_settings(tiny_settings, changed), blobs, blob_split, tmp_path / "run")
+    evaluate(tmp_path / "run", blobs)
+    angles = np.load(tmp_path / "run" / "angles.npy")
+    assert angles.shape == (24, 3)
+    assert ((angles > 0) & (angles < np.pi)).all()
+    assert "98.69" not in write_report(tmp_path / "run").read_text()
+
+
+def test_damaged_predictions_are_one_line(trained, blobs):
+    evaluate(trained, blobs)
+    path = trained / "predictions.csv"
+    text = path.read_text()
+    damaged = {
+        "truncated": text[: len(text) - 12],
+        "column": text.replace("score_glioma", "score"),
+        "class": text.replace("meningioma,", "meningoma,"),
+        "number": text.replace("\n16,", "\nsixteen,"),
+        "missing": None,
+    }
+    for content in damaged.values():
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(UserError, match=r"predictions\.csv: ") as error:
+            read_predictions(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"precision": "float8"}'])
+def test_a_run_without_its_precision_is_one_line(trained, blobs, text):
+    (trained / "environment.json").write_text(text)
+    with pytest.raises(UserError, match=r"environment\.json: no precision"):
+        evaluate(trained, blobs)
