@@ -107,7 +107,6 @@ def tiny_settings():
             "flip_left_right": False,
             "flip_up_down": False,
             "rotation_degrees": 5.0,
-            "precision": "float32",  # in bfloat16 an embedding depends on its batch
         },
     )
 

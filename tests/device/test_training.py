@@ -230,13 +230,13 @@ def test_pml_s_interface_beside_pml(device):
 def test_a_step_of_the_example(device):
     if find_spec("h5py") is None or find_spec("safetensors") is None:
         pytest.skip("needs h5py and safetensors")
-    from examples.brain_tumor.augment import augment
-    from examples.brain_tumor.checkpoint import TrainingState
     from examples.brain_tumor.settings import load_settings
-    from examples.brain_tumor.training import choose_precision, take_step
+    from examples.brain_tumor.training.batches import augment
+    from examples.brain_tumor.training.loop import start, take_step
+    from examples.brain_tumor.training.run_folder import choose_precision
 
     settings = load_settings("quick")
-    state = TrainingState.start(settings, device)
+    state = start(settings, device)
     state.network.train()
     images = torch.rand(8, 1, 64, 64, device=device)
     labels = torch.arange(8, device=device) % 3
