@@ -443,8 +443,8 @@ def logits(mesh, sub_centers, sizes):
             wanted = expected.topk(k, 1)
             errors.append(relative_error(values, wanted.values.detach()))
             assert torch.equal(classes, wanted.indices)
-        errors.append(
-            relative_error(part(embeddings[mine], labels[mine]), whole(embeddings, labels))
-        )
+        loss, correct = part(embeddings[mine], labels[mine], return_correct=True)
+        errors.append(relative_error(loss, whole(embeddings, labels)))
+        assert torch.equal(correct, expected.argmax(1) == labels[mine])
         errors.append(relative_error(unshard(part).weight, whole.weight))
     return max(errors), tuple(part.weight.shape)
