@@ -219,12 +219,6 @@ class Shard:
         total: Tensor = _Total.apply(values, self)  # type: ignore[no-untyped-call]
         return total
 
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest over ranks, without a gradient."""
-        values = values.detach().clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-        return values
-
     def shared(self, values: Tensor) -> Tensor:
         """The values, the same on every rank; their gradient is summed over ranks."""
         shared: Tensor = _Shared.apply(values, self)  # type: ignore[no-untyped-call]

@@ -71,7 +71,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C)."""
         embedding = normalised(self.network, images, self.views)
-        nearest = [(embedding @ self.get_buffer(name).T).amax(1) for name in CLASS_NAMES]
+        nearest = [(embedding @ getattr(self, name).T).amax(1) for name in CLASS_NAMES]
         return embedding, (self.scale * torch.stack(nearest, dim=1)).softmax(1)
 
 
