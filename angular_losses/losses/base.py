@@ -494,7 +494,7 @@ class MarginLoss(ClassCentres, nn.Module):
                 cosine = cosine * lengths(self.weight).to(cosine.dtype)
             if self.sub_centers > 1:
                 each = cosine.shape[1] // self.sub_centers
-                cosine = cosine.view(len(cosine), each, self.sub_centers).amax(2)
+                cosine = cosine.view(cosine.shape[0], each, self.sub_centers).amax(2)
             scale = self.row_scale(embeddings)
             if isinstance(scale, Tensor):
                 scale = scale.to(cosine.dtype).reshape(-1, 1)
