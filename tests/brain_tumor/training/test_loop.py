@@ -105,7 +105,7 @@ def test_it_learns_the_blobs(tmp_path, tiny_settings, blobs, blob_split):
     log = rows(tmp_path / "run" / "log.jsonl")
     assert log[0]["accuracy"] < 0.75
     assert log[-1]["accuracy"] > 0.9
-    assert log[-1]["mean_target_angle"] < log[0]["mean_target_angle"] - 0.1
+    assert log[-1]["mean_target_angle"] < log[0]["mean_target_angle"] - 0.2
 
 
 def test_class_centres_are_trained(tiny_settings, blob_run):
