@@ -23,8 +23,7 @@ class Batch(NamedTuple):
     embeddings: Tensor
     labels: Tensor
     sample_weight: Tensor | None = None
-    other_labels: Tensor | None = None
-    lam: float | Tensor | None = None
+    label_weight: Tensor | None = None
 
 
 class Gathering:
@@ -43,24 +42,24 @@ class Gathering:
         self.shard, self._ignore_index, self._batch_size = shard, ignore_index, batch_size
         self._capacity = (batch_size or 0, 0)  # rows, bytes per row
 
-    def __call__(self, batch: Batch, check: Callable[[Batch], None]) -> Batch:
+    def __call__(self, checked: Callable[[], Batch]) -> Batch:
         """The rows of all ranks, padded to blocks of equal size with ignored rows.
 
         Args:
-            batch: This rank's.
-            check: Raises ValueError or TypeError if the batch is invalid.
+            checked: Returns this rank's, or raises ValueError or TypeError if it is invalid.
 
         Returns:
             All rows: embeddings in float32 at least, without an autograd graph.
 
         Raises:
-            TypeError: If ``check`` raises it for this rank's batch.
+            TypeError: If ``checked`` raises it for this rank's batch.
             ValueError: Likewise, or if another rank rejects its batch or has other columns.
         """
         rejection: ValueError | TypeError | None = None
         columns: list[Tensor] = []
+        batch: Batch | None = None
         try:
-            check(batch)
+            batch = checked()
             self._check_size(batch)
             columns = self._columns(batch)
             header = _header(columns, _present(batch))
@@ -79,6 +78,7 @@ class Gathering:
                 most = most if self._batch_size is None else capacity[0]
                 break
             self._capacity = max(most, capacity[0]), header[1]
+        assert batch is not None  # who is rejected has raised
         return self._unpacked(batch, columns, found[:, HEADER:], most)
 
     def _check_size(self, batch: Batch) -> None:
@@ -90,17 +90,9 @@ class Gathering:
 
     def _columns(self, batch: Batch) -> list[Tensor]:
         """The per-row tensors: labels first, embeddings last."""
-        columns, lam = [batch.labels.long()], batch.lam
-        if batch.other_labels is not None:
-            columns.append(batch.other_labels.long())
-        if lam is not None:
-            device = batch.labels.device
-            if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
-                lam = torch.full((), lam, dtype=torch.float64, device=device)
-            columns.append(lam.to(device, torch.float64).expand(len(batch.labels)))
-        if batch.sample_weight is not None:
-            columns.append(batch.sample_weight.detach().double())
-        return [*columns, batch.embeddings.detach()]
+        weights = batch.label_weight, batch.sample_weight
+        given = [weight.detach().double() for weight in weights if weight is not None]
+        return [batch.labels.long(), *given, batch.embeddings.detach()]
 
     def _exchange(self, columns: list[Tensor], header: list[int]) -> Tensor:
         """The messages of all ranks (size, bytes)."""
@@ -140,8 +132,8 @@ class Gathering:
                 raise ValueError(f"{text.decode(errors='replace')} (rank {rank}'s batch)")
         if len({tuple(kind) for _, *kind in headers}) > 1:
             raise ValueError(
-                "embeddings: expected one dtype on all ranks, and sample_weight, other_labels and "
-                "lam on all or none"
+                "embeddings: expected one dtype and as many labels a row on all ranks, and "
+                "sample_weight and label_weight on all or none"
             )
 
     def _unpacked(self, batch: Batch, columns: list[Tensor], found: Tensor, most: int) -> Batch:
@@ -156,12 +148,11 @@ class Gathering:
             place += width
         labels, *others, embeddings = unpacked
         present = iter(others)
-        other_labels = None if batch.other_labels is None else next(present)
-        lam = None if batch.lam is None else next(present)
+        label_weight = None if batch.label_weight is None else next(present)
         sample_weight = None if batch.sample_weight is None else next(present)
         # The gradients of the ranks are summed in this dtype.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        return Batch(embeddings.to(dtype), labels, sample_weight, other_labels, lam)
+        return Batch(embeddings.to(dtype), labels, sample_weight, label_weight)
 
 
 def _header(columns: list[Tensor], present: int) -> list[int]:
@@ -177,7 +168,7 @@ def _rejection(error: Exception) -> list[int]:
 
 
 def _present(batch: Batch) -> int:
-    optional = batch.other_labels, batch.lam, batch.sample_weight
+    optional = batch.label_weight, batch.sample_weight
     return sum(2**i for i, column in enumerate(optional) if column is not None)
 
 

@@ -48,6 +48,7 @@ class ShardedLoss(MarginLoss):
         labels: Tensor,
         sample_weight: Tensor | None = None,
         *,
+        label_weight: Tensor | None = None,
         other_labels: Tensor | None = None,
         lam: float | Tensor | None = None,
         return_correct: bool = False,
@@ -56,8 +57,10 @@ class ShardedLoss(MarginLoss):
 
         Args:
             embeddings: (N, d), of this rank; N may differ between ranks, and be 0.
-            labels: (N,) integers in [0, C) for all C classes, or ``ignore_index``.
+            labels: (N,) integers in [0, C) for all C classes, or ``ignore_index``; or (N, K), with
+                the same K on all ranks.
             sample_weight: (N,), on all ranks or none.
+            label_weight: (N, K), with such labels.
             other_labels: (N,), on all ranks or none.
             lam: A number or (N,), with ``other_labels``.
             return_correct: Whether to return which of this rank's rows are classified correctly
@@ -77,8 +80,12 @@ class ShardedLoss(MarginLoss):
                 centres, with what to do instead.
         """
         self.shard.replicas = self._replicas()
-        batch = Batch(embeddings, labels, sample_weight, other_labels, lam)
-        rows = self.gathering(batch, self._check_own)
+
+        def checked() -> Batch:
+            of_rows = self._labels(embeddings, labels, label_weight, other_labels, lam)
+            return self._own_batch(embeddings, of_rows, sample_weight)
+
+        rows = self.gathering(checked)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
         _used.add(self)
         with self.shard.reductions(), self._same_random_numbers(self.weight.device):
@@ -89,8 +96,7 @@ class ShardedLoss(MarginLoss):
                 attached,
                 rows.labels,
                 rows.sample_weight,
-                other_labels=rows.other_labels,
-                lam=rows.lam,
+                label_weight=rows.label_weight,
                 return_correct=return_correct,
             )
         value, correct = found if isinstance(found, tuple) else (found, None)
@@ -162,7 +168,7 @@ class ShardedLoss(MarginLoss):
         """The logits of the rows of all ranks for the classes here."""
         length = len(embeddings) if isinstance(embeddings, Tensor) and embeddings.dim() else 0
         labels = torch.zeros(length, dtype=torch.int64, device=self.weight.device)
-        rows = self.gathering(Batch(embeddings, labels), self._check_own)
+        rows = self.gathering(lambda: self._own_batch(embeddings, (labels, None)))
         return super().get_logits(rows.embeddings)
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
@@ -263,21 +269,21 @@ class ShardedLoss(MarginLoss):
         """Not available for a shard; see :func:`unshard`."""
         raise RuntimeError("drop_sub_centers: expected an unsharded loss, use unshard(loss)")
 
-    def _check_own(self, batch: Batch) -> None:
-        """Raise unless this rank's batch is valid."""
-        self._checked(batch.embeddings, batch.labels)
-        device, rows = batch.embeddings.device, len(batch.labels)
-        if batch.sample_weight is not None:
-            validation.floating("sample_weight", batch.sample_weight, rows, device=device)
-        if (batch.other_labels is None) != (batch.lam is None):
-            missing = "lam" if batch.lam is None else "other_labels"
-            raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
-        if batch.other_labels is not None:
-            self._checked(batch.embeddings, batch.other_labels)
-        if isinstance(batch.lam, Tensor) and batch.lam.dim():
-            validation.floating("lam", batch.lam, rows, device=device)
-        elif batch.lam is not None and not isinstance(batch.lam, Tensor):
-            validation.share("lam", batch.lam)
+    def _own_batch(
+        self,
+        embeddings: Tensor,
+        labels: tuple[Tensor, Tensor | None],
+        sample_weight: Tensor | None = None,
+    ) -> Batch:
+        """This rank's batch; raises unless it is valid."""
+        of_rows, label_weight = labels
+        each = of_rows.T if label_weight is not None else [of_rows]
+        for of_row in each:
+            self._checked(embeddings, of_row)
+        if sample_weight is not None:
+            device = embeddings.device
+            validation.floating("sample_weight", sample_weight, len(of_rows), device=device)
+        return Batch(embeddings, of_rows, sample_weight, label_weight)
 
     @contextmanager
     def _same_random_numbers(self, device: torch.device) -> Iterator[None]:
@@ -300,9 +306,7 @@ class ShardedLoss(MarginLoss):
         shard.sampled, shard.most = None, shard.each
         if self.sample_rate == 1.0 or not self.training:
             return
-        labels = rows.labels
-        if rows.other_labels is not None:
-            labels = torch.cat([labels, rows.other_labels])
+        labels = rows.labels.flatten()
         shard.most = min(shard.each, max(math.ceil(self.sample_rate * shard.each), len(labels), 1))
         if not shard.count:
             return

@@ -278,39 +278,51 @@ class MarginLoss(ClassCentres, nn.Module):
         labels: Tensor,
         sample_weight: Tensor | None = None,
         *,
+        label_weight: Tensor | None = None,
         other_labels: Tensor | None = None,
         lam: float | Tensor | None = None,
         return_correct: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of a batch; see :func:`angular_losses.margin_softmax_loss`.
+        r"""The loss of a batch; see :func:`angular_losses.margin_softmax_loss`.
+
+        With K labels a row its loss is the sum of those with each of them, by their weights v:
+
+        .. math:: L_i = \sum_k v_{ik}\, L(x_i, y_{ik})
 
         Args:
             embeddings: (N, d), floating point.
-            labels: (N,) integers in [0, C), or ``ignore_index``.
+            labels: (N,) integers in [0, C), or ``ignore_index``; or (N, K) for several labels a
+                row, which takes the time of K batches. A row with fewer labels is filled with
+                ``ignore_index``.
             sample_weight: (N,) weight of each row, on top of that of its class.
-            other_labels: (N,) second labels of mixed rows (mixup, CutMix): the loss of a row is
-                lam times that with its label plus 1 - lam times that with the other. It takes
-                the time of two batches.
+            label_weight: (N, K) weight of each label; by default all of a row weigh alike, and 1
+                together.
+            other_labels: (N,) second labels of mixed rows (mixup, CutMix): short for labels (N, 2)
+                with the weights lam and 1 - lam.
             lam: The share of ``labels`` in [0, 1], a number or (N,); needed with ``other_labels``.
             return_correct: Whether to return which rows are classified correctly too, found in the
-                same pass: those whose own class has the largest cosine, without the margin (with
-                lengths of centres, where the loss keeps them).
+                same pass: those where a class of their own has the largest cosine, without the
+                margin (with lengths of centres, where the loss keeps them).
 
         Returns:
             A scalar, or (N,) for reduction "none"; float32 at least. With ``return_correct`` a pair
-            of it and (N,) booleans, False for ignored rows; of mixed rows, for ``labels``.
+            of it and (N,) booleans, False for ignored rows.
 
         Raises:
             TypeError: If a dtype is wrong.
             ValueError: If a shape, a device or a label is out of place.
         """
-        batch, counts = self._checked(embeddings, labels), None
-        if other_labels is not None or lam is not None:
-            batch, sample_weight, counts = self._mixed(
-                batch, labels, sample_weight, other_labels, lam
-            )
-        elif batch.kept is not None:
+        labels, label_weight = self._labels(embeddings, labels, label_weight, other_labels, lam)
+        each = None
+        if label_weight is None:
+            batch = self._checked(embeddings, labels)
             counts = batch.kept
+        else:
+            each = label_weight.shape[1]
+            batch = self._checked(embeddings.repeat_interleave(each, 0), labels.flatten())
+            dtype = working_dtype(embeddings, self.weight)
+            counts, sample_weight = _of_labels(label_weight.to(dtype), sample_weight)
+            counts = counts if batch.kept is None else counts.where(batch.kept, 0)
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
         if is_step:
@@ -338,14 +350,13 @@ class MarginLoss(ClassCentres, nn.Module):
             this.keep(loss)
         if not torch.compiler.is_compiling():
             self._count(is_step)
-        is_mixed = other_labels is not None
-        if is_mixed and self.reduction == "none":
-            loss = loss.view(-1, 2).sum(1)
+        if each is not None and self.reduction == "none":
+            loss = loss.view(-1, each).sum(1)
         if ranking is None:
             return loss
         own, other = self.shard.largest(ranking.both)
         correct = own >= other if batch.kept is None else (own >= other) & batch.kept
-        return loss, correct[::2] if is_mixed else correct
+        return loss, correct if each is None else correct.view(-1, each).any(1)
 
     def _begin_step(self, batch: Batch, counts: Tensor | None) -> None:
         """What precedes the loss of a training step: a look at the first batch, statistics."""
@@ -660,50 +671,58 @@ class MarginLoss(ClassCentres, nn.Module):
             embeddings, self.weight, labels, self.ignore_index, self.sub_centers, self.shard
         )
 
-    def _mixed(
+    def _labels(
         self,
-        batch: Batch,
+        embeddings: Tensor,
         labels: Tensor,
-        sample_weight: Tensor | None,
+        label_weight: Tensor | None,
         other_labels: Tensor | None,
         lam: float | Tensor | None,
-    ) -> tuple[Batch, Tensor, Tensor]:
-        """Both labels in one batch of twice the size, each row weighted by its share.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Labels (N,), or (N, K) with their weights (N, K), of what a user passes."""
+        if other_labels is not None or lam is not None:
+            if label_weight is not None:
+                raise ValueError("label_weight: expected it without other_labels and lam")
+            self._checked(embeddings, labels)
+            return self._mixed(embeddings, labels, other_labels, lam)
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            if label_weight is not None:
+                raise ValueError("label_weight: expected it with labels (N, K)")
+            return labels, None
+        validation.floating("embeddings", embeddings, "N", "d")
+        if labels.shape[0] != embeddings.shape[0] or not labels.shape[1]:
+            raise ValueError(
+                f"labels: expected shape ({embeddings.shape[0]},), or ({embeddings.shape[0]}, K) "
+                f"with K labels an embedding, got {tuple(labels.shape)}"
+            )
+        if label_weight is None:
+            kept = labels.long() != self.ignore_index
+            return labels, kept / kept.sum(1, keepdim=True).clamp(min=1)
+        validation.floating("label_weight", label_weight, *labels.shape, device=embeddings.device)
+        return labels, label_weight
 
-        The two of a row are neighbours, so that the rows of a process stay together.
-
-        Returns:
-            The batch, its sample weights, and its shares, 0 for a label to be ignored.
-        """
+    def _mixed(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        other_labels: Tensor | None,
+        lam: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Labels (N, 2) of mixed rows, and their weights."""
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
-        device, num_rows = batch.embeddings.device, len(labels)
-        self._checked(batch.embeddings, other_labels)
+        self._checked(embeddings, other_labels)
+        device, num_rows = embeddings.device, labels.shape[0]
         if isinstance(lam, Tensor) and lam.dim():
             validation.floating("lam", lam, num_rows, device=device)
         elif not isinstance(lam, Tensor):
             validation.share("lam", lam)
         if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
-            lam = batch.embeddings.new_full((), lam, dtype=torch.float64)
-        share = lam.to(device, self.weight.dtype).expand(num_rows)
-        shares = torch.stack([share, 1 - share], 1)
-        weights = shares
-        if sample_weight is not None:
-            validation.floating("sample_weight", sample_weight, num_rows, device=device)
-            weights = shares * sample_weight[:, None]
-        both = torch.stack([labels.long(), other_labels.long()], 1).flatten()
-        kept = both != self.ignore_index
-        mixed = of_rows(
-            batch.embeddings.repeat_interleave(2, 0),
-            self.weight,
-            both,
-            kept,
-            batch.num_classes,
-            self.sub_centers,
-            self.shard,
-        )
-        return mixed, weights.flatten(), shares.flatten().where(kept, 0)
+            lam = embeddings.new_full((), lam, dtype=torch.float64)
+        share = lam.to(device).expand(num_rows)
+        both = torch.stack([labels.long(), other_labels.long()], 1)
+        return both, torch.stack([share, 1 - share], 1)
 
     def _repeats_a_step(self) -> bool:
         """Whether a pass belongs to the step before.
@@ -765,6 +784,16 @@ _DEFAULTS = {
     "keeps_lengths": False,
     "shard": WHOLE,
 }
+
+
+def _of_labels(label_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of the labels (N, K), row by row: how much each counts, and its weight (N * K,)."""
+    counts = label_weight.flatten()
+    if sample_weight is None:
+        return counts, counts
+    num_rows, each = label_weight.shape
+    validation.floating("sample_weight", sample_weight, num_rows, device=label_weight.device)
+    return counts, counts * sample_weight.repeat_interleave(each)
 
 
 def _with_options(init: Callable[..., None]) -> inspect.Signature:

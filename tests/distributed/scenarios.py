@@ -425,18 +425,25 @@ def die_while_saving(mesh, folder):
     return "saved"
 
 
-def mixed_rows(mesh, batch_size):
-    """Mixup with weights of rows, in batches of different sizes, against the whole loss."""
+def mixed_rows(mesh, batch_size, num_labels):
+    """Several labels and weights of rows, in batches of unequal sizes, against the whole loss."""
     embeddings, labels = batch_of(12, torch.float64)
-    others, lam = labels.roll(1), torch.linspace(0, 1, 12, dtype=torch.float64)
+    given = {"other_labels": labels.roll(1), "lam": torch.linspace(0, 1, 12, dtype=torch.float64)}
+    if num_labels > 2:
+        labels = torch.stack([labels.roll(k) for k in range(num_labels)], 1)
+        labels[::2, 1] = -100
+        given = {
+            "label_weight": torch.rand(labels.shape, generator=torch.Generator().manual_seed(0))
+        }
     weights = torch.linspace(0.2, 2, 12, dtype=torch.float64)
     torch.manual_seed(1)
     whole = ArcFaceLoss(CLASSES, SIZE, dtype=torch.float64)
     part = shard(copy.deepcopy(whole), mesh, batch_size=batch_size)
     mine = parts_of(12, (5, 0, 7))[mesh.get_rank()]
     own, rows = embeddings[mine].clone().requires_grad_(), embeddings.clone().requires_grad_()
-    expected = whole(rows, labels, weights, other_labels=others, lam=lam)
-    found = part(own, labels[mine], weights[mine], other_labels=others[mine], lam=lam[mine])
+    expected = whole(rows, labels, weights, **given)
+    mine_given = {name: value[mine] for name, value in given.items()}
+    found = part(own, labels[mine], weights[mine], **mine_given)
     expected.backward()
     found.backward()
     here = slice(part.shard.first, part.shard.first + part.shard.count)

@@ -265,9 +265,9 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(processes, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000003", "current"]
 
 
-@pytest.mark.parametrize("batch_size", [None, 8])
-def test_mixed_rows_and_weights_of_rows(processes, batch_size):
-    assert max(processes.run(sharding.mixed_rows, 3, batch_size)) <= 1e-10
+@pytest.mark.parametrize(("batch_size", "num_labels"), [(None, 2), (8, 3)])
+def test_mixed_rows_and_weights_of_rows(processes, batch_size, num_labels):
+    assert max(processes.run(sharding.mixed_rows, 3, batch_size, num_labels)) <= 1e-10
 
 
 @pytest.mark.parametrize("kind", ["arc", "cos"])

@@ -1,0 +1,90 @@
+"""Several labels a row."""
+
+import math
+
+import pytest
+import torch
+
+from angular_losses import AdaFaceLoss, ArcFaceLoss, CurricularFaceLoss, SphereFace2Loss
+
+SIZE, CLASSES, ROWS = 6, 7, 5
+LOSSES = (ArcFaceLoss, AdaFaceLoss, CurricularFaceLoss, SphereFace2Loss)
+LABELS = torch.tensor([[0, 1, 6], [2, -100, -100], [3, 4, -100], [5, 5, 5], [-100, -100, -100]])
+
+
+def made(cls, **options):
+    torch.manual_seed(3)
+    return cls(CLASSES, SIZE, dtype=torch.float64, **options).eval()
+
+
+def rows():
+    return torch.randn(ROWS, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("cls", LOSSES)
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_loss_is_the_weighted_sum_of_those_of_the_labels(cls, is_weighted):
+    of_rows = made(cls, reduction="none")
+    label_weight, given = torch.tensor([3, 1, 2, 3, 1])[:, None].expand_as(LABELS).pow(-1.0), {}
+    if is_weighted:
+        label_weight = torch.rand(LABELS.shape, dtype=torch.float64)
+        given["label_weight"] = label_weight.masked_fill(LABELS == -100, math.nan)
+    counts = label_weight.double().masked_fill(LABELS == -100, 0)
+    embeddings = rows().requires_grad_()
+    each = torch.stack([of_rows(embeddings, labels) for labels in LABELS.T], 1)
+    expected = (each * counts).sum(1)
+    found = of_rows(embeddings, LABELS, **given)
+    assert torch.allclose(found, expected)
+    sample_weight = torch.rand(ROWS, dtype=torch.float64)
+    mean = made(cls)(embeddings, LABELS, sample_weight, **given)
+    expected = (sample_weight * expected).sum() / (sample_weight[:, None] * counts).sum()
+    assert torch.allclose(mean, expected)
+    wanted, gradient = (torch.autograd.grad(value, embeddings)[0] for value in (expected, mean))
+    assert torch.allclose(wanted, gradient)
+
+
+def test_statistics_count_a_row_once():
+    several, single = made(AdaFaceLoss).train(), made(AdaFaceLoss).train()
+    embeddings, labels = rows(), torch.arange(ROWS)
+    several(embeddings, labels[:, None].repeat(1, 3))
+    single(embeddings, labels)
+    for name in several.statistics:
+        assert torch.allclose(getattr(several, name), getattr(single, name))
+
+
+def test_a_row_is_correct_for_any_of_its_labels():
+    loss = made(ArcFaceLoss)
+    embeddings = loss.weight.detach()[:ROWS]  # each nearest to the class of its number
+    labels = torch.tensor([[3, 0], [1, -100], [0, 1], [-100, 3], [-100, -100]])
+    _, correct = loss(embeddings, labels, return_correct=True)
+    assert correct.tolist() == [True, True, False, True, False]
+
+
+def test_ignored_rows_may_hold_anything():
+    loss, embeddings = made(ArcFaceLoss), rows()
+    embeddings[4] = math.nan
+    embeddings.requires_grad_()
+    loss(embeddings, LABELS).backward()
+    assert embeddings.grad.isfinite().all()
+    assert not embeddings.grad[4].any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "message"),
+    [
+        (LABELS[:3], {}, r"labels: expected shape \(5,\), or \(5, K\) .* got \(3, 3\)"),
+        (LABELS[:, :0], {}, r"labels: expected .* got \(5, 0\)"),
+        (
+            LABELS,
+            {"label_weight": torch.ones(5)},
+            r"label_weight: .*\(5, 3\).* got \(5,\)",
+        ),
+        (LABELS[:, 0], {"label_weight": torch.ones(5)}, r"label_weight: expected it with labels"),
+        (LABELS[:, 0], {"label_weight": torch.ones(5), "lam": 0.3}, "label_weight: .* without"),
+        (LABELS, {"other_labels": LABELS[:, 0], "lam": 0.3}, r"labels: expected shape \(5,\)"),
+        (LABELS + 3, {}, "labels: "),
+    ],
+)
+def test_what_does_not_fit_is_named(labels, more, message):
+    with pytest.raises(ValueError, match=message):
+        made(ArcFaceLoss)(rows(), labels, **more)
