@@ -48,6 +48,8 @@ from .margins import combined as combined
 from .margins import cosface as cosface
 from .margins import detached as detached
 from .margins import sphereface as sphereface
+from .sampling import sample_classes as sample_classes
+from .sampling import sample_optimizer as sample_optimizer
 from .schedules import LambdaAnnealing as LambdaAnnealing
 from .schedules import MarginWarmup as MarginWarmup
 from .schedules import Schedule as Schedule
@@ -100,6 +102,8 @@ __all__ = [
     "parameter_groups",
     "plan",
     "power_law_margins",
+    "sample_classes",
+    "sample_optimizer",
     "sphereface",
     "suggest_margin",
     "suggest_scale",

@@ -18,7 +18,7 @@ LAYERS = (
     ("engine",),
     ("functional",),
     ("losses",),
-    ("training",),
+    ("training", "sampling"),
     ("distributed", "diagnostics", "integrations"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -132,7 +132,7 @@ class Gathering:
                 raise ValueError(f"{text.decode(errors='replace')} (rank {rank}'s batch)")
         if len({tuple(kind) for _, *kind in headers}) > 1:
             raise ValueError(
-                "embeddings: expected one dtype and as many labels a row on all ranks, and "
+                "embeddings: expected one dtype on all ranks, as many labels a row, and "
                 "sample_weight and label_weight on all or none"
             )
 

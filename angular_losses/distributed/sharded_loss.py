@@ -312,13 +312,7 @@ class ShardedLoss(MarginLoss):
             return
         generator = torch.Generator(labels.device)
         generator.manual_seed(mixed(self.seed, self._batch(), shard.rank))
-        chances = torch.rand(shard.count + 1, generator=generator, device=labels.device)
-        here = labels.where(labels != self.ignore_index, -1) - shard.first
-        is_here = (here >= 0) & (here < shard.count)
-        chances[here.where(is_here, shard.count)] = 2.0
-        chances = chances[:-1]
-        wanted = max(math.ceil(self.sample_rate * shard.count), int((chances == 2.0).sum()))
-        shard.sampled = chances.topk(wanted).indices.sort().values
+        shard.draw(labels.where(labels != self.ignore_index, -1), self.sample_rate, generator)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose weight is its own."""

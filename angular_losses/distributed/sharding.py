@@ -14,8 +14,9 @@ from .. import validation
 from ..engine.placement import WHOLE, Shard
 from ..losses.base import MarginLoss
 from ..losses.centres import watch
+from ..losses.sampled import SampledLoss
+from ..sampling import check_may_sample, refuse_unprepared_optimizers
 from .gathering import Gathering
-from .optimizer import refuse_unprepared_optimizers
 from .sharded_loss import ShardedLoss, mixed
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def shard(
         raise TypeError(f"loss: expected a loss of this package, got {loss!r}")
     if isinstance(loss, ShardedLoss):
         raise TypeError("loss: expected an unsharded loss, got a sharded one")
+    if isinstance(loss, SampledLoss):
+        raise TypeError("loss: expected one of all classes, use sample_classes(loss, 1)")
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh: expected one dimension, such as mesh['classes'], got {mesh.ndim} dimensions"
@@ -94,8 +97,7 @@ def shard(
     if batch_size is not None:
         validation.positive_integer("batch_size", batch_size)
     if sample_rate < 1:
-        _check_may_sample(loss)
-        refuse_unprepared_optimizers()
+        check_may_sample(loss)
     for name, buffer in loss.named_buffers():
         if buffer.is_meta:
             raise ValueError(f"loss: its {name} has values, and cannot be on the meta device")
@@ -111,6 +113,8 @@ def shard(
     sharded.is_random = loss.is_random or sample_rate < 1
     sharded.batches = 0
     watch(sharded)
+    if sample_rate < 1:
+        refuse_unprepared_optimizers(sharded)
     return loss
 
 
@@ -137,17 +141,6 @@ def unshard(loss: MarginLoss) -> MarginLoss:
 
 def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
     return cast("type[ShardedLoss]", type(f"Sharded{cls.__name__}", (ShardedLoss, cls), {}))
-
-
-def _check_may_sample(loss: MarginLoss) -> None:
-    if type(loss)._batch_loss is not MarginLoss._batch_loss:
-        raise ValueError(
-            f"sample_rate: expected 1 for {type(loss).__name__}, which is a sum over all classes"
-        )
-    if loss.label_smoothing:
-        raise ValueError(
-            "sample_rate: expected 1 with label smoothing, which is a mean over all classes"
-        )
 
 
 def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:

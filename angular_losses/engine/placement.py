@@ -13,6 +13,7 @@ the rows through the classes has to be summed:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Whole:
     """All classes in one place, as :class:`Shard` sees it: nothing to translate or to add."""
 
     is_partial = False
-    begin_sum = None
+    begin_sum: Callable[[Tensor], Callable[[], Tensor]] | None = None
 
     def __repr__(self) -> str:
         return "all classes"
@@ -104,7 +105,65 @@ class Whole:
 WHOLE = Whole()
 
 
-class Shard:
+class Sampled(Whole):
+    """Some of the classes of one process, drawn anew for each training step.
+
+    Args:
+        num_classes: The number of classes, C.
+
+    Attributes:
+        first: The first class of this process.
+        count: The number of its classes.
+        sampled: Which of them take part in this batch, (n,) int64 in ascending order from 0; None
+            where all do.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.first, self.count = 0, num_classes
+        self.sampled: Tensor | None = None
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def draw(self, labels: Tensor, rate: float, generator: torch.Generator | None = None) -> None:
+        """Choose the classes of a step: those of the labels (N,), and random others up to a share.
+
+        Labels of no class here count for nothing.
+        """
+        chances = torch.rand(self.count + 1, generator=generator, device=labels.device)
+        here = labels - self.first
+        is_here = (here >= 0) & (here < self.count)
+        chances[here.where(is_here, self.count)] = 2.0
+        chances = chances[:-1]
+        wanted = max(math.ceil(rate * self.count), int((chances == 2.0).sum()))
+        self.sampled = chances.topk(wanted).indices.sort().values
+
+    def local(self, labels: Tensor) -> Tensor:
+        """The classes (N,) as this process counts those that take part here; -1 for others."""
+        here = labels - self.first
+        is_here = (here >= 0) & (here < self.count)
+        if self.sampled is not None and not len(self.sampled):
+            is_here = torch.zeros_like(is_here)
+        elif self.sampled is not None:
+            place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
+            is_here &= self.sampled.index_select(0, place) == here
+            here = place
+        return here.where(is_here, -1)
+
+    def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
+        """The centres that take part; their gradient is sparse where not all of them do."""
+        if self.sampled is None:
+            return weight
+        rows = self.sampled[:, None] * sub_centers
+        rows = rows + torch.arange(sub_centers, device=rows.device)
+        return torch.embedding(weight, rows.flatten(), sparse=True)
+
+    def of_classes(self, values: Tensor) -> Tensor:
+        """The part of what is kept for all classes (C,) that belongs to those taking part here."""
+        values = values[self.first : self.first + self.count]
+        return values if self.sampled is None else values.index_select(0, self.sampled)
+
+
+class Shard(Sampled):
     """The classes of one rank, and its line to the others.
 
     Rows are in blocks of equal size, one a rank, in the order of the ranks.
@@ -118,11 +177,8 @@ class Shard:
         rank: Of this process in the group.
         size: How many processes there are.
         each: The most classes of a rank, ceil(C / size).
-        first: The first class of this rank.
-        count: The number of its classes; 0 where the others have all.
+        count: The number of classes of this rank; 0 where the others have all.
         device: Of this rank in the mesh.
-        sampled: Which of them take part in this batch, (n,) int64 in ascending order from 0; None
-            where all do.
         most: The most classes of a rank that take part in this batch, the same on all ranks.
         replicas: The processes with the same classes and other rows; None where there are none.
     """
@@ -134,9 +190,9 @@ class Shard:
         self.group = mesh.get_group()
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self.each = -(-num_classes // self.size)
-        self.first = min(self.rank * self.each, num_classes)
-        self.count = min(self.each, num_classes - self.first)
-        self.sampled: Tensor | None = None
+        first = min(self.rank * self.each, num_classes)
+        super().__init__(min(self.each, num_classes - first))
+        self.first = first
         self.most = self.each
         self.replicas: ProcessGroup | None = None
 
@@ -168,26 +224,6 @@ class Shard:
         each = rows // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def local(self, labels: Tensor) -> Tensor:
-        """The classes (N,) as this rank counts those that take part here; -1 for others."""
-        here = labels - self.first
-        is_here = (here >= 0) & (here < self.count)
-        if self.sampled is not None and not len(self.sampled):
-            is_here = torch.zeros_like(is_here)
-        elif self.sampled is not None:
-            place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
-            is_here &= self.sampled.index_select(0, place) == here
-            here = place
-        return here.where(is_here, -1)
-
-    def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
-        """The centres that take part; their gradient is sparse where not all of them do."""
-        if self.sampled is None:
-            return weight
-        rows = self.sampled[:, None] * sub_centers
-        rows = rows + torch.arange(sub_centers, device=rows.device)
-        return torch.embedding(weight, rows.flatten(), sparse=True)
-
     def of_targets(
         self, function: Callable[[Tensor], Tensor], weight: Tensor, own: Tensor
     ) -> Tensor:
@@ -208,11 +244,6 @@ class Shard:
     def reductions(self) -> AbstractContextManager[None]:
         """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
         return collectives.over(self.replicas)
-
-    def of_classes(self, values: Tensor) -> Tensor:
-        """The part of what is kept for all classes (C,) that belongs to those taking part here."""
-        values = values[self.first : self.first + self.count]
-        return values if self.sampled is None else values.index_select(0, self.sampled)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, with a gradient; for what every rank then uses alike."""

@@ -1,0 +1,83 @@
+"""A loss that uses some of its classes in each training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ..engine.placement import Sampled
+from .base import MarginLoss
+
+
+class SampledLoss(MarginLoss):
+    """A loss converted by :func:`angular_losses.sample_classes`.
+
+    In evaluation mode it uses all classes.
+
+    Attributes:
+        sample_rate: The share of the classes used in a training step, in [0, 1).
+    """
+
+    shard: Sampled
+    sample_rate: float
+
+    @_disable_dynamo
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        label_weight: Tensor | None = None,
+        other_labels: Tensor | None = None,
+        lam: float | Tensor | None = None,
+        return_correct: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss of a batch over the classes of a sample, as :meth:`MarginLoss.forward`."""
+        return super().forward(
+            embeddings,
+            labels,
+            sample_weight,
+            label_weight=label_weight,
+            other_labels=other_labels,
+            lam=lam,
+            return_correct=return_correct,
+        )
+
+    def extend(self, num_new: int, init: Tensor | None = None) -> None:
+        """Add classes, as :meth:`MarginLoss.extend`; call ``sample_optimizer`` again."""
+        super().extend(num_new, init)
+        self.shard = Sampled(self.num_classes)
+
+    def _labels(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        label_weight: Tensor | None,
+        other_labels: Tensor | None,
+        lam: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        labels, label_weight = super()._labels(embeddings, labels, label_weight, other_labels, lam)
+        self.shard.sampled = None
+        if self.training and isinstance(labels, Tensor):
+            drawn = labels.long().flatten()
+            drawn = drawn.where(drawn != self.ignore_index, 0)  # where ignored rows are looked up
+            # One class at least, for an empty batch.
+            self.shard.draw(drawn, max(self.sample_rate, 1 / self.num_classes))
+        return labels, label_weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the class by the one it was made of, for it has no name of its own."""
+        return _remade, (type(self).__mro__[2],), self.__dict__
+
+
+def sampled_class(cls: type[MarginLoss]) -> type[SampledLoss]:
+    """The class of a loss, with sampling."""
+    return type(f"Sampled{cls.__name__}", (SampledLoss, cls), {})
+
+
+def _remade(cls: type[MarginLoss]) -> MarginLoss:
+    made = sampled_class(cls)
+    return made.__new__(made)

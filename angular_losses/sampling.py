@@ -1,0 +1,267 @@
+"""Sampled classes: a loss that uses some of them in a step, and optimisers that step their rows."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from . import validation
+from .engine.placement import WHOLE, Sampled
+from .losses.base import MarginLoss
+from .losses.sampled import SampledLoss, sampled_class
+
+_Loss = TypeVar("_Loss", bound=MarginLoss)
+
+
+def sample_classes(loss: _Loss, sample_rate: float) -> _Loss:
+    """Use some of the classes in each training step, in place: those of the labels, and others.
+
+    With very many classes a step then takes the time and memory of a few: its products, the
+    gradient of the weight, which is sparse, and the optimiser's step, which
+    :func:`sample_optimizer` prepares. The classes are drawn from torch's generator, and in
+    evaluation mode all are used. Classes shared by several processes are sampled by
+    :func:`angular_losses.distributed.shard`.
+
+    Args:
+        loss: A softmax loss of this package, unsharded.
+        sample_rate: The share of the classes used in a training step, in [0, 1], as in Partial FC:
+            those of the labels, however many, and random others up to this share. 1 ends sampling.
+            Counting the classes synchronises with a GPU once in each step.
+
+    Returns:
+        The loss, now also a :class:`SampledLoss` for a rate below 1.
+
+    Raises:
+        TypeError: If the loss is not of this package, or sharded.
+        ValueError: If the rate is out of range, or the loss is a sum or a mean over all classes:
+            without a softmax, or with label smoothing.
+
+    Example:
+        >>> from angular_losses import ArcFaceLoss
+        >>> loss = sample_classes(ArcFaceLoss(100_000, 64), 0.01)
+        >>> optimiser = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)
+        >>> sample_optimizer(optimiser, loss)
+        >>> loss(torch.randn(8, 64), torch.arange(8)).backward()
+        >>> loss.weight.grad.coalesce().values().shape
+        torch.Size([1000, 64])
+
+    References:
+        An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
+        Recognition CNNs by Partial FC", CVPR 2022, arXiv:2203.15565.
+    """
+    if not isinstance(loss, MarginLoss):
+        raise TypeError(f"loss: expected a loss of this package, got {loss!r}")
+    if loss.shard is not WHOLE and not isinstance(loss, SampledLoss):
+        raise TypeError("loss: expected an unsharded loss, got a sharded one")
+    validation.share("sample_rate", sample_rate)
+    if isinstance(loss, SampledLoss):
+        del loss.sample_rate
+        loss.__class__ = type(loss).__mro__[2]
+        cast(MarginLoss, loss).shard = WHOLE
+    if sample_rate < 1:
+        check_may_sample(loss)
+        sampled = cast(SampledLoss, loss)
+        sampled.__class__ = sampled_class(type(loss))
+        sampled.shard, sampled.sample_rate = Sampled(loss.num_classes), float(sample_rate)
+        refuse_unprepared_optimizers(loss)
+    return loss
+
+
+def check_may_sample(loss: MarginLoss) -> None:
+    """Raise if a loss needs all classes.
+
+    Raises:
+        ValueError: Then.
+    """
+    if type(loss)._batch_loss is not MarginLoss._batch_loss:
+        raise ValueError(
+            f"sample_rate: expected 1 for {type(loss).__name__}, which is a sum over all classes"
+        )
+    if loss.label_smoothing:
+        raise ValueError(
+            "sample_rate: expected 1 with label smoothing, which is a mean over all classes"
+        )
+
+
+def sample_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
+    """Make an optimiser update only the rows of sampled classes.
+
+    Momentum, moments and weight decay then change no row that was not sampled since the last step;
+    the momentum of a row is that of its own steps. A step that raises, or is interrupted, leaves
+    weight and state of the loss as they were before. As in ``torch.optim.SparseAdam``, a count of
+    steps is that of the whole weight: the bias correction of a row sampled for the first time late
+    in the training is that of the other rows.
+
+    Args:
+        optimizer: An element-wise optimiser of ``torch.optim``, such as SGD or AdamW; not Rprop,
+            whose state does not begin with zeros.
+        loss: A :class:`SampledLoss` whose weight the optimiser holds.
+
+    Raises:
+        TypeError: If the loss is not sampled, or the optimiser cannot step rows.
+        ValueError: If the optimiser does not hold its weight.
+
+    Example:
+        >>> from angular_losses import ArcFaceLoss, parameter_groups
+        >>> network, loss = torch.nn.Linear(8, 64), sample_classes(ArcFaceLoss(1000, 64), 0.1)
+        >>> optimiser = torch.optim.AdamW(parameter_groups(network, loss, lr=1e-3))
+        >>> sample_optimizer(optimiser, loss)
+    """
+    if not isinstance(loss, SampledLoss):
+        raise TypeError(f"loss: expected a sampled one, got {type(loss).__name__}")
+    place_of_weight(optimizer, loss)
+    step_rows(optimizer, loss.weight)
+
+
+def place_of_weight(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> int:
+    """Which of the parameters of an optimiser is the weight of a loss.
+
+    Raises:
+        ValueError: If none is.
+    """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = next((i for i, parameter in enumerate(held) if parameter is loss.weight), None)
+    if index is None:
+        raise ValueError("optimizer: expected it to hold the weight of the loss")
+    return index
+
+
+# Whose state of a row does not begin with zeros, or mixes rows.
+_NOT_BY_ROWS = tuple(
+    getattr(torch.optim, name)
+    for name in ("Rprop", "LBFGS", "Adafactor", "Muon", "SparseAdam")
+    if hasattr(torch.optim, name)
+)
+
+
+def step_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
+    """Make each step of an optimiser one of the rows that a sparse gradient of a weight has.
+
+    Raises:
+        TypeError: If the optimiser cannot step rows.
+    """
+    if isinstance(optimizer, _NOT_BY_ROWS):
+        raise TypeError(
+            "optimizer: expected one that can begin with a row at any step, such as SGD or "
+            f"AdamW, got {type(optimizer).__name__}"
+        )
+    whole_step: Callable[..., object] = optimizer.step
+
+    @functools.wraps(whole_step)
+    def step(
+        optimizer: torch.optim.Optimizer,
+        closure: Callable[[], object] | None = None,
+        **options: object,
+    ) -> object:
+        value: object = None
+        if closure is not None:  # a forward pass, which needs the whole weight
+            with torch.enable_grad():
+                value = closure()
+        with _sampled_rows(optimizer, weight):
+            found = whole_step(**options)
+        return found if closure is None else value
+
+    # Not a subclass: a scheduler may have replaced the method of this optimiser already.
+    optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+@contextmanager
+def _sampled_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[None]:
+    """While this lasts, weight, gradient and state are their sampled rows alone."""
+    gradient = weight.grad
+    if gradient is None or not gradient.is_sparse:
+        yield
+        return
+    gradient, whole = gradient.coalesce(), weight.data
+    rows, before = gradient.indices()[0], optimizer.state.get(weight, {})
+    kept = {
+        name: value
+        for name, value in before.items()
+        if is_of_rows(value) and len(value) == len(whole)
+    }
+    is_done = False
+    try:
+        if before:
+            optimizer.state[weight] = {
+                name: value.index_select(0, rows)
+                if name in kept
+                else value.clone()
+                if isinstance(value, Tensor)
+                else value
+                for name, value in before.items()
+            }
+        weight.grad = None
+        weight.data = whole.index_select(0, rows)
+        weight.grad = gradient.values()
+        yield
+        is_done = True
+    finally:
+        stepped, state = weight.data, optimizer.state.pop(weight, {})
+        weight.grad = None
+        weight.data = whole
+        weight.grad = gradient
+        if before or is_done:
+            optimizer.state[weight] = before
+        if is_done:
+            with torch.no_grad():
+                weight.index_copy_(0, rows, stepped)
+            before.update(_of_whole(state, kept, rows, len(whole)))
+
+
+def _of_whole(
+    state: dict[str, Any], kept: dict[str, Tensor], rows: Tensor, count: int
+) -> dict[str, Any]:
+    """The state of a whole weight (count rows), from that of its rows after a step."""
+    whole = {}
+    for name, value in state.items():
+        whole[name] = value
+        if is_of_rows(value) and len(value) == len(rows):
+            old = kept.get(name)
+            if old is None:  # the optimiser's first step
+                old = value.new_zeros(count, *value.shape[1:])
+            whole[name] = old.index_copy_(0, rows, value)
+    return whole
+
+
+_sampled: weakref.WeakSet[MarginLoss] = weakref.WeakSet()
+
+
+def refuse_unprepared_optimizers(loss: MarginLoss) -> None:
+    """Make each step with the sparse gradient of a loss raise.
+
+    None reaches an optimiser that :func:`sample_optimizer` or ``shard_optimizer`` has prepared.
+    """
+    _sampled.add(loss)
+    _begin()
+
+
+@functools.cache
+def _begin() -> None:
+    register_optimizer_step_pre_hook(_refuse)
+
+
+def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for loss in _sampled:
+        gradient = loss.weight.grad
+        if gradient is not None and gradient.is_sparse and id(loss.weight) in held:
+            raise RuntimeError(
+                "optimizer: expected it to be prepared for sampled classes by "
+                f"{_PREPARING[isinstance(loss, SampledLoss)]}(optimizer, loss)"
+            )
+
+
+_PREPARING = {True: "sample_optimizer", False: "shard_optimizer"}
+
+
+def is_of_rows(value: object) -> TypeGuard[Tensor]:
+    """Whether a state has one row per row of the weight; scalars, such as Adam's step, do not."""
+    return isinstance(value, Tensor) and value.dim() > 0
