@@ -7,7 +7,7 @@ from pathlib import Path
 import angular_losses
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path += [str(HERE / "_ext"), str(HERE.parent / "examples")]
 
 project = "angular_losses"
 author = "The angular_losses developers"

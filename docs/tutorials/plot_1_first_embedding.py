@@ -177,8 +177,8 @@ print("true     ", test_labels[:8].tolist())
 # %%
 # Next
 # ----
-# * :doc:`plot_2_backbone`: your own network, the choice of scale and margin, and retrieval of new
-#   classes.
+# * :doc:`plot_2_image_folder`: a folder of images, any backbone, retrieval and a threshold.
+# * :doc:`plot_3_backbone`: the choice of scale and margin.
 # * The :doc:`margin explorer </explorer>` plots the margin functions of this library.
 # * :doc:`/how_to/training`: a checklist for training.
 # * :doc:`/explanation/geometry`: the geometry of angular margins.
