@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import inverse_lengths, pairs
-from .chunks import BOUNDED_SCALE, Chunks, Inputs, Rule, Settings, Terms, multiply
+from .chunks import BOUNDED_SCALE, Chunks, Inputs, Ranking, Rule, Settings, Terms, multiply
 
 
 class Parts(NamedTuple):
@@ -309,6 +309,7 @@ def whole_step(
     inputs: Inputs,
     scale: float,
     of_parts: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both passes at once, over a few classes that enter by their cosines alone.
 
@@ -317,6 +318,7 @@ def whole_step(
         scale: The scale, up to ``BOUNDED_SCALE``.
         of_parts: From the target angles and the negatives (N,) to what the loss is made of, (N,)
             too, and its gradients by both, that by the negatives times the scale.
+        ranking: What to fill, where it is asked for.
 
     Returns:
         What the loss is made of, and the gradients of the embeddings and of the weight.
@@ -326,8 +328,12 @@ def whole_step(
     found = pairs(embeddings, weight, own)
     both = found.directions.to(dtype)
     unit, centres = both[:num_rows], both[num_rows:]
-    exponentials = torch.mm(centres, unit.T).mul_(scale)
-    exponentials.scatter_(0, own[None], -math.inf).exp_()
+    logits = torch.mm(centres, unit.T).mul_(scale)
+    of_own = None if ranking is None else logits.gather(0, own[None])[0]
+    logits.scatter_(0, own[None], -math.inf)
+    if ranking is not None and of_own is not None:
+        ranking.add(of_own, logits.amax(0))
+    exponentials = logits.exp_()
     total = exponentials.sum(0)
     excess, of_theta, pull = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
     of_theta = of_theta.to(dtype)[:, None]
