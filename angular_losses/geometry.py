@@ -88,27 +88,26 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """Pairs of vectors, all (N, 1) or (N, d): in float64 (float32 on MPS), without a graph.
+    """Pairs of vectors, in float64 (float32 on MPS), without a graph.
 
     Attributes:
-        theta: The angle.
-        cosine: Its cosine, exactly 0 with a zero vector.
-        sine: Its sine; where the pair is parallel to rounding, the smallest number.
-        tangent: The unit tangent t at the first's direction, towards the second's; 0 where the pair
-            is parallel to rounding.
-        unit: The direction u of the first.
-        inverse: 1 / lengths of both (2, N, 1), 0 for a zero vector.
+        theta: (N, 1) the angle.
+        turn: (2, N, 1) its cosine, exactly 0 with a zero vector, and its sine, the smallest number
+            where the pair is parallel to rounding.
+        tangent: (N, d) the unit tangent t at the first's direction, towards the second's; 0 where
+            the pair is parallel to rounding.
+        directions: (N + K, d) the directions u of the first, and those of the second.
+        inverse: (N + K, 1) 1 / lengths of them, 0 for a zero vector.
     """
 
     theta: Tensor
-    cosine: Tensor
-    sine: Tensor
+    turn: Tensor
     tangent: Tensor
-    unit: Tensor
+    directions: Tensor
     inverse: Tensor
 
 
-def pairs(first: Tensor, second: Tensor) -> Pairs:
+def pairs(first: Tensor, second: Tensor, own: Tensor | None = None) -> Pairs:
     r"""The angle of each pair of vectors and what its gradients are made of.
 
     .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
@@ -121,14 +120,16 @@ def pairs(first: Tensor, second: Tensor) -> Pairs:
 
     Args:
         first: x (N, d), floating point.
-        second: w (N, d) likewise.
+        second: w (N, d) likewise, or (K, d) if there is ``own``.
+        own: (N,) which of the second is with each of the first.
     """
     if first.dtype == second.dtype:
-        units, inverse = _normalized(torch.stack([first, second]))
+        units, inverse = _normalized(torch.cat([first, second]))
     else:
         both = zip(_normalized(first), _normalized(second), strict=True)
-        units, inverse = (torch.stack(each) for each in both)
-    u, v = units.unbind()
+        units, inverse = (torch.cat(each) for each in both)
+    u, v = units[: len(first)], units[len(first) :]
+    v = v if own is None else v.index_select(0, own)
     cosine = (u * v).sum(1, keepdim=True)
     residual = torch.addcmul(v, cosine, u, value=-1)
     sine: Tensor = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
@@ -136,7 +137,7 @@ def pairs(first: Tensor, second: Tensor) -> Pairs:
     tangent = residual.div_(torch.threshold(sine, rounding, math.inf))
     # Not 0, so that a zero vector has pi / 2 to everything.
     sine = torch.threshold(sine, rounding, torch.finfo(sine.dtype).tiny)
-    return Pairs(torch.atan2(sine, cosine), cosine, sine, tangent, u, inverse)
+    return Pairs(torch.atan2(sine, cosine), torch.stack([cosine, sine]), tangent, units, inverse)
 
 
 def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..geometry import precise_dtype, without_autocast
 from ..margins import KnownDescent
 from . import passes
-from .chunks import PLAIN, Inputs, Ranking, Rule, Settings, Terms
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings, Terms
 from .passes import Gradients, Parts, Saved, working_dtype
 
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
@@ -55,6 +55,24 @@ class Ending(NamedTuple):
     row_weight: float | Tensor
     is_summed: bool
     is_mean: bool
+
+    def gradients(self, theta: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits' excess over the target's (N,), of which the softplus is a row's loss.
+
+        And the derivatives of the loss, by theta and by the negatives times the scale.
+        """
+        target, descent = self.margin.with_descent(theta)
+        excess = torch.sub(negatives, target, alpha=self.scale)
+        pull = torch.sigmoid(excess) * (self.row_weight * self.scale)
+        return excess, pull * descent, pull
+
+    def reduced(self, excess: Tensor) -> Tensor:
+        """The weighted losses of the rows, or their sum, from what :meth:`gradients` finds."""
+        losses: Tensor = F.softplus(excess, threshold=50)
+        if not self.is_mean:
+            losses = losses * self.row_weight
+            return losses.sum() if self.is_summed else losses
+        return losses.mean()
 
 
 def margin_parts(inputs: Inputs, settings: Settings, others: Others) -> Parts:
@@ -108,43 +126,47 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         (inputs, settings, others), ending = arguments[4:]
-        parts, saved = passes.forward(inputs, settings, _terms(others, settings))
-        target, descent = ending.margin.with_descent(parts.theta)
-        excess = torch.sub(parts.negatives, target, alpha=ending.scale)
-        if settings.differentiate:
-            of_negatives = torch.sigmoid(excess) * ending.row_weight
-            of_theta = of_negatives * descent * ending.scale
-            # With few classes at once, while all is in the cache, but for the factor to come: in
-            # float16 that is a GradScaler's, without which the gradients would underflow.
-            is_small = inputs.weight.shape[0] <= min(settings.chunk, inputs.own.shape[0])
-            has_range = torch.float16 not in (inputs.embeddings.dtype, inputs.weight.dtype)
-            ctx.is_done = ending.is_summed and is_small and has_range
-            if ctx.is_done:
-                grads, terms = Parts(of_theta, of_negatives, None), _terms(others, settings)
-                needed = [*ctx.needs_input_grad[:2], False]
-                found = passes.backward(grads, inputs, settings, saved, terms, needed)
-                ctx.save_for_backward(*found[:2])
-                ctx.variables = inputs[:2]  # never read, so not saved
-            else:
-                _save(ctx, inputs, settings, saved, others, of_theta, of_negatives)
-        loss: Tensor = F.softplus(excess, threshold=50)
-        if ending.is_mean:
-            loss = loss.mean()
+        ctx.is_done = ending.is_summed and _fits_whole_step(inputs, settings, others)
+        if ctx.is_done:  # but for the factor to come
+            of_parts, ranking = ending.gradients, others.ranking
+            excess, *found = passes.whole_step(inputs, ending.scale, of_parts, ranking)
+            ctx.save_for_backward(*found)
+            ctx.variables = inputs[:2]  # never read, so not saved
         else:
-            loss = loss * ending.row_weight
-            loss = loss.sum() if ending.is_summed else loss
-        return loss.to(saved.unit.dtype)
+            parts, saved = passes.forward(inputs, settings, _terms(others, settings))
+            excess, of_theta, pull = ending.gradients(parts.theta, parts.negatives)
+            if settings.differentiate:
+                _save(ctx, inputs, settings, saved, others, of_theta, pull / ending.scale)
+        loss: Tensor = ending.reduced(excess)
+        return loss.to(working_dtype(*inputs[:2]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.is_done:
             with torch.no_grad():
-                found = [None if each is None else grad * each for each in ctx.saved_tensors]
+                found = [grad * each for each in ctx.saved_tensors]
             return *_once(found, *ctx.variables, grad), *[None] * 4
         inputs, saved, others, (of_theta, of_negatives) = _unpacked(ctx)
         with torch.no_grad():
             grads = Parts(grad * of_theta, grad * of_negatives, None)
         return *_gradients(ctx, grads, inputs, saved, others, grad), None, None
+
+
+def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool:
+    """Whether both passes can be done at once: over few classes, while all is in the cache.
+
+    Not in float16, where the factor to come is a GradScaler's, without which gradients underflow.
+    """
+    embeddings, weight = inputs[:2]
+    return (
+        1 < weight.shape[0] <= min(settings.chunk, embeddings.shape[0])
+        and embeddings.requires_grad
+        and weight.requires_grad
+        and settings.differentiate
+        and settings.scale <= BOUNDED_SCALE
+        and others.rule == PLAIN
+        and torch.float16 not in (embeddings.dtype, weight.dtype)
+    )
 
 
 def _terms(others: Others, settings: Settings) -> Terms:

@@ -26,14 +26,14 @@ and a theta without meaning, which must get no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..geometry import inverse_lengths, pairs
-from .chunks import BOUNDED_SCALE, Chunks, Inputs, Rule, Settings, Terms, multiply
+from .chunks import BOUNDED_SCALE, Chunks, Inputs, Ranking, Rule, Settings, Terms, multiply
 
 
 class Parts(NamedTuple):
@@ -135,8 +135,8 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
     """The parts of a loss, and what the backward pass needs."""
     weight, rule, dtype = inputs.weight, terms.rule, working_dtype(*inputs[:2])
     own = inputs.own.clamp(min=0) if settings.partial else inputs.own
-    found = pairs(inputs.embeddings, weight.index_select(0, own))
-    theta, unit = found.theta[:, 0], found.unit.to(dtype)
+    num_rows, found = len(own), pairs(inputs.embeddings, weight.index_select(0, own))
+    theta, unit = found.theta[:, 0], found.directions[:num_rows].to(dtype)
     scales, bounded = scales_of(inputs, settings, dtype, rule)
     chunks, sums = Chunks(inputs, settings, unit, scales, terms), _Sums(terms, dtype)
     share = None if rule.summed else inputs.class_share
@@ -174,11 +174,11 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
             over_total = over_total[:, None]
     saved = Saved(
         unit=unit,
-        inverse_of_rows=found.inverse[0].to(dtype),
+        inverse_of_rows=found.inverse[:num_rows].to(dtype),
         inverse=kept.inverse,
         directions=kept.directions,
         tangent=found.tangent.to(dtype),
-        turn=(torch.stack([found.cosine, found.sine]) * found.inverse[1]).to(dtype),
+        turn=(found.turn * found.inverse[num_rows:]).to(dtype),
         pull=sums.pull,
         over_total=over_total,
         mean_direction=mean_direction,
@@ -240,7 +240,7 @@ def backward(
         along = scaled * pull
         if saved.mean_direction is not None and grads.mean_cosine is not None:
             along.addr_(grads.mean_cosine, saved.mean_direction)
-        along.addcmul_(unit, (along * unit).sum(1, keepdim=True), value=-1)
+        _take_off_along(unit, along)
         along.addcmul_(saved.tangent, of_theta, value=-1).mul_(saved.inverse_of_rows)
         of_embeddings = along.to(inputs.embeddings.dtype)
     if needed[2]:
@@ -285,8 +285,7 @@ def _weight_gradient(
         if not chunks.rule.keep_lengths:
             # A centre's length does not matter: its gradient has no component along it.
             out = chunks.workspace("scratch", part.shape, dtype)
-            radial = torch.mul(found, directions, out=out).sum(1, keepdim=True)
-            found.addcmul_(directions, radial, value=-1).mul_(inverse)
+            _take_off_along(directions, found, out).mul_(inverse)
         if not same:  # the target's part too, before it is rounded
             row, is_here = chunks.own_row(span)
             found.index_add_(0, row, of_targets * is_here[:, None])
@@ -298,6 +297,57 @@ def _weight_gradient(
         own = chunks.own if chunks.has_all_targets else chunks.own.clamp(min=0)
         gradient.index_add_(0, own, of_targets)
     return gradient
+
+
+def _take_off_along(directions: Tensor, vectors: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """The vectors without their components along unit vectors, all (K, d), in their place."""
+    along = torch.mul(vectors, directions, out=scratch).sum(1, keepdim=True)
+    return vectors.addcmul_(directions, along, value=-1)
+
+
+def whole_step(
+    inputs: Inputs,
+    scale: float,
+    of_parts: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    ranking: Ranking | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both passes at once, over a few classes that enter by their cosines alone.
+
+    Args:
+        inputs: Embeddings, weight and own.
+        scale: The scale, up to ``BOUNDED_SCALE``.
+        of_parts: From the target angles and the negatives (N,) to what the loss is made of, (N,)
+            too, and its gradients by both, that by the negatives times the scale.
+        ranking: What to fill, where it is asked for.
+
+    Returns:
+        What the loss is made of, and the gradients of the embeddings and of the weight.
+    """
+    embeddings, weight, own = inputs[:3]
+    num_rows, dtype = len(own), working_dtype(embeddings, weight)
+    found = pairs(embeddings, weight, own)
+    both = found.directions.to(dtype)
+    unit, centres = both[:num_rows], both[num_rows:]
+    logits = torch.mm(centres, unit.T).mul_(scale)
+    of_own = None if ranking is None else logits.gather(0, own[None])[0]
+    logits.scatter_(0, own[None], -math.inf)
+    if ranking is not None and of_own is not None:
+        ranking.add(of_own, logits.amax(0))
+    exponentials = logits.exp_()
+    total = exponentials.sum(0)
+    excess, of_theta, pull = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
+    of_theta = of_theta.to(dtype)[:, None]
+    exponentials *= pull.to(dtype).div_(total)
+    gradient = torch.empty_like(both)
+    of_rows, of_centres = gradient[:num_rows], gradient[num_rows:]
+    torch.mm(exponentials.T, centres, out=of_rows)
+    torch.mm(exponentials, unit, out=of_centres)
+    _take_off_along(both, gradient)
+    tangent, (cosine, sine) = found.tangent.to(dtype), found.turn.to(dtype) * of_theta
+    of_rows.addcmul_(tangent, of_theta, value=-1)
+    of_centres.index_add_(0, own, tangent.mul_(cosine).addcmul_(unit, sine, value=-1))
+    gradient *= found.inverse.to(dtype)
+    return excess, of_rows.to(embeddings.dtype), of_centres.to(weight.dtype)
 
 
 def _exponentials(

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import angular_losses as al
 
-MOST = 75
+MOST = 62
+MOST_COMPILED = 75
 LOSSES = {
     "NormalizedSoftmax": al.NormalizedSoftmaxLoss,
     "CosFace": al.CosFaceLoss,
@@ -70,4 +71,4 @@ def test_operators_of_a_compiled_step(name):
     backend = aot_autograd(fw_compiler=counting, bw_compiler=counting)
     a_step(loss)(torch.compile(loss, backend=backend, fullgraph=True))
     assert len(found) == 2
-    assert 10 < sum(found) <= MOST
+    assert 10 < sum(found) <= MOST_COMPILED
