@@ -62,8 +62,8 @@ def save(
         state = _state(module, optimizer)
         name = _new_name(directory) if _rank() == 0 else ""
     path = directory / _gathered(name)[0]
-    with _heard_by_all("save"), _without_single_process_warning():
-        save_shards(state, checkpoint_id=path, no_dist=not _is_distributed())
+    with _heard_by_all("save"), _without_torchs_warnings():
+        save_shards(state, checkpoint_id=path)
     with _heard_by_all("save"):
         own = {file.name: _checksum(file) for file in path.glob(f"__{_rank()}_*.distcp")}
     checksums = {name: each for of_rank in _gathered(own) for name, each in of_rank.items()}
@@ -112,12 +112,11 @@ def load(
             for key, value in state["module"].items()
             if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
         }
-    with _heard_by_all("load"), _without_single_process_warning():
+    with _heard_by_all("load"), _without_torchs_warnings():
         load_shards(
             {**state, "module": wanted},
             storage_reader=reader,
             planner=planner,
-            no_dist=not _is_distributed(),
         )
     with _heard_by_all("load"):
         _reshape(module, state, lambda values, loss: values.flatten(0, 1))
@@ -335,8 +334,11 @@ def _world_size() -> int:
 
 
 @contextmanager
-def _without_single_process_warning() -> Iterator[None]:
-    """Suppress torch's warning that a single process saves without torch.distributed."""
+def _without_torchs_warnings() -> Iterator[None]:
+    """Suppress torch's warnings of a single process and, of torch 2.6, of its own storages."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is (disabled|unavailable)", UserWarning
+        )
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         yield

@@ -1,7 +1,6 @@
 """Sharded losses in the middle of real trainings: wrappers, clipping, interrupts, replicas."""
 
 import pytest
-import torch
 
 import angular_losses as al
 from tests.distributed import trainings
@@ -13,12 +12,7 @@ from tests.distributed import trainings
         "ddp, network",
         "ddp, both but the centres",
         "fully_shard, network",
-        pytest.param(
-            "fully_shard, both but the centres",
-            marks=pytest.mark.skipif(
-                torch.__version__.startswith("2.6"), reason="has no ignored_params"
-            ),
-        ),
+        "fully_shard, both but the centres",
     ],
 )
 def test_wrapped_clipped_saved_and_scheduled_as_one_process(processes, tmp_path, how):
