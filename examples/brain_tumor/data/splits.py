@@ -65,7 +65,8 @@ def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
         kept, held = map(torch.from_numpy, next(parts.split(labels, labels, groups)))
     except ValueError as error:
         raise UserError(
-            f"--calibration {share:g}: the training side is too small: {error}"
+            f"--calibration {share:g}: the training side is too small ({error}); a larger share "
+            "takes fewer slices to divide, and 0 holds none out"
         ) from None
     for label, title in enumerate(CLASS_NAMES):
         if (labels == label).any() and not all(
