@@ -16,7 +16,7 @@ from .errors import UserError
 from .evaluation.evaluate import evaluate
 from .report.figures import plot_early
 from .report.reproduction_report import write_reproduction_report
-from .report.run_report import describe_result, write_report
+from .report.run_report import describe_examination, describe_result, write_report
 from .reproduction.merging import collect, merge
 from .reproduction.plan import BUDGETS, Run
 from .reproduction.running import decoded_as, default_jobs, measure, run_plan
@@ -31,6 +31,7 @@ from .settings import (
 from .training.checkpoint import epochs_done
 from .training.loop import train
 from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .use.examination import examine
 from .use.export import describe_export, export
 from .use.prediction import describe_prediction, predict
 
@@ -117,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command.run(options)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        for fault in error.args:
+            print("error:", " ".join(str(fault).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; {options.command.after_interrupt(options)}", file=sys.stderr)
@@ -377,7 +379,19 @@ def _predict(options: argparse.Namespace) -> None:
         print(describe_prediction(answer))
     print(f"figures: {options.out}. Not a medical device.")
     if faults:
-        raise UserError("; ".join(faults))
+        raise UserError(*faults)
+
+
+@command(
+    "try a run on strange pictures, and see whether its Grad-CAM finds the tumours",
+    argument("runs", metavar="RUN", nargs="+", help="an evaluated run's folder"),
+    DATA,
+)
+def _examine(options: argparse.Namespace) -> None:
+    for run in options.runs:
+        examine(run, _load(options.data, read_settings(run / SETTINGS)), options.data)
+        report = write_report(run)
+        print(f"{run}\n\n{describe_examination(run)}\n\nreport: {report}\n")
 
 
 @command(

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that names the file (or setting) and the fault."""
+    """Bad input: each argument is one line that names the file (or setting) and the fault."""

@@ -57,6 +57,13 @@ class DataSettings:
     )
     fold: int = _number(1, 1, 5, "the fold of patients held out by the patient split")
     split_seed: int = _number(0, 0, 2**32 - 1, "seed of the split")
+    calibration: float = _number(
+        0.0,
+        0.0,
+        0.5,
+        "share of the training side held out to calibrate answers on: of its patients in a split "
+        "by patient, of its slices in others; 0: none, and answers are not calibrated",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Splits of the slices into training and test sides."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
+from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from ..errors import UserError
@@ -25,6 +26,8 @@ class Split:
     test: Tensor  # the same
     name: str  # of the setting `split`
     description: str  # a sentence for the report
+    # indices of the slices that answers are calibrated on, neither trained on nor tested on
+    calibration: Tensor = field(default_factory=lambda: torch.tensor([], dtype=torch.int64))
 
 
 def make_split(settings: DataSettings, slices: SliceSet) -> Split:
@@ -33,12 +36,50 @@ def make_split(settings: DataSettings, slices: SliceSet) -> Split:
     Raises:
         UserError: The slices do not allow it.
     """
-    if settings.split == "validation":
-        return validation_split(slices, settings.split_seed)
     name, _, swapped = settings.split.partition("-")
-    if name == "patient":
-        return patient_split(slices, settings.fold, settings.split_seed, swap=bool(swapped))
-    return paper_split(slices, settings.split_seed, swap=bool(swapped))
+    if name == "validation":
+        split = validation_split(slices, settings.split_seed)
+    elif name == "patient":
+        split = patient_split(slices, settings.fold, settings.split_seed, swap=bool(swapped))
+    else:
+        split = paper_split(slices, settings.split_seed, swap=bool(swapped))
+    if settings.calibration:
+        split = hold_out(split, slices, settings.calibration, settings.split_seed)
+    return split
+
+
+def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
+    """Take about a share of the training side out of it, to calibrate answers on.
+
+    Drawn as the split is: patient by patient if no patient is on both of its sides, else slice by
+    slice, of each class its share.
+
+    Raises:
+        UserError: A class has too few slices, or patients, for both.
+    """
+    labels = slices.labels[split.train]
+    by_patient = split.name.startswith("patient")
+    groups = [slices.patients[i] for i in split.train.tolist()] if by_patient else split.train
+    parts = StratifiedGroupKFold(max(round(1 / share), 2), shuffle=True, random_state=seed)
+    try:
+        kept, held = map(torch.from_numpy, next(parts.split(labels, labels, groups)))
+    except ValueError as error:
+        raise UserError(
+            f"--calibration {share:g}: the training side is too small ({error}); a larger share "
+            "takes fewer slices to divide, and 0 holds none out"
+        ) from None
+    for label, title in enumerate(CLASS_NAMES):
+        if (labels == label).any() and not all(
+            (labels[part] == label).any() for part in (kept, held)
+        ):
+            raise UserError(f"--calibration {share:g}: too few {title} slices to hold some out")
+    return replace(
+        split,
+        train=split.train[kept],
+        calibration=split.train[held],
+        description=f"{split.description} {len(held)} slices of the training side, drawn "
+        f"{'patient by patient' if by_patient else 'slice by slice'}, are held out to calibrate.",
+    )
 
 
 def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:

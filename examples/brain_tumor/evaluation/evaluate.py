@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..settings import read_settings
 from ..training.checkpoint import load_loss, load_network
 from ..training.run_folder import (
     ANGLES,
+    CALIBRATION,
     EMBEDDINGS,
     METRICS,
     PREDICTIONS,
@@ -32,7 +34,14 @@ from ..training.run_folder import (
     write_json,
     write_text,
 )
-from .metrics import Metrics, measure
+from .calibration import (
+    FALSE_ALARMS,
+    Calibration,
+    calibrated,
+    fit_exponent,
+    fit_familiarity,
+)
+from .metrics import Metrics, measure, reliability
 
 EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
 VIEWS = ((), (3,), (2,))  # the axes along which a view of (n, 1, size, size) is mirrored
@@ -62,7 +71,8 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
 
     Returns:
         The metrics, which `run` then holds too, with predictions, embeddings and angles. The
-        embeddings of slices that are on neither side are 0.
+        embeddings of slices that are on neither side are 0. With slices held out to calibrate on
+        it holds the calibration too.
     """
     settings = read_settings(run / SETTINGS)
     split = read_split(run, slices)
@@ -89,8 +99,48 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
             views: _classify(slices, split, averaged)[1].accuracy
             for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()
         }
+    if len(split.calibration):
+        results["calibration"] = _calibrate(
+            run, network, epoch, slices, split, embeddings[own], own
+        )
     write_json(run / METRICS, results)
     return by_views[own]
+
+
+def _calibrate(
+    run: Path,
+    network: EmbeddingNetwork,
+    epoch: int,
+    slices: SliceSet,
+    split: Split,
+    embeddings: Tensor,
+    views: int,
+) -> dict[str, float]:
+    """Fit a calibration on the slices held out for it, keep it; return how it does on the test."""
+    train, labels, precision = embeddings[split.train], slices.labels, read_precision(run)
+    (held, held_features), (test, test_features) = (
+        (
+            class_scores(train, labels[split.train], embeddings[side], len(CLASS_NAMES)).numpy(),
+            embed(network, slices.images[side], precision, views, pooled=True).numpy(),
+        )
+        for side in (split.calibration, split.test)
+    )
+    features = embed(network, slices.images[split.train], precision, views, pooled=True).numpy()
+    familiarity = fit_familiarity(features, labels[split.train].numpy())
+    calibration = Calibration(
+        exponent=fit_exponent(held, labels[split.calibration].numpy()),
+        familiarity=familiarity,
+        limit=float(np.quantile(familiarity.distances(held_features), 1 - FALSE_ALARMS)),
+        epoch=epoch,
+    )
+    calibration.write(run / CALIBRATION)
+    correct = test.argmax(1) == labels[split.test].numpy()
+    return {
+        "exponent": calibration.exponent,
+        "slices": len(split.calibration),
+        "error": reliability(calibrated(test, calibration.exponent).max(1), correct).error,
+        "false_alarms": float(calibration.unlike(test_features).mean()),
+    }
 
 
 def embed(
@@ -98,24 +148,28 @@ def embed(
     images: Tensor,
     precision: torch.dtype = torch.float32,
     views: int = 1,
+    pooled: bool = False,
 ) -> Tensor:
-    """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`."""
+    """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`.
+
+    With `pooled` they are MobileNet's pooled features instead, (n, channels), normalised alike.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with torch.inference_mode(), low:
         batches = [
-            normalised(network, batch.to(device).float(), views)
+            normalised(network.pooled if pooled else network, batch.to(device).float(), views)
             for batch in images.split(EMBEDDING_BATCH)
         ]
     return torch.cat(batches).cpu()
 
 
-def normalised(network: EmbeddingNetwork, images: Tensor, views: int) -> Tensor:
+def normalised(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
     """Return L2-normalised embeddings (n, d) of images (n, 1, size, size), averaged over views.
 
     Args:
-        network: The network.
+        network: The network, or a part of it.
         images: As it takes them.
         views: How many of `VIEWS` are averaged, each L2-normalised before.
     """
@@ -199,9 +253,9 @@ def read_predictions(path: Path) -> Predictions:
 def _embed_views(
     run: Path, network: EmbeddingNetwork, slices: SliceSet, split: Split, most: int
 ) -> dict[int, Tensor]:
-    """Return both sides' embeddings (n, d) for 1 to `most` views, 0 for other slices."""
+    """Return all sides' embeddings (n, d) for 1 to `most` views, 0 for other slices."""
     precision = read_precision(run)
-    sides = torch.cat([split.train, split.test])
+    sides = torch.cat([split.train, split.test, split.calibration])
     images = slices.images[sides]
     embeddings, total = {}, torch.zeros(())
     for views, axes in enumerate(VIEWS[:most], start=1):

@@ -170,10 +170,13 @@ class EmbeddingNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map grey images (n, 1, h, w) in [0, 1] to embeddings (n, embedding_size)."""
+        return self.output(self.pooled(images))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Map the same to MobileNet's features (n, channels), averaged over each image."""
         if self.input_range == "imagenet":
             images = images * 2 - 1
-        features = self.backbone(images.expand(-1, 3, -1, -1))
-        return self.output(features.mean((2, 3)))
+        return self.backbone(images.expand(-1, 3, -1, -1)).mean((2, 3))
 
 
 def he_initialised(layer: nn.Linear) -> nn.Linear:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.matlab import FOLDS
+from ..evaluation.calibration import calibrated, fit_exponent
 from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import reliability, seed_interval, wilson_interval
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
@@ -133,18 +135,58 @@ def _angles(report: Report, result: Result, indices: np.ndarray) -> Angles:
 def scores(report: Report, scale: float) -> list[dict[str, Any]]:
     """ROC and reliability of the proposed training: name, file and calibration error of each."""
     folds = report.reproduction.select("patient", PROPOSED)
-    sides = {"slice": ("by slice, seed 0", report.proposed.predictions)}
+    sides = {"slice": ("by slice, seed 0", [report.proposed])}
     if folds:
-        sides["patient"] = ("by patient, all folds", pooled(one.predictions for one in folds))
+        sides["patient"] = (f"by patient, {len(folds)} of {FOLDS} folds", folds)
     drawn = []
-    for file, (name, predictions) in sides.items():
+    for file, (name, results) in sides.items():
+        predictions = pooled(one.predictions for one in results)
         title = f"{tables.TITLES[PROPOSED]}, {name}"
         sure = probabilities(predictions.scores, scale)
         plot_roc(*report.drawn(f"roc-{file}", title), predictions.truth, sure)
         bins = reliability(sure.max(1), tables.right(predictions))
         plot_reliability(*report.drawn(f"reliability-{file}", title), *bins)
         drawn.append({"file": file, "name": name, "error": bins.error})
+        parts = [(one, held_out(report, one)) for one in results]
+        if all(held for _, held in parts):
+            drawn[-1]["calibrated"] = _plot_calibrated(report, f"calibrated-{file}", title, parts)
     return drawn
+
+
+def held_out(report: Report, result: Result) -> list[Predictions]:
+    """Return what other runs of a run's kind answered to slices that neither was tested on before.
+
+    These are other seeds or folds, and the search's run of the same recipe: their test slices, but
+    for the run's own, are slices of its training side that networks like its own have not seen.
+    """
+    group = result.run.group
+    others = [
+        *(one for one in report.reproduction.select(group, PROPOSED) if one is not result),
+        *report.reproduction.select(f"search-{group}", "search-as-chosen"),
+    ]
+    parts = []
+    for other in others:
+        kept = ~np.isin(other.predictions.numbers, result.predictions.numbers)
+        if kept.any():
+            values = {name: value[kept] for name, value in vars(other.predictions).items()}
+            parts.append(Predictions(**values))
+    return parts
+
+
+def _plot_calibrated(
+    report: Report, file: str, title: str, parts: Sequence[tuple[Result, list[Predictions]]]
+) -> dict[str, Any]:
+    """Draw the reliability of runs, each calibrated on what others held out; describe it."""
+    sure, right, exponents = [], [], []
+    for result, held in parts:
+        known = pooled(held)
+        exponents.append(fit_exponent(known.scores, known.truth))
+        sure.append(calibrated(result.predictions.scores, exponents[-1]).max(1))
+        right.append(tables.right(result.predictions))
+    bins = reliability(np.concatenate(sure), np.concatenate(right))
+    plot_reliability(*report.drawn(file, f"calibrated: {title}"), *bins)
+    slices = [sum(len(one.truth) for one in held) for _, held in parts]
+    return {"file": file, "error": bins.error, "exponents": exponents, "slices": slices}
 
 
 def by_patient(report: Report) -> dict[str, Any]:

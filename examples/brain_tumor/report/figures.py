@@ -171,6 +171,7 @@ def plot_prediction(
     probabilities: Mapping[str, float],
     neighbours: Sequence[tuple[np.ndarray, str]],
     notes: str,
+    meaning: str,
 ) -> Figure:
     """Draw a slice, what its class is drawn from, and the training slices nearest to it.
 
@@ -182,6 +183,7 @@ def plot_prediction(
         probabilities: Of each class.
         neighbours: Pictures (size, size) in [0, 1] with what stands above each, two lines at most.
         notes: Lines below it.
+        meaning: What the probabilities are, in a few words.
     """
     figure = Figure(figsize=(10, 6.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[3, 2.3])
@@ -208,7 +210,7 @@ def plot_prediction(
     colours = [COLOURS[0] if i == best else "0.7" for i in range(len(values))]
     drawn = bars.barh(names, values, color=colours)
     bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values], padding=3)
-    bars.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel="softmax of the scaled cosines")
+    bars.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel=meaning)
     bars.set_title("probability", fontsize=10)
     bars.invert_yaxis()
     bars.spines[["top", "right"]].set_visible(False)

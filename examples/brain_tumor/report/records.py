@@ -10,10 +10,20 @@ from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Bud
 from ..reproduction.results import Reproduction, Result
 from ..reproduction.running import SESSIONS
 from ..settings import load_settings, setting_fields
-from ..training.run_folder import ENVIRONMENT, EPOCHS, METRICS, SPLIT, read_json, read_rows
+from ..training.run_folder import (
+    ENVIRONMENT,
+    EPOCHS,
+    METRICS,
+    POINTING,
+    SPLIT,
+    STRANGE,
+    read_json,
+    read_rows,
+)
 from . import paper
+from .examination_tables import pointing_table, strange_table
 from .page import Table
-from .tables import accuracy, bounds, percent
+from .tables import TITLES, accuracy, bounds, percent
 
 SWAPPED_AIM, PATIENT_AIM = 0.9547, 0.96  # by slice, 70-30, the aim is the paper's accuracy
 DRILLS = Path(__file__).parents[1] / "results" / "drills.json"
@@ -103,6 +113,27 @@ def _by_views(result: Result | None) -> list[str]:
     )
     found = [averaged.get(views) for views in "123"] + [last.get("3")]
     return ["-" if one is None else percent(one) for one in found]
+
+
+def examined(reproduction: Reproduction) -> list[dict[str, Any]]:
+    """Return name and table of the proposed training's runs that met strange pictures."""
+    found = []
+    for group in "slice", "patient":
+        for one in reproduction.select(group, PROPOSED):
+            if (one.folder / STRANGE).is_file():
+                table = strange_table(read_json(one.folder / STRANGE))
+                found.append({"name": one.run.name, "table": table})
+    return found
+
+
+def pointing(reproduction: Reproduction) -> Table:
+    """Return where the Grad-CAM of each training points, by slice and by patient."""
+    runs: dict[str, list[Path]] = {}
+    for one in reproduction.results:
+        if (one.folder / POINTING).is_file():
+            name = f"{TITLES.get(one.run.training, one.run.training)}, {one.run.group}"
+            runs.setdefault(name, []).append(one.folder / POINTING)
+    return pointing_table(runs)
 
 
 def length_table(runs: Mapping[float, Sequence[float]]) -> Table:

@@ -3,20 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.metrics import COLUMNS, metrics_row
+from ..evaluation.calibration import calibrated
+from ..evaluation.evaluate import read_predictions
+from ..evaluation.metrics import COLUMNS, metrics_row, reliability
 from ..settings import read_settings
 from ..training.run_folder import (
     ENVIRONMENT,
     EPOCHS,
     METRICS,
+    POINTING,
+    PREDICTIONS,
     SETTINGS,
     SPLIT,
     STEPS,
+    STRANGE,
     read_json,
     read_rows,
     write_text,
 )
+from .examination_tables import pointing_table, strange_table
 from .figures import plot_confusion, plot_early, plot_loss
+from .further_figures import plot_reliability
 from .page import Table, to_markdown
 from .paper import BY_TRAINING
 
@@ -45,6 +52,8 @@ def write_report(run: Path) -> Path:
         result=describe_result(run),
         split=split,
         early=_early_table(steps),
+        calibration=_plot_calibration(run, mark),
+        examination=describe_examination(run),
         environment=_environment(run, epochs),
         settings=(run / SETTINGS).read_text(encoding="utf-8").strip(),
     )
@@ -71,6 +80,27 @@ def describe_result(run: Path) -> str:
         f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
     )
     return f"{sentence}\n\n{Table(['', *COLUMNS], rows)}"
+
+
+def _plot_calibration(run: Path, mark: str) -> dict[str, Any] | None:
+    """Draw how often answers of each confidence are right; return how the calibration does."""
+    found = read_json(run / METRICS).get("calibration")
+    if found is not None:
+        predictions = read_predictions(run / PREDICTIONS)
+        sure = calibrated(predictions.scores, found["exponent"]).max(1)
+        bins = reliability(sure, predictions.truth == predictions.predicted)
+        plot_reliability(run / "reliability.png", f"{mark}calibrated, {run.name}", *bins)
+    return found
+
+
+def describe_examination(run: Path) -> str:
+    """Return what `examine` found of a run, as tables; nothing if it never was examined."""
+    tables = []
+    if (run / STRANGE).is_file():
+        tables.append(strange_table(read_json(run / STRANGE)))
+    if (run / POINTING).is_file():
+        tables.append(pointing_table({"this run": [run / POINTING]}))
+    return "\n\n".join(map(str, tables))
 
 
 def _early_table(steps: list[dict[str, Any]]) -> Table:

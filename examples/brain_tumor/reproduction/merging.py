@@ -20,9 +20,11 @@ from ..training.run_folder import (
     ENVIRONMENT,
     EPOCHS,
     METRICS,
+    POINTING,
     PREDICTIONS,
     SETTINGS,
     SPLIT,
+    STRANGE,
     VIEW_PREDICTIONS,
     read_json,
     write_text,
@@ -120,7 +122,7 @@ def _copy_run(result: Result, target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    names = [SPLIT, ENVIRONMENT, EPOCHS, PREDICTIONS, METRICS]
+    names = [SPLIT, ENVIRONMENT, EPOCHS, PREDICTIONS, METRICS, POINTING, STRANGE]
     if result.run.training == PROPOSED:
         names += [VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
     for name in names:

@@ -43,6 +43,9 @@ ANGLES = "angles.npy"
 PREDICTIONS = "predictions.csv"
 VIEW_PREDICTIONS = "predictions_views{}.csv"  # as PREDICTIONS, with so many views averaged
 METRICS = "metrics.json"
+CALIBRATION = "calibration.npz"
+POINTING = "pointing.csv"
+STRANGE = "strange.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,14 +145,12 @@ def read_split(folder: Path, slices: SliceSet) -> Split:
     stored = read_json(path)
     index = {number: i for i, number in enumerate(slices.numbers)}
     try:
-        train, test = ([index[number] for number in stored[side]] for side in ("train", "test"))
-        split = Split(
-            train=torch.tensor(train, dtype=torch.int64),
-            test=torch.tensor(test, dtype=torch.int64),
-            name=stored["name"],
-            description=stored["description"],
+        train, test, calibration = (
+            torch.tensor([index[number] for number in side], dtype=torch.int64)
+            for side in (stored["train"], stored["test"], stored.get("calibration", []))
         )
-    except (KeyError, TypeError):
+        split = Split(train, test, stored["name"], stored["description"], calibration)
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: does not belong to these slices") from None
     if _describe_split(slices, split) != stored:
         raise UserError(f"{path}: the slices are not those the run was trained on")
@@ -207,6 +208,8 @@ def _commit() -> str:
 
 def _describe_split(slices: SliceSet, split: Split) -> dict[str, Any]:
     sides = {"train": split.train.tolist(), "test": split.test.tolist()}
+    if len(split.calibration):
+        sides["calibration"] = split.calibration.tolist()
     # Phantoms and archive share their numbers; label and patient tell the two apart.
     lines = [
         f"{side} {slices.numbers[i]} {CLASS_NAMES[slices.labels[i]]} {slices.patients[i]}\n"

@@ -13,12 +13,14 @@ from ..data.matlab import read_slice
 from ..data.pictures import read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
+from ..evaluation.calibration import Calibration, calibrated, read_calibration
 from ..evaluation.evaluate import class_scores, embed, probabilities
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures import plot_prediction
 from ..settings import read_settings
 from ..training.checkpoint import load_network
 from ..training.run_folder import (
+    CALIBRATION,
     EMBEDDINGS,
     METRICS,
     SETTINGS,
@@ -31,6 +33,7 @@ from .gradcam import Overlap, grad_cam, measure_overlap
 
 NOTICE = "Not a medical device: for research and teaching, never for diagnosis."
 ANSWERS = "predictions.json"
+UNCALIBRATED = "softmax of the scaled cosines,\nnot calibrated"
 NEIGHBOURS = 5
 SAME = 1 / 255  # intensity: what rounding to 8 bits may change; other slices differ by far more
 LONGEST_NAME = 80  # letters of a file's name that its picture's name keeps
@@ -45,10 +48,12 @@ class Reference:
     epoch: int  # how many it was trained for
     precision: torch.dtype  # of the network's arithmetic
     scale: float  # the loss's, which turns cosines into logits
+    calibration: Calibration | None  # None if the run held out no slices to calibrate on
     crop: str  # what is cut out of a slice
     views: int  # how many views of a slice are averaged
     slices: SliceSet  # all of them
     train: Tensor  # (k,) indices of the training slices
+    test: Tensor  # those of the test slices
     embeddings: Tensor  # (k, d) theirs, L2-normalised
     labels: Tensor  # (k,) theirs
 
@@ -69,8 +74,11 @@ class Prediction:
     file: str  # as it was named
     synthetic: bool  # whether the training slices are phantoms
     predicted: str  # the class of the nearest training slice
-    # for each class softmax(scale * cosine to its nearest training slice)
+    # of each class; without a calibration softmax(scale * cosine to its nearest training slice),
+    # which says little
     probabilities: dict[str, float]
+    calibrated: bool  # whether the run held out slices on which the probabilities were calibrated
+    unknown: bool | None  # whether it is unlike all training slices; None without a calibration
     truth: str | None  # the class that the file itself states, if it does
     itself: int | None  # the number of the training slice that the file is, if it is one
     neighbours: list[Neighbour]  # the nearest training slices, the nearest first
@@ -122,6 +130,8 @@ def describe_prediction(prediction: Prediction) -> str:
     """Return an answer as one line."""
     shares = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
     parts = [", ".join(f"{label} {100 * share:.1f} %" for label, share in shares)]
+    if not prediction.calibrated:
+        parts[0] = f"not calibrated: {parts[0]}"
     if prediction.truth is not None:
         parts.append(f"the file says {prediction.truth}")
     if prediction.itself is not None:
@@ -134,7 +144,7 @@ def describe_prediction(prediction: Prediction) -> str:
         parts.append(_describe_overlap(prediction.overlap))
     mark = "SYNTHETIC: " if prediction.synthetic else ""
     name = _printable(prediction.file)
-    return f"{mark}{name}: {prediction.predicted} ({'; '.join(parts)}); see {prediction.picture}"
+    return f"{mark}{name}: {_answer(prediction)} ({'; '.join(parts)}); see {prediction.picture}"
 
 
 def read_reference(run: Path, slices: SliceSet) -> Reference:
@@ -161,10 +171,12 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         epoch=epoch,
         precision=precision,
         scale=settings.loss.scale,
+        calibration=_stored_calibration(run, epoch, network.backbone.out_channels),
         crop=settings.data.crop,
         views=views,
         slices=slices,
         train=split.train,
+        test=split.test,
         embeddings=embeddings,
         labels=slices.labels[split.train],
     )
@@ -206,6 +218,23 @@ def _stored_embeddings(
     return embeddings if ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all() else None
 
 
+def _stored_calibration(run: Path, epoch: int, channels: int) -> Calibration | None:
+    """Return what evaluation kept of a network, or None if it kept nothing.
+
+    Raises:
+        UserError: The file is damaged, or belongs to another network.
+    """
+    calibration = read_calibration(run / CALIBRATION)
+    if calibration and (calibration.epoch, len(calibration.familiarity.precision)) != (
+        *(epoch, channels),
+    ):
+        raise UserError(
+            f"{run / CALIBRATION}: belongs to epoch {calibration.epoch}, but the network is "
+            f"of epoch {epoch}; evaluate the run again"
+        )
+    return calibration
+
+
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
     image, mask, truth = _read_file(file)
     if image.min() == image.max():
@@ -218,10 +247,18 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     cosines = (embedding @ reference.embeddings.T)[0]
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
-    shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
-    contrast = _contrast(reference, cosines, nearest[0])
+    calibration, unknown = reference.calibration, None
+    if calibration is None:
+        shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
+    else:
+        shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
+        features = embed(
+            reference.network, pixels, reference.precision, reference.views, pooled=True
+        )
+        unknown = bool(calibration.unlike(features.numpy())[0])
+    direction = contrast(reference, cosines, nearest[0])
     heat = grad_cam(
-        reference.network, pixels.float(), contrast, (box.height, box.width), reference.views
+        reference.network, pixels.float(), direction, (box.height, box.width), reference.views
     )
     check_finite(file, torch.from_numpy(heat))
     heat = put_back(heat, box, image.shape)
@@ -230,6 +267,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         synthetic=reference.slices.synthetic,
         predicted=CLASS_NAMES[reference.labels[nearest[0]]],
         probabilities=dict(zip(CLASS_NAMES, shares, strict=True)),
+        calibrated=calibration is not None,
+        unknown=unknown,
         truth=truth,
         itself=_find_itself(reference, pixels),
         neighbours=[_neighbour(reference, row, cosines[row].item()) for row in nearest.tolist()],
@@ -250,7 +289,7 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
     return found.image, found.mask, CLASS_NAMES[found.label]
 
 
-def _contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
+def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
     """Return the direction (d,) in which an answer becomes surer: the score of the Grad-CAM.
 
     It leads from the nearest training slice of another class to the nearest of all. The cosine to
@@ -299,14 +338,21 @@ def _plot(
         notes.insert(0, f"This file is training slice {prediction.itself}: its answer is no test.")
     plot_prediction(
         path,
-        f"{mark}{name}: {prediction.predicted}{truth}",
+        f"{mark}{name}: {_answer(prediction)}{truth}",
         image,
         heat,
         mask,
         prediction.probabilities,
         list(zip(neighbours, captions, strict=True)),
         notes="\n".join(notes),
+        meaning="calibrated" if prediction.calibrated else UNCALIBRATED,
     )
+
+
+def _answer(prediction: Prediction) -> str:
+    if prediction.unknown:
+        return f"unknown, unlike the slices trained on; the nearest class is {prediction.predicted}"
+    return prediction.predicted
 
 
 def _describe_overlap(overlap: Overlap) -> str:

@@ -126,9 +126,11 @@ def test_the_report_of_real_slices_holds_every_section(folder, drawn, written):
     assert "no patient identifiers" not in text
     for file in ("slice", "patient"):
         error = drawn[f"reliability-{file}"][-1]
-        (caption,) = re.findall(rf"^Reliability by {file}.*", text, re.MULTILINE)
-        assert f"calibration error {100 * error:.1f} %" in caption
-        assert "s = 30," in caption
+        plain, calibrated = re.findall(rf"^Reliability by {file}.*", text, re.MULTILINE)
+        assert f"calibration error {100 * error:.1f} %" in plain
+        assert "s = 30," in plain
+        error = drawn[f"calibrated-{file}"][-1]
+        assert f"calibrated: expected calibration error {100 * error:.1f} %" in calibrated
 
 
 def test_each_of_the_papers_tables_has_its_rows(report):

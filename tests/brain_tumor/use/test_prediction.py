@@ -449,14 +449,14 @@ def test_few_training_slices_are_few_neighbours(tmp_path, run, scaled, drawn, mo
     assert cosines == sorted(cosines, reverse=True)
     shares = sorted(answer.probabilities.items(), key=lambda item: item[1], reverse=True)
     listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
-    assert f": {answer.predicted} ({listed}; " in describe_prediction(answer)
+    assert f": {answer.predicted} (not calibrated: {listed}; " in describe_prediction(answer)
 
 
 def test_an_answer_without_a_rival_is_its_own_contrast(run, scaled):
     reference = read_reference(run, scaled)
     alone = dataclasses.replace(reference, labels=torch.zeros_like(reference.labels))
     cosines = reference.embeddings @ reference.embeddings[4]
-    direction = prediction_module._contrast(alone, cosines, torch.tensor(4))
+    direction = prediction_module.contrast(alone, cosines, torch.tensor(4))
     assert torch.equal(direction, reference.embeddings[4])
 
 
@@ -581,6 +581,7 @@ def draw(path, shape=(32, 40), with_mask=True, count=5):
         {"meningioma": 0.2, "glioma": 0.7, "pituitary": 0.1},
         [(image, f"this file: slice 306{i}\nmeningioma, cosine -0.123") for i in range(count)],
         f"This file is training slice 3064: its answer is no test.\n{'o' * 100}\n{NOTICE}",
+        prediction_module.UNCALIBRATED,
     )
 
 
@@ -627,6 +628,7 @@ def title_of(artist):
 def test_an_empty_map_is_called_so(tmp_path):
     image, empty = np.random.default_rng(0).random((8, 8)), np.zeros((8, 8))
     figure = plot_prediction(
-        tmp_path / "figure.png", "t", image, empty, None, {"glioma": 1.0}, [(image, "one")], "n"
+        *(tmp_path / "figure.png", "t", image, empty, None, {"glioma": 1.0}),
+        *([(image, "one")], "n", "calibrated"),
     )
     assert any(title_of(axes) == "Grad-CAM: empty" for axes in figure.findobj())

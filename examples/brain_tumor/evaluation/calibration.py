@@ -1,0 +1,122 @@
+"""How sure an answer is, and whether a picture is like any that the network was trained on.
+
+Both are fitted on slices held out of the training side: those trained on are memorised.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from sklearn.covariance import LedoitWolf
+
+from ..errors import UserError
+from ..files import replacing
+
+# Added to every distance, for two slices may be equal. On validation slices every value up to this
+# gives the same likelihood, and larger ones a smaller.
+FLOOR = 1e-4
+FALSE_ALARMS = 0.05  # share of the held-out slices that count as unlike those trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Familiarity:
+    """The pooled features of the training slices as a normal distribution for each class.
+
+    All have one covariance, shrunk as Ledoit and Wolf do. The distance of a picture is the smallest
+    squared Mahalanobis distance to a class's mean, on L2-normalised features.
+
+    Sources: Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+    Adversarial Attacks", NeurIPS 2018, arXiv:1807.03888; normalised as in Mueller and Hein,
+    "Mahalanobis++", ICML 2025, arXiv:2505.18032.
+    """
+
+    means: np.ndarray  # (C, d)
+    precision: np.ndarray  # (d, d) the inverse of the covariance
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """Return the distance (n,) of features (n, d)."""
+        offsets = features[:, None] - self.means
+        return np.einsum("ncd,de,nce->nc", offsets, self.precision, offsets, optimize=True).min(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What turns the cosines of a run into probabilities, and tells strange pictures."""
+
+    exponent: float  # see `fit_exponent`
+    familiarity: Familiarity
+    limit: float  # a picture of a larger distance is unlike those trained on
+    epoch: int  # how many the network was trained for that it belongs to
+
+    def unlike(self, features: np.ndarray) -> np.ndarray:
+        """Return whether pictures (n,) of features (n, d) are unlike those trained on."""
+        return self.familiarity.distances(features) > self.limit
+
+    def write(self, path: Path) -> None:
+        """Keep it in a file."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                exponent=self.exponent,
+                limit=self.limit,
+                epoch=self.epoch,
+                means=self.familiarity.means,
+                precision=self.familiarity.precision,
+            )
+
+
+def fit_familiarity(features: np.ndarray, labels: np.ndarray) -> Familiarity:
+    """Fit the distributions to features (n, d), L2-normalised, of labels (n,)."""
+    features = features.astype(np.float64)
+    classes, own = np.unique(labels, return_inverse=True)
+    means = np.stack([features[labels == label].mean(0) for label in classes])
+    covariance = LedoitWolf(assume_centered=True).fit(features - means[own])
+    return Familiarity(means, covariance.get_precision())
+
+
+def fit_exponent(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Return the exponent that is likeliest, from cosines (n, C) and truth (n,) of unseen slices.
+
+    The probability of a class is proportional to (1 - cosine + `FLOOR`)^-exponent, of the cosine to
+    its nearest training slice. So the class of 1-NN stays the most probable, and a network that is
+    trained longer, whose distances are all smaller by a factor, has the same probabilities; with a
+    softmax of the cosines it would not.
+    """
+
+    def loss(logarithm: float) -> float:
+        logs = _log_probabilities(scores, np.exp(logarithm))
+        return -float(logs[np.arange(len(truth)), truth].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
+
+
+def calibrated(scores: np.ndarray, exponent: float) -> np.ndarray:
+    """Return the probability (n, C) of each class from cosines (n, C), see `fit_exponent`."""
+    return np.exp(_log_probabilities(scores, exponent))
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """Return what `Calibration.write` kept, or None without the file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            means, precision = file["means"], file["precision"]
+            exponent, limit, epoch = (file[name].item() for name in ("exponent", "limit", "epoch"))
+        sound = precision.shape == (means.shape[1],) * 2 and exponent > 0
+        sound &= all(np.isfinite(one).all() for one in (means, precision, exponent, limit))
+    except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: not readable as a calibration; evaluate the run again")
+    return Calibration(exponent, Familiarity(means, precision), limit, epoch)
+
+
+def _log_probabilities(scores: np.ndarray, exponent: float) -> np.ndarray:
+    return log_softmax(-exponent * np.log(1 - np.clip(scores, -1, 1) + FLOOR), axis=1)

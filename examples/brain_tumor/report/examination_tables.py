@@ -1,0 +1,84 @@
+"""Tables of what `examine` finds: strange pictures, and where Grad-CAM points."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..evaluation.metrics import wilson_interval
+from .page import Table
+
+SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour
+
+
+def strange_table(found: Mapping[str, Any]) -> Table:
+    """Return for each kind of strange pictures how well scores tell them from test slices."""
+    kinds = found["kinds"]
+    scores = list(next(iter(kinds.values()))["auroc"])
+    rows = [
+        [
+            kind,
+            str(one["pictures"]),
+            f"{100 * one['flagged']:.0f} %",
+            *(f"{one['auroc'][score]:.3f}" for score in scores),
+        ]
+        for kind, one in kinds.items()
+    ]
+    alarms = f"{100 * found['false_alarms']:.1f} % of the test slices are flagged too"
+    origin = (
+        "the limit is that of 5 % of the held-out slices of the training side"
+        if found["calibrated"]
+        else "the run held out no slices, so the limit is that of 5 % of the test slices themselves"
+    )
+    return Table(
+        ["pictures", "number", "flagged", *(f"AUROC: {score}" for score in scores)],
+        rows,
+        "Flagged: called unlike the slices trained on, by the first of the scores; "
+        f"{origin}, and {alarms}. Pictures of one grey value are refused before any of this.",
+    )
+
+
+def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
+    """Return how often the hottest point lies in the tumour, by name of the files' training."""
+    rows = []
+    for name, paths in runs.items():
+        parts = [_read_pointing(path) for path in paths]
+        area, head, inside = (np.concatenate(column) for column in zip(*parts, strict=True))
+        share = area / head
+        third = np.searchsorted(np.quantile(area, [1 / 3, 2 / 3]), area)
+        every = {size: third == place for place, size in enumerate(SIZES)}
+        for size, chosen in {"all": np.full(len(area), True), **every}.items():
+            if not chosen.any():
+                continue
+            hits, total = int(inside[chosen].sum()), int(chosen.sum())
+            low, high = wilson_interval(hits, total)
+            rows.append(
+                [
+                    *(name, size, str(total), f"{100 * hits / total:.1f} %"),
+                    f"{100 * low:.1f} to {100 * high:.1f}",
+                    f"{100 * share[chosen].mean():.1f} %",
+                ]
+            )
+    return Table(
+        ["training", "tumour", "test slices", "hottest point inside", "Wilson 95 %", "by chance"],
+        rows,
+        "The pointing game: how often the hottest point of the Grad-CAM lies in the tumour's "
+        "outline, by thirds of the tumour's area. By chance: the tumour's share of the head's "
+        "area. A map without heat counts as a miss.",
+    )
+
+
+def _read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return areas of tumour and head (n,), and whether the hottest point lies inside (n,)."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        area, head = (
+            np.array([int(row[name]) for row in rows]) for name in ("tumour_area", "head_area")
+        )
+        return area, head, np.array([row["inside"] == "1" for row in rows])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable as a table of hottest points: {error}") from None

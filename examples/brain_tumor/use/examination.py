@@ -1,0 +1,216 @@
+"""What a network makes of pictures that are no slices, and whether it looks at the tumour."""
+
+import csv
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from sklearn.datasets import load_sample_images
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from ..data.crop import BRIGHT, THRESHOLD, cut, find_box, put_back
+from ..data.matlab import read_slice
+from ..data.phantoms import make_phantoms
+from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize, slice_paths
+from ..evaluation.calibration import FALSE_ALARMS, fit_familiarity
+from ..evaluation.evaluate import EMBEDDING_BATCH, embed
+from ..training.run_folder import POINTING, STRANGE, write_json, write_text
+from .gradcam import grad_cam, measure_overlap
+from .prediction import Reference, contrast, read_reference
+
+MADE = 60  # pictures of each kind that is made
+CHANGED = 200  # test slices, at most, that are changed in each way
+SIDE = 512  # pixels of a picture that is made, as many as a slice has
+PATCHES = 4  # a side, for shuffling
+NEAR = 10  # the neighbour whose cosine is a score of its own, beside the nearest's
+
+
+def examine(run: Path, slices: SliceSet, data: Path) -> None:
+    """Write into a run's folder how it does on strange pictures, and where its Grad-CAM points.
+
+    Args:
+        run: The run's folder.
+        slices: The slices that it was trained on and held out.
+        data: Their folder, for the outlines of the tumours.
+
+    Raises:
+        UserError: The run or a slice is at fault.
+    """
+    reference = read_reference(run, slices)
+    write_json(run / STRANGE, judge_strange(reference))
+    write_text(run / POINTING, point(reference, data))
+
+
+def judge_strange(reference: Reference) -> dict[str, object]:
+    """Return the area under the ROC curve of each score, strange pictures against test slices.
+
+    And the share of the pictures that is flagged as unlike the slices trained on: above the limit
+    of the run's calibration or, without one, above that of 5 % of the test slices themselves.
+    """
+    images, test = reference.slices.images, reference.test
+    train = _features(reference, images[reference.train])
+    calibration = reference.calibration
+    labels = reference.labels
+    familiarity = calibration.familiarity if calibration else fit_familiarity(train, labels.numpy())
+    means = [reference.embeddings[labels == one].mean(0) for one in labels.unique()]
+    centres = F.normalize(torch.stack(means))
+
+    def judge(pictures: Tensor) -> dict[str, np.ndarray]:
+        features = _features(reference, pictures)
+        embeddings = _embeddings(reference, pictures)
+        alike = -np.sort(-(features @ train.T), axis=1)
+        return {
+            "Mahalanobis, features": familiarity.distances(features),
+            "nearest, features": -alike[:, 0],
+            f"{NEAR}th nearest, features": -alike[:, NEAR - 1],
+            "nearest, embeddings": -(embeddings @ reference.embeddings.T).amax(1).numpy(),
+            "nearest centre, embeddings": -(embeddings @ centres.T).amax(1).numpy(),
+            "length of embedding": -_lengths(reference, pictures),
+        }
+
+    usual = judge(images[test])
+    used = next(iter(usual))
+    limit = calibration.limit if calibration else np.quantile(usual[used], 1 - FALSE_ALARMS)
+    kinds = {}
+    for kind, pictures in strange_pictures(reference):
+        strange = judge(pictures)
+        truth = np.repeat([0, 1], [len(test), len(pictures)])
+        kinds[kind] = {
+            "pictures": len(pictures),
+            "flagged": float((strange[used] > limit).mean()),
+            "auroc": {
+                name: float(roc_auc_score(truth, np.concatenate([usual[name], strange[name]])))
+                for name in usual
+            },
+        }
+    return {
+        "calibrated": calibration is not None,
+        "false_alarms": float((usual[used] > limit).mean()),
+        "kinds": kinds,
+    }
+
+
+def strange_pictures(reference: Reference) -> Iterator[tuple[str, Tensor]]:
+    """Yield kinds of pictures that are no slices of this data set, (n, 1, size, size) each."""
+    random = np.random.default_rng(0)
+    slices, size = reference.slices, reference.slices.images.shape[-1]
+
+    def prepared(pictures: list[np.ndarray]) -> Tensor:
+        parts = [resize(cut(one, find_box(one, reference.crop)), size) for one in pictures]
+        return torch.from_numpy(np.stack(parts))[:, None].to(slices.images)
+
+    yield "noise", prepared([random.random((SIDE, SIDE)) for _ in range(MADE)])
+    smooth = [ndimage.gaussian_filter(random.normal(size=(SIDE, SIDE)), 8) for _ in range(MADE)]
+    yield "smooth noise", prepared(smooth)
+    photographs = [one.mean(2) for one in load_sample_images().images]
+    yield "photographs", prepared([_part(one, random) for one in photographs for _ in range(MADE)])
+    yield "text", prepared([_text(random, dark=i % 2 == 0) for i in range(MADE)])
+    if not slices.synthetic:
+        with tempfile.TemporaryDirectory() as folder:
+            make_phantoms(Path(folder), MADE, 0, SIDE, False)
+            phantoms = load_slices(Path(folder), size, progress=False, crop=reference.crop)
+        yield "phantoms", phantoms.images
+    some = random.permutation(len(reference.test))[:CHANGED]
+    images = slices.images[reference.test[some]]
+    yield "slices, inverted", 1 - images
+    yield "slices, turned by 90 degrees", images.rot90(1, (2, 3))
+    yield "slices, patches shuffled", torch.stack([_shuffled(one, random) for one in images])
+
+
+def point(reference: Reference, data: Path) -> str:
+    """Return, as CSV, for each test slice whether the hottest point lies in the tumour's outline.
+
+    The Grad-CAM is that of `predict`. Areas are in pixels; the head is the largest bright region,
+    filled. Without heat there is no hottest point, and the cell is empty.
+    """
+    paths = {int(path.stem): path for path in slice_paths(data)}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["slice", "truth", "predicted", "tumour_area", "head_area", "inside"])
+    for index in reference.test.tolist():
+        number = reference.slices.numbers[index]
+        found = read_slice(paths[number])
+        pixels = reference.slices.images[[index]]
+        cosines = (_embeddings(reference, pixels) @ reference.embeddings.T)[0]
+        nearest = cosines.argmax()
+        box = find_box(found.image, reference.crop)
+        direction = contrast(reference, cosines, nearest)
+        shape = (box.height, box.width)
+        heat = grad_cam(reference.network, pixels.float(), direction, shape, reference.views)
+        overlap = measure_overlap(put_back(heat, box, found.image.shape), found.mask)
+        writer.writerow(
+            [
+                number,
+                CLASS_NAMES[found.label],
+                CLASS_NAMES[reference.labels[nearest]],
+                int(found.mask.sum()),
+                int(_head(found.image).sum()),
+                "" if overlap is None else int(overlap.hottest_inside),
+            ]
+        )
+    return table.getvalue()
+
+
+def _head(image: np.ndarray) -> np.ndarray:
+    """Return the mask (h, w) of the head in a slice."""
+    least = float(image.min())
+    bright = image > least + THRESHOLD * (np.quantile(image, BRIGHT) - least)
+    regions, _ = ndimage.label(bright)
+    return ndimage.binary_fill_holes(regions == np.bincount(regions.ravel())[1:].argmax() + 1)
+
+
+def _features(reference: Reference, images: Tensor) -> np.ndarray:
+    given = (reference.network, images, reference.precision, reference.views)
+    return embed(*given, pooled=True).numpy()
+
+
+def _embeddings(reference: Reference, images: Tensor) -> Tensor:
+    return embed(reference.network, images, reference.precision, reference.views)
+
+
+def _lengths(reference: Reference, images: Tensor) -> np.ndarray:
+    """Return the length (n,) of the embeddings before they are normalised, of one view."""
+    device = next(reference.network.parameters()).device
+    with torch.inference_mode():
+        lengths = [
+            reference.network(batch.to(device).float()).norm(dim=1).cpu()
+            for batch in images.split(EMBEDDING_BATCH)
+        ]
+    return torch.cat(lengths).numpy()
+
+
+def _part(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return a square part of a photograph (h, w), at least a third of its height."""
+    height, width = image.shape
+    side = int(random.integers(height // 3, height))
+    top, left = random.integers(height - side + 1), random.integers(width - side + 1)
+    return image[top : top + side, left : left + side]
+
+
+def _text(random: np.random.Generator, dark: bool) -> np.ndarray:
+    """Return lines of letters as a picture (SIDE, SIDE)."""
+    picture = Image.new("L", (SIDE, SIDE), 255 * dark)
+    letters = list("abcdefghijklmnopqrstuvwxyz    ")
+    for top in range(0, SIDE, 28):
+        line = "".join(random.choice(letters, 60))
+        ImageDraw.Draw(picture).text((4, top), line, fill=255 * (not dark), font_size=24)
+    return np.array(picture)
+
+
+def _shuffled(image: Tensor, random: np.random.Generator) -> Tensor:
+    """Return a picture (1, size, size) with its patches in another order."""
+    side = image.shape[-1] // PATCHES
+    parts = image[:, : side * PATCHES, : side * PATCHES]
+    parts = parts.unfold(1, side, side).unfold(2, side, side).reshape(-1, side, side)
+    parts = parts[torch.from_numpy(random.permutation(len(parts)))]
+    rows = [torch.cat(list(row), dim=1) for row in parts.split(PATCHES)]
+    whole = image.clone()
+    whole[0, : side * PATCHES, : side * PATCHES] = torch.cat(rows)
+    return whole

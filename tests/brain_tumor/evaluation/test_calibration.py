@@ -1,0 +1,100 @@
+"""Calibrated confidence and familiarity: against references, by property, and what is kept."""
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import LedoitWolf
+
+from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation.calibration import (
+    FLOOR,
+    Calibration,
+    calibrated,
+    fit_exponent,
+    fit_familiarity,
+    read_calibration,
+)
+from examples.brain_tumor.evaluation.metrics import reliability
+
+
+def made_answers(count, exponent, seed, shrunk=1.0):
+    """Cosines (n, 3) and classes drawn with the probabilities that the exponent gives them."""
+    random = np.random.default_rng(seed)
+    distances = np.exp(random.normal(-4, 1.5, (count, 3)))
+    shares = (distances + FLOOR) ** -exponent
+    shares /= shares.sum(1, keepdims=True)
+    truth = (random.random((count, 1)) > shares.cumsum(1)).sum(1)
+    return 1 - shrunk * distances, truth, shares
+
+
+def test_probabilities_are_powers_of_distances_and_keep_the_nearest_class():
+    scores, _, shares = made_answers(500, 1.3, seed=0)
+    np.testing.assert_allclose(calibrated(scores, 1.3), shares, rtol=1e-9)
+    assert (calibrated(scores, 0.2).argmax(1) == scores.argmax(1)).all()
+    equal = calibrated(np.array([[1.0, 1.0, -1.0], [1.0000001, 0.0, 0.0]]), 2.0)
+    assert np.isfinite(equal).all()
+    assert equal[0, 0] == equal[0, 1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.5, 3.0])
+def test_the_exponent_that_made_the_answers_is_found(exponent):
+    scores, truth, _ = made_answers(20_000, exponent, seed=1)
+    assert fit_exponent(scores, truth) == pytest.approx(exponent, rel=0.05)
+
+
+def test_a_fit_on_some_slices_calibrates_others_and_networks_trained_longer():
+    known, truth, _ = made_answers(2000, 1.5, seed=2)
+    exponent = fit_exponent(known, truth)
+    for shrunk in (1.0, 0.5):  # FLOOR alone does not shrink along
+        scores, truth, _ = made_answers(5000, 1.5, seed=3, shrunk=shrunk)
+        right = scores.argmax(1) == truth
+        assert reliability(calibrated(scores, exponent).max(1), right).error < 0.02
+        assert reliability(np.ones(len(truth)), right).error > 0.1
+
+
+def made_features(count, seed):
+    random = np.random.default_rng(seed)
+    labels = random.integers(3, size=count)
+    features = random.normal(size=(count, 8)) * np.linspace(0.1, 1, 8)
+    features[np.arange(count), labels] += 5
+    return features / np.linalg.norm(features, axis=1, keepdims=True), labels
+
+
+def test_distances_are_scipys_to_the_nearest_class():
+    train, labels = made_features(300, seed=0)
+    familiarity = fit_familiarity(train, labels)
+    means = [train[labels == label].mean(0) for label in range(3)]
+    centred = train - np.stack(means)[labels]
+    inverse = np.linalg.inv(LedoitWolf(assume_centered=True).fit(centred).covariance_)
+    test, _ = made_features(20, seed=1)
+    expected = [min(mahalanobis(one, mean, inverse) ** 2 for mean in means) for one in test]
+    np.testing.assert_allclose(familiarity.distances(test), expected, rtol=1e-6)
+
+
+def test_what_is_kept_is_read_back_and_damage_refused(tmp_path):
+    path = tmp_path / "calibration.npz"
+    assert read_calibration(path) is None
+    train, labels = made_features(100, seed=0)
+    kept = Calibration(1.5, fit_familiarity(train, labels), 20.0, 24)
+    kept.write(path)
+    found = read_calibration(path)
+    assert (found.exponent, found.limit, found.epoch) == (1.5, 20.0, 24)
+    np.testing.assert_array_equal(found.unlike(train), kept.unlike(train))
+    whole = path.read_bytes()
+    place = whole.index(kept.familiarity.means.tobytes())
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for damaged in (whole[:-9], b"", flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"calibration\.npz: not readable"):
+            read_calibration(path)
+
+
+@pytest.mark.parametrize("change", [{"exponent": np.nan}, {"limit": np.inf}, {"exponent": -1.0}])
+def test_senseless_values_are_refused(tmp_path, change):
+    train, labels = made_features(100, seed=0)
+    values = {"exponent": 1.5, "limit": 20.0, **change}
+    Calibration(familiarity=fit_familiarity(train, labels), epoch=1, **values).write(
+        tmp_path / "calibration.npz"
+    )
+    with pytest.raises(UserError, match="not readable"):
+        read_calibration(tmp_path / "calibration.npz")

@@ -1,0 +1,226 @@
+"""Calibrated answers for files, strange pictures, and the pointing game, on blobs."""
+
+import csv
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from examples.brain_tumor.__main__ import main
+from examples.brain_tumor.data.matlab import Slice
+from examples.brain_tumor.data.splits import Split
+from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation.calibration import calibrated, read_calibration
+from examples.brain_tumor.evaluation.evaluate import evaluate, read_predictions
+from examples.brain_tumor.evaluation.metrics import reliability
+from examples.brain_tumor.report.examination_tables import pointing_table, strange_table
+from examples.brain_tumor.report.run_report import write_report
+from examples.brain_tumor.settings import override_settings
+from examples.brain_tumor.training.loop import train
+from examples.brain_tumor.training.run_folder import read_json
+from examples.brain_tumor.use import examination, prediction
+from examples.brain_tumor.use.examination import judge_strange, point, strange_pictures
+from examples.brain_tumor.use.prediction import describe_prediction, predict, read_reference
+
+HELD = Split(
+    train=torch.arange(12),
+    test=torch.arange(15, 24),
+    name="blobs",
+    description="By number.",
+    calibration=torch.arange(12, 15),
+)
+
+
+@pytest.fixture
+def blobs(blobs):
+    """The blobs as the loader leaves them, each from 0 to 1."""
+    images = blobs.images.float()
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return dataclasses.replace(blobs, images=((images - low) / (high - low)).half())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("calibrated") / "run"
+
+
+@pytest.fixture
+def run(made, blobs, tiny_settings):
+    """A run that held three slices out, evaluated."""
+    if not made.exists():
+        train(override_settings(tiny_settings, {"epochs": 30}), blobs, HELD, made)
+        evaluate(made, blobs)
+    return made
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(prediction, "plot_prediction", lambda *given, **words: None)
+
+
+def files_of(monkeypatch, blobs, tmp_path):
+    """Files that read as the blobs do, and one of noise."""
+    pictures = {f"{n}.mat": blobs.images[i, 0].float().numpy() for i, n in enumerate(blobs.numbers)}
+    pictures["noise.mat"] = np.random.default_rng(0).random((32, 32))
+    monkeypatch.setattr(prediction, "_read_file", lambda path: (pictures[path.name], None, None))
+    return {name: tmp_path / name for name in pictures}
+
+
+def test_evaluation_keeps_a_calibration_and_says_how_it_does(run, blobs):
+    stored, predictions = read_json(run / "metrics.json"), read_predictions(run / "predictions.csv")
+    calibration = read_calibration(run / "calibration.npz")
+    assert calibration.epoch == 30
+    assert stored["calibration"]["slices"] == 3
+    assert stored["calibration"]["exponent"] == calibration.exponent
+    sure = calibrated(predictions.scores, calibration.exponent).max(1)
+    bins = reliability(sure, predictions.truth == predictions.predicted)
+    assert stored["calibration"]["error"] == pytest.approx(bins.error, abs=1e-4)
+    near = {int(row) for row in column(run / "predictions.csv", "nearest_training_slice")}
+    assert near <= set(range(1, 13))  # not those held out
+    assert "## SYNTHETIC: Calibration" in write_report(run).read_text()
+
+
+def column(path, name):
+    with path.open(newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def test_answers_are_calibrated_and_noise_is_unknown_first(
+    run, blobs, tmp_path, monkeypatch, undrawn
+):
+    files = files_of(monkeypatch, blobs, tmp_path)
+    (known, strange), _ = predict(
+        run, [files["20.mat"], files["noise.mat"]], blobs, tmp_path / "out"
+    )
+    scores = read_predictions(run / "predictions.csv").scores
+    exponent = read_json(run / "metrics.json")["calibration"]["exponent"]
+    expected = calibrated(scores[[4]], exponent)[0]
+    assert list(known.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-3)
+    assert known.calibrated
+    assert "not calibrated" not in describe_prediction(known)
+    assert strange.unknown
+    line = describe_prediction(strange)
+    answer = f"unknown, unlike the slices trained on; the nearest class is {strange.predicted} ("
+    assert line.startswith(f"SYNTHETIC: {tmp_path}/noise.mat: {answer}")
+
+
+def test_the_limit_decides_what_is_unknown(run, blobs, tmp_path, monkeypatch, undrawn):
+    files = files_of(monkeypatch, blobs, tmp_path)
+    reference = read_reference(run, blobs)
+    for limit, unknown in ((-1.0, True), (np.inf, False)):
+        moved = dataclasses.replace(reference.calibration, limit=limit)
+        given = dataclasses.replace(reference, calibration=moved)
+        monkeypatch.setattr(prediction, "read_reference", lambda *_, given=given: given)
+        (answer,), _ = predict(run, [files["20.mat"]], blobs, tmp_path / "out")
+        assert answer.unknown is unknown
+        assert describe_prediction(answer).count("unknown") == unknown
+
+
+def test_a_calibration_of_another_epoch_is_refused(run, blobs, monkeypatch):
+    old = dataclasses.replace(read_calibration(run / "calibration.npz"), epoch=29)
+    monkeypatch.setattr(prediction, "read_calibration", lambda path: old)
+    with pytest.raises(UserError, match=r"calibration\.npz: belongs to epoch 29"):
+        read_reference(run, blobs)
+
+
+def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, blobs, monkeypatch):
+    monkeypatch.setattr(examination, "MADE", 3)
+    reference = read_reference(run, blobs)
+    kinds = dict(strange_pictures(reference))
+    assert list(kinds) == [
+        *("noise", "smooth noise", "photographs", "text"),
+        *("slices, inverted", "slices, turned by 90 degrees", "slices, patches shuffled"),
+    ]
+    for name, pictures in kinds.items():
+        assert pictures.shape[1:] == (1, 32, 32), name
+        assert 0 <= pictures.min() < pictures.max() <= 1, name
+    slices = blobs.images[reference.test[np.random.default_rng(0).permutation(9)]]
+    assert sorted(map(float, kinds["slices, inverted"].sum((1, 2, 3)))) == pytest.approx(
+        sorted(1024 - float(one.float().sum()) for one in slices), rel=1e-2
+    )
+    shuffled = kinds["slices, patches shuffled"]
+    turned = kinds["slices, turned by 90 degrees"].rot90(-1, (2, 3))
+    assert not torch.equal(shuffled, turned)
+    assert torch.equal(shuffled.flatten(1).sort().values, turned.flatten(1).sort().values)
+
+    found = judge_strange(reference)
+    assert found["calibrated"]
+    familiarity = reference.calibration.familiarity
+    features = [
+        familiarity.distances(examination._features(reference, pictures))
+        for pictures in (blobs.images[HELD.test], kinds["noise"])
+    ]
+    truth = np.repeat([0, 1], [9, 3])
+    noise = found["kinds"]["noise"]
+    assert noise["auroc"]["Mahalanobis, features"] == pytest.approx(
+        roc_auc_score(truth, np.concatenate(features))
+    )
+    assert noise["flagged"] == (features[1] > reference.calibration.limit).mean()
+    assert found["false_alarms"] == (features[0] > reference.calibration.limit).mean()
+    table = strange_table(found)
+    assert [row[0] for row in table.rows] == list(kinds)
+    assert "held-out slices" in table.caption
+
+
+def test_hottest_points_are_counted_against_the_outline(run, blobs, tmp_path, monkeypatch):
+    reference = read_reference(run, blobs)
+    heat = np.zeros((32, 32))
+    heat[8, 8] = 1.0  # within the blobs of the first class alone
+    monkeypatch.setattr(examination, "grad_cam", lambda *given: heat)
+    monkeypatch.setattr(
+        examination, "slice_paths", lambda folder: [folder / f"{n}.mat" for n in blobs.numbers]
+    )
+
+    def read(path):
+        index = int(path.stem) - 1
+        image = blobs.images[index, 0].float().numpy()
+        return Slice(image, int(blobs.labels[index]), "p", np.zeros((0, 2)), image > 0.6)
+
+    monkeypatch.setattr(examination, "read_slice", read)
+    text = point(reference, tmp_path)
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [int(row["slice"]) for row in rows] == list(range(16, 25))
+    for row in rows:
+        index = int(row["slice"]) - 1
+        assert row["inside"] == str(int(blobs.labels[index] == 0))
+        assert int(row["tumour_area"]) == int((blobs.images[index, 0].float() > 0.6).sum())
+        assert int(row["tumour_area"]) <= int(row["head_area"]) <= 32 * 32
+    (tmp_path / "pointing.csv").write_text(text)
+    table = pointing_table({"m": [tmp_path / "pointing.csv"]})
+    assert table.rows[0][:4] == ["m", "all", "9", "33.3 %"]
+
+
+def test_pointing_by_size_of_tumour_and_chance(tmp_path):
+    path = tmp_path / "pointing.csv"
+    lines = ["slice,truth,predicted,tumour_area,head_area,inside"]
+    lines += [
+        f"{n},glioma,glioma,{10 * n},1000,{'' if n == 1 else int(n > 4)}" for n in range(1, 7)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    rows = pointing_table({"m": [path]}).rows
+    assert [row[1:4] for row in rows] == [
+        ["all", "6", "33.3 %"],
+        ["small", "2", "0.0 %"],
+        ["medium", "2", "0.0 %"],
+        ["large", "2", "100.0 %"],
+    ]
+    assert [row[5] for row in rows] == ["3.5 %", "1.5 %", "3.5 %", "5.5 %"]
+    path.write_text("slice\n1\n")
+    with pytest.raises(UserError, match=r"pointing\.csv"):
+        pointing_table({"m": [path]})
+
+
+def test_refusals_come_one_a_line(capsys, monkeypatch, tmp_path, run, blobs):
+    monkeypatch.setattr("examples.brain_tumor.__main__._load", lambda folder, settings: blobs)
+    names = ["a.png", "b.mat", "c.jpg"]
+    arguments = ["predict", run, *(tmp_path / name for name in names), "--data", tmp_path]
+    code = main([*map(str, arguments), "--out", str(tmp_path / "out")])
+    assert code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"error: {tmp_path / name}: ")
+        assert ";" not in line
