@@ -1,6 +1,8 @@
 """The command line: python -m examples.brain_tumor."""
 
 import argparse
+import io
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .data.download import download_slices, download_weights
-from .data.phantoms import make_phantoms
+from .data.phantoms import is_whole, make_phantoms
 from .data.slices import SliceSet, load_slices
 from .data.splits import make_split
 from .errors import UserError
 from .evaluation.evaluate import evaluate
+from .files import printable
 from .report.figures import plot_early
 from .report.reproduction_report import write_reproduction_report
 from .report.run_report import describe_examination, describe_result, write_report
@@ -72,6 +75,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
+CLOSED_PIPE = 141  # as a shell has it: 128 and SIGPIPE
 AGAIN, CONTINUES = "the same command starts again", "the same command continues"
 
 
@@ -84,7 +88,9 @@ def argument(*names: str, **options: object) -> tuple[Sequence[str], Mapping[str
     return names, options
 
 
-DATA = argument("--data", required=True, help="folder of .mat slices")
+DATA = argument(
+    "--data", required=True, help="folder of .mat slices, or of pictures in a folder for each class"
+)
 RUN = argument("run_folder", metavar="RUN", help="a run's folder")
 
 
@@ -112,14 +118,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; by default the process's own.
 
     Returns:
-        0, 2 when the input is at fault, or 130 when interrupted.
+        0, 2 when the input is at fault, 130 when interrupted, 141 when no one reads the output.
     """
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name need not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         options.command.run(options)
+        sys.stdout.flush()
     except UserError as error:
         for fault in error.args:
-            print("error:", " ".join(str(fault).split()), file=sys.stderr)
+            print("error:", "\n".join(map(printable, str(fault).splitlines())), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as of `... | head`; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except OSError as error:
+        what = "" if error.filename is None else f"{error.filename}: "
+        print("error:", printable(f"{what}{error.strerror or error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; {options.command.after_interrupt(options)}", file=sys.stderr)
@@ -187,7 +204,7 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
         UserError: The folder holds something else.
     """
     data, run = folder / "phantoms", folder / "demo"
-    if len(list(data.glob("*.mat"))) != count:
+    if not is_whole(data, count):
         print(f"{data}: making {count} synthetic slices (phantoms)")
         make_phantoms(data, count, seed=0, progress=sys.stderr.isatty())
     resume = (run / SETTINGS).is_file()
@@ -366,9 +383,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 @command(
-    "classify .mat, PNG or JPEG files, with neighbours and Grad-CAM beside them",
+    "classify .mat, PNG, JPEG, TIFF, BMP or DICOM files, with neighbours and Grad-CAM beside them",
     RUN,
-    argument("files", metavar="FILE", nargs="+", help="slices to classify"),
+    argument("files", metavar="FILE", nargs="+", help="slices to classify, or folders of them"),
     DATA,
     argument("--out", default=Path("answers"), help="folder for the figures"),
 )
@@ -410,7 +427,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _load(folder: Path, settings: Settings) -> SliceSet:
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(
             f"{folder}: no such folder; the real slices are at {ARCHIVE} (CC BY 4.0, Jun Cheng), "
             f"synthetic ones come from: {_command('make-phantoms', folder)}"

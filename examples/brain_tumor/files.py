@@ -1,13 +1,61 @@
-"""Writing files whole or not at all, and saying why where that is impossible."""
+"""Writing files whole or not at all, by one process at a time, and finding damage to them."""
 
+import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 from .errors import UserError
 
 PARTIAL = ".partial"  # what a name ends in while its file is being written
+LOCK = ".lock"
+SUMS = "SHA256SUMS"  # of a folder's files, in the form that `sha256sum --check` takes
+
+
+@contextmanager
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Make a folder and keep other processes from the lock of this name in it meanwhile.
+
+    The lock lies in the folder, so that no other name of it leads around the lock; a killed
+    process lets go of it.
+
+    Raises:
+        UserError: Another process has it, or the folder cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder")
+    made = not folder.exists()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / name).open("a")
+    try:
+        with file:
+            _lock(file.fileno(), folder, Path(file.name))
+            try:
+                yield
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+    finally:
+        if made:
+            with suppress(OSError):  # it holds something, as it should
+                folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise BlockingIOError  # the last one removed it while this one came
+    except OSError:
+        raise UserError(f"{folder}: another process is at work in this folder") from None
 
 
 @contextmanager
@@ -18,7 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: The system refused to write the file: a full disk, no permission.
     """
     temporary = path.with_name(path.name + PARTIAL)
-    with _explained(path):
+    with explained(path):
         try:
             yield temporary
             # A machine that loses its power may have renamed the file, but not stored its bytes.
@@ -29,6 +77,11 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """Replace what a terminal may take amiss: line breaks, control characters, what is no text."""
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
+
+
 def append_text(path: Path, text: str) -> None:
     """Append all of `text` to a file, which need not exist yet, or nothing.
 
@@ -36,7 +89,7 @@ def append_text(path: Path, text: str) -> None:
         UserError: The system refused to write the file: a full disk, no permission.
     """
     size = path.stat().st_size if path.exists() else 0
-    with _explained(path):
+    with explained(path):
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
@@ -46,8 +99,33 @@ def append_text(path: Path, text: str) -> None:
             raise
 
 
+def write_sums(folder: Path, names: Sequence[str]) -> None:
+    """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again."""
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    with replacing(folder / SUMS) as temporary:
+        temporary.write_text("".join(f"{own}  {name}\n" for name, own in sums.items()))
+
+
+def check_sum(path: Path) -> None:
+    """Raise a UserError if a file is not what `write_sums` found; what it did not look at passes.
+
+    Raises:
+        UserError: The file is damaged, or cannot be read.
+    """
+    sums = path.with_name(SUMS)
+    if not sums.is_file():
+        return  # of a version that kept none
+    try:
+        lines = dict(line.split("  ")[::-1] for line in sums.read_text("ascii").splitlines())
+        expected = lines.get(path.name)
+        if expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise UserError(f"{path}: is damaged: it differs from its sum in {SUMS}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable, or {sums} is not: {error}") from None
+
+
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write `path` into a UserError."""
     try:
         yield

@@ -9,12 +9,14 @@ import ipaddress
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
+from threading import Thread
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -22,7 +24,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import PARTIAL, replacing
+from ..files import PARTIAL, explained, locked, replacing
 from ..network.mobilenet import MobileNetV1, load_imagenet_weights
 from ..training.checkpoint import one_line
 from .archives import unpack
@@ -37,6 +39,8 @@ WEIGHTS = (
 MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
 UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
 BLOCK_BYTES = 1 << 18
+SLOWEST = 1000  # bytes a second, on the average of a connection
+LONGEST_HEAD = 4  # times the timeout, which counts from byte to byte, for an answer to begin
 USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
 STRONG_TAG = re.compile(r'"[!#-~]*"')  # an ETag that stands for the same bytes
@@ -101,8 +105,7 @@ def download_slices(
     """
     if (folder / "SYNTHETIC.txt").exists():
         raise UserError(f"{folder}: holds synthetic slices; download into another folder")
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), explained(folder):
         missing = [file for file in files if not _is_unpacked(folder, file)]
         for index, file in enumerate(missing):
             path = folder / file.name
@@ -132,11 +135,10 @@ def download_weights(path: Path, url: str = WEIGHTS, patience: Patience = PATIEN
     Raises:
         UserError: The file cannot be downloaded or written, or is not what it should be.
     """
-    with _writing(path):
+    with locked(path.parent, f".{path.name}.lock"), explained(path):
         if path.exists():
             _check_weights(path)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             fetch(url, path, MAX_WEIGHTS_BYTES, patience=patience, check=_check_weights)
         return _checksum(path, "sha256")
 
@@ -216,7 +218,7 @@ def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) ->
             raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
         _check_room(partial.parent, (limit if total is None else total) - offset + room)
         _keep_tag(_tag_of(partial), response.headers.get("ETag", ""))
-        offset = _append(response, partial, offset, total, limit)
+        offset = _append(response, partial, offset, total, limit, timeout)
         if offset > limit:
             partial.unlink()
             raise UserError(f"{url}: sends more than the {limit} bytes expected")
@@ -226,10 +228,16 @@ def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) ->
 
 
 def _append(
-    response: HTTPResponse, partial: Path, offset: int, total: int | None, limit: int
+    response: HTTPResponse,
+    partial: Path,
+    offset: int,
+    total: int | None,
+    limit: int,
+    timeout: float,
 ) -> int:
     """Write what comes behind the first `offset` bytes, and return how many there are then."""
     end = limit + 1 if total is None else total
+    begun, started = offset, time.monotonic()
     with (
         partial.open("ab" if offset else "wb") as file,
         tqdm(
@@ -251,6 +259,9 @@ def _append(
             file.write(block)
             offset += len(block)
             bar.update(len(block))
+            seconds = time.monotonic() - started
+            if seconds > timeout and offset - begun < SLOWEST * seconds:
+                raise _BrokenError(f"the server sends less than {SLOWEST} bytes a second")
     return offset
 
 
@@ -259,7 +270,10 @@ def _open(url: str, partial: Path, redirects: "_CarefulRedirects", timeout: floa
     try:
         if not _is_safe(url, url):
             raise UserError(f"{url}: not a URL of https")
-        response = build_opener(redirects).open(_request(url, partial), timeout=timeout)
+        request = _request(url, partial)
+        response = _in_time(
+            lambda: build_opener(redirects).open(request, timeout=timeout), LONGEST_HEAD * timeout
+        )
     except HTTPError as error:
         error.close()
         raise _refusal(url, error, partial) from None
@@ -269,6 +283,23 @@ def _open(url: str, partial: Path, redirects: "_CarefulRedirects", timeout: floa
         response.close()
         raise UserError(f"{url}: {_answer(response.status)}, expected the file")
     return response
+
+
+def _in_time(call: Callable[[], HTTPResponse], seconds: float) -> HTTPResponse:
+    """Return what a call returns, or leave it to itself: an answer's head may come byte by byte."""
+    future: Future[HTTPResponse] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def _request(url: str, partial: Path) -> Request:
@@ -416,12 +447,3 @@ def _answer(code: int) -> str:
 def _broken(error: Exception) -> _BrokenError:
     reason = getattr(error, "reason", error)  # what urllib wraps
     return _BrokenError(one_line(reason) or type(error).__name__)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the failure of a file operation into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None

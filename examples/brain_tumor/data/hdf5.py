@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
@@ -57,18 +57,18 @@ def answer(request: bytes, answers: BinaryIO) -> None:
     """Answer one request.
 
     Args:
-        request: A line of JSON: a path, a group's name or "", and the most numbers that each of
-            the group's matrices may hold, by name.
-        answers: Gets a line of JSON, a list of the matrices' dtypes and shapes, then their bytes;
-            or a line with the reason why the file is refused.
+        request: A line of JSON: a path, a group's name or "", the most numbers that each of the
+            group's matrices may hold, by name, and the names of those that may be missing.
+        answers: Gets a line of JSON, a list of the matrices' names, dtypes and shapes, then their
+            bytes; or a line with the reason why the file is refused.
     """
     try:
         matrices = read_matrices(*json.loads(request))
-        header: object = [(matrix.dtype.str, matrix.shape) for matrix in matrices]
+        header: object = [(name, one.dtype.str, one.shape) for name, one in matrices.items()]
     except FormatError as error:
-        matrices, header = [], str(error)
+        matrices, header = {}, str(error)
     answers.write(json.dumps(header).encode() + b"\n")
-    for matrix in matrices:
+    for matrix in matrices.values():
         answers.write(matrix)
     answers.flush()
 
@@ -94,11 +94,17 @@ def limit_time(seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def read_matrices(path: str, group: str, limits: dict[str, int]) -> list[np.ndarray]:
+def read_matrices(
+    path: str, group: str, limits: dict[str, int], optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Read the named matrices of a group of a file, each of at most so many numbers."""
     with open_hdf5(path) as file:
         members = member(file, group, h5py.Group) if group else file
-        return [read_matrix(members, name, most) for name, most in limits.items()]
+        return {
+            name: read_matrix(members, name, most)
+            for name, most in limits.items()
+            if name not in optional or members.get(name, getlink=True) is not None
+        }
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .hdf5 import LARGEST_SIDE
 from .reader import READER
 
 ARCHIVE_SIZE = 3064  # slices
+CLASS_NAMES = ("meningioma", "glioma", "pituitary")  # labels 0, 1, 2; the archive's 1, 2, 3
 FOLDS = 5
 LARGEST_FILE = 1 << 28  # bytes; the archive's have less than a million
 MOST_PIXELS = LARGEST_SIDE**2
@@ -41,27 +42,67 @@ def read_slice(path: Path) -> Slice:
     Raises:
         UserError: The file is missing, damaged or not a slice.
     """
-    check_file(path)
-    image, label, patient, border, mask = READER.read(path, "cjdata", FIELDS)
-    image, mask = image.T, mask.T  # MATLAB stores columns first
+    found = _read(path, FIELDS)
+    border = found["tumorBorder"]
+    if border.size % 2 or min(border.shape) != 1 or not np.isfinite(border).all():
+        raise UserError(f"{path}: tumorBorder is not a row of finite x1 y1 x2 y2 ...")
+    return Slice(
+        image=check_image(path, found["image"].T),  # MATLAB stores columns first
+        label=_label(path, found["label"]),
+        patient=decode_text(path, found["PID"]),
+        border=border.reshape(-1, 2).astype(np.float64) - 1,  # MATLAB counts pixels from 1
+        mask=_mask(path, found["tumorMask"].T, found["image"].T),
+    )
+
+
+def read_unlabelled(path: Path) -> tuple[np.ndarray, np.ndarray | None, int | None]:
+    """Read a new patient's slice: of all fields it needs `image` alone.
+
+    Returns:
+        The image (h, w) float32 and, where the file has them, tumour mask (h, w) and label.
+
+    Raises:
+        UserError: The file is missing, damaged or not a slice.
+    """
+    names = ("image", "tumorMask", "label")
+    found = _read(path, {name: FIELDS[name] for name in names}, optional=names[1:])
+    image = found["image"].T
+    return (
+        check_image(path, image),
+        _mask(path, found["tumorMask"].T, image) if "tumorMask" in found else None,
+        _label(path, found["label"]) if "label" in found else None,
+    )
+
+
+def check_image(path: Path, image: np.ndarray) -> np.ndarray:
+    """Return an image (h, w) as float32, unless no slice looks like it."""
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
         image = np.ascontiguousarray(image, dtype=np.float32)
     if not np.isfinite(image).all():
         raise UserError(f"{path}: image holds NaN or infinite pixels")
+    if image.min() == image.max():
+        raise UserError(f"{path}: is of one grey value throughout, expected a slice")
+    return image
+
+
+def _read(
+    path: Path, fields: dict[str, int], optional: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    check_file(path)
+    return READER.read(path, "cjdata", fields, optional)
+
+
+def _label(path: Path, label: np.ndarray) -> int:
     if label.size != 1 or label.item() not in (1, 2, 3):
         found = label.item() if label.size == 1 else f"of shape {label.shape}"
         raise UserError(f"{path}: label is {found}, expected 1, 2 or 3")
-    if border.size % 2 or min(border.shape) != 1 or not np.isfinite(border).all():
-        raise UserError(f"{path}: tumorBorder is not a row of finite x1 y1 x2 y2 ...")
+    return int(label.item()) - 1
+
+
+def _mask(path: Path, mask: np.ndarray, image: np.ndarray) -> np.ndarray:
     if mask.shape != image.shape:
         raise UserError(f"{path}: tumorMask is {mask.shape}, but image is {image.shape}")
-    return Slice(
-        image=image,
-        label=int(label.item()) - 1,
-        patient=decode_text(path, patient),
-        border=border.reshape(-1, 2).astype(np.float64) - 1,  # MATLAB counts pixels from 1
-        mask=np.ascontiguousarray(mask != 0),
-    )
+    return np.ascontiguousarray(mask != 0)
 
 
 def read_folds(path: Path) -> np.ndarray:
@@ -71,8 +112,7 @@ def read_folds(path: Path) -> np.ndarray:
         UserError: The file is missing, damaged or not the archive's.
     """
     check_file(path)
-    (folds,) = READER.read(path, "", {"cvind": LARGEST_SIDE})
-    folds = folds.ravel()
+    folds = READER.read(path, "", {"cvind": LARGEST_SIDE})["cvind"].ravel()
     if len(folds) != ARCHIVE_SIZE:
         raise UserError(f"{path}: holds {len(folds)} folds, expected {ARCHIVE_SIZE}")
     if not np.isin(folds, range(1, FOLDS + 1)).all():
@@ -99,5 +139,10 @@ def decode_text(path: Path, codes: np.ndarray) -> str:
     if codes.dtype.kind in "iu" and codes.min() >= 0 and codes.max() <= 0xFFFF:
         text = "".join(map(chr, codes.ravel())).strip()
         if text.isprintable() and 0 < len(text) <= 64:
-            return text
+            return no_formula(text)
     raise UserError(f"{path}: PID is not a short printable text")
+
+
+def no_formula(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula when it meets it in a CSV file."""
+    return "'" + text if text.startswith(tuple("=+-@\t\r")) else text

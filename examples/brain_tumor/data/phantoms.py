@@ -7,6 +7,7 @@ the same way for every class, so that only the tumour and its place tell the cla
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ from numpy.random import Generator, default_rng
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import replacing
+from ..files import explained, locked, replacing
 from .anatomy import PLANES, SELLA, Anatomy, Head, slice_points, smooth_noise
+from .folders import MARKER_NAME, PLANES_NAME, check_complete
 
-MARKER_NAME = "SYNTHETIC.txt"
-PLANES_NAME = "planes.csv"
 MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing about patients.\n"
 # The text that opens a .mat file; its platform marks the file as a phantom.
 HEADER = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
@@ -212,7 +212,21 @@ def make_phantoms(
     for name, value, least in (("count", count, 1), ("seed", seed, 0), ("size", size, 64)):
         if value < least:
             raise UserError(f"{name}: must be at least {least}, not {value}")
-    _prepare(folder)
+    with locked(folder):
+        _prepare(folder)
+        _make(folder, count, seed, size, progress)
+
+
+def is_whole(folder: Path, count: int) -> bool:
+    """Return whether a folder holds so many phantoms, all that were to be made."""
+    try:
+        check_complete(folder, len(list(folder.glob("*.mat"))))
+    except UserError:
+        return False
+    return (folder / f"{count}.mat").is_file() and not (folder / f"{count + 1}.mat").is_file()
+
+
+def _make(folder: Path, count: int, seed: int, size: int, progress: bool) -> None:
     head, number = Head(), 0
     planes = ["slice,plane"]
     with tqdm(total=count, desc="phantoms", unit="slice", disable=not progress) as bar:
@@ -230,16 +244,15 @@ def make_phantoms(
 
 def _prepare(folder: Path) -> None:
     """Make the folder, refuse foreign .mat files in it, remove old phantoms, set the marker."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     present = sorted(folder.glob("*.mat"))
     for path in present:
         if not (path.is_file() and _is_phantom(path)):
             raise UserError(f"{path}: is not a phantom; choose another folder for the phantoms")
-    (folder / MARKER_NAME).write_text(MARKER_TEXT)
-    for path in present:
-        path.unlink()
+    with explained(folder):
+        (folder / PLANES_NAME).unlink(missing_ok=True)
+        (folder / MARKER_NAME).write_text(MARKER_TEXT)
+        for path in present:
+            path.unlink()
 
 
 def _is_phantom(path: Path) -> bool:
@@ -296,14 +309,18 @@ def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np
         ("tumorBorder", border.reshape(1, -1) + 1, "double", None),
         ("tumorMask", _fill(border, len(picture)).T, "logical", 1),
     )
+    buffer = io.BytesIO()  # libhdf5 itself may crash on a full disk
+    _write_fields(buffer, fields)
+    buffer.seek(0)
+    buffer.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
     with replacing(path) as temporary:
-        _write_fields(temporary, fields)
-        with temporary.open("r+b") as file:
-            file.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
+        temporary.write_bytes(buffer.getbuffer())
 
 
-def _write_fields(path: Path, fields: Iterable[tuple[str, np.ndarray, str, int | None]]) -> None:
-    with h5py.File(path, "w", userblock_size=512) as file:
+def _write_fields(
+    buffer: io.BytesIO, fields: Iterable[tuple[str, np.ndarray, str, int | None]]
+) -> None:
+    with h5py.File(buffer, "w", userblock_size=512) as file:
         group = file.create_group("cjdata")
         group.attrs["MATLAB_class"] = np.bytes_("struct")
         for name, value, matlab_class, decode in fields:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -33,20 +34,23 @@ class Reader:
         self.process: subprocess.Popen[bytes] | None = None
         self._lock = Lock()
 
-    def read(self, path: Path, group: str, limits: dict[str, int]) -> list[np.ndarray]:
+    def read(
+        self, path: Path, group: str, limits: dict[str, int], optional: Sequence[str] = ()
+    ) -> dict[str, np.ndarray]:
         """Read matrices from a group of a file.
 
         Args:
             path: The file.
             group: The group's name; empty for the file's root.
             limits: The matrices' names, and the most numbers that each may hold.
+            optional: The names of those that may be missing.
 
         Raises:
             UserError: The file is damaged, or a matrix is missing or not as it should be.
         """
         with self._lock:
             try:
-                answer = self._ask(json.dumps([str(path.absolute()), group, limits]))
+                answer = self._ask(json.dumps([str(path.absolute()), group, limits, optional]))
             except EOFError:
                 self.stop()
                 answer = "damaged: reading it crashes or never ends"
@@ -76,7 +80,7 @@ class Reader:
             process.stdout.raw.close()
             process.returncode = 0  # no child of this process, which need not wait for it
 
-    def _ask(self, request: str) -> str | list[np.ndarray]:
+    def _ask(self, request: str) -> str | dict[str, np.ndarray]:
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self._start()
@@ -88,8 +92,8 @@ class Reader:
         header = json.loads(line)
         if isinstance(header, str):
             return header
-        matrices = [np.empty(shape, dtype) for dtype, shape in header]
-        for matrix in matrices:
+        matrices = {name: np.empty(shape, dtype) for name, dtype, shape in header}
+        for matrix in matrices.values():
             if self.process.stdout.readinto(matrix) < matrix.nbytes:
                 raise EOFError
         return matrices

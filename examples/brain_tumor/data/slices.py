@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-import re
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import replacing
+from ..files import locked, replacing
 from .crop import cut, find_box
-from .matlab import read_folds, read_slice
+from .folders import (
+    MARKER_NAME,
+    Source,
+    check_complete,
+    find_slices,
+    shortened,
+    tell_left_out,
+)
+from .matlab import CLASS_NAMES, no_formula, read_folds, read_slice
+from .pictures import read_picture
 
-CLASS_NAMES = ("meningioma", "glioma", "pituitary")  # labels 0, 1, 2; the archive's 1, 2, 3
 PLANES = ("axial", "sagittal", "coronal")
 # One clear slice of the archive for each cell of figure 1, chosen by eye.
 SAMPLE_NUMBERS = {
@@ -33,6 +42,7 @@ SAMPLE_NUMBERS = {
     ("pituitary", "coronal"): 1092,
 }
 CACHE_FORMAT = 2  # to be raised whenever decoding changes
+KEPT = ("images", "labels", "patients", "numbers", "faults", "digest")
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,15 @@ class SliceSet:
     """All slices of a folder, decoded."""
 
     images: Tensor  # (n, 1, size, size) float16, each image scaled to [0, 1]
-    labels: Tensor  # (n,) indices into `CLASS_NAMES`
+    labels: Tensor  # (n,) indices into `classes`
     numbers: list[int]  # the slices' numbers, ascending: 12 for 12.mat
-    patients: list[str]  # the patients' ids
+    patients: list[str]  # the patients' ids or, where they are unknown, the files' names
     folds: Tensor | None  # (n,) folds 1 to 5 of cvind.mat, or None where there is no such file
     synthetic: bool  # true for phantoms
     # SHA-256 of the images as they were read, whatever they were cut and resized to
     digest: str = ""
+    classes: tuple[str, ...] = CLASS_NAMES
+    patients_known: bool = True
 
 
 def load_slices(
@@ -56,7 +68,7 @@ def load_slices(
     progress: bool = True,
     crop: str = "none",
 ) -> SliceSet:
-    """Load every slice of a folder: 1.mat, 2.mat, ..., and cvind.mat if it is there.
+    """Load every slice of a folder, see `find_slices`, and cvind.mat if it is there.
 
     Decoding takes a minute or two for the whole archive, so its result is kept, in one file for
     each image size and crop. That file is rebuilt when a slice's name, size or time of change
@@ -71,66 +83,84 @@ def load_slices(
         crop: What is cut out of each slice before that, see `find_box`.
 
     Raises:
-        UserError: The folder is missing or holds no slices, or a file is faulty.
+        UserError: The folder is missing or holds no slices, or slices of the archive are faulty:
+            all of them are named. Faulty pictures are left out, and named on standard error.
     """
-    paths = slice_paths(folder)
-    numbers = [int(path.stem) for path in paths]
+    found = find_slices(folder)
+    synthetic = (folder / MARKER_NAME).is_file()
+    if synthetic:
+        check_complete(folder, len(found.sources))
     cache = (cache_folder or default_cache_folder(folder)) / f"slices-{image_size}-{crop}.npz"
-    key = cache_key(paths, image_size, crop)
-    decoded = read_cache(cache, key, (len(paths), 1, image_size, image_size))
+    key = cache_key(found.sources, image_size, crop)
+    decoded = read_cache(cache, key, image_size, len(found.classes))
     if decoded is None:
-        decoded = decode_slices(paths, image_size, crop, progress)
+        decoded = decode_slices(folder, found.sources, image_size, crop, progress)
         write_cache(cache, key, decoded)
+    tell_left_out(folder, [*found.left_out, *decoded["faults"].tolist()])
+    numbers = decoded["numbers"].tolist()
     return SliceSet(
         images=torch.from_numpy(decoded["images"]),
         labels=torch.from_numpy(decoded["labels"]),
         numbers=numbers,
         patients=decoded["patients"].tolist(),
-        folds=load_folds(folder / "cvind.mat", numbers),
-        synthetic=(folder / "SYNTHETIC.txt").is_file(),
+        folds=None if found.folds is None else load_folds(found.folds, numbers),
+        synthetic=synthetic,
         digest=str(decoded["digest"]),
+        classes=found.classes,
+        patients_known=found.sources[0].label is None,
     )
 
 
-def load_folds(path: Path, numbers: list[int]) -> Tensor | None:
-    """Return the folds of the slices with the given numbers, or None without a cvind.mat."""
-    if not path.exists():
-        return None
+def load_folds(path: Path, numbers: list[int]) -> Tensor:
+    """Return the folds of the slices with the given numbers."""
     folds = read_folds(path)
     if numbers[-1] > len(folds):
         raise UserError(f"{path}: has no fold for {numbers[-1]}.mat")
     return torch.from_numpy(folds[np.array(numbers) - 1])
 
 
-def slice_paths(folder: Path) -> list[Path]:
-    """Return the slices of a folder in the order 1, 2, 10."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    paths = [path for path in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}\.mat", path.name)]
-    if not paths:
-        raise UserError(f"{folder}: holds no slices (1.mat, 2.mat, ...)")
-    return sorted(paths, key=lambda path: int(path.stem))
-
-
 def decode_slices(
-    paths: list[Path], image_size: int, crop: str, progress: bool
+    folder: Path, sources: Sequence[Source], image_size: int, crop: str, progress: bool
 ) -> dict[str, np.ndarray]:
-    """Read slices, cut and resize their images."""
-    images = np.empty((len(paths), 1, image_size, image_size), np.float16)
-    labels, patients, digest = [], [], hashlib.sha256()
-    for index, path in enumerate(tqdm(paths, "decoding", unit="slice", disable=not progress)):
-        found = read_slice(path)
-        images[index] = resize(cut(found.image, find_box(found.image, crop)), image_size)
-        digest.update(repr((path.name, found.image.shape, str(found.image.dtype))).encode())
-        digest.update(np.ascontiguousarray(found.image))
-        labels.append(found.label)
-        patients.append(found.patient)
+    """Read slices, cut and resize their images.
+
+    Raises:
+        UserError: Slices of the archive are faulty, or all pictures are; their faults, one a line.
+    """
+    images = np.empty((len(sources), 1, image_size, image_size), np.float16)
+    kept, labels, patients, faults = [], [], [], []
+    digest = hashlib.sha256()
+    for source in tqdm(sources, "decoding", unit="slice", disable=not progress):
+        try:
+            image, label, patient = _read(source)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        images[len(kept)] = resize(cut(image, find_box(image, crop)), image_size)
+        digest.update(repr((source.name, image.shape, str(image.dtype))).encode())
+        digest.update(np.ascontiguousarray(image))
+        kept.append(source.number)
+        labels.append(label)
+        patients.append(patient)
+    if faults and (not kept or sources[0].label is None):
+        head = [f"{folder}: {len(faults)} of {len(sources)} slices are at fault:"]
+        raise UserError("\n".join(head + shortened(faults) if len(faults) > 1 else faults))
     return {
-        "images": images,
+        "images": images[: len(kept)],
         "labels": np.array(labels),
         "patients": np.array(patients),
+        "numbers": np.array(kept),
+        "faults": np.array(faults, dtype=str),
         "digest": np.array(digest.hexdigest()),
     }
+
+
+def _read(source: Source) -> tuple[np.ndarray, int, str]:
+    """Return a slice's image, label and patient; of a picture's patient nothing is known."""
+    if source.label is not None:
+        return read_picture(source.path), source.label, no_formula(source.name)
+    found = read_slice(source.path)
+    return found.image, found.label, found.patient
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -145,43 +175,48 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def default_cache_folder(folder: Path) -> Path:
     """Return `.cache` in a folder or, if that cannot be written, a place of the user's."""
-    if os.access(folder, os.W_OK):
-        return folder / ".cache"
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "angular_losses" / name
+    if not os.access(folder, os.W_OK):
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        with suppress(RuntimeError):  # a user without a home, as in a container
+            return Path.home() / ".cache" / "angular_losses" / name
+    return folder / ".cache"
 
 
-def cache_key(paths: list[Path], image_size: int, crop: str) -> str:
+def cache_key(sources: Sequence[Source], image_size: int, crop: str) -> str:
     """Return a digest of everything that the decoded slices depend on."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stats = []
+    for source in sources:
+        with suppress(OSError):  # whoever reads the file says what is wrong with it
+            stat = source.path.stat()
+            stats.append((source.name, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(repr((CACHE_FORMAT, image_size, crop, stats)).encode()).hexdigest()
 
 
-def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+def read_cache(path: Path, key: str, side: int, classes: int) -> dict[str, np.ndarray] | None:
     """Return what `write_cache` kept under a key, or None if it is absent, stale or damaged."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if str(file["key"]) != key:
                 return None
-            cached = {name: file[name] for name in ("images", "labels", "patients", "digest")}
+            cached = {name: file[name] for name in KEPT}
     except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
         return None
-    images, labels, patients, digest = cached.values()
-    sound = images.shape == shape and images.dtype == np.float16
-    sound &= labels.shape == shape[:1] and labels.dtype == np.int64
-    sound &= bool(np.isin(labels, range(len(CLASS_NAMES))).all())
-    sound &= patients.shape == shape[:1] and patients.dtype.kind == "U"
-    sound &= digest.dtype.kind == "U" and digest.shape == ()
+    images, labels, patients, numbers, faults, digest = cached.values()
+    sound = images.shape == (len(labels), 1, side, side) and images.dtype == np.float16
+    sound &= labels.dtype == np.int64 and bool(np.isin(labels, range(classes)).all())
+    sound &= patients.shape == numbers.shape == labels.shape and numbers.dtype == np.int64
+    sound &= all(one.dtype.kind == "U" for one in (patients, faults, digest))
     return cached if sound else None
 
 
 def write_cache(path: Path, key: str, decoded: dict[str, np.ndarray]) -> None:
     """Keep decoded slices; a full or read-only disk is only mentioned, for a cache saves time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with (
+            locked(path.parent, f".{path.name}.lock"),
+            replacing(path) as temporary,
+            temporary.open("wb") as file,
+        ):
             np.savez(file, key=np.array(key), **decoded)
     except UserError as error:
         print(f"{error}; the slices will be decoded again", file=sys.stderr)
-    except OSError as error:
-        print(f"{path}: {error.strerror}; the slices will be decoded again", file=sys.stderr)

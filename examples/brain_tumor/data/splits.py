@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..settings import DataSettings
 from .matlab import FOLDS
-from .slices import CLASS_NAMES, SliceSet
+from .slices import SliceSet
 
 ARCHIVE_COUNTS = (708, 1426, 930)  # slices of each class in the archive
 PAPER_TEST_COUNTS = (217, 422, 281)  # the only counts that fit the paper's tables
@@ -68,7 +68,7 @@ def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
             f"--calibration {share:g}: the training side is too small ({error}); a larger share "
             "takes fewer slices to divide, and 0 holds none out"
         ) from None
-    for label, title in enumerate(CLASS_NAMES):
+    for label, title in enumerate(slices.classes):
         if (labels == label).any() and not all(
             (labels[part] == label).any() for part in (kept, held)
         ):
@@ -95,21 +95,24 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
         UserError: A class is too small for both training and test set.
     """
     of_archive = dict(zip(ARCHIVE_COUNTS, PAPER_TEST_COUNTS, strict=True))
-    sizes = slices.labels.bincount(minlength=len(CLASS_NAMES)).tolist()
+    sizes = slices.labels.bincount(minlength=len(slices.classes)).tolist()
     whole = tuple(sizes) == ARCHIVE_COUNTS
     drawn = _draw(
-        "paper",
-        slices.labels,
+        *("paper", slices, torch.arange(len(slices.labels))),
         lambda size: of_archive[size] if whole else round(TEST_FRACTION * size),
         seed,
     )
     test = ~drawn if swap else drawn
-    shared = len(patients_on_both_sides(slices.patients, test))
+    shared = (
+        f"{len(patients_on_both_sides(slices.patients, test))} of {len(set(slices.patients))} "
+        "patient ids have slices on both sides"
+        if slices.patients_known
+        else "no patient ids are known, and patients may well have slices on both sides"
+    )
     return _split(
         "paper-swapped" if swap else "paper",
         test,
-        f"By slice, as in the paper, from seed {seed}: {shared} of "
-        f"{len(set(slices.patients))} patient ids have slices on both sides.",
+        f"By slice, as in the paper, from seed {seed}: {shared}.",
     )
 
 
@@ -122,9 +125,7 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
         UserError: A class is too small for both training and test set.
     """
     side = paper_split(slices, seed).train
-    drawn = _draw(
-        "validation", slices.labels[side], lambda size: round(VALIDATION_FRACTION * size), seed
-    )
+    drawn = _draw("validation", slices, side, lambda size: round(VALIDATION_FRACTION * size), seed)
     return Split(
         train=side[~drawn],
         test=side[drawn],
@@ -136,11 +137,14 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
     )
 
 
-def _draw(name: str, labels: Tensor, count: Callable[[int], int], seed: int) -> Tensor:
-    """Return a mask (n,) of slices drawn from each class, `count` of its size."""
+def _draw(
+    name: str, slices: SliceSet, side: Tensor, count: Callable[[int], int], seed: int
+) -> Tensor:
+    """Return a mask (n,) of slices drawn from each class of a side (n,), `count` of its size."""
     generator = torch.Generator().manual_seed(seed)
+    labels = slices.labels[side]
     drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label, title in enumerate(CLASS_NAMES):
+    for label, title in enumerate(slices.classes):
         members = (labels == label).nonzero()[:, 0]
         if not 0 < count(len(members)) < len(members):
             raise UserError(f"split {name}: {len(members)} {title} slices are too few to divide")
@@ -160,8 +164,14 @@ def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) ->
     folds do not depend on it. `swap` exchanges the sides: train on one fold, test on four.
 
     Raises:
-        UserError: The fold is empty, has all slices of a class, or shares a patient with another.
+        UserError: The fold is empty, has all slices of a class, or shares a patient with another;
+            or no patients are known.
     """
+    if not slices.patients_known:
+        raise UserError(
+            "split patient: pictures have no patient ids, so only a split by slice is possible: "
+            "--split paper. Slices of one patient may then be on both sides"
+        )
     if slices.folds is None:
         folds, origin = deal_patients(slices, seed), f"dealt by PID from seed {seed}"
     else:
@@ -171,7 +181,7 @@ def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) ->
         raise UserError(f"split patient: fold {fold} has no slices")
     for label in slices.labels[test].unique().tolist():
         if label not in slices.labels[~test]:
-            raise UserError(f"split patient: every {CLASS_NAMES[label]} slice is in fold {fold}")
+            raise UserError(f"split patient: every {slices.classes[label]} slice is in fold {fold}")
     shared = patients_on_both_sides(slices.patients, test)
     if shared:
         raise UserError(f"split patient: patient {min(shared)} is in fold {fold} and in another")
@@ -189,7 +199,7 @@ def deal_patients(slices: SliceSet, seed: int) -> Tensor:
     label_of = dict(zip(slices.patients, slices.labels.tolist(), strict=True))
     generator = torch.Generator().manual_seed(seed)
     dealt: dict[str, int] = {}
-    for label in range(len(CLASS_NAMES)):
+    for label in range(len(slices.classes)):
         members = sorted(patient for patient in label_of if label_of[patient] == label)
         for place in torch.randperm(len(members), generator=generator).tolist():
             dealt[members[place]] = len(dealt) % FOLDS + 1

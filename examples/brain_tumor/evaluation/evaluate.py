@@ -13,13 +13,13 @@ from torch import Tensor
 
 from angular_losses import angle_between
 
-from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import replacing
+from ..files import SUMS, check_sum, locked, replacing, write_sums
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import class_centres
-from ..settings import read_settings
+from ..settings import Settings, read_settings
 from ..training.checkpoint import load_loss, load_network
 from ..training.run_folder import (
     ANGLES,
@@ -43,6 +43,7 @@ from .calibration import (
 )
 from .metrics import Metrics, measure, reliability
 
+EVALUATING = ".evaluation.lock"  # apart from a training's, which may go on meanwhile
 EMBEDDING_BATCH = 32  # slices; small enough for the caches, and changes no number
 VIEWS = ((), (3,), (2,))  # the axes along which a view of (n, 1, size, size) is mirrored
 
@@ -75,12 +76,21 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
         it holds the calibration too.
     """
     settings = read_settings(run / SETTINGS)
+    with locked(run, EVALUATING):
+        (run / SUMS).unlink(missing_ok=True)
+        return _evaluate(run, settings, slices)
+
+
+def _evaluate(run: Path, settings: Settings, slices: SliceSet) -> Metrics:
     split = read_split(run, slices)
     network, epoch = load_network(run, settings.network)
     own = settings.evaluation.views
     embeddings = _embed_views(run, network, slices, split, max(own, 2))
     centres = class_centres(
-        load_loss(run, settings), embeddings[own][split.train], slices.labels[split.train]
+        load_loss(run, settings, len(slices.classes)),
+        embeddings[own][split.train],
+        slices.labels[split.train],
+        len(slices.classes),
     )
     _write_array(run / EMBEDDINGS, embeddings[own])
     _write_array(run / ANGLES, class_angles(embeddings[own], centres))
@@ -104,6 +114,8 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
             run, network, epoch, slices, split, embeddings[own], own
         )
     write_json(run / METRICS, results)
+    tables = [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
+    write_sums(run, [EMBEDDINGS, ANGLES, PREDICTIONS, *tables, METRICS])
     return by_views[own]
 
 
@@ -120,7 +132,7 @@ def _calibrate(
     train, labels, precision = embeddings[split.train], slices.labels, read_precision(run)
     (held, held_features), (test, test_features) = (
         (
-            class_scores(train, labels[split.train], embeddings[side], len(CLASS_NAMES)).numpy(),
+            class_scores(train, labels[split.train], embeddings[side], len(slices.classes)).numpy(),
             embed(network, slices.images[side], precision, views, pooled=True).numpy(),
         )
         for side in (split.calibration, split.test)
@@ -233,20 +245,27 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         UserError: The file is missing or damaged.
     """
+    check_sum(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        columns = rows[0] if rows else {}
+        classes = [name.removeprefix("score_") for name in columns if name.startswith("score_")]
         truth, predicted = (
-            np.array([CLASS_NAMES.index(row[column]) for row in rows], np.int64)
+            np.array([classes.index(row[column]) for row in rows], np.int64)
             for column in ("truth", "predicted")
         )
-        scores = [[float(row[f"score_{name}"]) for name in CLASS_NAMES] for row in rows]
+        scores = [[float(row[f"score_{name}"]) for name in classes] for row in rows]
         numbers = [int(row["slice"]) for row in rows]
         patients = [row["patient"] for row in rows]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as predictions: {error}") from None
     return Predictions(
-        np.array(numbers), np.array(patients), truth, predicted, np.array(scores).reshape(-1, 3)
+        np.array(numbers),
+        np.array(patients),
+        truth,
+        predicted,
+        np.array(scores).reshape(len(rows), -1),
     )
 
 
@@ -271,25 +290,26 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
     train, test, labels = embeddings[split.train], embeddings[split.test], slices.labels
     nearest, cosine = nearest_neighbour(train, test)
     predicted = labels[split.train][nearest]
-    scores = class_scores(train, labels[split.train], test, len(CLASS_NAMES))
+    scores = class_scores(train, labels[split.train], test, len(slices.classes))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     columns = ["slice", "patient", "fold", "truth", "predicted", "nearest_training_slice", "cosine"]
-    writer.writerow([*columns, *(f"score_{name}" for name in CLASS_NAMES)])
+    writer.writerow([*columns, *(f"score_{name}" for name in slices.classes)])
     for row, index in enumerate(split.test.tolist()):
         writer.writerow(
             [
                 slices.numbers[index],
                 slices.patients[index],
                 "" if slices.folds is None else int(slices.folds[index]),
-                CLASS_NAMES[labels[index]],
-                CLASS_NAMES[predicted[row]],
+                slices.classes[labels[index]],
+                slices.classes[predicted[row]],
                 slices.numbers[split.train[nearest[row]]],
                 f"{cosine[row]:.6f}",
                 *(f"{score:.9g}" for score in scores[row]),
             ]
         )
-    return table.getvalue(), measure(labels[split.test].numpy(), predicted.numpy())
+    truth = labels[split.test].numpy()
+    return table.getvalue(), measure(truth, predicted.numpy(), len(slices.classes))
 
 
 def _write_array(path: Path, values: Tensor) -> None:

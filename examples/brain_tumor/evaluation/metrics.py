@@ -16,7 +16,7 @@ COLUMNS = ("recall Me", "Gl", "Pt", "accuracy", "F1 Me", "Gl", "Pt", "macro", "m
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What a confusion matrix says; per class in the order of CLASS_NAMES."""
+    """What a confusion matrix says; per class in the order of the labels."""
 
     confusion: list[list[int]]  # counts, rows are the truth and columns the prediction
     accuracy: float  # the share of slices classified correctly, in [0, 1]
@@ -50,9 +50,11 @@ class Reliability(NamedTuple):
     error: float  # the expected calibration error, in [0, 1]
 
 
-def measure(truth: np.ndarray, predicted: np.ndarray) -> Metrics:
+def measure(
+    truth: np.ndarray, predicted: np.ndarray, num_classes: int = len(CLASS_NAMES)
+) -> Metrics:
     """Return what answers (n,) are worth, given the truth (n,)."""
-    return compute_metrics(confusion_matrix(truth, predicted, labels=range(len(CLASS_NAMES))))
+    return compute_metrics(confusion_matrix(truth, predicted, labels=range(num_classes)))
 
 
 def compute_metrics(confusion: np.ndarray) -> Metrics:

@@ -93,7 +93,9 @@ MARGINS = {
 }
 
 
-def make_loss(settings: LossSettings, embedding_size: int) -> nn.Module:
+def make_loss(
+    settings: LossSettings, embedding_size: int, num_classes: int = len(CLASS_NAMES)
+) -> nn.Module:
     """Return the loss that the settings name, with its class centres if it has any.
 
     Raises:
@@ -111,7 +113,7 @@ def make_loss(settings: LossSettings, embedding_size: int) -> nn.Module:
             raise UserError("--label-smoothing: --loss triplet has no labels to smooth; expected 0")
         return TripletLoss(settings.margin)
     options: dict[str, Any] = {
-        "num_classes": len(CLASS_NAMES),
+        "num_classes": num_classes,
         "embedding_size": embedding_size,
         "label_smoothing": settings.label_smoothing,
     }
@@ -140,7 +142,9 @@ def _annealing(settings: LossSettings) -> LambdaAnnealing:
     )
 
 
-def class_centres(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> list[Tensor]:
+def class_centres(
+    loss: nn.Module, embeddings: Tensor, labels: Tensor, num_classes: int = len(CLASS_NAMES)
+) -> list[Tensor]:
     """Return the directions that stand for each class.
 
     Args:
@@ -148,6 +152,7 @@ def class_centres(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> list[T
         embeddings: (n, d) of the training slices, for a loss without centres: there a class's
             centre is the mean direction of its embeddings.
         labels: (n,) their classes.
+        num_classes: C.
 
     Returns:
         For each class (k, d); k is 1 except with sub-centres.
@@ -155,5 +160,5 @@ def class_centres(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> list[T
     weight: Any = loss.weight
     if weight is None:
         directions = F.normalize(embeddings)
-        return [directions[labels == label].mean(0)[None] for label in range(len(CLASS_NAMES))]
-    return list(weight.detach().cpu().chunk(len(CLASS_NAMES)))
+        return [directions[labels == label].mean(0)[None] for label in range(num_classes)]
+    return list(weight.detach().cpu().chunk(num_classes))

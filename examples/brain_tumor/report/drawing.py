@@ -12,7 +12,7 @@ from ..evaluation.metrics import reliability, seed_interval, wilson_interval
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
 from ..reproduction.results import Result, metrics_of, pooled
 from ..reproduction.running import SAMPLES
-from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT, read_rows
+from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT, read_array, read_rows
 from . import paper, tables
 from .further_figures import (
     Angles,
@@ -123,7 +123,7 @@ def angles(report: Report) -> bool:
 
 
 def _angles(report: Report, result: Result, indices: np.ndarray) -> Angles:
-    angles = np.load(result.folder / ANGLES, allow_pickle=False)[indices]
+    angles = read_array(result.folder / ANGLES)[indices]
     labels, rows = report.slices.labels[indices], np.arange(len(indices))
     others = angles.copy()
     others[rows, labels] = np.inf

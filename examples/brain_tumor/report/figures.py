@@ -60,16 +60,19 @@ def plot_loss(title: str, epochs: list[dict[str, Any]]) -> Figure:
 
 
 @saved
-def plot_confusion(title: str, confusion: list[list[int]]) -> Figure:
+def plot_confusion(
+    title: str, confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES
+) -> Figure:
     """Draw a confusion matrix: counts as text, the share of each true class as shade.
 
     Args:
         title: Stands above it.
         confusion: Counts, rows are the truth.
+        classes: Their names.
     """
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    picture = draw_confusion(axes, confusion)
+    picture = draw_confusion(axes, confusion, classes)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
     figure.suptitle(title, fontsize=11)
     return figure
@@ -80,14 +83,16 @@ def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [math.nan if row[name] is None else row[name] for row in rows]
 
 
-def draw_confusion(axes: Axes, confusion: list[list[int]]) -> AxesImage:
+def draw_confusion(
+    axes: Axes, confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES
+) -> AxesImage:
     """Draw a confusion matrix into axes; return the picture that a colour bar explains."""
     counts = np.asarray(confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(CLASS_NAMES))
-    axes.set_xticks(ticks, CLASS_NAMES)
-    axes.set_yticks(ticks, CLASS_NAMES, rotation=90, va="center")
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes)
+    axes.set_yticks(ticks, classes, rotation=90, va="center")
     axes.set(xlabel="predicted", ylabel="truth")
     for (row, column), share in np.ndenumerate(shares):
         text = f"{counts[row, column]}\n{100 * share:.1f} %"

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.slices import CLASS_NAMES
 from ..evaluation.calibration import calibrated
 from ..evaluation.evaluate import read_predictions
 from ..evaluation.metrics import COLUMNS, metrics_row, reliability
 from ..settings import read_settings
 from ..training.run_folder import (
+    CLASSES,
     ENVIRONMENT,
     EPOCHS,
     METRICS,
@@ -43,7 +45,12 @@ def write_report(run: Path) -> Path:
     epochs, steps = read_rows(run / EPOCHS), read_rows(run / STEPS)
     mark = "SYNTHETIC: " if split["synthetic"] else ""
     plot_loss(run / "loss.png", f"{mark}training of {run.name}", epochs)
-    plot_confusion(run / "confusion.png", f"{mark}test slices of {run.name}", metrics["confusion"])
+    plot_confusion(
+        run / "confusion.png",
+        f"{mark}test slices of {run.name}",
+        metrics["confusion"],
+        classes_of(split),
+    )
     plot_early(run / "early.png", f"{mark}first steps of {run.name}", {run.name: steps})
     text = to_markdown(
         "run.md.j2",
@@ -67,7 +74,10 @@ def describe_result(run: Path) -> str:
     settings = read_settings(run / SETTINGS)
     low, high = (100 * bound for bound in metrics["accuracy_interval"])
     ours = metrics_row(metrics)
-    rows = [["this run", *ours]]
+    rows, columns = [["this run", *ours]], COLUMNS
+    if (classes := classes_of(split)) != CLASS_NAMES:
+        columns = (*(f"recall {name}" for name in classes), "accuracy")
+        columns += (*(f"F1 {name}" for name in classes), "macro", "micro", "MCC")
     count = len(split["train"]) + len(split["test"])
     comparable = settings.loss.loss == "sphereface" and count == ARCHIVE_SIZE
     if comparable and not split["synthetic"] and settings.data.split in PAPER_ROWS:
@@ -76,10 +86,15 @@ def describe_result(run: Path) -> str:
     sentence = (
         f"{'SYNTHETIC slices, not patients. ' if split['synthetic'] else ''}"
         f"1-NN on {len(split['test'])} held-out slices after {metrics['epoch']} of "
-        f"{settings.training.epochs} epochs: accuracy {ours[COLUMNS.index('accuracy')]} % "
+        f"{settings.training.epochs} epochs: accuracy {ours[columns.index('accuracy')]} % "
         f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
     )
-    return f"{sentence}\n\n{Table(['', *COLUMNS], rows)}"
+    return f"{sentence}\n\n{Table(['', *columns], rows)}"
+
+
+def classes_of(split: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of a run's classes; an older run's are the archive's."""
+    return tuple(split.get(CLASSES, CLASS_NAMES))
 
 
 def _plot_calibration(run: Path, mark: str) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import PARTIAL, replacing
+from ..files import PARTIAL, check_sum, replacing, write_sums
 from ..settings import Settings, first_difference, read_settings, write_settings
 from ..training.run_folder import (
     ANGLES,
@@ -26,6 +26,7 @@ from ..training.run_folder import (
     SPLIT,
     STRANGE,
     VIEW_PREDICTIONS,
+    read_array,
     read_json,
     write_text,
 )
@@ -127,11 +128,13 @@ def _copy_run(result: Result, target: Path) -> None:
         names += [VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
     for name in names:
         if (result.folder / name).is_file():
+            check_sum(result.folder / name)
             shutil.copyfile(result.folder / name, partial / name)
     write_text(partial / SETTINGS, write_settings(_placeless(result.run.settings)))
     if (result.run.group, result.run.settings.training.seed) == ("slice", 0):  # t-SNE, angles
         for name in (EMBEDDINGS, ANGLES):
-            halved = np.load(result.folder / name, allow_pickle=False).astype(np.float16)
+            halved = read_array(result.folder / name).astype(np.float16)
             with replacing(partial / name) as temporary, temporary.open("wb") as file:
                 np.save(file, halved, allow_pickle=False)
+    write_sums(partial, sorted(path.name for path in partial.iterdir()))
     partial.rename(target)

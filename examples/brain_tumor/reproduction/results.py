@@ -14,7 +14,14 @@ from ..errors import UserError
 from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics, majority_vote, measure
 from ..settings import read_settings
-from ..training.run_folder import EMBEDDINGS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS, read_json
+from ..training.run_folder import (
+    EMBEDDINGS,
+    PREDICTIONS,
+    SETTINGS,
+    VIEW_PREDICTIONS,
+    read_array,
+    read_json,
+)
 from .plan import Budget, Run, plan_runs
 from .running import REPRODUCTION, RUNS, SLICES, is_finished
 
@@ -44,7 +51,7 @@ class Result:
 
     def embeddings(self) -> np.ndarray:
         """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
-        return np.load(self.folder / EMBEDDINGS, allow_pickle=False).astype(np.float32)
+        return read_array(self.folder / EMBEDDINGS).astype(np.float32)
 
     @property
     def has_embeddings(self) -> bool:

@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.folders import PLANES_NAME
 from ..data.matlab import ARCHIVE_SIZE
-from ..data.phantoms import PLANES_NAME
 from ..data.slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS, SliceSet, load_slices
 from ..data.splits import make_split
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate
-from ..files import PARTIAL, replacing
+from ..files import LOCK, PARTIAL, locked, replacing
 from ..settings import Settings
 from ..training.checkpoint import epochs_done
 from ..training.loop import train
@@ -48,7 +48,6 @@ from ..training.run_folder import (
     append_rows,
     choose_precision,
     describe_environment,
-    locked,
     read_json,
     write_json,
     write_text,
@@ -271,7 +270,7 @@ def _begin(out: Path, description: dict[str, Any], slices: SliceSet) -> None:
                     "a reproduction goes on with its own data, weights and budget"
                 )
         return
-    unborn = {RUNS, SLICES, SLICES + PARTIAL, REPRODUCTION + PARTIAL}
+    unborn = {LOCK, RUNS, SLICES, SLICES + PARTIAL, REPRODUCTION + PARTIAL}
     if out.exists() and any(entry.name not in unborn for entry in out.iterdir()):
         raise UserError(f"{out}: holds something else; name an empty folder")
     (out / RUNS).mkdir(parents=True, exist_ok=True)
@@ -280,6 +279,8 @@ def _begin(out: Path, description: dict[str, Any], slices: SliceSet) -> None:
 
 
 def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[str, Any]:
+    if slices.classes != CLASS_NAMES or not slices.patients_known:
+        raise UserError("--data: reproduce needs the archive's slices, for it splits by patient")
     if weights and not weights.is_file():
         raise UserError(f"{weights}: no such weights file")
     return {

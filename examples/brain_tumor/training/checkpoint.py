@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..data.slices import CLASS_NAMES
 from ..errors import UserError
 from ..files import replacing
 from ..network.mobilenet import EmbeddingNetwork
@@ -126,10 +127,10 @@ def load_network(
     return network.eval(), contents["epoch"]
 
 
-def load_loss(folder: Path, settings: Settings) -> nn.Module:
+def load_loss(folder: Path, settings: Settings, num_classes: int = len(CLASS_NAMES)) -> nn.Module:
     """Return a run's loss, with the class centres it was trained to."""
     path = folder / CHECKPOINT
-    loss = make_loss(settings.loss, settings.network.embedding_size)
+    loss = make_loss(settings.loss, settings.network.embedding_size, num_classes)
     try:
         loss.load_state_dict(read_checkpoint(path)["loss"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -151,6 +152,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch would unpack any bomb before it looks
             if any(member.compress_type for member in archive.infolist()):
                 raise ValueError("it is packed, which torch does not do")
+            if (damaged := archive.testzip()) is not None:  # torch does not look at the sums
+                raise ValueError(f"it is damaged: {damaged} differs from its sum")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{path}: not readable as a checkpoint: {one_line(error)}") from None

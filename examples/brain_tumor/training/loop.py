@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..data.slices import SliceSet
+from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
+from ..files import locked
 from ..network.mobilenet import load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
@@ -31,7 +32,6 @@ from .run_folder import (
     check_resumable,
     choose_precision,
     describe_environment,
-    locked,
     start_run,
     write_json,
 )
@@ -64,7 +64,7 @@ def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume
     precision = choose_precision(settings.training.precision, device)
     images, labels = slices.images[split.train].to(device), slices.labels[split.train].to(device)
     batches = batch_bounds(len(labels), settings.training.batch_size)
-    state = start(settings, device)
+    state = start(settings, device, len(slices.classes))
     if resume:
         check_resumable(out, settings, slices, split)
         restore(state, out, len(batches))
@@ -89,7 +89,9 @@ def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume
                 print(progress_line(summary, epochs), file=sys.stderr, flush=True)
 
 
-def start(settings: Settings, device: torch.device) -> TrainingState:
+def start(
+    settings: Settings, device: torch.device, num_classes: int = len(CLASS_NAMES)
+) -> TrainingState:
     """Return the state before the first step: network, loss and optimiser."""
     training = settings.training
     torch.manual_seed(training.seed)
@@ -97,7 +99,7 @@ def start(settings: Settings, device: torch.device) -> TrainingState:
     if settings.network.weights:
         load_imagenet_weights(network.backbone, Path(settings.network.weights))
     network = network.to(device, memory_format=torch.channels_last)
-    loss = make_loss(settings.loss, settings.network.embedding_size).to(device)
+    loss = make_loss(settings.loss, settings.network.embedding_size, num_classes).to(device)
     groups = [
         {"params": list(network.backbone.parameters())},
         # The class centres are the loss's own parameters: left out, they would never move.

@@ -7,24 +7,17 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 import numpy as np
 import torch
 
-from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import PARTIAL, append_text, replacing
+from ..files import LOCK, PARTIAL, append_text, check_sum, replacing
 from ..settings import (
     Settings,
     first_difference,
@@ -46,6 +39,7 @@ METRICS = "metrics.json"
 CALIBRATION = "calibration.npz"
 POINTING = "pointing.csv"
 STRANGE = "strange.json"
+CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,10 +55,20 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
     """Read a JSON file of a run folder."""
+    check_sum(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Read a .npy file of a run folder."""
+    check_sum(path)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not readable as an array: {error}") from None
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -72,31 +76,11 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder meanwhile; a killed process lets go of it.
-
-    Raises:
-        UserError: Another process has it.
-    """
-    if fcntl is None:
-        yield
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder: a new run's folder must be empty.
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is training this run") from None
-        yield
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the JSON lines of a log."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON lines: {error}") from None
 
 
@@ -113,7 +97,7 @@ def refuse_existing(folder: Path) -> None:
 
     A split file alone does not count: settings are written last, and until then no run began.
     """
-    unborn = {SPLIT, SPLIT + PARTIAL, SETTINGS + PARTIAL}
+    unborn = {LOCK, SPLIT, SPLIT + PARTIAL, SETTINGS + PARTIAL}
     if folder.exists() and (
         not folder.is_dir() or any(path.name not in unborn for path in folder.iterdir())
     ):
@@ -135,8 +119,7 @@ def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: S
     key = first_difference(read_settings(folder / SETTINGS), settings)
     if key is not None:
         raise UserError(f"{folder / SETTINGS}: {key} differs; a run resumes with its own settings")
-    if read_json(folder / SPLIT) != _describe_split(slices, split):
-        raise UserError(f"{folder / SPLIT}: the run was made with other slices or another split")
+    _check_split(folder / SPLIT, slices, split)
 
 
 def read_split(folder: Path, slices: SliceSet) -> Split:
@@ -152,9 +135,24 @@ def read_split(folder: Path, slices: SliceSet) -> Split:
         split = Split(train, test, stored["name"], stored["description"], calibration)
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: does not belong to these slices") from None
-    if _describe_split(slices, split) != stored:
-        raise UserError(f"{path}: the slices are not those the run was trained on")
+    _check_split(path, slices, split)
     return split
+
+
+def _check_split(path: Path, slices: SliceSet, split: Split) -> None:
+    """Raise a UserError if a run was made with other images, slices or another split."""
+    stored, given = read_json(path), _describe_split(slices, split)
+    for key in (CLASSES, IMAGES):
+        if key not in stored:  # of a version that did not keep it
+            del given[key]
+    if stored == given:
+        return
+    if {**stored, IMAGES: slices.digest} == given:
+        raise UserError(
+            f"{path}: the run was made with other images under the same numbers: their SHA-256 is "
+            f"{slices.digest[:16]}..., not {str(stored[IMAGES])[:16]}..."
+        )
+    raise UserError(f"{path}: the run was made with other slices or another split")
 
 
 def read_precision(folder: Path) -> torch.dtype:
@@ -212,7 +210,7 @@ def _describe_split(slices: SliceSet, split: Split) -> dict[str, Any]:
         sides["calibration"] = split.calibration.tolist()
     # Phantoms and archive share their numbers; label and patient tell the two apart.
     lines = [
-        f"{side} {slices.numbers[i]} {CLASS_NAMES[slices.labels[i]]} {slices.patients[i]}\n"
+        f"{side} {slices.numbers[i]} {slices.classes[slices.labels[i]]} {slices.patients[i]}\n"
         for side, indices in sides.items()
         for i in indices
     ]
@@ -220,6 +218,8 @@ def _describe_split(slices: SliceSet, split: Split) -> dict[str, Any]:
         "name": split.name,
         "description": split.description,
         "synthetic": slices.synthetic,
+        CLASSES: list(slices.classes),
         "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        IMAGES: slices.digest,
         **{side: [slices.numbers[i] for i in indices] for side, indices in sides.items()},
     }

@@ -16,9 +16,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ..data.crop import BRIGHT, THRESHOLD, cut, find_box, put_back
+from ..data.folders import find_slices
 from ..data.matlab import read_slice
 from ..data.phantoms import make_phantoms
-from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize, slice_paths
+from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
+from ..errors import UserError
 from ..evaluation.calibration import FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH, embed
 from ..training.run_folder import POINTING, STRANGE, write_json, write_text
@@ -130,7 +132,10 @@ def point(reference: Reference, data: Path) -> str:
     The Grad-CAM is that of `predict`. Areas are in pixels; the head is the largest bright region,
     filled. Without heat there is no hottest point, and the cell is empty.
     """
-    paths = {int(path.stem): path for path in slice_paths(data)}
+    sources = find_slices(data).sources
+    if sources[0].label is not None:
+        raise UserError(f"{data}: pictures have no outlines of tumours, expected .mat slices")
+    paths = {source.number: source.path for source in sources}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["slice", "truth", "predicted", "tumour_area", "head_area", "inside"])

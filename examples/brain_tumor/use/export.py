@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.slices import CLASS_NAMES, SliceSet
+from ..data.slices import SliceSet
 from ..errors import UserError
 from ..evaluation.evaluate import (
     EMBEDDING_BATCH,
@@ -33,9 +33,9 @@ from ..evaluation.evaluate import (
     normalised,
     probabilities,
 )
-from ..files import replacing
+from ..files import locked, replacing
 from ..training.run_folder import SETTINGS, SPLIT, read_json, read_split
-from .prediction import NOTICE, Reference, check_finite, make_folder, read_reference
+from .prediction import NOTICE, Reference, check_finite, read_reference
 
 TORCH_FILE = "model.pt2"
 ONNX_FILE = "model.onnx"
@@ -62,16 +62,19 @@ class Classifier(nn.Module):
         self.network = reference.network
         self.scale = reference.scale
         self.views = reference.views
-        for label, name in enumerate(CLASS_NAMES):
+        self.classes = len(reference.slices.classes)
+        for label, name in enumerate(reference.slices.classes):
             own = reference.embeddings[reference.labels == label]
             if not len(own):
                 raise UserError(f"{reference.name}: no training slice is of class {name}")
-            self.register_buffer(name, own)
+            self.register_buffer(f"class_{label}", own)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C)."""
         embedding = normalised(self.network, images, self.views)
-        nearest = [(embedding @ getattr(self, name).T).amax(1) for name in CLASS_NAMES]
+        nearest = [
+            (embedding @ getattr(self, f"class_{label}").T).amax(1) for label in range(self.classes)
+        ]
         return embedding, (self.scale * torch.stack(nearest, dim=1)).softmax(1)
 
 
@@ -121,9 +124,9 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     description["sha256"] = {
         name: hashlib.sha256(content).hexdigest() for name, content in files.items()
     }
-    make_folder(out)
     text = json.dumps(description, indent=2) + "\n"
-    _write_all(out, {**files, DESCRIPTION: text.encode()})
+    with locked(out):
+        _write_all(out, {**files, DESCRIPTION: text.encode()})
     return description
 
 
@@ -177,8 +180,8 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
                 "meaning": "L2-normalised",
             },
             "probabilities": {
-                "shape": ["n", len(CLASS_NAMES)],
-                "classes": CLASS_NAMES,
+                "shape": ["n", len(reference.slices.classes)],
+                "classes": reference.slices.classes,
                 "meaning": f"softmax of {reference.scale:g} times the cosine to each class's "
                 "nearest training slice",
             },
@@ -280,7 +283,9 @@ def _expected(reference: Reference, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return embeddings and probabilities the way that evaluation finds them."""
     with torch.no_grad():
         embedding = normalised(reference.network, images, reference.views)
-    scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
+    scores = class_scores(
+        reference.embeddings, reference.labels, embedding, len(reference.slices.classes)
+    )
     return embedding, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
 
 

@@ -1,20 +1,25 @@
 """What a trained network says of single files, and which training slices it says it from."""
 
 import dataclasses
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.crop import cut, find_box, put_back
-from ..data.matlab import read_slice
-from ..data.pictures import read_picture
+from ..data.folders import FOLDS_NAME, tell_left_out, visible_files
+from ..data.matlab import read_unlabelled
+from ..data.pictures import PICTURES, read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
 from ..evaluation.calibration import Calibration, calibrated, read_calibration
 from ..evaluation.evaluate import class_scores, embed, probabilities
+from ..files import check_sum, locked, printable
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures import plot_prediction
 from ..settings import read_settings
@@ -36,7 +41,8 @@ ANSWERS = "predictions.json"
 UNCALIBRATED = "softmax of the scaled cosines,\nnot calibrated"
 NEIGHBOURS = 5
 SAME = 1 / 255  # intensity: what rounding to 8 bits may change; other slices differ by far more
-LONGEST_NAME = 80  # letters of a file's name that its picture's name keeps
+LONGEST_NAME = 50  # letters of a file's name, of 4 bytes at most, that its picture's name keeps
+READABLE = (".mat", *PICTURES, ".dcm", ".ima", "")  # DICOM files often have no extension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +97,14 @@ class Prediction:
 def predict(
     run: Path, files: Sequence[Path], slices: SliceSet, out: Path
 ) -> tuple[list[Prediction], list[str]]:
-    """Classify files by their nearest training slice; write a figure of each, and all answers.
+    """Classify files by their nearest training slice; write a figure of each, and the answers.
+
+    The answers are written as they come: an interrupted call leaves those that it has.
 
     Args:
         run: A run's folder, finished or not.
-        files: Slices of the archive's format (.mat), PNG or JPEG pictures.
+        files: Slices of the archive's format (.mat), of which the image is enough, PNG, JPEG, TIFF,
+            BMP or DICOM pictures, or folders that hold such files.
         slices: The slices that the run was trained on and held out, at its image size.
         out: The folder for the figures and `predictions.json`; made if missing.
 
@@ -106,24 +115,46 @@ def predict(
         UserError: The run is at fault, or `out` is.
     """
     reference = read_reference(run, slices)
-    make_folder(out)
-    predictions, faults = [], []
-    for position, file in enumerate(files, start=1):
-        picture = out / f"{position}-{_printable(file.stem)[:LONGEST_NAME]}.png"
-        try:
-            predictions.append(_predict_file(reference, file, picture))
-        except UserError as error:
-            faults.append(_printable(str(error)))
-    answers = {
-        "notice": NOTICE,
-        "synthetic": slices.synthetic,
-        "run": reference.name,
-        "epoch": reference.epoch,
-        "predictions": [dataclasses.asdict(prediction) for prediction in predictions],
-        "faults": faults,
-    }
-    write_json(out / ANSWERS, answers)
+    predictions: list[Prediction] = []
+    faults: list[str] = []
+    with locked(out):
+        for position, file in enumerate(expand(files), start=1):
+            picture = out / f"{position}-{printable(file.stem)[:LONGEST_NAME]}.png"
+            try:
+                predictions.append(_predict_file(reference, file, picture))
+            except UserError as error:
+                faults.append(printable(str(error)))
+            answers = {
+                "notice": NOTICE,
+                "synthetic": slices.synthetic,
+                "run": reference.name,
+                "epoch": reference.epoch,
+                "predictions": [dataclasses.asdict(prediction) for prediction in predictions],
+                "faults": faults,
+            }
+            write_json(out / ANSWERS, answers)
     return predictions, faults
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Return the files named, and those in the folders named that may be slices.
+
+    What else is in the folders is named on standard error.
+    """
+    files = []
+    for path in paths:
+        if not os.path.isdir(path):  # noqa: PTH112 - unlike Path's, it never raises
+            files.append(path)
+            continue
+        inside = list(visible_files(path))
+        slices = [one for one in inside if _may_be_slice(one)]
+        tell_left_out(path, [f"{one}: no slice by its name" for one in inside if one not in slices])
+        files += slices or [path]
+    return files
+
+
+def _may_be_slice(path: Path) -> bool:
+    return path.suffix.lower() in READABLE and path.name.lower() != FOLDS_NAME
 
 
 def describe_prediction(prediction: Prediction) -> str:
@@ -143,7 +174,7 @@ def describe_prediction(prediction: Prediction) -> str:
     if prediction.overlap is not None:
         parts.append(_describe_overlap(prediction.overlap))
     mark = "SYNTHETIC: " if prediction.synthetic else ""
-    name = _printable(prediction.file)
+    name = printable(prediction.file)
     return f"{mark}{name}: {_answer(prediction)} ({'; '.join(parts)}); see {prediction.picture}"
 
 
@@ -190,23 +221,12 @@ def check_finite(source: Path, answers: Tensor) -> None:
         )
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder for results, unless it is there.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made a folder: {error.strerror}") from None
-
-
 def _stored_embeddings(
     run: Path, epoch: int, shape: tuple[int, int], train: Tensor
 ) -> Tensor | None:
     """Return what evaluation kept of the training slices, or None if absent, damaged or older."""
     try:
+        check_sum(run / EMBEDDINGS)
         # Mapped, because a header may promise more than the file holds.
         stored = np.load(run / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         sound = stored.shape == shape and stored.dtype == np.float32
@@ -237,8 +257,6 @@ def _stored_calibration(run: Path, epoch: int, channels: int) -> Calibration | N
 
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
     image, mask, truth = _read_file(file)
-    if image.min() == image.max():
-        raise UserError(f"{file}: is of one grey value throughout, expected a slice")
     images = reference.slices.images
     box = find_box(image, reference.crop)
     pixels = torch.from_numpy(resize(cut(image, box), images.shape[-1])).to(images)[None, None]
@@ -246,7 +264,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     check_finite(file, embedding)
     cosines = (embedding @ reference.embeddings.T)[0]
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
-    scores = class_scores(reference.embeddings, reference.labels, embedding, len(CLASS_NAMES))
+    classes = reference.slices.classes
+    scores = class_scores(reference.embeddings, reference.labels, embedding, len(classes))
     calibration, unknown = reference.calibration, None
     if calibration is None:
         shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
@@ -265,8 +284,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     prediction = Prediction(
         file=str(file),
         synthetic=reference.slices.synthetic,
-        predicted=CLASS_NAMES[reference.labels[nearest[0]]],
-        probabilities=dict(zip(CLASS_NAMES, shares, strict=True)),
+        predicted=classes[reference.labels[nearest[0]]],
+        probabilities=dict(zip(classes, shares, strict=True)),
         calibrated=calibration is not None,
         unknown=unknown,
         truth=truth,
@@ -282,11 +301,13 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
-    """Return image (h, w), and of a .mat file the tumour mask (h, w) and the class."""
+    """Return image (h, w), and of a .mat file that has them tumour mask (h, w) and class."""
+    if os.path.isdir(path):  # noqa: PTH112 - as above
+        raise UserError(f"{path}: a folder without slices ({' '.join(READABLE).strip()})")
     if path.suffix.lower() != ".mat":
         return read_picture(path), None, None
-    found = read_slice(path)
-    return found.image, found.mask, CLASS_NAMES[found.label]
+    image, mask, label = read_unlabelled(path)
+    return image, mask, None if label is None else CLASS_NAMES[label]
 
 
 def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
@@ -304,7 +325,7 @@ def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
 
 def _neighbour(reference: Reference, row: int, cosine: float) -> Neighbour:
     number = reference.slices.numbers[reference.train[row]]
-    return Neighbour(number, CLASS_NAMES[reference.labels[row]], cosine)
+    return Neighbour(number, reference.slices.classes[reference.labels[row]], cosine)
 
 
 def _find_itself(reference: Reference, pixels: Tensor) -> int | None:
@@ -325,7 +346,7 @@ def _plot(
     neighbours: np.ndarray,
 ) -> None:
     mark = "SYNTHETIC: " if prediction.synthetic else ""
-    name = _printable(Path(prediction.file).name)
+    name = printable(Path(prediction.file).name)
     truth = "" if prediction.truth is None else f" (the file says {prediction.truth})"
     captions = []
     for one in prediction.neighbours:
@@ -336,17 +357,19 @@ def _plot(
         notes.insert(0, _describe_overlap(prediction.overlap))
     if prediction.itself is not None:
         notes.insert(0, f"This file is training slice {prediction.itself}: its answer is no test.")
-    plot_prediction(
-        path,
-        f"{mark}{name}: {_answer(prediction)}{truth}",
-        image,
-        heat,
-        mask,
-        prediction.probabilities,
-        list(zip(neighbours, captions, strict=True)),
-        notes="\n".join(notes),
-        meaning="calibrated" if prediction.calibrated else UNCALIBRATED,
-    )
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
+        plot_prediction(
+            path,
+            f"{mark}{name}: {_answer(prediction)}{truth}",
+            image,
+            heat,
+            mask,
+            prediction.probabilities,
+            list(zip(neighbours, captions, strict=True)),
+            notes="\n".join(notes),
+            meaning="calibrated" if prediction.calibrated else UNCALIBRATED,
+        )
 
 
 def _answer(prediction: Prediction) -> str:
@@ -361,8 +384,3 @@ def _describe_overlap(overlap: Overlap) -> str:
         f"Grad-CAM: {100 * overlap.heat_inside:.0f} % in the tumour mask, which is "
         f"{100 * overlap.area_inside:.1f} % of the slice; its hottest point lies {where}"
     )
-
-
-def _printable(text: str) -> str:
-    """Replace what a terminal, a font or a file system might take amiss."""
-    return "".join(letter if letter.isascii() and letter.isprintable() else "_" for letter in text)

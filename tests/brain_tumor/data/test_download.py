@@ -512,7 +512,7 @@ def test_a_full_disk_is_one_line(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(download, "_append", full)
     message = refused(get_slices, server, tmp_path)
-    assert message == "/disk/a.partial: No space left on device"
+    assert message == f"{tmp_path}: cannot be written: No space left on device"
 
 
 def test_folders_unfit_for_slices(server, tmp_path):

@@ -334,9 +334,9 @@ def test_a_heap_that_leads_in_circles_is_refused(tmp_path, faulty):
 @linux
 def test_memory_is_limited(tmp_path, faulty):
     path = write_mat(tmp_path / "hostile.mat", fields())
-    faulty("[hdf5.np.zeros(1 << 28, 'u1')]")
-    assert READER.read(path, "", {})[0].nbytes == 1 << 28
-    faulty("[hdf5.np.zeros(1 << 30, 'u1')]")
+    faulty("dict(a=hdf5.np.zeros(1 << 28, 'u1'))")
+    assert READER.read(path, "", {})["a"].nbytes == 1 << 28
+    faulty("dict(a=hdf5.np.zeros(1 << 30, 'u1'))")
     with pytest.raises(UserError, match=r"hostile\.mat: damaged"):
         READER.read(path, "", {})
 
@@ -461,6 +461,13 @@ def test_load_sorts_scales_and_resizes(folder):
 
 def test_phantoms_are_marked(folder):
     (folder / "SYNTHETIC.txt").write_text("Phantoms.")
+    planes = folder / "planes.csv"
+    for text in (None, "slice,plane\n1,axial\n2,axial\n"):  # as where their making was cut off
+        if text:
+            planes.write_text(text)
+        with pytest.raises(UserError, match=r"holds 3 phantoms, but planes\.csv lists"):
+            load_slices(folder, 16, progress=False)
+    planes.write_text("slice,plane\n1,axial\n2,axial\n10,axial\n")
     assert load_slices(folder, 16, progress=False).synthetic
 
 
@@ -475,9 +482,11 @@ def test_resizing_averages_before_it_samples(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, 7])
-def test_constant_image_is_zero(tmp_path, value):
-    write_mat(tmp_path / "1.mat", fields(np.full((23, 23), value)))
-    assert (load_slices(tmp_path, 16, progress=False).images == 0).all()
+def test_a_constant_image_is_refused(tmp_path, value):
+    path = write_mat(tmp_path / "1.mat", fields(np.full((23, 23), value)))
+    with pytest.raises(UserError) as caught:
+        load_slices(tmp_path, 16, progress=False)
+    assert str(caught.value) == f"{path}: is of one grey value throughout, expected a slice"
 
 
 def test_folds_are_indexed_by_number(folder):

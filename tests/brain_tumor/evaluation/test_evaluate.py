@@ -99,7 +99,7 @@ def test_papers_numbers_stand_beside_the_whole_archive_on_its_split_only(trained
 
 def test_other_slices_are_refused(trained, blobs):
     blobs.labels[20] = (blobs.labels[20] + 1) % 3
-    with pytest.raises(UserError, match=r"split.json: the slices are not those"):
+    with pytest.raises(UserError, match=r"split.json: the run was made with other slices"):
         evaluate(trained, blobs)
     blobs.numbers[20] = 100
     with pytest.raises(UserError, match=r"split.json: does not belong to these slices"):

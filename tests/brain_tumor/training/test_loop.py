@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import locked
 from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import load_settings, override_settings, read_settings
 from examples.brain_tumor.training import loop as training
 from examples.brain_tumor.training import progress
 from examples.brain_tumor.training.batches import batch_bounds
 from examples.brain_tumor.training.loop import learning_rate, start, train
-from examples.brain_tumor.training.run_folder import choose_precision, locked
+from examples.brain_tumor.training.run_folder import choose_precision
 
 CPU = torch.device("cpu")
 
@@ -159,14 +160,12 @@ def test_resuming_a_blob_run_changes_nothing(tiny_settings, blobs, blob_split, t
 
 
 def test_another_run_is_not_overwritten(tmp_path, tiny_settings, blobs, blob_split):
-    for out in (tmp_path / "folder", tmp_path / "file"):
-        if out.name == "folder":
-            out.mkdir()
-            (out / "notes.txt").write_text("mine")
-        else:
-            out.write_text("mine")
-        with pytest.raises(UserError, match=f"{out.name}: already exists"):
-            train(tiny_settings, blobs, blob_split, out)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, fault in (("folder", "already exists"), ("file", "is not a folder")):
+        with pytest.raises(UserError, match=f"{name}: {fault}"):
+            train(tiny_settings, blobs, blob_split, tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes.txt"]
 

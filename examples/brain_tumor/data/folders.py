@@ -1,0 +1,154 @@
+"""Finding slices in a folder as people have it: the archive's files, or pictures by class."""
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from .matlab import CLASS_NAMES
+from .pictures import PICTURES
+
+SLICE = re.compile(r"0*([1-9][0-9]{0,8})\.mat", re.IGNORECASE)
+FOLDS_NAME, MARKER_NAME, PLANES_NAME = "cvind.mat", "SYNTHETIC.txt", "planes.csv"
+SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
+FOLDS = 0  # which is no slice's number
+MOST_SHOWN = 20  # files that are named one by one
+
+
+@dataclass(frozen=True)
+class Source:
+    """A slice's file."""
+
+    path: Path
+    number: int  # of the slice
+    name: str  # what it is called in the sum of the images, wherever the folder lies
+    label: int | None = None  # of a picture, which its folder tells
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds."""
+
+    sources: Sequence[Source]  # ascending by number
+    classes: tuple[str, ...]  # their names, by label
+    folds: Path | None  # cvind.mat
+    left_out: Sequence[str]  # a line for each file that is no slice
+
+
+def find_slices(folder: Path) -> Found:
+    """Find the slices in a folder and in those below it.
+
+    They are the archive's 1.mat, 2.mat, ... (also 1.MAT, 0001.mat) or, where there are none,
+    pictures in a folder for each class, as in `glioma/1.jpg` or `Training/glioma/1.jpg`. Pictures
+    are numbered in the order of their names.
+
+    Raises:
+        UserError: There are none, there are two of one number, or pictures of one class alone.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, expected a folder of slices{_hint([folder])}")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files, slices, rest = list(visible_files(folder)), {}, []
+    for path in files:
+        number = _number(path)
+        if number is None:
+            rest.append(path)
+        elif (other := slices.setdefault(number, path)) != path:
+            raise UserError(f"{path}: is the same slice as {other}; keep one of them")
+    folds = slices.pop(FOLDS, None)
+    if slices:
+        sources = [Source(slices[number], number, f"{number}.mat") for number in sorted(slices)]
+        classes, fault = CLASS_NAMES, "is not named like a slice (1.mat, 2.mat, ...)"
+    else:
+        sources, classes = _pictures(folder, rest)
+        fault = "is not a picture in a folder of its class"
+    if not sources:
+        raise UserError(
+            f"{folder}: holds no slices (1.mat, 2.mat, ...), and no pictures in a folder for each "
+            f"class{_hint(files)}"
+        )
+    used = {source.path for source in sources} | {folder / MARKER_NAME, folder / PLANES_NAME}
+    left_out = [f"{path}: {fault}" for path in rest if path not in used]
+    return Found(sources, classes, folds, left_out)
+
+
+def _number(path: Path) -> int | None:
+    """Return the number that a slice's name gives it, `FOLDS` for cvind.mat, None for others."""
+    if path.name.lower() == FOLDS_NAME:
+        return FOLDS
+    match = SLICE.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and below it, sorted, without those whose names hide them.
+
+    Links to folders are not followed, for they may lead in a circle: they are yielded like files.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.name.startswith((".", "__MACOSX")):
+            if entry.is_dir(follow_symlinks=False):
+                yield from visible_files(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+
+def check_complete(folder: Path, count: int) -> None:
+    """Refuse phantoms whose making was cut off: `make_phantoms` lists them at its end."""
+    path = folder / PLANES_NAME
+    listed = len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+    if listed != count:
+        raise UserError(
+            f"{folder}: holds {count} phantoms, but {PLANES_NAME} lists {listed}: their making was "
+            "cut off, make them again"
+        )
+
+
+def tell_left_out(folder: Path, lines: Sequence[str]) -> None:
+    """Say on standard error which files are left out, and why."""
+    if lines:
+        print(f"{folder}: left out, {len(lines)} in all:", file=sys.stderr)
+        print(*shortened(lines), sep="\n", file=sys.stderr)
+
+
+def shortened(lines: Sequence[str]) -> list[str]:
+    """Return the first lines, and how many there are besides."""
+    more = [f"  and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+    return [f"  {line}" for line in lines[:MOST_SHOWN]] + more
+
+
+def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
+    """Return the pictures that have a class, and the classes."""
+    paths = [path for path in paths if path.suffix.lower() in PICTURES and path.parent != folder]
+    above = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    class_of = {}
+    for path in paths:
+        names = path.relative_to(above).parts[:-1]
+        names = [name.lower() for name in names if name.lower() not in SIDES]
+        if names:
+            class_of[path] = names[0]
+    known = {name: label for label, name in enumerate(CLASS_NAMES)}
+    # As the archive has them; others come after them.
+    classes = sorted(set(class_of.values()), key=lambda name: (known.get(name, 3), name))
+    if len(classes) == 1:
+        raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
+    sources = [
+        Source(path, number, path.relative_to(folder).as_posix(), classes.index(class_of[path]))
+        for number, path in enumerate(class_of, start=1)
+    ]
+    return sources, tuple(classes)
+
+
+def _hint(files: Iterable[Path]) -> str:
+    """Return how to go on with what is not unpacked yet."""
+    archives = [path for path in files if path.suffix.lower() == ".zip"]
+    if not archives:
+        return ""
+    return (
+        f"; unpack {archives[0].name} first, for instance with: "
+        f"python -m zipfile -e '{archives[0]}' '{archives[0].with_suffix('')}'"
+    )
