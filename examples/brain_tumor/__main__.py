@@ -315,7 +315,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         plot_early(
             options.out / "comparison.png",
             f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
-            {run.name: read_rows(run / STEPS) for run in options.runs},
+            {printable(run.name): read_rows(run / STEPS) for run in options.runs},
         )
         print(f"comparison of the first steps: {options.out / 'comparison.png'}")
 

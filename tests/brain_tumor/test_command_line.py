@@ -1,13 +1,22 @@
 """The command line: it explains itself, one line says what is wrong, and one run goes through."""
 
+import json
+import os
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.brain_tumor import __main__ as command_line
 from examples.brain_tumor.__main__ import demo, main
 from examples.brain_tumor.data.phantoms import make_phantoms
+from examples.brain_tumor.data.slices import default_cache_folder
 from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
 from examples.brain_tumor.training import loop as training
@@ -265,3 +274,81 @@ def test_download_fetches_slices_and_weights(tmp_path, monkeypatch, capsys):
     assert main(["download", str(tmp_path), "--weights", str(weights)]) == 0
     assert asked == [tmp_path, weights]
     assert "SHA-256 abc" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------ what the system refuses
+
+
+def test_pictures_by_class_go_all_the_way(tmp_path, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    for label, name in enumerate(("glioma", "meningioma", "no$tumor", "pituitary")):
+        (data / "Training" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = np.random.default_rng(index).integers(0, 60, (40, 40), np.uint8)
+            pixels[8 * label : 8 * label + 8] += 150
+            Image.fromarray(pixels).save(data / "Training" / name / f"{index}.jpg")
+    command = ["train", "--data", str(data), "--out", str(run), *SMALL]
+    assert main(command) == 2  # the preset splits by patient
+    assert "only a split by slice" in capsys.readouterr().err
+    assert main([*command, "--split", "paper"]) == 0
+    assert main(["evaluate", str(run), "--data", str(data)]) == 0
+    printed = capsys.readouterr().out
+    assert "recall no$tumor" in printed
+    assert "no patient ids are known" in (run / "report.md").read_text()
+    out = tmp_path / "answers"
+    files = [str(data / "Training" / "no$tumor"), "--data", str(data), "--out", str(out)]
+    assert main(["predict", str(run), *files]) == 0
+    answers = json.loads((out / "predictions.json").read_text())["predictions"]
+    assert len(answers) == 8
+    assert set(answers[0]["probabilities"]) == {"glioma", "meningioma", "no$tumor", "pituitary"}
+    command = ["reproduce", "--data", str(data), "--out", str(tmp_path / "all")]
+    assert main(command) == 2
+    assert "reproduce needs the archive's slices" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(phantoms, finished_run, tmp_path, capsys, monkeypatch):
+    assert "cannot be written" in fault(
+        capsys, ["train", "--data", phantoms, "--out", "/proc/none/run", *SMALL]
+    )
+    name = "a" * 300
+    for arguments in (
+        ["train", "--data", phantoms, "--out", tmp_path / name, *SMALL],
+        ["train", "--data", tmp_path / name, "--out", tmp_path / "run", *SMALL],
+        ["evaluate", tmp_path / name, "--data", phantoms],
+    ):
+        assert "File name too long" in fault(capsys, arguments)
+    run = shutil.copytree(finished_run, tmp_path / "deep")
+    (run / "split.json").write_text("[" * 100_000)
+    assert "not readable as JSON" in fault(capsys, ["evaluate", run, "--data", phantoms])
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = fault(capsys, ["evaluate", finished_run, "--data", phantoms])
+    assert message == f"error: {phantoms}: Permission denied\n"
+
+
+def test_without_a_home_a_folder_that_cannot_be_written_is_read(phantoms, monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(os, "access", lambda *given: False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default_cache_folder(phantoms) == phantoms / ".cache"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell's pipes and locales")
+def test_a_closed_pipe_and_a_plain_locale_are_no_crash(phantoms, finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "l\u00e4ufe")
+    root = Path(__file__).parents[2]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "examples.brain_tumor", "evaluate", str(run)]
+    command += ["--data", str(phantoms)]
+    options = {"cwd": root, "env": {**os.environ, **plain}, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, stdout=subprocess.PIPE, **options)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+        process.stdout.close()  # no one reads
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -7,6 +7,7 @@ from ..data.slices import CLASS_NAMES
 from ..evaluation.calibration import calibrated
 from ..evaluation.evaluate import read_predictions
 from ..evaluation.metrics import COLUMNS, metrics_row, reliability
+from ..files import printable
 from ..settings import read_settings
 from ..training.run_folder import (
     CLASSES,
@@ -44,18 +45,19 @@ def write_report(run: Path) -> Path:
     split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
     epochs, steps = read_rows(run / EPOCHS), read_rows(run / STEPS)
     mark = "SYNTHETIC: " if split["synthetic"] else ""
-    plot_loss(run / "loss.png", f"{mark}training of {run.name}", epochs)
+    name = printable(run.name)
+    plot_loss(run / "loss.png", f"{mark}training of {name}", epochs)
     plot_confusion(
         run / "confusion.png",
-        f"{mark}test slices of {run.name}",
+        f"{mark}test slices of {name}",
         metrics["confusion"],
         classes_of(split),
     )
-    plot_early(run / "early.png", f"{mark}first steps of {run.name}", {run.name: steps})
+    plot_early(run / "early.png", f"{mark}first steps of {name}", {name: steps})
     text = to_markdown(
         "run.md.j2",
         mark=mark,
-        run=run,
+        run=name,
         result=describe_result(run),
         split=split,
         early=_early_table(steps),

@@ -29,6 +29,7 @@ from examples.brain_tumor.data.download import (
     fetch,
 )
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import locked
 from examples.brain_tumor.network.mobilenet import MobileNetV1, timm_name
 
 CONTENT = random.Random(0).randbytes(1_000_000)
@@ -740,3 +741,34 @@ def test_too_many_weights_are_refused(server, tmp_path):
 def test_published_addresses_are_https():
     for url in (download.FIGSHARE, download.WEIGHTS):
         assert url.startswith("https://")
+
+
+# --------------------------------------------------------------------------------- slow servers
+
+
+def a_byte_at_a_time(request):
+    request.head(200, Content_Length=len(CONTENT))
+    while not request.server.over.is_set():
+        request.wfile.write(b"x")
+
+
+def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, tmp_path, monkeypatch):
+    now = iter(range(10**9))
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(now) * 1000.0)  # seconds
+    message = refused(get, server, tmp_path / "file", a_byte_at_a_time)
+    assert "sends less than 1000 bytes a second" in message
+
+
+def test_a_head_that_comes_byte_by_byte_is_given_up(server, tmp_path):
+    def slow(request):
+        while not request.server.over.is_set():
+            request.wfile.write(b"H")  # a line without an end
+            request.server.over.wait(0.01)
+
+    message = refused(get, server, tmp_path / "file", slow)
+    assert "no answer within" in message
+
+
+def test_two_downloads_to_one_folder_do_not_meet(tmp_path):
+    with locked(tmp_path):
+        assert "another process" in refused(download_slices, tmp_path)

@@ -1,14 +1,21 @@
 """Phantoms: the archive's format, the deal of patients, and what the folder is protected from."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 
 from examples.brain_tumor.data import phantoms
-from examples.brain_tumor.data.phantoms import make_phantoms
+from examples.brain_tumor.data.phantoms import is_whole, make_phantoms
+from examples.brain_tumor.data.slices import load_slices
 from examples.brain_tumor.errors import UserError
 
 COUNT, SIZE = 36, 64
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +260,39 @@ def test_an_interrupted_write_leaves_no_slice(tmp_path, shared_head, monkeypatch
         make_phantoms(tmp_path, 1, seed=0, size=SIZE, progress=False)
     assert list(tmp_path.glob("*.mat")) == []
     assert (tmp_path / "SYNTHETIC.txt").exists()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from examples.brain_tumor.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+sys.exit(main(["make-phantoms", sys.argv[1], "--count", "20", "--size", "128"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits")
+@pytest.mark.parametrize("limit", [0, 1000, 9000])
+def test_a_full_disk_is_one_line_and_leaves_no_set_that_looks_whole(tmp_path, limit):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL, str(out), str(limit)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: {out}.*: File too large\n", done.stderr)
+    assert not is_whole(out, 20)
+    assert not list(out.glob("*.partial"))
+    with pytest.raises(UserError):
+        load_slices(out, 32, progress=False)
+
+
+def test_phantoms_that_are_half_made_are_not_whole(tmp_path):
+    make_phantoms(tmp_path, 6, seed=0, size=64, progress=False)
+    assert is_whole(tmp_path, 6)
+    assert not is_whole(tmp_path, 5)
+    assert not is_whole(tmp_path, 7)
+    (tmp_path / "3.mat").unlink()
+    assert not is_whole(tmp_path, 6)
+    make_phantoms(tmp_path, 6, seed=0, size=64, progress=False)
+    (tmp_path / "planes.csv").unlink()
+    assert not is_whole(tmp_path, 6)

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -248,3 +249,93 @@ def test_mutated_pictures_are_read_or_refused(tmp_path):
             assert np.isfinite(found).all()
     assert all(one.startswith(f"{path}: ") and "\n" not in one for one in refused)
     assert min(read, len(refused)) > 50  # the mutations are neither harmless nor hopeless
+
+
+# ----------------------------------------------------------------------------- TIFF, BMP and DICOM
+
+
+@pytest.mark.parametrize("packing", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_tiff(tmp_path, packing):
+    content = encode(of(GREY), "TIFF", compression=packing)
+    np.testing.assert_array_equal(read(tmp_path, content), GREY)
+
+
+def test_tiff_of_16_bits_and_its_negative(tmp_path):
+    deep = GREY.astype(np.uint16) * 257
+    np.testing.assert_array_equal(read(tmp_path, encode(Image.fromarray(deep), "TIFF")), deep)
+    negative = encode(Image.fromarray(deep), "TIFF", tiffinfo={262: 0})
+    np.testing.assert_array_equal(read(tmp_path, negative), deep.max() - deep.astype(float))
+
+
+def test_bmp(tmp_path):
+    np.testing.assert_array_equal(read(tmp_path, encode(of(GREY), "BMP")), GREY)
+
+
+def dicom(pixels, **changes):
+    """A file of DICOM, as bytes."""
+    pydicom = pytest.importorskip("pydicom", reason="reads DICOM, an extra")
+    syntax = changes.pop("syntax", pydicom.uid.ExplicitVRLittleEndian)
+    dataset = pydicom.dataset.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.MRImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation = 15, 0
+    dataset.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_dicom_is_rescaled_windowed_and_turned_positive(tmp_path):
+    np.testing.assert_array_equal(read(tmp_path, dicom(GREY)), GREY)
+    rescaled = read(tmp_path, dicom(GREY, RescaleSlope=2, RescaleIntercept=-5))
+    np.testing.assert_array_equal(rescaled, 2.0 * GREY - 5)
+    windowed = read(tmp_path, dicom(GREY, WindowCenter=100, WindowWidth=51))
+    inside = (GREY > 75) & (GREY <= 124)  # PS3.3 C.11.2.1.2.1
+    assert len(np.unique(windowed[GREY <= 74])) == len(np.unique(windowed[GREY > 125])) == 1
+    assert np.corrcoef(windowed[inside], GREY[inside])[0, 1] > 0.999
+    negative = read(tmp_path, dicom(GREY, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(negative, GREY.max() - GREY.astype(float))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"NumberOfFrames": 2}, "holds 2 frames, expected one slice"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "is RGB"),
+        ({"Rows": 5000}, "5000 pixels, expected at most 4096"),
+        ({"Rows": 1000}, "not readable as DICOM, or damaged"),
+        ({"syntax": "1.2.840.10008.1.2.1.99"}, "is packed as Deflated"),
+    ],
+)
+def test_dicom_that_is_no_plain_slice_is_refused(tmp_path, changes, fault):
+    path = tmp_path / "picture.dcm"
+    path.write_bytes(dicom(GREY, **changes))
+    assert_refused(path, fault)
+
+
+def test_damaged_dicom_is_refused_or_read(tmp_path):
+    whole, path = dicom(GREY), tmp_path / "picture.dcm"
+    generator, refused = np.random.default_rng(0), 0
+    for _ in range(100):
+        content = bytearray(whole)
+        content[generator.integers(0, 400)] ^= 1 << generator.integers(8)
+        path.write_bytes(content)
+        try:
+            read_picture(path)
+        except UserError:
+            refused += 1
+    assert refused > 10
+
+
+def test_without_pydicom_dicom_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "picture"
+    path.write_bytes(bytes(128) + b"DICM")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert_refused(path, "DICOM files need pydicom")

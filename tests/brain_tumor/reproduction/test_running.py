@@ -193,6 +193,8 @@ def test_another_reproduction_is_not_mixed_in(copy, data, few, tmp_path, other):
     else:
         data = Path(shutil.copytree(data, tmp_path / "data"))
         (data / "90.mat").unlink()
+        planes = (data / "planes.csv").read_text().splitlines()
+        (data / "planes.csv").write_text("\n".join(planes[:-1]))
     with pytest.raises(UserError, match=r"reproduction\.json: .* goes on with its own"):
         run_plan(data, weights, copy, budget, jobs=1)
 

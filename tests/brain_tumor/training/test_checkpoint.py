@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +65,31 @@ def test_an_honest_checkpoint_is_read(tmp_path):
 def test_the_huge_tensor_claims_what_it_lacks(poisoned):
     with pytest.raises(RuntimeError, match="storage"):
         torch.load(poisoned["huge tensor"], weights_only=True)
+
+
+def same(one, other):
+    """Whether two values of a checkpoint are equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        keys = list(one)
+        return list(other) == keys and all(same(one[key], other[key]) for key in keys)
+    return one == other
+
+
+def test_no_flipped_bit_is_read_as_other_numbers(tmp_path):
+    generator = np.random.default_rng(0)
+    path = tmp_path / "checkpoint.pt"
+    weights = torch.from_numpy(generator.normal(size=(3, 4000)))
+    contents = {"epoch": 3, "network": dict(zip("abc", weights, strict=True))}
+    torch.save(contents, path)
+    whole, refused = bytearray(path.read_bytes()), 0
+    for bit in generator.integers(0, 8 * len(whole), 200):
+        damaged = whole.copy()
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert same(read_checkpoint(path), contents)  # a bit that means nothing
+        except UserError:
+            refused += 1
+    assert refused > 180

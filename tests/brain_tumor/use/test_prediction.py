@@ -633,3 +633,51 @@ def test_an_empty_map_is_called_so(tmp_path):
         *([(image, "one")], "n", "calibrated"),
     )
     assert any(title_of(axes) == "Grad-CAM: empty" for axes in figure.findobj())
+
+
+# ------------------------------------------------------------------- a new patient's files
+
+
+def test_the_image_alone_is_enough(tmp_path, run, scaled, drawn):
+    path = write_mat(tmp_path, scaled, 20)
+    (whole,), _ = predict(run, [path], scaled, tmp_path / "out")
+    for name in ("tumorMask", "tumorBorder", "PID", "label"):
+        with h5py.File(path, "r+") as file:
+            del file["cjdata"][name]
+    (bare,), faults = predict(run, [path], scaled, tmp_path / "out")
+    assert faults == []
+    assert (bare.predicted, bare.neighbours) == (whole.predicted, whole.neighbours)
+    assert (bare.truth, bare.overlap) == (None, None)
+
+
+def test_a_folder_is_its_slices(tmp_path, run, scaled, drawn, capsys):
+    folder = tmp_path / "patient"
+    (folder / "deeper").mkdir(parents=True)
+    paths = [write_mat(folder, scaled, 20), write_png(folder / "deeper" / "a.PNG", scaled, 21)]
+    (folder / "notes.txt").touch()
+    answers, faults = predict(run, [folder], scaled, tmp_path / "out")
+    assert faults == []
+    assert {answer.file for answer in answers} == set(map(str, paths))
+    assert "notes.txt: no slice by its name" in capsys.readouterr().err
+
+
+def test_names_keep_their_letters(tmp_path, run, scaled):
+    (answer,), _ = predict(run, [write_png(tmp_path / "é脑$x.png", scaled, 20)], scaled, tmp_path)
+    assert answer.picture == "1-é脑$x.png"
+    assert (tmp_path / answer.picture).is_file()
+
+
+def test_an_interrupted_call_leaves_the_answers_it_has(tmp_path, run, scaled, monkeypatch):
+    drawn = []
+
+    def stop(*given, **words):
+        drawn.append(given)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prediction_module, "plot_prediction", stop)
+    files = [write_mat(tmp_path, scaled, index) for index in range(15, 20)]
+    with pytest.raises(KeyboardInterrupt):
+        predict(run, files, scaled, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [one["file"] for one in stored["predictions"]] == list(map(str, files[:2]))
