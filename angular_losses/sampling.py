@@ -37,7 +37,7 @@ def sample_classes(loss: _Loss, sample_rate: float) -> _Loss:
             Counting the classes synchronises with a GPU once in each step.
 
     Returns:
-        The loss, now also a :class:`SampledLoss` for a rate below 1.
+        The loss, still of its class.
 
     Raises:
         TypeError: If the loss is not of this package, or sharded.
@@ -103,7 +103,7 @@ def sample_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None
     Args:
         optimizer: An element-wise optimiser of ``torch.optim``, such as SGD or AdamW; not Rprop,
             whose state does not begin with zeros.
-        loss: A :class:`SampledLoss` whose weight the optimiser holds.
+        loss: One of :func:`sample_classes`, whose weight the optimiser holds.
 
     Raises:
         TypeError: If the loss is not sampled, or the optimiser cannot step rows.

@@ -57,10 +57,10 @@ def errors(mesh, build, dtype, sizes, classes=CLASSES, *, train=False, rows=12, 
     embeddings = embeddings[: sum(sizes)]
     labels = labels[: sum(sizes)]
     torch.manual_seed(1)
-    whole = build(classes, SIZE, dtype=dtype, **options).train(train)
+    whole = build(classes, SIZE, dtype=dtype, **options).train(train).double()
     torch.manual_seed(1)
     part = shard(build(classes, SIZE, dtype=dtype, **options).train(train), mesh)
-    expected_rows = embeddings.clone().requires_grad_()
+    expected_rows = embeddings.double().clone().requires_grad_()
     with collectives.over(None):
         expected = whole(expected_rows, labels)
     mine = parts_of(len(labels), sizes)[mesh.get_rank()]
