@@ -124,6 +124,9 @@ class Sampled(Whole):
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
+    def __repr__(self) -> str:
+        return f"samples of {self.count} classes"
+
     def draw(self, labels: Tensor, rate: float, generator: torch.Generator | None = None) -> None:
         """Choose the classes of a step: those of the labels (N,), and random others up to a share.
 

@@ -23,29 +23,6 @@ class SampledLoss(MarginLoss):
     shard: Sampled
     sample_rate: float
 
-    @_disable_dynamo
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        sample_weight: Tensor | None = None,
-        *,
-        label_weight: Tensor | None = None,
-        other_labels: Tensor | None = None,
-        lam: float | Tensor | None = None,
-        return_correct: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of a batch over the classes of a sample, as :meth:`MarginLoss.forward`."""
-        return super().forward(
-            embeddings,
-            labels,
-            sample_weight,
-            label_weight=label_weight,
-            other_labels=other_labels,
-            lam=lam,
-            return_correct=return_correct,
-        )
-
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes, as :meth:`MarginLoss.extend`; call ``sample_optimizer`` again."""
         super().extend(num_new, init)
@@ -75,7 +52,9 @@ class SampledLoss(MarginLoss):
 
 def sampled_class(cls: type[MarginLoss]) -> type[SampledLoss]:
     """The class of a loss, with sampling."""
-    return type(f"Sampled{cls.__name__}", (SampledLoss, cls), {})
+    # Compiled, a sample of another size each step would be another graph each step.
+    forward = _disable_dynamo(cls.forward)
+    return type(f"Sampled{cls.__name__}", (SampledLoss, cls), {"forward": forward})
 
 
 def _remade(cls: type[MarginLoss]) -> MarginLoss:
