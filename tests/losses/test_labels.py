@@ -43,10 +43,15 @@ def test_the_loss_is_the_weighted_sum_of_those_of_the_labels(cls, is_weighted):
     assert torch.allclose(wanted, gradient)
 
 
-def test_statistics_count_a_row_once():
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_statistics_count_a_row_once(is_filled):
     several, single = made(AdaFaceLoss).train(), made(AdaFaceLoss).train()
     embeddings, labels = rows(), torch.arange(ROWS)
-    several(embeddings, labels[:, None].repeat(1, 3))
+    three, given = labels[:, None].repeat(1, 3), {}
+    if is_filled:
+        three[:, 1:] = -100
+        given["label_weight"] = torch.ones(ROWS, 3)
+    several(embeddings, three, **given)
     single(embeddings, labels)
     for name in several.statistics:
         assert torch.allclose(getattr(several, name), getattr(single, name))
