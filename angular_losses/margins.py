@@ -35,6 +35,7 @@ from torch import Tensor
 from . import validation
 
 MarginFunction: TypeAlias = Callable[[Tensor], Tensor]
+Angle: TypeAlias = tuple[Tensor, "float | Tensor"]
 
 
 def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> Tensor:
@@ -66,7 +67,7 @@ def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") 
     """
     _check(validation.multiplicative_margin, m=m)
     validation.choice("beyond", beyond, SPHEREFACE_BEYOND)
-    return torch.cos(m * theta) if beyond == "plain" else _unrolled_cosine(m * theta)
+    return Combined(m1=m, beyond=beyond)(theta)
 
 
 def cosface(theta: Tensor, m: float | Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def arcface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> 
     """
     _check(validation.angular_margin, m=m)
     validation.choice("beyond", beyond, ARCFACE_BEYOND)
-    return _unrolled_cosine(theta + m) if beyond == "decreasing" else BEYOND[beyond](theta, m)
+    return Combined(m2=m, beyond=beyond)(theta)
 
 
 def combined(
@@ -160,8 +161,7 @@ def combined(
     _check(validation.angular_margin, m2=m2)
     _check(validation.cosine_margin, m3=m3)
     validation.choice("beyond", beyond, SPHEREFACE_BEYOND)
-    phi = m1 * theta + m2
-    return (torch.cos(phi) if beyond == "plain" else _unrolled_cosine(phi)) - m3
+    return Combined(m1, m2, m3, beyond)(theta)
 
 
 def detached(margin: MarginFunction) -> MarginFunction:
@@ -285,43 +285,38 @@ class Combined:
 
     def __call__(self, theta: Tensor, share: float | Tensor = 1.0) -> Tensor:
         """The target logits before scaling with a share of the margin in force, in [0, 1]."""
-        if self.beyond not in SPHEREFACE_BEYOND:
-            return BEYOND[self.beyond](theta, share * self.m2)
-        phi = self._phi(theta, share)
-        if self._is_turned and self.beyond == "decreasing":
-            return _unrolled_cosine(phi) - share * self.m3
-        return torch.cos(phi) - share * self.m3
+        return _less(*self._angle(theta, share))
 
     @property
     def has_descent(self) -> bool:
         """Whether :meth:`with_descent` is all that there is to differentiate."""
         variables = (m for m in (self.m1, self.m2, self.m3) if isinstance(m, Tensor))
-        return self.beyond in SPHEREFACE_BEYOND and not any(m.requires_grad for m in variables)
+        return not any(m.requires_grad for m in variables)
 
     def with_descent(self, theta: Tensor, share: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The same and its descent, minus the derivative by theta, without a graph."""
-        phi, k = self._phi(theta, share), None
-        if self._is_turned and self.beyond == "decreasing":
-            k = torch.div(phi, math.pi, rounding_mode="floor")
-            phi = torch.sub(phi, k, alpha=math.pi)
-        value, descent = torch.cos(phi), torch.sin(phi)
-        if k is not None:
-            value = torch.sub(value, k, alpha=2)
-        if not _is_number(self.m3, 0.0):
-            value = value - share * self.m3
+        phi, offset = self._angle(theta, share)
+        descent = torch.sin(phi)
         if not _is_number(self.m1, 1.0):
             descent = descent * (1 + share * (self.m1 - 1))
-        return value, descent
+        return _less(phi, offset), descent
 
-    @property
-    def _is_turned(self) -> bool:
-        """Whether the angle itself has a margin, which can take it past pi."""
-        return not (_is_number(self.m1, 1.0) and _is_number(self.m2, 0.0))
-
-    def _phi(self, theta: Tensor, share: float | Tensor) -> Tensor:
+    def _angle(self, theta: Tensor, share: float | Tensor) -> Angle:
+        """The angle with the margins in force, and what is subtracted from its cosine."""
+        offset: float | Tensor = 0.0
+        is_turned = not (_is_number(self.m1, 1.0) and _is_number(self.m2, 0.0))
         if not _is_number(self.m1, 1.0):
             theta = theta * (1 + share * (self.m1 - 1))
-        return theta if _is_number(self.m2, 0.0) else theta + share * self.m2
+        if is_turned:  # which can take the angle past pi
+            m2 = 0.0 if _is_number(self.m2, 0.0) else share * self.m2
+            theta, offset = PAST_PI[self.beyond](theta, m2)
+        return theta, offset if _is_number(self.m3, 0.0) else offset + share * self.m3
+
+
+def _less(phi: Tensor, offset: float | Tensor) -> Tensor:
+    """The cosine less the offset."""
+    cosine = torch.cos(phi)
+    return cosine if _is_number(offset, 0.0) else cosine - offset
 
 
 def _is_number(margin: float | Tensor, number: float) -> bool:
@@ -333,21 +328,31 @@ def of_rows(margin: float | Tensor, labels: Tensor) -> float | Tensor:
     return margin.index_select(0, labels) if isinstance(margin, Tensor) else margin
 
 
-def _unrolled_cosine(phi: Tensor) -> Tensor:
-    """(-1)^k cos(phi) - 2k with k = floor(phi / pi): the cosine made decreasing everywhere.
+def _sum(theta: Tensor, m: float | Tensor) -> Tensor:
+    return theta if _is_number(m, 0.0) else theta + m
+
+
+def _unrolled(theta: Tensor, m: float | Tensor) -> Angle:
+    """Of (-1)^k cos(phi) - 2k with k = floor(phi / pi): the cosine made decreasing everywhere.
 
     Adjacent pieces have equal value and slope at each multiple of pi, so the rounding of k does not
     matter, and the paper's bound k <= ceil(m) - 1 holds in value at theta = pi.
     """
-    k = torch.floor(phi.detach() / math.pi)
-    return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
+    phi = _sum(theta, m)
+    k = torch.div(phi, math.pi, rounding_mode="floor")
+    return torch.sub(phi, k, alpha=math.pi), 2 * k
 
 
-def _past_pi(instead: Callable[[Tensor, float | Tensor], Tensor]) -> Callable[..., Tensor]:
-    def margin(theta: Tensor, m: float | Tensor) -> Tensor:
-        return torch.where(theta + m <= math.pi, torch.cos(theta + m), instead(theta, m))
+def _back(drop: Callable[[float | Tensor], float | Tensor]) -> Callable[..., Angle]:
+    """Without the margin past theta + m = pi, and with a drop of m there."""
 
-    return margin
+    def angle(theta: Tensor, m: float | Tensor) -> Angle:
+        phi, dropped = _sum(theta, m), drop(m)
+        is_past = phi > math.pi
+        offset = 0.0 if _is_number(dropped, 0.0) else dropped * is_past.to(phi.dtype)
+        return torch.where(is_past, theta, phi), offset
+
+    return angle
 
 
 def _sin(m: float | Tensor) -> float | Tensor:
@@ -358,17 +363,19 @@ def _cos(m: float | Tensor) -> float | Tensor:
     return torch.cos(m) if isinstance(m, Tensor) else math.cos(m)
 
 
-BEYOND: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
-    "plain": lambda theta, m: torch.cos(theta + m),
-    "linear": _past_pi(lambda theta, m: torch.cos(theta) - m * _sin(m)),
-    "shifted": _past_pi(lambda theta, m: torch.cos(theta) - (1 - _cos(m))),
-    "clamped": lambda theta, m: torch.cos((theta + m).clamp(max=math.pi)),
-    "cosine": _past_pi(lambda theta, m: torch.cos(theta)),
-    "easy": lambda theta, m: torch.cos(torch.where(theta < math.pi / 2, theta + m, theta)),
+# From theta and an additive margin to the angle whose cosine is taken, and what is subtracted.
+PAST_PI: dict[str, Callable[[Tensor, float | Tensor], Angle]] = {
+    "decreasing": _unrolled,
+    "plain": lambda theta, m: (_sum(theta, m), 0.0),
+    "linear": _back(lambda m: m * _sin(m)),
+    "shifted": _back(lambda m: 1 - _cos(m)),
+    "clamped": lambda theta, m: (_sum(theta, m).clamp(max=math.pi), 0.0),
+    "cosine": _back(lambda m: 0.0),
+    "easy": lambda theta, m: (torch.where(theta < math.pi / 2, _sum(theta, m), theta), 0.0),
 }
 
 SPHEREFACE_BEYOND = ("decreasing", "plain")
-ARCFACE_BEYOND = ("decreasing", *BEYOND)
+ARCFACE_BEYOND = tuple(PAST_PI)
 
 
 class Additive(NamedTuple):

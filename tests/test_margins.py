@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 
 import mpmath as mp
@@ -208,14 +209,39 @@ def test_bad_margins_are_named(call, error, message):
         call(torch.zeros(1))
 
 
+def reference_target(beyond, theta, m1, m2, m3):
+    """The table of the module's docstring, and its derivative by theta, to 50 digits."""
+    phi, m = m1 * theta + m2, m2
+    k = mp.floor(phi / mp.pi)
+    past = {
+        "decreasing": (lambda: (-1) ** k * mp.cos(phi) - 2 * k, lambda: -((-1) ** k) * mp.sin(phi)),
+        "plain": (lambda: mp.cos(phi), lambda: -mp.sin(phi)),
+        "linear": (lambda: mp.cos(theta) - m * mp.sin(m), lambda: -mp.sin(theta)),
+        "shifted": (lambda: mp.cos(theta) - (1 - mp.cos(m)), lambda: -mp.sin(theta)),
+        "clamped": (lambda: mp.mpf(-1), lambda: mp.mpf(0)),
+        "cosine": (lambda: mp.cos(theta), lambda: -mp.sin(theta)),
+        "easy": (lambda: mp.cos(theta), lambda: -mp.sin(theta)),
+    }
+    is_past = theta >= mp.pi / 2 if beyond == "easy" else phi > mp.pi
+    value, slope = past[beyond if is_past else "plain"]
+    return value() - m3, m1 * slope()
+
+
+TURNED = [(1.0, 0.0, 0.0), (1.0, 0.0, 0.35), (1.0, 2.5, 0.0)]
+MULTIPLIED = [(4.0, 0.0, 0.0), (1.5, 0.3, 0.2)]
+
+
 @pytest.mark.parametrize("share", [1.0, 0.3, torch.tensor(0.3, dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize(
-    "margins",
-    [(1.0, 0.0, 0.0), (1.0, 0.0, 0.35), (1.0, 2.5, 0.0), (4.0, 0.0, 0.0), (1.5, 0.3, 0.2)],
+    ("beyond", "margins"),
+    [
+        *itertools.product(("decreasing", "plain"), TURNED + MULTIPLIED),
+        *itertools.product(("clamped",), [*TURNED, (1.5, 0.0, 0.0)]),
+        *itertools.product(("linear", "shifted", "cosine", "easy"), TURNED),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("beyond", ["decreasing", "plain"])
-def test_the_known_descent_is_that_of_50_digits(margins, share, beyond):
+def test_the_known_descent_is_that_of_50_digits(beyond, margins, share):
     m1, m2, m3 = margins
     theta = torch.linspace(0.001, math.pi - 0.001, 50, dtype=torch.float64)
     combined = Combined(*margins, beyond)
@@ -223,15 +249,13 @@ def test_the_known_descent_is_that_of_50_digits(margins, share, beyond):
     assert torch.allclose(combined(theta, share), value, rtol=1e-14, atol=1e-14)
     s = float(share)
     for at, found, slope in zip(theta.tolist(), value.tolist(), descent.tolist(), strict=True):
-        phi = (1 + s * (m1 - 1)) * mp.mpf(at) + s * m2
-        k = mp.floor(phi / mp.pi) if beyond == "decreasing" else 0
-        assert found == pytest.approx(float((-1) ** k * mp.cos(phi) - 2 * k - s * m3), abs=1e-13)
-        expected = (-1) ** k * mp.sin(phi) * (1 + s * (m1 - 1))
-        assert slope == pytest.approx(float(expected), abs=1e-13)
+        now = 1 + s * (m1 - 1), s * m2, s * m3
+        expected, derivative = reference_target(beyond, mp.mpf(at), *now)
+        assert found == pytest.approx(float(expected), abs=1e-13)
+        assert slope == pytest.approx(float(-derivative), abs=1e-13)
 
 
 def test_a_descent_is_known_only_where_autograd_has_nothing_else_to_do():
     margin = torch.tensor([0.5], requires_grad=True)
     assert not Combined(m2=margin).has_descent
     assert Combined(m2=margin.detach()).has_descent
-    assert not Combined(m2=0.5, beyond="linear").has_descent

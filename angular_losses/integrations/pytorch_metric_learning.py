@@ -328,7 +328,7 @@ class ArcFaceLoss(_ClassificationLoss):
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
         """cos(theta + m), and PML's continuation past pi - m."""
-        return margins.BEYOND["linear"](theta, self.margin)
+        return margins.Combined(m2=self.margin, beyond="linear")(theta)
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .. import margins, negatives, validation
@@ -144,14 +142,12 @@ class SphereFaceRLoss(MarginLoss):
             )
         self.t = validation.number("t", t, 0.0)
 
-    def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
-        """The phi of the kind, with the share of the margin in force."""
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The phi of the kind."""
         if self.kind == "v2":
-            return torch.cos(theta)
-        m = 1 + share * (self.margin - 1)
-        if self.kind == "v0":
-            return margins.sphereface(theta, m)
-        return torch.cos((m * theta).clamp(max=math.pi))
+            return margins.Combined()
+        beyond = "decreasing" if self.kind == "v0" else "clamped"
+        return margins.Combined(m1=self.margin, beyond=beyond)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction | None:
         """The eta of "v2"."""
