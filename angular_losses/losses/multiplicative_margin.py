@@ -42,6 +42,7 @@ class SphereFaceLoss(MarginLoss):
         ValueError: If the margin is below 1, or a size or the scale is out of range.
 
     Example:
+        >>> import torch
         >>> loss = SphereFaceLoss(num_classes=10, embedding_size=64, margin=4)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -108,6 +109,7 @@ class SphereFaceRLoss(MarginLoss):
         ValueError: If the margin is below 1, or another argument is out of range.
 
     Example:
+        >>> import torch
         >>> loss = SphereFaceRLoss(num_classes=10, embedding_size=64, normalization="soft")
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -194,6 +196,7 @@ class LSoftmaxLoss(MarginLoss):
         ValueError: If the margin is below 1, or another argument is out of range.
 
     Example:
+        >>> import torch
         >>> loss = LSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
