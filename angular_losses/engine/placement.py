@@ -79,6 +79,18 @@ class Whole:
         """The values (C,)."""
         return values
 
+    def add_of_rows(self, kept: Tensor, labels: Tensor, rows: Tensor) -> None:
+        """Add rows (N, ...) to what is kept of their classes here (C, ...)."""
+        kept.index_add_(0, labels, rows)
+
+    def joined(self, values: Tensor, each: int = 1) -> Tensor:
+        """What is kept here, ``each`` rows of a class, after that of the classes before."""
+        return values
+
+    def appended(self, values: Tensor, new: Tensor, num_new: int) -> Tensor:
+        """What is kept here, with that of some new classes after all."""
+        return torch.cat([values, new.to(values.dtype)])
+
     def of_targets(
         self, function: Callable[[Tensor], Tensor], weight: Tensor, own: Tensor
     ) -> Tensor:
@@ -133,24 +145,25 @@ class Sampled(Whole):
         Labels of no class here count for nothing.
         """
         chances = torch.rand(self.count + 1, generator=generator, device=labels.device)
-        here = labels - self.first
-        is_here = (here >= 0) & (here < self.count)
-        chances[here.where(is_here, self.count)] = 2.0
+        chances[self._place(labels)] = 2.0  # the last, of no class, for -1
         chances = chances[:-1]
         wanted = max(math.ceil(rate * self.count), int((chances == 2.0).sum()))
         self.sampled = chances.topk(wanted).indices.sort().values
 
+    def _place(self, labels: Tensor) -> Tensor:
+        """The classes (N,) as this process counts its own; -1 for those of others."""
+        here = labels - self.first
+        return here.where((here >= 0) & (here < self.count), -1)
+
     def local(self, labels: Tensor) -> Tensor:
         """The classes (N,) as this process counts those that take part here; -1 for others."""
-        here = labels - self.first
-        is_here = (here >= 0) & (here < self.count)
-        if self.sampled is not None and not len(self.sampled):
-            is_here = torch.zeros_like(is_here)
-        elif self.sampled is not None:
-            place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
-            is_here &= self.sampled.index_select(0, place) == here
-            here = place
-        return here.where(is_here, -1)
+        here = self._place(labels)
+        if self.sampled is None:
+            return here
+        if not len(self.sampled):
+            return torch.full_like(here, -1)
+        place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
+        return place.where(self.sampled.index_select(0, place) == here, -1)
 
     def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
         """The centres that take part; their gradient is sparse where not all of them do."""
@@ -238,6 +251,40 @@ class Shard(Sampled):
         if len(weight):
             centres = weight.index_select(0, own.clamp(min=0))
         return self.total(function(centres).where(own >= 0, 0))
+
+    def add_of_rows(self, kept: Tensor, labels: Tensor, rows: Tensor) -> None:
+        """Add rows (N, ...) to what is kept of their classes here (count, ...)."""
+        own = self._place(labels)
+        if len(kept):
+            kept.index_add_(0, own.clamp(min=0), rows.where((own >= 0)[:, None], 0))
+
+    def joined(self, values: Tensor, each: int = 1) -> Tensor:
+        """What all ranks keep of their classes, ``each`` rows of a class; without a graph."""
+        padded = values.new_zeros(self.each * each, *values.shape[1:])
+        padded[: len(values)] = values.detach()
+        return self.gathered(padded).flatten(0, 1)[: self.num_classes * each]
+
+    def appended(self, values: Tensor, new: Tensor, num_new: int) -> Tensor:
+        """What this rank is to keep where new classes follow all others, partitioned anew.
+
+        What the others keep passes through its memory, one rank's at a time.
+        """
+        each = len(new) // num_new
+        grown = Shard(self.mesh, self.num_classes + num_new)
+        start, stop = grown.first * each, (grown.first + grown.count) * each
+        found = values.new_empty(stop - start, *values.shape[1:])
+        place = 0  # the row, of all, with which the next part begins
+        for rank in range(self.size + 1):
+            if rank < self.size:
+                count = min(self.each, max(self.num_classes - rank * self.each, 0))
+                part = self.sent(values.detach(), count * each, rank)
+            else:
+                part = new.to(values.dtype)
+            first, last = max(start, place), min(stop, place + len(part))
+            if first < last:
+                found[first - start : last - start] = part[first - place : last - place]
+            place += len(part)
+        return found
 
     def nearest(self, cosines: Tensor) -> Tensor:
         """Of the k largest cosines of each rank (N, k) those of all, without a graph."""

@@ -112,7 +112,9 @@ class MarginLoss(ClassCentres, nn.Module):
             c * sub_centers + k; only their directions enter the loss. Drawn from a normal
             distribution with standard deviation d ** -0.5, so of length about 1.
         statistics: Names of the buffers that :meth:`observe` updates; an attribute of the class,
-            as are the next two. Empty by default.
+            as are the next three. Empty by default.
+        class_rows: Names of attributes (C, ...), no buffers, of which a process that shares the
+            classes keeps the rows of its own alone. Empty by default.
         normalize_weight: Whether only the directions of the centres enter the other classes'
             logits, as by default, and not their lengths.
         is_random: Whether a forward pass in training mode draws random numbers; then sharded
@@ -125,6 +127,7 @@ class MarginLoss(ClassCentres, nn.Module):
 
     ignore_index: int
     statistics: tuple[str, ...] = ()
+    class_rows: tuple[str, ...] = ()
     normalize_weight = True
     is_random = False
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
@@ -540,7 +543,8 @@ class MarginLoss(ClassCentres, nn.Module):
         old, new = self.weight, self._first_directions(init, num_new)
         new = new * self._mean_length().to(new.dtype)
         self._extend_buffers(num_new)
-        self.weight = nn.Parameter(self._appended(new), requires_grad=old.requires_grad)
+        weight = self.shard.appended(old, new, num_new)
+        self.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
         self.num_classes += num_new
         watch(self)
 
@@ -616,10 +620,6 @@ class MarginLoss(ClassCentres, nn.Module):
     def _mean_length(self) -> Tensor:
         """The mean length of all centres."""
         return lengths(self.weight).mean()
-
-    def _appended(self, new: Tensor) -> Tensor:
-        """The centres with new ones after them."""
-        return torch.cat([self.weight, new.to(self.weight.dtype)])
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
