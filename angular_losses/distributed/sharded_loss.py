@@ -295,7 +295,7 @@ class ShardedLoss(MarginLoss):
 
     def rows_of_a_class(self) -> dict[str, int]:
         """What is kept for the classes of this rank alone, and how many rows for each."""
-        return {"weight": self.sub_centers, **dict.fromkeys(self.class_rows, 1)}
+        return {"weight": self.sub_centers, **dict.fromkeys(self._class_rows, 1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose weight is its own."""

@@ -103,7 +103,7 @@ def shard(
             raise ValueError(f"loss: its {name} has values, and cannot be on the meta device")
     place = Shard(mesh, loss.num_classes)
     weight = _own_centres(loss, place, seed)
-    vars(loss).update({k: place.undistributed(vars(loss)[k], 1).clone() for k in loss.class_rows})
+    vars(loss).update({k: place.undistributed(vars(loss)[k], 1).clone() for k in loss._class_rows})
     sharded = cast(ShardedLoss, loss)
     sharded.__class__ = _sharded(type(loss))
     sharded.shard, sharded.seed = place, seed

@@ -411,7 +411,7 @@ class KappaFaceLoss(MarginLoss):
         IEEE Access 2023, arXiv:2201.07394.
     """
 
-    class_rows = ("direction_sums",)
+    _class_rows = ("direction_sums",)
     margin: Tensor
     class_counts: Tensor
     direction_sums: Tensor

@@ -112,9 +112,7 @@ class MarginLoss(ClassCentres, nn.Module):
             c * sub_centers + k; only their directions enter the loss. Drawn from a normal
             distribution with standard deviation d ** -0.5, so of length about 1.
         statistics: Names of the buffers that :meth:`observe` updates; an attribute of the class,
-            as are the next three. Empty by default.
-        class_rows: Names of attributes (C, ...), no buffers, of which a process that shares the
-            classes keeps the rows of its own alone. Empty by default.
+            as are the next two. Empty by default.
         normalize_weight: Whether only the directions of the centres enter the other classes'
             logits, as by default, and not their lengths.
         is_random: Whether a forward pass in training mode draws random numbers; then sharded
@@ -127,9 +125,10 @@ class MarginLoss(ClassCentres, nn.Module):
 
     ignore_index: int
     statistics: tuple[str, ...] = ()
-    class_rows: tuple[str, ...] = ()
     normalize_weight = True
     is_random = False
+    # Names of attributes (C, ...) of which a process that shares the classes keeps its own rows.
+    _class_rows: tuple[str, ...] = ()
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
     _scale_decides = True
     # Whether to look, at the first training step, if the embeddings have lengths, which matter.
