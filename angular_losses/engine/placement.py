@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import collectives
-from .passes import Parts
+from .passes import Later, Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +71,9 @@ class Whole:
         """The rows."""
         return rows
 
-    def completed(self, parts: Parts, own: Tensor, *, summed: bool, is_bounded: bool) -> Parts:
+    def completed(
+        self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
+    ) -> Parts:
         """The parts."""
         return parts
 
@@ -295,9 +297,9 @@ class Shard(Sampled):
         """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
         return collectives.over(self.replicas)
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: Tensor, meanwhile: Later | None = None) -> Tensor:
         """The sum over ranks, with a gradient; for what every rank then uses alike."""
-        total: Tensor = _Total.apply(values, self)  # type: ignore[no-untyped-call]
+        total: Tensor = _Total.apply(values, self, meanwhile or ())  # type: ignore[no-untyped-call]
         return total
 
     def shared(self, values: Tensor) -> Tensor:
@@ -311,7 +313,7 @@ class Shard(Sampled):
         return shared
 
     def log_total(
-        self, values: Tensor, others: Tensor, *, is_bounded: bool
+        self, values: Tensor, others: Tensor, meanwhile: Later, *, is_bounded: bool
     ) -> tuple[Tensor, Tensor]:
         """The log of the sum over ranks of exp(values) (N,), and the sums of others (k, N).
 
@@ -320,28 +322,31 @@ class Shard(Sampled):
         shift = torch.zeros_like(values)
         if not is_bounded:
             shift = self.largest(values.detach()).clamp(min=torch.finfo(values.dtype).min)
-        summed = self.total(torch.cat([(values - shift).exp()[None], others]))
+        summed = self.total(torch.cat([(values - shift).exp()[None], others]), meanwhile)
         is_none = summed[0] == 0  # its logarithm has no gradient
         log = summed[0].masked_fill(is_none, 1).log() + shift
         return log.masked_fill(is_none, -torch.inf), summed[1:]
 
-    def completed(self, parts: Parts, own: Tensor, *, summed: bool, is_bounded: bool) -> Parts:
+    def completed(
+        self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
+    ) -> Parts:
         """The parts over all classes, from those of the classes here.
 
         Args:
             parts: theta of each row whose target is here; negatives and mean cosine of all rows.
             own: (N,) -1 where a row's target is not here.
+            meanwhile: What to do while they are summed.
             summed: Whether the negatives are a sum, and not the log of one.
             is_bounded: Whether exp(negatives) cannot overflow.
         """
         theta, dtype = parts.theta.where(own >= 0, 0), parts.theta.dtype
         if summed:
-            theta, negatives = self.total(torch.stack([theta, parts.negatives]))
+            theta, negatives = self.total(torch.stack([theta, parts.negatives]), meanwhile)
             return Parts(theta, negatives, parts.mean_cosine)
         mean = parts.mean_cosine
         others = [theta] if mean is None else [theta, mean.to(dtype)]
         negatives, sums = self.log_total(
-            parts.negatives, torch.stack(others), is_bounded=is_bounded
+            parts.negatives, torch.stack(others), meanwhile, is_bounded=is_bounded
         )
         return Parts(sums[0], negatives, None if mean is None else sums[1].to(mean.dtype))
 
@@ -445,14 +450,17 @@ def _reached(collective: Callable[[], _Result]) -> _Result:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, values: Tensor, shard: Shard, meanwhile: Later) -> Tensor:
         values = values.clone()
-        _reached(lambda: dist.all_reduce(values, group=shard.group))
+        work = _reached(lambda: dist.all_reduce(values, group=shard.group, async_op=True))
+        for each in meanwhile:
+            each()
+        _reached(work.wait)
         return values
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 class _Shared(torch.autograd.Function):
