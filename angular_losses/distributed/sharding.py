@@ -143,8 +143,8 @@ def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
 
 
 def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
-    each, weight = loss.sub_centers, loss.weight
-    own = weight.detach()[place.first * each : (place.first + place.count) * each]
+    weight = loss.weight
+    own = place.undistributed(weight.detach(), loss.sub_centers)
     if not weight.is_meta:
         own = own.clone()
     else:
