@@ -235,7 +235,6 @@ def _check_files(path: Path) -> None:
             raise RuntimeError(f"{path / name}: expected the file that was saved, got another")
 
 
-_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 # What the metadata of torch.distributed.checkpoint consist of.
 _OF_METADATA = {
     "torch.distributed.checkpoint.metadata": {

@@ -129,11 +129,8 @@ class ShardedLoss(MarginLoss):
             ValueError: If their shape or device does not fit, on every rank.
         """
         here = self._logits_here(embeddings)
-        padded = here.new_empty(len(here), self.shard.each)
-        padded[:, : self.shard.count] = here
-        of_ranks = self.shard.gathered(padded)[:, self.shard.block(len(here))]
-        logits = of_ranks.transpose(0, 1).flatten(1)
-        return logits[: len(embeddings), : self.num_classes].contiguous()
+        own = self.shard.joined(here.T).T[self.shard.block(len(here))]
+        return own[: len(embeddings)].contiguous()
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -190,30 +187,12 @@ class ShardedLoss(MarginLoss):
         with torch.random.fork_rng([]):
             torch.manual_seed(mixed(self.seed, self.num_classes))
             super().extend(num_new, init)
+        self.shard = self.gathering.shard = Shard(self.shard.mesh, self.num_classes)
         self.own_weight = weakref.ref(self.weight)
 
     def _mean_length(self) -> Tensor:
         summed = lengths(self.weight).sum()
         return self.shard.total(summed) / (self.num_classes * self.sub_centers)
-
-    def _appended(self, new: Tensor) -> Tensor:
-        old, sub_centers = self.shard, self.sub_centers
-        self.shard = Shard(old.mesh, self.num_classes + len(new) // sub_centers)
-        self.gathering.shard = self.shard
-        start, count = self.shard.first * sub_centers, self.shard.count * sub_centers
-        weight = new.new_empty(count, self.embedding_size, dtype=self.weight.dtype)
-        place = 0  # the row of the whole weight with which the next part begins
-        for rank in range(old.size + 1):
-            if rank < old.size:
-                rows = min(old.each, max(old.num_classes - rank * old.each, 0)) * sub_centers
-                part = old.sent(self.weight.detach(), rows, rank)
-            else:
-                part = new.to(weight.dtype)
-            first, last = max(start, place), min(start + count, place + len(part))
-            if first < last:
-                weight[first - start : last - start] = part[first - place : last - place]
-            place += len(part)
-        return weight
 
     def _replicas(self) -> ProcessGroup | None:
         """The processes with the same classes that average their gradients by DDP, if any.
@@ -314,6 +293,10 @@ class ShardedLoss(MarginLoss):
         generator.manual_seed(mixed(self.seed, self._batch(), shard.rank))
         shard.draw(labels.where(labels != self.ignore_index, -1), self.sample_rate, generator)
 
+    def rows_of_a_class(self) -> dict[str, int]:
+        """What is kept for the classes of this rank alone, and how many rows for each."""
+        return {"weight": self.sub_centers, **dict.fromkeys(self._class_rows, 1)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose weight is its own."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -323,21 +306,21 @@ class ShardedLoss(MarginLoss):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        expected = self.shard.count * self.sub_centers
-        if len(self.weight) != expected:
-            raise RuntimeError(f"weight: expected {expected} rows, got {len(self.weight)}")
-        destination[f"{prefix}weight"] = self.shard.distributed(
-            self.weight.detach(), self.sub_centers
-        )
+        for name, each in self.rows_of_a_class().items():
+            values, expected = getattr(self, name).detach(), self.shard.count * each
+            if len(values) != expected:
+                raise RuntimeError(f"{name}: expected {expected} rows, got {len(values)}")
+            destination[f"{prefix}{name}"] = self.shard.distributed(values, each)
         if self.is_random:
             destination[f"{prefix}batches"] = torch.tensor(self.batches)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *others: object
     ) -> None:
-        key = f"{prefix}weight"
-        if isinstance(state_dict.get(key), Tensor):
-            state_dict[key] = self.shard.undistributed(state_dict[key], self.sub_centers)
+        for name, each in self.rows_of_a_class().items():
+            key = f"{prefix}{name}"
+            if isinstance(state_dict.get(key), Tensor):
+                state_dict[key] = self.shard.undistributed(state_dict[key], each)
         if f"{prefix}batches" in state_dict:
             self.batches = int(state_dict.pop(f"{prefix}batches"))
         super()._load_from_state_dict(state_dict, prefix, *others)

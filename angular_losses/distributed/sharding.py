@@ -103,6 +103,7 @@ def shard(
             raise ValueError(f"loss: its {name} has values, and cannot be on the meta device")
     place = Shard(mesh, loss.num_classes)
     weight = _own_centres(loss, place, seed)
+    vars(loss).update({k: place.undistributed(vars(loss)[k], 1).clone() for k in loss._class_rows})
     sharded = cast(ShardedLoss, loss)
     sharded.__class__ = _sharded(type(loss))
     sharded.shard, sharded.seed = place, seed
@@ -132,11 +133,9 @@ def unshard(loss: MarginLoss) -> MarginLoss:
     """
     if not isinstance(loss, ShardedLoss):
         raise TypeError(f"loss: expected a sharded one, got {type(loss).__name__}")
-    each = loss.shard.each * loss.sub_centers
-    own = loss.weight.new_zeros(each, loss.embedding_size)
-    own[: len(loss.weight)] = loss.weight.detach()
-    centres = loss.shard.gathered(own).flatten(0, 1)[: loss.num_classes * loss.sub_centers]
-    return _whole(loss, centres.clone())
+    rows = loss.rows_of_a_class().items()
+    joined = {name: loss.shard.joined(getattr(loss, name), each).clone() for name, each in rows}
+    return _whole(loss, joined)
 
 
 def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
@@ -144,8 +143,8 @@ def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
 
 
 def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
-    each, weight = loss.sub_centers, loss.weight
-    own = weight.detach()[place.first * each : (place.first + place.count) * each]
+    weight = loss.weight
+    own = place.undistributed(weight.detach(), loss.sub_centers)
     if not weight.is_meta:
         own = own.clone()
     else:
@@ -156,7 +155,7 @@ def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
     return nn.Parameter(own, requires_grad=weight.requires_grad)
 
 
-def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
+def _whole(loss: ShardedLoss, joined: dict[str, Tensor]) -> MarginLoss:
     cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
     whole = cast(MarginLoss, cls.__new__(cls))
     of_shards = {*inspect.get_annotations(ShardedLoss), "is_random"}
@@ -167,7 +166,8 @@ def _whole(loss: ShardedLoss, centres: Tensor) -> MarginLoss:
     whole.shard = WHOLE
     for name, parameter in whole._parameters.items():
         if parameter is not None:
-            values = centres if name == "weight" else parameter.detach().clone()
+            values = joined.pop(name, parameter.detach().clone())
             whole._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    vars(whole).update(joined)
     watch(whole)
     return whole

@@ -11,7 +11,7 @@ from ..geometry import angle_between, directions, is_autocast_enabled, precise_d
 from .batch import Batch
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings
 from .operators import Others, margin_parts
-from .passes import Parts, working_dtype
+from .passes import Later, Parts, working_dtype
 from .planner import MODES, Plan, cached_plan, plan
 
 # With fewer classes the products cost little beside any network, and keep full precision under
@@ -110,6 +110,7 @@ def parts(
     scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
     bias = None if bias is None else shard.shared(bias)
     share = None if class_share is None else shard.of_classes(class_share)
+    meanwhile: Later = []
     if not batch.weight.shape[0]:
         here = _no_parts(batch, rule, scale, bias, has_mean=share is not None)
     elif chosen.mode == "dense":
@@ -124,6 +125,7 @@ def parts(
                 None if bias is None else bias.expand(batch.own.shape[0]),
                 shard.begin_sum,
                 ranking,
+                meanwhile if shard.is_partial else None,
             ),
         )
     is_bounded = (
@@ -132,7 +134,7 @@ def parts(
         and rule.terms is None
         and not rule.keep_lengths
     )
-    return shard.completed(here, batch.own, summed=rule.summed, is_bounded=is_bounded)
+    return shard.completed(here, batch.own, meanwhile, summed=rule.summed, is_bounded=is_bounded)
 
 
 def _no_parts(

@@ -14,7 +14,7 @@ from ..geometry import precise_dtype, without_autocast
 from ..margins import KnownDescent
 from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings, Terms
-from .passes import Gradients, Parts, Saved, working_dtype
+from .passes import Gradients, Later, Parts, Saved, working_dtype
 
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
@@ -30,6 +30,8 @@ class Others(NamedTuple):
             of the embeddings over them, and returns how to end that. Between the two the gradient
             of the weight is computed.
         ranking: What the forward pass is to fill, where it is asked for.
+        later: Where the forward pass puts what is to be done while its parts are summed over
+            processes, if they are.
     """
 
     rule: Rule = PLAIN
@@ -37,6 +39,7 @@ class Others(NamedTuple):
     bias: Tensor | None = None
     begin_sum: BeginSum | None = None
     ranking: Ranking | None = None
+    later: Later | None = None
 
 
 class Ending(NamedTuple):
@@ -107,7 +110,7 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Parts:
         inputs, settings, others = arguments[4]
-        parts, saved = passes.forward(inputs, settings, _terms(others, settings))
+        parts, saved = passes.forward(inputs, settings, _terms(others, settings), others.later)
         _save(ctx, inputs, settings, saved, others)
         ctx.set_materialize_grads(False)
         return parts

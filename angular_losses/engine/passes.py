@@ -27,13 +27,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..geometry import inverse_lengths, pairs
 from .chunks import BOUNDED_SCALE, Chunks, Inputs, Ranking, Rule, Settings, Terms, multiply
+
+Later: TypeAlias = list[Callable[[], object]]
 
 
 class Parts(NamedTuple):
@@ -121,18 +124,35 @@ class _Sums:
         self.shifts.append(largest)
         return largest
 
-    def add(self, exponentials: Tensor, sums: Tensor, factors: Tensor) -> None:
-        """Add a chunk's."""
+    def add(
+        self, exponentials: Tensor, sums: Tensor, factors: Tensor, later: Later | None = None
+    ) -> None:
+        """Add a chunk's; its part of ``pull`` later, where that is given."""
         self.total = sums if self.total is None else self.total.add_(sums)
-        if self._terms.differentiate:
-            is_more = self.pull is not None
-            self.pull = multiply(
-                exponentials.T, factors, self._dtype, out=self.pull, accumulate=is_more
-            )
+        if not self._terms.differentiate:
+            return
+        is_more = self.pull is not None
+        if self.pull is None:
+            shape = exponentials.shape[1], factors.shape[1]
+            self.pull = factors.new_empty(shape, dtype=self._dtype)
+        out = self.pull if later is None else self.pull.data  # which autograd has saved by then
+        product = partial(
+            multiply, exponentials.T, factors, self._dtype, out=out, accumulate=is_more
+        )
+        if later is None:
+            product()
+        else:
+            later.append(product)
 
 
-def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Saved]:
-    """The parts of a loss, and what the backward pass needs."""
+def forward(
+    inputs: Inputs, settings: Settings, terms: Terms, later: Later | None = None
+) -> tuple[Parts, Saved]:
+    """The parts of a loss, and what the backward pass needs.
+
+    The product of the last chunk is no part of the former: where ``later`` is given it is put
+    there, to be done before the backward pass, while the parts are summed over processes.
+    """
     weight, rule, dtype = inputs.weight, terms.rule, working_dtype(*inputs[:2])
     own = inputs.own.clamp(min=0) if settings.partial else inputs.own
     num_rows, found = len(own), pairs(inputs.embeddings, weight.index_select(0, own))
@@ -154,7 +174,8 @@ def forward(inputs: Inputs, settings: Settings, terms: Terms) -> tuple[Parts, Sa
             logits = chunks.logits(span, factors, out)
             exponentials, of_chunk = chunks.exponentiate(logits, sums.shift_for(logits), out)
         # Several chunks are summed in the wider type.
-        sums.add(exponentials, of_chunk if span is None else of_chunk.to(theta.dtype), factors)
+        of_chunk = of_chunk if span is None else of_chunk.to(theta.dtype)
+        sums.add(exponentials, of_chunk, factors, later if span is chunks.spans[-1] else None)
         if share is not None and mean_direction is not None:
             of_centre = chunks.rows(share, span) * inverse[:, 0]
             mean_direction.addmv_(part.to(dtype).T, of_centre)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import collectives
-from .passes import Parts
+from .passes import Later, Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,13 +71,27 @@ class Whole:
         """The rows."""
         return rows
 
-    def completed(self, parts: Parts, own: Tensor, *, summed: bool, is_bounded: bool) -> Parts:
+    def completed(
+        self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
+    ) -> Parts:
         """The parts."""
         return parts
 
     def of_classes(self, values: Tensor) -> Tensor:
         """The values (C,)."""
         return values
+
+    def add_of_rows(self, kept: Tensor, labels: Tensor, rows: Tensor) -> None:
+        """Add rows (N, ...) to what is kept of their classes here (C, ...)."""
+        kept.index_add_(0, labels, rows)
+
+    def joined(self, values: Tensor, each: int = 1) -> Tensor:
+        """What is kept here, ``each`` rows of a class, after that of the classes before."""
+        return values
+
+    def appended(self, values: Tensor, new: Tensor, num_new: int) -> Tensor:
+        """What is kept here, with that of some new classes after all."""
+        return torch.cat([values, new.to(values.dtype)])
 
     def of_targets(
         self, function: Callable[[Tensor], Tensor], weight: Tensor, own: Tensor
@@ -133,24 +147,25 @@ class Sampled(Whole):
         Labels of no class here count for nothing.
         """
         chances = torch.rand(self.count + 1, generator=generator, device=labels.device)
-        here = labels - self.first
-        is_here = (here >= 0) & (here < self.count)
-        chances[here.where(is_here, self.count)] = 2.0
+        chances[self._place(labels)] = 2.0  # the last, of no class, for -1
         chances = chances[:-1]
         wanted = max(math.ceil(rate * self.count), int((chances == 2.0).sum()))
         self.sampled = chances.topk(wanted).indices.sort().values
 
+    def _place(self, labels: Tensor) -> Tensor:
+        """The classes (N,) as this process counts its own; -1 for those of others."""
+        here = labels - self.first
+        return here.where((here >= 0) & (here < self.count), -1)
+
     def local(self, labels: Tensor) -> Tensor:
         """The classes (N,) as this process counts those that take part here; -1 for others."""
-        here = labels - self.first
-        is_here = (here >= 0) & (here < self.count)
-        if self.sampled is not None and not len(self.sampled):
-            is_here = torch.zeros_like(is_here)
-        elif self.sampled is not None:
-            place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
-            is_here &= self.sampled.index_select(0, place) == here
-            here = place
-        return here.where(is_here, -1)
+        here = self._place(labels)
+        if self.sampled is None:
+            return here
+        if not len(self.sampled):
+            return torch.full_like(here, -1)
+        place = torch.searchsorted(self.sampled, here).clamp(max=len(self.sampled) - 1)
+        return place.where(self.sampled.index_select(0, place) == here, -1)
 
     def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
         """The centres that take part; their gradient is sparse where not all of them do."""
@@ -239,6 +254,40 @@ class Shard(Sampled):
             centres = weight.index_select(0, own.clamp(min=0))
         return self.total(function(centres).where(own >= 0, 0))
 
+    def add_of_rows(self, kept: Tensor, labels: Tensor, rows: Tensor) -> None:
+        """Add rows (N, ...) to what is kept of their classes here (count, ...)."""
+        own = self._place(labels)
+        if len(kept):
+            kept.index_add_(0, own.clamp(min=0), rows.where((own >= 0)[:, None], 0))
+
+    def joined(self, values: Tensor, each: int = 1) -> Tensor:
+        """What all ranks keep of their classes, ``each`` rows of a class; without a graph."""
+        padded = values.new_zeros(self.each * each, *values.shape[1:])
+        padded[: len(values)] = values.detach()
+        return self.gathered(padded).flatten(0, 1)[: self.num_classes * each]
+
+    def appended(self, values: Tensor, new: Tensor, num_new: int) -> Tensor:
+        """What this rank is to keep where new classes follow all others, partitioned anew.
+
+        What the others keep passes through its memory, one rank's at a time.
+        """
+        each = len(new) // num_new
+        grown = Shard(self.mesh, self.num_classes + num_new)
+        start, stop = grown.first * each, (grown.first + grown.count) * each
+        found = values.new_empty(stop - start, *values.shape[1:])
+        place = 0  # the row, of all, with which the next part begins
+        for rank in range(self.size + 1):
+            if rank < self.size:
+                count = min(self.each, max(self.num_classes - rank * self.each, 0))
+                part = self.sent(values.detach(), count * each, rank)
+            else:
+                part = new.to(values.dtype)
+            first, last = max(start, place), min(stop, place + len(part))
+            if first < last:
+                found[first - start : last - start] = part[first - place : last - place]
+            place += len(part)
+        return found
+
     def nearest(self, cosines: Tensor) -> Tensor:
         """Of the k largest cosines of each rank (N, k) those of all, without a graph."""
         of_ranks = self.gathered(cosines).transpose(0, 1).flatten(1)
@@ -248,9 +297,9 @@ class Shard(Sampled):
         """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
         return collectives.over(self.replicas)
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: Tensor, meanwhile: Later | None = None) -> Tensor:
         """The sum over ranks, with a gradient; for what every rank then uses alike."""
-        total: Tensor = _Total.apply(values, self)  # type: ignore[no-untyped-call]
+        total: Tensor = _Total.apply(values, self, meanwhile or ())  # type: ignore[no-untyped-call]
         return total
 
     def shared(self, values: Tensor) -> Tensor:
@@ -264,7 +313,7 @@ class Shard(Sampled):
         return shared
 
     def log_total(
-        self, values: Tensor, others: Tensor, *, is_bounded: bool
+        self, values: Tensor, others: Tensor, meanwhile: Later, *, is_bounded: bool
     ) -> tuple[Tensor, Tensor]:
         """The log of the sum over ranks of exp(values) (N,), and the sums of others (k, N).
 
@@ -273,28 +322,31 @@ class Shard(Sampled):
         shift = torch.zeros_like(values)
         if not is_bounded:
             shift = self.largest(values.detach()).clamp(min=torch.finfo(values.dtype).min)
-        summed = self.total(torch.cat([(values - shift).exp()[None], others]))
+        summed = self.total(torch.cat([(values - shift).exp()[None], others]), meanwhile)
         is_none = summed[0] == 0  # its logarithm has no gradient
         log = summed[0].masked_fill(is_none, 1).log() + shift
         return log.masked_fill(is_none, -torch.inf), summed[1:]
 
-    def completed(self, parts: Parts, own: Tensor, *, summed: bool, is_bounded: bool) -> Parts:
+    def completed(
+        self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
+    ) -> Parts:
         """The parts over all classes, from those of the classes here.
 
         Args:
             parts: theta of each row whose target is here; negatives and mean cosine of all rows.
             own: (N,) -1 where a row's target is not here.
+            meanwhile: What to do while they are summed.
             summed: Whether the negatives are a sum, and not the log of one.
             is_bounded: Whether exp(negatives) cannot overflow.
         """
         theta, dtype = parts.theta.where(own >= 0, 0), parts.theta.dtype
         if summed:
-            theta, negatives = self.total(torch.stack([theta, parts.negatives]))
+            theta, negatives = self.total(torch.stack([theta, parts.negatives]), meanwhile)
             return Parts(theta, negatives, parts.mean_cosine)
         mean = parts.mean_cosine
         others = [theta] if mean is None else [theta, mean.to(dtype)]
         negatives, sums = self.log_total(
-            parts.negatives, torch.stack(others), is_bounded=is_bounded
+            parts.negatives, torch.stack(others), meanwhile, is_bounded=is_bounded
         )
         return Parts(sums[0], negatives, None if mean is None else sums[1].to(mean.dtype))
 
@@ -398,14 +450,17 @@ def _reached(collective: Callable[[], _Result]) -> _Result:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, values: Tensor, shard: Shard, meanwhile: Later) -> Tensor:
         values = values.clone()
-        _reached(lambda: dist.all_reduce(values, group=shard.group))
+        work = _reached(lambda: dist.all_reduce(values, group=shard.group, async_op=True))
+        for each in meanwhile:
+            each()
+        _reached(work.wait)
         return values
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 class _Shared(torch.autograd.Function):

@@ -411,6 +411,7 @@ class KappaFaceLoss(MarginLoss):
         IEEE Access 2023, arXiv:2201.07394.
     """
 
+    _class_rows = ("direction_sums",)
     margin: Tensor
     class_counts: Tensor
     direction_sums: Tensor
@@ -443,7 +444,7 @@ class KappaFaceLoss(MarginLoss):
         """Add the directions of the batch to those of its classes."""
         unit = directions(embeddings, self.direction_sums.dtype)
         each = unit.new_ones(len(labels)) if weights is None else weights.to(unit.dtype)
-        self.direction_sums.index_add_(0, labels, unit * each[:, None])
+        self.shard.add_of_rows(self.direction_sums, labels, unit * each[:, None])
         self.seen.index_add_(0, labels, each)
 
     def _extend_buffers(self, num_new: int) -> None:
@@ -453,7 +454,7 @@ class KappaFaceLoss(MarginLoss):
         self.class_counts = torch.cat([self.class_counts, rarest])
         self.seen = torch.cat([self.seen, torch.zeros_like(rarest)])
         nothing = self.direction_sums.new_zeros(num_new, self.embedding_size)
-        self.direction_sums = torch.cat([self.direction_sums, nothing])
+        self.direction_sums = self.shard.appended(self.direction_sums, nothing, num_new)
 
     @contextmanager
     def _gathered_as_buffers(self) -> Iterator[None]:
@@ -484,7 +485,7 @@ class KappaFaceLoss(MarginLoss):
         """Set the margins from the embeddings seen since the last call, by all processes."""
         with self.shard.reductions():
             sums, seen = collectives.total(self.direction_sums), collectives.total(self.seen)
-        mean = lengths(sums) / seen.clamp(min=1)
+        mean = self.shard.joined(lengths(sums)) / seen.clamp(min=1)
         kappa = mean * (self.embedding_size - mean**2) / (1 - mean**2).clamp(min=1e-6)
         scatters = (seen > 1) & (self.class_counts > 1)  # the mean of one direction has length 1
         kappa = kappa.where(scatters, torch.nan)

@@ -127,6 +127,8 @@ class MarginLoss(ClassCentres, nn.Module):
     statistics: tuple[str, ...] = ()
     normalize_weight = True
     is_random = False
+    # Names of attributes (C, ...) of which a process that shares the classes keeps its own rows.
+    _class_rows: tuple[str, ...] = ()
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
     _scale_decides = True
     # Whether to look, at the first training step, if the embeddings have lengths, which matter.
@@ -540,7 +542,8 @@ class MarginLoss(ClassCentres, nn.Module):
         old, new = self.weight, self._first_directions(init, num_new)
         new = new * self._mean_length().to(new.dtype)
         self._extend_buffers(num_new)
-        self.weight = nn.Parameter(self._appended(new), requires_grad=old.requires_grad)
+        weight = self.shard.appended(old, new, num_new)
+        self.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
         self.num_classes += num_new
         watch(self)
 
@@ -616,10 +619,6 @@ class MarginLoss(ClassCentres, nn.Module):
     def _mean_length(self) -> Tensor:
         """The mean length of all centres."""
         return lengths(self.weight).mean()
-
-    def _appended(self, new: Tensor) -> Tensor:
-        """The centres with new ones after them."""
-        return torch.cat([self.weight, new.to(self.weight.dtype)])
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""

@@ -49,8 +49,14 @@ def test_statistics_over_the_mesh(processes):
     assert max(processes.run(trainings.statistics_of_some_ranks, 4, timeout=20.0)) <= 1e-6
 
 
-def test_margins_updated_from_the_rows_of_all_ranks(processes):
-    assert max(processes.run(trainings.updated_margins, 3)) <= 1e-6
+@pytest.mark.parametrize(("classes", "sub_centers"), [(13, 1), (2, 2)])
+def test_gathered_directions_are_kept_by_class(processes, tmp_path, classes, sub_centers):
+    before = None
+    for world, sizes in ((1, (12,)), (3, (5, 0, 7)), (4, (2, 6, 3, 1)), (2, (9, 3))):
+        folder = str(tmp_path / str(world))
+        arguments = classes, sub_centers, before, folder, sizes
+        assert all(processes.run(trainings.gathered_directions, world, *arguments))
+        before = folder
 
 
 @pytest.mark.parametrize("kind", [al.ArcFaceLoss, al.MagFaceLoss, al.CurricularFaceLoss])

@@ -169,21 +169,53 @@ def statistics_of_some_ranks(mesh):
     return max(errors)
 
 
-def updated_margins(mesh):
-    """KappaFace's margins, of classes of which some are seen once."""
+def gathered_directions(mesh, classes, sub_centers, before, folder, sizes):
+    """KappaFace's margins after four steps, of which another world has done and saved two.
+
+    What it gathers are the rows of its classes; unsharded, extended and loaded whole it is all.
+    """
+    rows, options = sum(sizes), {"sub_centers": sub_centers, "dtype": torch.float64}
     torch.manual_seed(1)
-    counts = torch.arange(CLASSES) + 2
-    whole = al.KappaFaceLoss(CLASSES, SIZE, counts, dtype=torch.float64)
+    whole = al.KappaFaceLoss(classes, SIZE, torch.arange(classes) + 2, **options)
     part = shard(copy.deepcopy(whole), mesh)
-    embeddings, labels = batch_of(12, torch.float64, CLASSES)
-    mine = parts_of(12, (5, 0, 7))[mesh.get_rank()]
-    part(embeddings[mine], labels[mine])
+    restored = copy.deepcopy(whole)
+
+    def step(number):
+        generator = torch.Generator().manual_seed(number)
+        embeddings = torch.randn(rows, SIZE, generator=generator, dtype=torch.float64)
+        labels = torch.randint(classes, (rows,), generator=generator)
+        mine = parts_of(rows, sizes)[mesh.get_rank()]
+        part(embeddings[mine], labels[mine])
+        whole(embeddings, labels)
+
+    def differences():
+        own = part.shard
+        yield part.direction_sums, whole.direction_sums[own.first : own.first + own.count]
+        again = unshard(part)
+        yield again.direction_sums, whole.direction_sums
+        yield from ((loss.seen, whole.seen) for loss in (part, again))
+
+    for number in range(2):
+        step(number)
+    if before is not None:
+        with torch.no_grad():
+            for kept in (part.direction_sums, part.seen):
+                kept.fill_(torch.nan)
+        for loss in (part, restored):
+            load(before, torch.nn.ModuleList([loss]))
+        assert torch.equal(restored.direction_sums, whole.direction_sums)
+    save(folder, torch.nn.ModuleList([part]))
+    for number in range(2, 4):
+        step(number)
+    assert all(torch.equal(*pair) for pair in differences())
+    for loss in (part, whole):
+        loss.extend(3)
+    assert all(torch.equal(*pair) for pair in differences())
     part.update_margins()
     with al.collectives.over(None):
-        whole(embeddings, labels)
         whole.update_margins()
-    assert labels.unique(return_counts=True)[1].min() == 1
-    return relative_error(part.margin, whole.margin)
+    assert part.seen.sum() == part.direction_sums.count_nonzero() == 0
+    return torch.equal(part.margin, whole.margin)
 
 
 def ignored_rows(mesh, kind):
