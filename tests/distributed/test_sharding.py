@@ -29,7 +29,7 @@ def too_large(answers, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_loss_is_that_of_one_process(processes, world, dtype):
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-6}[dtype]
     answers = processes.run(
