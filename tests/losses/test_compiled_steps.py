@@ -39,17 +39,18 @@ def cells():
         grid = [(*one, how) for how in COMPILED for one in LOSSES_WITH_SCHEDULES]
     else:
         grid = [
+            ("SphereFace-R-v2-soft", "none", "aot_eager"),
+            # It is slow, and what it adds is the same for all.
+            ("MagFace", "warm-up", "inductor"),
+            ("AdaFace", "annealing", "inductor, dynamic"),
+        ]
+        grid += [
             (
                 name,
                 [*schedules_of(name)][k % len(schedules_of(name))],
                 "aot_eager" if k // 3 % 2 else "aot_eager, dynamic",
             )
-            for k, name in enumerate([*one_of_each_class(), "SphereFace-R-v2-soft"])
-        ]
-        # It is slow, and what it adds is the same for all.
-        grid += [
-            ("MagFace", "warm-up", "inductor"),
-            ("SphereFace2-C", "annealing", "inductor, dynamic"),
+            for k, name in enumerate(one_of_each_class())
         ]
     # Kinds that are compiled anew are slow too: a cell has one of those.
     return [
