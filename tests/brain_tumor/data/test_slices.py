@@ -278,10 +278,11 @@ ROOT = Path(__file__).parents[3]
 FAULTY = """
 import os, sys
 sys.path[:] = sys.argv[1:]
-from examples.brain_tumor.data import hdf5
-hdf5.PATIENCE, read = 0.5, hdf5.read_matrices
-hdf5.read_matrices = lambda path, *rest: {fault} if "hostile" in path else read(path, *rest)
-hdf5.serve()
+from examples.brain_tumor.data import serving
+serving.PATIENCE, read = 0.5, serving.READERS["hdf5"]
+def meet(path, *rest): return {fault} if "hostile" in path else read(path, *rest)
+serving.READERS = dict(hdf5=meet, dicom=meet)
+serving.serve()
 """
 
 
@@ -334,11 +335,11 @@ def test_a_heap_that_leads_in_circles_is_refused(tmp_path, faulty):
 @linux
 def test_memory_is_limited(tmp_path, faulty):
     path = write_mat(tmp_path / "hostile.mat", fields())
-    faulty("dict(a=hdf5.np.zeros(1 << 28, 'u1'))")
-    assert READER.read(path, "", {})["a"].nbytes == 1 << 28
-    faulty("dict(a=hdf5.np.zeros(1 << 30, 'u1'))")
+    faulty("dict(a=serving.np.zeros(1 << 28, 'u1'))")
+    assert READER.read(path, "hdf5", "", {})["a"].nbytes == 1 << 28
+    faulty("dict(a=serving.np.zeros(1 << 30, 'u1'))")
     with pytest.raises(UserError, match=r"hostile\.mat: damaged"):
-        READER.read(path, "", {})
+        READER.read(path, "hdf5", "", {})
 
 
 def test_a_process_that_ended_between_two_files_costs_none(tmp_path):
@@ -396,7 +397,9 @@ def test_a_script_without_a_guard_elsewhere_reads(tmp_path):
 
 
 def test_the_process_that_reads_needs_no_torch():
-    code = "from examples.brain_tumor.data import hdf5; import sys; print('torch' in sys.modules)"
+    code = (
+        "from examples.brain_tumor.data import serving; import sys; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

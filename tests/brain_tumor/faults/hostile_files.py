@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from examples.brain_tumor.data.archives import MAX_MEMBER_BYTES, unpack
-from examples.brain_tumor.data.hdf5 import limit_address_space
+from examples.brain_tumor.data.serving import limit_address_space
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.training.checkpoint import read_checkpoint
 
