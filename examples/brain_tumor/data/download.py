@@ -1,7 +1,8 @@
 """Downloading the slices and the ImageNet weights: cut off, the same command continues.
 
 Nothing that arrives is trusted before its checksum is right, and a file has its own name only then;
-until then it is called NAME.partial.
+until then it is called NAME.partial. No server vouches for what it sends: the sums are written down
+here or, of the weights, in a commit whose own hash is.
 """
 
 import hashlib
@@ -28,14 +29,13 @@ from ..files import PARTIAL, explained, locked, replacing
 from ..network.mobilenet import MobileNetV1, load_imagenet_weights
 from ..training.checkpoint import one_line
 from .archives import unpack
+from .commits import sum_in_commit
 
 # figshare.com/ndownloader, the same files under another name, answers programs with a riddle.
 FIGSHARE = "https://ndownloader.figshare.com/files"
-# No sum of this file is published, so the commit of the repository is named, which cannot change.
-WEIGHTS = (
-    "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k/resolve/"
-    "dda9ab42e23f3061aa191630817df76e8fe9cace/model.safetensors"
-)
+WEIGHTS = "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k"
+WEIGHTS_COMMIT = "dda9ab42e23f3061aa191630817df76e8fe9cace"
+WEIGHTS_NAME = "model.safetensors"
 MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
 UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
 BLOCK_BYTES = 1 << 18
@@ -110,7 +110,8 @@ def download_slices(
         for index, file in enumerate(missing):
             path = folder / file.name
             room = sum(UNPACKED * other.size for other in missing[index:])
-            fetch(f"{base_url}/{file.identifier}", path, file.size, file.md5, room, patience)
+            known = f"md5:{file.md5}"
+            fetch(f"{base_url}/{file.identifier}", path, file.size, known, room, patience)
             if path.suffix == ".zip":
                 names = unpack(path, folder)
                 with replacing(_record(folder, file)) as temporary:
@@ -118,15 +119,21 @@ def download_slices(
                 path.unlink()
 
 
-def download_weights(path: Path, url: str = WEIGHTS, patience: Patience = PATIENCE) -> str:
+def download_weights(
+    path: Path,
+    repository: str = WEIGHTS,
+    commit: str = WEIGHTS_COMMIT,
+    patience: Patience = PATIENCE,
+) -> str:
     """Download timm's ImageNet weights of MobileNet v1, for a network of the layout "timm".
 
-    There is no published sum to compare the file with: it is compared with the sha256 sum that the
-    hub itself gives for it, and its tensors are checked for names, shapes and finite values.
+    The file's SHA-256 is what the commit says, see `sum_in_commit`; besides, its tensors are
+    checked for names, shapes and finite values.
 
     Args:
         path: The safetensors file to write. If it is there, its tensors are checked, no more.
-        url: Where the file is, https.
+        repository: The URL of a git repository at Hugging Face, https.
+        commit: Its commit, all 40 digits.
         patience: How long to wait for the server and how often to try.
 
     Returns:
@@ -139,7 +146,11 @@ def download_weights(path: Path, url: str = WEIGHTS, patience: Patience = PATIEN
         if path.exists():
             _check_weights(path)
         else:
-            fetch(url, path, MAX_WEIGHTS_BYTES, patience=patience, check=_check_weights)
+            if not _is_safe(repository, repository):
+                raise UserError(f"{repository}: not a URL of https")
+            known = sum_in_commit(repository, commit, WEIGHTS_NAME, LONGEST_HEAD * patience.timeout)
+            url = f"{repository}/resolve/{commit}/{WEIGHTS_NAME}"
+            fetch(url, path, MAX_WEIGHTS_BYTES, known, patience=patience, check=_check_weights)
         return _checksum(path, "sha256")
 
 
@@ -147,7 +158,7 @@ def fetch(
     url: str,
     path: Path,
     limit: int,
-    md5: str | None = None,
+    known: str,
     room: int = 0,
     patience: Patience = PATIENCE,
     check: Callable[[Path], None] | None = None,
@@ -158,7 +169,7 @@ def fetch(
         url: Where it is: https, or http on this machine.
         path: Where it goes.
         limit: Bytes it has at most.
-        md5: Its md5 sum; without one, the server has to give a sha256 sum as Hugging Face does.
+        known: Its checksum, "md5:..." or "sha256:...".
         room: Bytes to be free on the disk besides those of the file.
         patience: How long to wait and how often to try.
         check: Called with the finished file before it gets its name; may raise a UserError.
@@ -167,19 +178,17 @@ def fetch(
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
         OSError: The file cannot be written.
     """
-    if md5 and _has_md5(path, md5):
+    algorithm, _, expected = known.partition(":")
+    if path.is_file() and _checksum(path, algorithm) == expected:
         return
     partial = path.with_name(path.name + PARTIAL)
-    announced = None
     # What was stopped between its last byte and its name is whole, and no server would go on.
-    if not (md5 and _has_md5(partial, md5)):
-        announced = _receive(url, partial, limit, room, patience)
-    algorithm, expected = ("md5", md5) if md5 else ("sha256", announced)
+    if not (partial.is_file() and _checksum(partial, algorithm) == expected):
+        _receive(url, partial, limit, room, patience)
     _tag_of(partial).unlink(missing_ok=True)
     try:
         found = _checksum(partial, algorithm)
         if found != expected:
-            expected = expected or "a sum in the header X-Linked-ETag"
             raise UserError(f"{url}: what came has {algorithm} {found}, expected {expected}")
         if check is not None:
             check(partial)
@@ -193,14 +202,15 @@ class _BrokenError(Exception):
     """A transfer failed in a way that another attempt may mend."""
 
 
-def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> str | None:
-    """Try to get the rest of a file until it is whole; return the sha256 sum that was announced."""
+def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> None:
+    """Try to get the rest of a file until it is whole."""
     fault = None
     for attempt in range(patience.attempts):
         if attempt:
             time.sleep(patience.pause * 2 ** (attempt - 1))
         try:
-            return _transfer(url, partial, limit, room, patience.timeout)
+            _transfer(url, partial, limit, room, patience.timeout)
+            return
         except _BrokenError as error:
             fault = error
     raise UserError(
@@ -209,10 +219,9 @@ def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience)
     )
 
 
-def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> str | None:
-    """Get the rest of a file over one connection; return the sha256 sum that was announced."""
-    redirects = _CarefulRedirects()
-    with _open(url, partial, redirects, timeout) as response:
+def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> None:
+    """Get the rest of a file over one connection."""
+    with _open(url, partial, timeout) as response:
         offset, total = _extent(response, partial)
         if total is not None and total > limit:
             raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
@@ -224,7 +233,6 @@ def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) ->
             raise UserError(f"{url}: sends more than the {limit} bytes expected")
         if total is not None and offset < total:
             raise _BrokenError(f"the connection was cut at {offset} of {total} bytes")
-        return _announced_sha256([*redirects.hops, response.headers])
 
 
 def _append(
@@ -265,15 +273,13 @@ def _append(
     return offset
 
 
-def _open(url: str, partial: Path, redirects: "_CarefulRedirects", timeout: float) -> HTTPResponse:
+def _open(url: str, partial: Path, timeout: float) -> HTTPResponse:
     """Ask for the rest of a file and return the answer, which is all of it or a part."""
     try:
         if not _is_safe(url, url):
             raise UserError(f"{url}: not a URL of https")
-        request = _request(url, partial)
-        response = _in_time(
-            lambda: build_opener(redirects).open(request, timeout=timeout), LONGEST_HEAD * timeout
-        )
+        request, opener = _request(url, partial), build_opener(_CarefulRedirects())
+        response = _in_time(lambda: opener.open(request, timeout=timeout), LONGEST_HEAD * timeout)
     except HTTPError as error:
         error.close()
         raise _refusal(url, error, partial) from None
@@ -339,17 +345,13 @@ def _extent(response: HTTPResponse, partial: Path) -> tuple[int, int | None]:
 
 
 class _CarefulRedirects(HTTPRedirectHandler):
-    """Follows redirects to safe URLs only, and keeps the headers that came with them."""
-
-    def __init__(self) -> None:
-        self.hops: list[Message] = []
+    """Follows redirects to safe URLs only."""
 
     def http_error_302(
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message
     ) -> HTTPResponse | None:
         """Follow a redirect; one that is refused ends in an HTTPError of its code."""
         fp.close()  # urllib would read it to an end that need not come
-        self.hops.append(headers)
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -389,14 +391,6 @@ def _keep_tag(path: Path, tag: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _announced_sha256(answers: Sequence[Message]) -> str | None:
-    """Return the sum that Hugging Face gives for a file in the first of its answers."""
-    for headers in answers:
-        if found := re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag", "")):
-            return found[1]
-    return None
-
-
 def _check_weights(path: Path) -> None:
     load_imagenet_weights(MobileNetV1(layout="timm"), path)
 
@@ -412,10 +406,6 @@ def _is_unpacked(folder: Path, file: FigshareFile) -> bool:
         return False
     md5, *names = record.read_text("utf-8", "replace").split("\n")
     return md5 == file.md5 and all((folder / name).is_file() for name in names)
-
-
-def _has_md5(path: Path, md5: str) -> bool:
-    return path.is_file() and _checksum(path, "md5") == md5
 
 
 def _checksum(path: Path, algorithm: str) -> str:

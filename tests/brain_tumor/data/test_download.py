@@ -8,10 +8,10 @@ import select
 import shutil
 import socket
 import stat
+import subprocess
 import threading
 import zipfile
 from concurrent.futures import Future
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import Request
@@ -201,7 +201,8 @@ def redirect(target, code=302, **headers):
 def get(server, path, *answers, content=CONTENT, **arguments):
     """Fetch a file of which the md5 sum is known from a server with these answers."""
     server.answers[:] = answers
-    arguments = {"limit": len(CONTENT), "md5": md5_of(content), "patience": HASTE, **arguments}
+    known = f"md5:{md5_of(content)}"
+    arguments = {"limit": len(CONTENT), "known": known, "patience": HASTE, **arguments}
     fetch(f"{server.url}/file", path, **arguments)
 
 
@@ -340,7 +341,7 @@ def test_an_unreachable_server(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     with Server(("127.0.0.1", 0), Handler) as closed:
         url = closed.url
-    message = refused(fetch, f"{url}/file", tmp_path / "file", 10, patience=HASTE)
+    message = refused(fetch, f"{url}/file", tmp_path / "file", 10, "md5:", patience=HASTE)
     assert "Connection refused" in message
 
 
@@ -405,7 +406,7 @@ def test_https_is_not_left(target):
 
 @pytest.mark.parametrize("url", ["http://192.0.2.1/a", "file:///etc/passwd", "ftp://127.0.0.1/a"])
 def test_only_https_is_asked(tmp_path, url):
-    assert "not a URL of https" in refused(fetch, url, tmp_path / "file", 10)
+    assert "not a URL of https" in refused(fetch, url, tmp_path / "file", 10, "md5:")
 
 
 def test_a_wrong_sum_names_both_and_leaves_nothing(server, tmp_path):
@@ -702,13 +703,52 @@ def test_mutated_archives_are_refused_or_right(tmp_path):
 # ------------------------------------------------------------------------------- the weights
 
 
-@contextmanager
-def weights_on(server, content, announced=None, final=None):
-    """Serve a file as Hugging Face does: the sum comes with a redirect to another place."""
-    announced = hashlib.sha256(content).hexdigest() if announced is None else announced
-    linked = {"X_Linked_ETag": f'"{announced}"'} if announced else {}
-    server.answers[:] = [redirect("/cdn", **linked), final or whole(content, tag='"elsewhere"')]
-    yield f"{server.url}/model.safetensors"
+def git(folder, *arguments):
+    """What git prints."""
+    names = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+    command = ["git", "-C", str(folder), *names, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def pointer_to(content):
+    return (
+        "version https://git-lfs.github.com/spec/v1\n"
+        f"oid sha256:{hashlib.sha256(content).hexdigest()}\nsize {len(content)}\n"
+    )
+
+
+class Hub:
+    """A repository as at Hugging Face: git holds a pointer, and the file is somewhere else."""
+
+    def __init__(self, server, folder, content, pointer=None):
+        self.url, self.folder = f"{server.url}/repository", folder
+        git(folder.parent, "init", "--quiet", str(folder))
+        self.commit = self.write(pointer or pointer_to(content))
+        self.whole = whole(content, tag='"elsewhere"')
+        server.answers[:] = [self.answer]
+
+    def write(self, pointer):
+        """Commit another pointer."""
+        (self.folder / "model.safetensors").write_text(pointer)
+        git(self.folder, "add", ".")
+        git(self.folder, "commit", "--quiet", "-m", "Add model")
+        git(self.folder, "update-server-info")
+        return git(self.folder, "rev-parse", "HEAD")
+
+    def answer(self, request):
+        path = request.path.partition("?")[0]
+        if path == f"/repository/resolve/{self.commit}/model.safetensors":
+            request.head(302, Location="/cdn", Content_Length=0)
+        elif path == "/cdn":
+            self.whole(request)
+        else:
+            file = self.folder / ".git" / path.removeprefix("/repository/")
+            content = file.read_bytes() if file.is_file() else b""
+            request.head(200 if content else 404, Content_Length=len(content))
+            request.wfile.write(content)
+
+    def download(self, path):
+        return download_weights(path, self.url, self.commit, HASTE)
 
 
 @pytest.fixture(scope="module")
@@ -718,37 +758,80 @@ def weights():
     return {timm_name(name): tensor for name, tensor in state.items()}
 
 
-def test_weights_are_compared_with_the_hubs_own_sum(server, tmp_path, weights):
+def test_weights_are_compared_with_the_sum_in_their_commit(server, tmp_path, weights):
     content, path = save(weights), tmp_path / "new" / "weights.safetensors"
-    with weights_on(server, content) as url:
-        sha256 = download_weights(path, url, HASTE)
+    hub = Hub(server, tmp_path / "hub", content)
+    hub.write(pointer_to(b"of another version"))
+    sha256 = hub.download(path)
     assert sha256 == hashlib.sha256(content).hexdigest()
     assert path.read_bytes() == content
     assert names(path.parent) == ["weights.safetensors"]
     server.requests.clear()
-    assert download_weights(path, url, HASTE) == sha256
+    assert hub.download(path) == sha256
     assert server.requests == []
 
 
-@pytest.mark.parametrize("announced", ["0" * 64, "", "1d2c-4"])
-def test_weights_without_their_sum_are_refused(server, tmp_path, announced):
-    with weights_on(server, CONTENT, announced) as url:
-        message = refused(download_weights, tmp_path / "weights", url, HASTE)
-    expected = announced if len(announced) == 64 else "a sum in the header"
-    assert f"has sha256 {hashlib.sha256(CONTENT).hexdigest()}, expected {expected}" in message
+def test_other_weights_than_the_commits_are_refused(server, tmp_path):
+    hub, path = Hub(server, tmp_path / "hub", CONTENT), tmp_path / "new" / "weights"
+    hub.whole = whole(CONTENT[::-1])
+    expected, found = (hashlib.sha256(c).hexdigest() for c in (CONTENT, CONTENT[::-1]))
+    assert f"has sha256 {found}, expected {expected}" in refused(hub.download, path)
+    assert not path.parent.exists()
+
+
+def test_a_server_that_invents_what_a_commit_holds_is_refused(server, tmp_path):
+    """Of git's own check: an object of another content than its name says."""
+    hub, path = Hub(server, tmp_path / "hub", CONTENT), tmp_path / "new" / "weights"
+    other = Hub(server, tmp_path / "other", CONTENT[::-1])
+    hub.whole, server.answers[:] = other.whole, [hub.answer]
+    places = (git(one.folder, "rev-parse", "HEAD:model.safetensors") for one in (hub, other))
+    own, others = (Path(".git/objects") / place[:2] / place[2:] for place in places)
+    (hub.folder / own).chmod(0o600)
+    (hub.folder / own).write_bytes((other.folder / others).read_bytes())
+    assert "git failed" in refused(hub.download, path)
+    asked = [request.path for request in server.requests]
+    assert any(place.endswith(own.name) for place in asked)
+    assert "/cdn" not in asked
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("pointer", "fault"),
+    [("no pointer\n", "is no pointer to a large file"), (pointer_to(b"") + "x", "is no pointer")],
+)
+def test_a_commit_without_a_pointer_is_refused(server, tmp_path, pointer, fault):
+    hub = Hub(server, tmp_path / "hub", CONTENT, pointer)
+    assert fault in refused(hub.download, tmp_path / "new" / "weights")
+    hub.commit = "0" * 40
+    assert "git failed: " in refused(hub.download, tmp_path / "new" / "weights")
+
+
+def test_weights_of_a_repository_that_is_not_there_are_refused(server, tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    server.answers[:] = [status(404)]
+    assert "git failed: " in refused(download_weights, path, server.url, "0" * 40, HASTE)
+    for url in (f"file://{tmp_path}", "ext::true", "http://192.0.2.1/a"):
+        assert "not a URL of https" in refused(download_weights, path, url, "0" * 40, HASTE)
+    monkeypatch.setenv("PATH", "")
+    assert "git: not found" in refused(download_weights, path, server.url, "0" * 40, HASTE)
     assert names(tmp_path) == []
 
 
 def test_weights_of_another_network_are_refused(server, tmp_path, weights):
     missing = {name: tensor for name, tensor in weights.items() if name != "bn1.bias"}
-    for content, fault in (
-        (save({**weights, "bn1.bias": torch.zeros(3)}), "bn1.bias has shape [3], expected [32]"),
-        (save(missing), "no tensor named bn1.bias"),
-        (CONTENT, "not a readable safetensors file"),
+    for number, (content, fault) in enumerate(
+        (
+            (
+                save({**weights, "bn1.bias": torch.zeros(3)}),
+                "bn1.bias has shape [3], expected [32]",
+            ),
+            (save(missing), "no tensor named bn1.bias"),
+            (CONTENT, "not a readable safetensors file"),
+        )
     ):
-        with weights_on(server, content) as url:
-            assert fault in refused(download_weights, tmp_path / "weights", url, HASTE)
-        assert names(tmp_path) == []
+        hub = Hub(server, tmp_path / str(number), content)
+        assert fault in refused(hub.download, tmp_path / "new" / "weights")
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_file_that_is_not_timms_weights_is_left_alone(server, tmp_path):
@@ -763,8 +846,9 @@ def test_too_many_weights_are_refused(server, tmp_path):
     def huge(request):
         request.head(200, Content_Length=10**9)
 
-    with weights_on(server, b"", "0" * 64, huge) as url:
-        assert "announced" in refused(download_weights, tmp_path / "weights", url, HASTE)
+    hub = Hub(server, tmp_path / "hub", CONTENT)
+    hub.whole = huge
+    assert "announced" in refused(hub.download, tmp_path / "new" / "weights")
 
 
 def test_published_addresses_are_https():
