@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.brain_tumor.data import pictures, reader
+from examples.brain_tumor.data import matlab, reader
 from examples.brain_tumor.data.matlab import LARGEST_SIDE
 from examples.brain_tumor.data.pictures import MOST_SCANS, read_picture
 from examples.brain_tumor.data.reader import READER
@@ -122,7 +122,7 @@ HOSTILE = {
     "Pillow refuses": (promise(60_000, 60_000), "larger than 4096 pixels"),
     "too many scans": (many_scans(MOST_SCANS + 1), "101 scans, expected at most 100"),
     "no pixels": (promise(100, 100), "damaged"),
-    "empty": (b"", "not readable"),
+    "empty": (b"", "the file is empty"),
     "text": (b"12.png", "not readable"),
     "GIF": (encode(of(GREY), "GIF"), "not readable"),
     "TIFF of two": (
@@ -186,7 +186,7 @@ def test_missing_folders_and_huge_files_are_refused(tmp_path, monkeypatch):
     assert_refused(tmp_path, "no such file")
     path = tmp_path / "huge.png"
     path.write_bytes(encode(of(GREY)))
-    monkeypatch.setattr(pictures, "LARGEST_FILE", path.stat().st_size - 1)
+    monkeypatch.setattr(matlab, "LARGEST_FILE", path.stat().st_size - 1)
     assert_refused(path, "which no slice needs")
 
 
