@@ -38,7 +38,9 @@ def sum_in_commit(repository: str, commit: str, name: str, seconds: float) -> st
     """
     with TemporaryDirectory() as folder:
         _git(repository, seconds, "clone", "--bare", "--quiet", repository, folder)
-        held = _git(repository, seconds, "-C", folder, "cat-file", "blob", f"{commit}:{name}")
+        held = _git(
+            repository, seconds, "--git-dir", folder, "cat-file", "blob", f"{commit}:{name}"
+        )
     pointer = POINTER.fullmatch(held)
     if pointer is None:
         raise UserError(f"{repository}: {name} of commit {commit} is no pointer to a large file")

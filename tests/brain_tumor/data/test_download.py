@@ -758,10 +758,11 @@ def weights():
     return {timm_name(name): tensor for name, tensor in state.items()}
 
 
-def test_weights_are_compared_with_the_sum_in_their_commit(server, tmp_path, weights):
+def test_weights_are_compared_with_the_sum_in_their_commit(server, tmp_path, weights, monkeypatch):
     content, path = save(weights), tmp_path / "new" / "weights.safetensors"
     hub = Hub(server, tmp_path / "hub", content)
     hub.write(pointer_to(b"of another version"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as in a hook of git's
     sha256 = hub.download(path)
     assert sha256 == hashlib.sha256(content).hexdigest()
     assert path.read_bytes() == content
