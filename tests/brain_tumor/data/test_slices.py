@@ -430,13 +430,15 @@ read_slice(hostile)
 def test_no_process_outlives_a_killed_parent(tmp_path, state):
     """Not even while one that was forked from the parent lives; that one has its own."""
     path, hostile = (write_mat(tmp_path / f"{name}.mat", fields()) for name in ("1", "hostile"))
-    program = FAULTY.format(fault="sum(iter(int, 1))")
+    met = tmp_path / "met"
+    program = FAULTY.format(fault=f"(open({str(met)!r}, 'w').close(), sum(iter(int, 1)))")
     command = [sys.executable, "-c", KILLED, path, hostile, program, state]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as parent:
         said = {parent.stdout.readline(), parent.stdout.readline()} - {"True\n"}
         watched = os.pidfd_open(int(said.pop()))
-        time.sleep(0.2)  # let it come to the hostile file
+        while state == "hanging" and not met.exists():
+            time.sleep(0.01)
         os.kill(parent.pid, signal.SIGKILL)
         ended, _, _ = select.select([watched], [], [], 60)
         os.close(watched)
