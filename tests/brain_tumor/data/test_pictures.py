@@ -133,7 +133,7 @@ HOSTILE = {
     "TIFF cut off": (encode(of(GREY), "TIFF")[:-200], "damaged"),
     "BMP cut off": (encode(of(GREY), "BMP")[:-200], "damaged"),
     "EPS": (encode(of(GREY), "EPS"), "not readable"),
-    "PNG cut off": (encode(of(GREY))[:-200], "damaged"),
+    "PNG cut off": (encode(of(GREY))[:-50], "damaged"),
     "JPEG cut off": (encode(of(SMOOTH), "JPEG")[:-100], "damaged"),
 }
 
