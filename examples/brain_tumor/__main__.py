@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data.download import download_slices, download_weights
 from .data.phantoms import is_whole, make_phantoms
 from .data.slices import SliceSet, load_slices
 from .data.splits import make_split
+from .download.sources import download_slices, download_weights
 from .errors import UserError
 from .evaluation.evaluate import evaluate
 from .files import printable

@@ -20,16 +20,15 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from examples.brain_tumor.data import download
-from examples.brain_tumor.data.archives import unpack
-from examples.brain_tumor.data.download import (
+from examples.brain_tumor.download import sources, transfer
+from examples.brain_tumor.download.archives import unpack
+from examples.brain_tumor.download.sources import (
     FILES,
     FigshareFile,
-    Patience,
     download_slices,
     download_weights,
-    fetch,
 )
+from examples.brain_tumor.download.transfer import Patience, fetch
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import locked
 from examples.brain_tumor.network.mobilenet import MobileNetV1, timm_name
@@ -320,7 +319,7 @@ def test_an_interrupted_download_keeps_what_came(server, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(download.tqdm, "update", interrupt)
+        patch.setattr(transfer.tqdm, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             get(server, tmp_path / "file", whole())
     here = (tmp_path / "file.partial").stat().st_size
@@ -332,7 +331,7 @@ def test_an_interrupted_download_keeps_what_came(server, tmp_path, monkeypatch):
 
 def test_attempts_are_spaced_ever_wider(server, tmp_path, monkeypatch):
     pauses = []
-    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    monkeypatch.setattr(transfer.time, "sleep", pauses.append)
     refused(get, server, tmp_path / "file", status(503), patience=Patience(1, 4, 2.0))
     assert pauses == [2, 4, 8]
 
@@ -397,7 +396,7 @@ def test_the_body_of_a_redirect_is_not_read(server, tmp_path):
 
 @pytest.mark.parametrize("target", ["http://example.org/", "http://127.0.0.1/", "ftp://a.b/"])
 def test_https_is_not_left(target):
-    redirects = download._CarefulRedirects()
+    redirects = transfer._CarefulRedirects()
     origin = Request("https://example.org/file")
     assert redirects.redirect_request(origin, io.BytesIO(), 302, "", {}, target) is None
     followed = redirects.redirect_request(origin, io.BytesIO(), 302, "", {}, "https://a.b/")
@@ -437,7 +436,7 @@ def test_an_endless_body_is_bounded(server, tmp_path):
 
 def test_the_disk_is_looked_at_before_the_first_byte(server, tmp_path, monkeypatch):
     free = shutil._ntuple_diskusage(10**10, 0, 2_000_000_000)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: free)
     message = refused(get, server, tmp_path / "file", whole(), room=2_600_000_000)
     assert message == f"{tmp_path}: 2.6 GB are needed, 2.0 GB are free"
     assert names(tmp_path) == []
@@ -530,7 +529,7 @@ def test_the_disk_must_hold_what_all_archives_unpack_to(server, tmp_path, monkey
     first = PART_FILES[:1]
     for free in (needed - 1, needed):
         usage = shutil._ntuple_diskusage(10**10, 0, free)
-        monkeypatch.setattr(download.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder, usage=usage: usage)
         message = refused(get_slices, server, tmp_path)
         assert "are free" in message
         # What suffices for the first file does not for the next, which is larger.
@@ -541,7 +540,7 @@ def test_a_full_disk_is_one_line(server, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device", "/disk/a.partial")
 
-    monkeypatch.setattr(download, "_append", full)
+    monkeypatch.setattr(transfer, "_append", full)
     message = refused(get_slices, server, tmp_path)
     assert message == f"{tmp_path}: cannot be written: No space left on device"
 
@@ -668,7 +667,7 @@ def test_a_hostile_archive_is_refused_whole(tmp_path, kind):
 
 
 def test_many_members_are_a_bomb_together(tmp_path, monkeypatch):
-    monkeypatch.setattr("examples.brain_tumor.data.archives.MAX_TOTAL_BYTES", 3_000)
+    monkeypatch.setattr("examples.brain_tumor.download.archives.MAX_TOTAL_BYTES", 3_000)
     path = tmp_path / "a.zip"
     path.write_bytes(zipped((f"{number}.mat", bytes(1_000)) for number in (1, 2, 3)))
     assert unpack(path, tmp_path) == ["1.mat", "2.mat", "3.mat"]
@@ -853,7 +852,7 @@ def test_too_many_weights_are_refused(server, tmp_path):
 
 
 def test_published_addresses_are_https():
-    for url in (download.FIGSHARE, download.WEIGHTS):
+    for url in (sources.FIGSHARE, sources.WEIGHTS):
         assert url.startswith("https://")
 
 
@@ -868,7 +867,7 @@ def a_byte_at_a_time(request):
 
 def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, tmp_path, monkeypatch):
     now = iter(range(10**9))
-    monkeypatch.setattr(download.time, "monotonic", lambda: next(now) * 1000.0)  # seconds
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: next(now) * 1000.0)  # seconds
     message = refused(get, server, tmp_path / "file", a_byte_at_a_time)
     assert "sends less than 1000 bytes a second" in message
 
@@ -887,7 +886,7 @@ def test_a_head_that_comes_byte_by_byte_is_given_up(server, tmp_path, monkeypatc
             assert begun.wait(timeout)
             return super().result(0)
 
-    monkeypatch.setattr(download, "Future", Impatient)
+    monkeypatch.setattr(transfer, "Future", Impatient)
     message = refused(get, server, tmp_path / "file", slow)
     assert f"no answer within {4 * HASTE.timeout} s" in message
 

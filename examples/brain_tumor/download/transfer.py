@@ -1,8 +1,6 @@
-"""Downloading the slices and the ImageNet weights: cut off, the same command continues.
+"""Fetching one file: what was cut off goes on, and nothing is trusted before its sum is right.
 
-Nothing that arrives is trusted before its checksum is right, and a file has its own name only then;
-until then it is called NAME.partial. No server vouches for what it sends: the sums are written down
-here or, of the weights, in a commit whose own hash is.
+A file has its own name only then; until then it is called NAME.partial.
 """
 
 import hashlib
@@ -10,7 +8,7 @@ import ipaddress
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -25,50 +23,15 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import PARTIAL, explained, locked, replacing
-from ..network.mobilenet import MobileNetV1, load_imagenet_weights
+from ..files import PARTIAL
 from ..training.checkpoint import one_line
-from .archives import unpack
-from .commits import sum_in_commit
 
-# figshare.com/ndownloader, the same files under another name, answers programs with a riddle.
-FIGSHARE = "https://ndownloader.figshare.com/files"
-WEIGHTS = "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k"
-WEIGHTS_COMMIT = "dda9ab42e23f3061aa191630817df76e8fe9cace"
-WEIGHTS_NAME = "model.safetensors"
-MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
-UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
 BLOCK_BYTES = 1 << 18
 SLOWEST = 1000  # bytes a second, on the average of a connection
 LONGEST_HEAD = 4  # times the timeout, which counts from byte to byte, for an answer to begin
 USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
 STRONG_TAG = re.compile(r'"[!#-~]*"')  # an ETag that stands for the same bytes
-
-
-@dataclass(frozen=True)
-class FigshareFile:
-    """A file of the data set: its name, its id at Figshare, its md5 sum and its bytes."""
-
-    name: str
-    identifier: int
-    md5: str
-    size: int
-
-
-# Figshare's article 1512427, "brain tumor dataset", by Jun Cheng, CC BY 4.0.
-FILES = (
-    FigshareFile("cvind.mat", 7005344, "5ea82eb3212c9fcb84290ccf0beb486d", 5_736),
-    *(
-        FigshareFile(f"brainTumorDataPublic_{name}.zip", identifier, md5, size)
-        for name, identifier, md5, size in (
-            ("1-766", 3381290, "74b949ad33f042e6e103523091cd1428", 214_401_279),
-            ("767-1532", 3381296, "7e8a875500d2c8a346f270538e29890e", 217_848_429),
-            ("1533-2298", 3381293, "8227bf6080cb71f15a88be8d25c79ae7", 215_563_856),
-            ("2299-3064", 3381302, "b378a80d6174e5317d59eb28430c6652", 231_679_762),
-        )
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -81,77 +44,6 @@ class Patience:
 
 
 PATIENCE = Patience()
-
-
-def download_slices(
-    folder: Path,
-    base_url: str = FIGSHARE,
-    files: Sequence[FigshareFile] = FILES,
-    patience: Patience = PATIENCE,
-) -> None:
-    """Download the data set's archives and unpack them: 1.mat to 3064.mat, and cvind.mat.
-
-    What a former call left behind is used: whole files, parts of files, unpacked archives.
-
-    Args:
-        folder: Where the files go; it is made if need be.
-        base_url: The URL of the files without their ids, https.
-        files: What to download; those that end in .zip are unpacked and removed.
-        patience: How long to wait for the server and how often to try.
-
-    Raises:
-        UserError: The folder is not fit for it or the disk is too full, the server refuses or
-            cannot be reached, or a file is not the one expected.
-    """
-    if (folder / "SYNTHETIC.txt").exists():
-        raise UserError(f"{folder}: holds synthetic slices; download into another folder")
-    with locked(folder), explained(folder):
-        missing = [file for file in files if not _is_unpacked(folder, file)]
-        for index, file in enumerate(missing):
-            path = folder / file.name
-            room = sum(UNPACKED * other.size for other in missing[index:])
-            known = f"md5:{file.md5}"
-            fetch(f"{base_url}/{file.identifier}", path, file.size, known, room, patience)
-            if path.suffix == ".zip":
-                names = unpack(path, folder)
-                with replacing(_record(folder, file)) as temporary:
-                    temporary.write_text("\n".join([file.md5, *names]), encoding="utf-8")
-                path.unlink()
-
-
-def download_weights(
-    path: Path,
-    repository: str = WEIGHTS,
-    commit: str = WEIGHTS_COMMIT,
-    patience: Patience = PATIENCE,
-) -> str:
-    """Download timm's ImageNet weights of MobileNet v1, for a network of the layout "timm".
-
-    The file's SHA-256 is what the commit says, see `sum_in_commit`; besides, its tensors are
-    checked for names, shapes and finite values.
-
-    Args:
-        path: The safetensors file to write. If it is there, its tensors are checked, no more.
-        repository: The URL of a git repository at Hugging Face, https.
-        commit: Its commit, all 40 digits.
-        patience: How long to wait for the server and how often to try.
-
-    Returns:
-        The file's sha256 sum, for the record.
-
-    Raises:
-        UserError: The file cannot be downloaded or written, or is not what it should be.
-    """
-    with locked(path.parent, f".{path.name}.lock"), explained(path):
-        if path.exists():
-            _check_weights(path)
-        else:
-            if not _is_safe(repository, repository):
-                raise UserError(f"{repository}: not a URL of https")
-            known = sum_in_commit(repository, commit, WEIGHTS_NAME, LONGEST_HEAD * patience.timeout)
-            url = f"{repository}/resolve/{commit}/{WEIGHTS_NAME}"
-            fetch(url, path, MAX_WEIGHTS_BYTES, known, patience=patience, check=_check_weights)
-        return _checksum(path, "sha256")
 
 
 def fetch(
@@ -179,15 +71,15 @@ def fetch(
         OSError: The file cannot be written.
     """
     algorithm, _, expected = known.partition(":")
-    if path.is_file() and _checksum(path, algorithm) == expected:
+    if path.is_file() and checksum(path, algorithm) == expected:
         return
     partial = path.with_name(path.name + PARTIAL)
     # What was stopped between its last byte and its name is whole, and no server would go on.
-    if not (partial.is_file() and _checksum(partial, algorithm) == expected):
+    if not (partial.is_file() and checksum(partial, algorithm) == expected):
         _receive(url, partial, limit, room, patience)
     _tag_of(partial).unlink(missing_ok=True)
     try:
-        found = _checksum(partial, algorithm)
+        found = checksum(partial, algorithm)
         if found != expected:
             raise UserError(f"{url}: what came has {algorithm} {found}, expected {expected}")
         if check is not None:
@@ -276,7 +168,7 @@ def _append(
 def _open(url: str, partial: Path, timeout: float) -> HTTPResponse:
     """Ask for the rest of a file and return the answer, which is all of it or a part."""
     try:
-        if not _is_safe(url, url):
+        if not is_safe(url, url):
             raise UserError(f"{url}: not a URL of https")
         request, opener = _request(url, partial), build_opener(_CarefulRedirects())
         response = _in_time(lambda: opener.open(request, timeout=timeout), LONGEST_HEAD * timeout)
@@ -360,12 +252,12 @@ class _CarefulRedirects(HTTPRedirectHandler):
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         """Return the request to follow with, or None."""
-        if not _is_safe(newurl, req.full_url):
+        if not is_safe(newurl, req.full_url):
             return None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _is_safe(url: str, origin: str) -> bool:
+def is_safe(url: str, origin: str) -> bool:
     """Tell whether a URL is https, or http on this machine as the one that led to it."""
     return urlsplit(url).scheme == "https" or (_is_local(url) and _is_local(origin))
 
@@ -391,24 +283,8 @@ def _keep_tag(path: Path, tag: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_weights(path: Path) -> None:
-    load_imagenet_weights(MobileNetV1(layout="timm"), path)
-
-
-def _record(folder: Path, file: FigshareFile) -> Path:
-    """Return the file that says what an archive was unpacked to: its md5 sum, then the names."""
-    return folder / f".{file.name}.unpacked"
-
-
-def _is_unpacked(folder: Path, file: FigshareFile) -> bool:
-    record = _record(folder, file)
-    if not record.is_file():
-        return False
-    md5, *names = record.read_text("utf-8", "replace").split("\n")
-    return md5 == file.md5 and all((folder / name).is_file() for name in names)
-
-
-def _checksum(path: Path, algorithm: str) -> str:
+def checksum(path: Path, algorithm: str) -> str:
+    """Return a file's sum, in hexadecimal digits."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
