@@ -1,4 +1,4 @@
-"""The exceptions for faults a user can mend."""
+"""The exceptions for faults a user can mend, and how others are put."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class FormatError(Exception):
     """What is wrong with a file, in one line that does not name it: a UserError will."""
+
+
+def one_line(error: object) -> str:
+    """Return the start of an error's message without its line breaks."""
+    return " ".join(str(error).split())[:200]

@@ -11,7 +11,7 @@ try:
 except ImportError:  # on Windows, which therefore sets no limit to what git receives
     resource = None
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 MAX_BYTES = 8_000_000  # of a repository without its large files, which git leaves alone
 SLOWEST = "1000"  # bytes a second
@@ -73,8 +73,7 @@ def _git(repository: str, seconds: float, *arguments: str) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{repository}: git takes more than {seconds:g} s") from None
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.split())[-200:]
-        raise UserError(f"{repository}: git failed: {said}") from None
+        raise UserError(f"{repository}: git failed: {one_line(error.stderr)}") from None
 
 
 def _limit_files() -> None:

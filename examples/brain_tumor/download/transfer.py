@@ -22,9 +22,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import PARTIAL
-from ..training.checkpoint import one_line
 
 BLOCK_BYTES = 1 << 18
 SLOWEST = 1000  # bytes a second, on the average of a connection
