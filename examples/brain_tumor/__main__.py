@@ -6,14 +6,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data.download import download_slices, download_weights
 from .data.phantoms import is_whole, make_phantoms
 from .data.slices import SliceSet, load_slices
 from .data.splits import make_split
+from .download.sources import download_slices, download_weights
 from .errors import UserError
 from .evaluation.evaluate import evaluate
 from .files import printable
@@ -63,18 +62,13 @@ data: Jun Cheng's brain tumor dataset, CC BY 4.0,
 Not a medical device."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command of the program: what it does, its arguments, and how an interrupted one goes on."""
-
-    run: Callable[[argparse.Namespace], object]
-    help: str
-    arguments: Sequence[tuple[Sequence[str], Mapping[str, Any]]]
-    epilog: str | None
-    after_interrupt: Callable[[argparse.Namespace], str]
-
-
-COMMANDS: dict[str, Command] = {}
+PARSER = argparse.ArgumentParser(
+    prog=PROGRAM,
+    description="HSADML: classify brain tumours in MRI slices by angular-margin embeddings.",
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)
+COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 CLOSED_PIPE = 141  # as a shell has it: 128 and SIGPIPE
 AGAIN, CONTINUES = "the same command starts again", "the same command continues"
 
@@ -100,12 +94,14 @@ def command(
     then: str | Callable[[argparse.Namespace], str] = AGAIN,
     epilog: str | None = None,
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[argparse.Namespace], None]]:
-    """Make a function a command, named after it."""
+    """Make a function a command, named after it; `then` says how an interrupted one goes on."""
 
     def add(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
         name = run.__name__.strip("_").replace("_", "-")
-        after = then if callable(then) else lambda options: then
-        COMMANDS[name] = Command(run, help, arguments, epilog, after)
+        parser = COMMANDS.add_parser(name, help=help, epilog=epilog)
+        for names, options in arguments:
+            parser.add_argument(*names, **options)
+        parser.set_defaults(run=run, then=then)
         return run
 
     return add
@@ -120,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 when the input is at fault, 130 when interrupted, 141 when no one reads the output.
     """
-    options = _parser().parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name need not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     try:
-        options.command.run(options)
+        options.run(options)
         sys.stdout.flush()
     except UserError as error:
         for fault in error.args:
@@ -139,48 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error:", printable(f"{what}{error.strerror or error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; {options.command.after_interrupt(options)}", file=sys.stderr)
+        then = options.then(options) if callable(options.then) else options.then
+        print(f"interrupted; {then}", file=sys.stderr)
         return 130
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="HSADML: classify brain tumours in MRI slices by angular-margin embeddings.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, one in COMMANDS.items():
-        own = commands.add_parser(name, help=one.help, epilog=one.epilog)
-        for names, options in one.arguments:
-            own.add_argument(*names, **options)
-        if name == "train":
-            _add_setting_flags(own)
-        own.set_defaults(command=one)
-    return parser
-
-
-def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    presets = {name: load_settings(name) for name in PRESETS}
-    groups: dict[str, Any] = {}
-    for table, field in setting_fields():
-        if table not in groups:
-            groups[table] = parser.add_argument_group(f"{table} settings")
-        defaults = {name: getattr(getattr(presets[name], table), field.name) for name in PRESETS}
-        described = ", ".join(f"{name}: {value}" for name, value in defaults.items())
-        form: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
-        if field.type is bool:
-            form = {"action": argparse.BooleanOptionalAction}
-        elif "choices" in field.metadata:
-            form = {"choices": field.metadata["choices"]}
-        groups[table].add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=argparse.SUPPRESS,  # so that only the flags given reach the overrides
-            help=f"{field.metadata['help']} [{described}]",
-            **form,
-        )
 
 
 @command(
@@ -296,6 +254,30 @@ def _train(options: argparse.Namespace) -> None:
     train(settings, slices, make_split(settings.data, slices), options.out, options.resume)
     print(f"{options.out}: trained. Next:")
     print(f"  {_command('evaluate', options.out, '--data', options.data)}")
+
+
+def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    presets = {name: load_settings(name) for name in PRESETS}
+    groups: dict[str, Any] = {}
+    for table, field in setting_fields():
+        if table not in groups:
+            groups[table] = parser.add_argument_group(f"{table} settings")
+        defaults = {name: getattr(getattr(presets[name], table), field.name) for name in PRESETS}
+        described = ", ".join(f"{name}: {value}" for name, value in defaults.items())
+        form: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
+        if field.type is bool:
+            form = {"action": argparse.BooleanOptionalAction}
+        elif "choices" in field.metadata:
+            form = {"choices": field.metadata["choices"]}
+        groups[table].add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,  # so that only the flags given reach the overrides
+            help=f"{field.metadata['help']} [{described}]",
+            **form,
+        )
+
+
+_add_setting_flags(COMMANDS.choices["train"])
 
 
 @command(

@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 from .errors import UserError
+from .files import check_sum
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("quick", "standard", "paper")
@@ -202,6 +203,7 @@ def override_settings(settings: Settings, overrides: Mapping[str, object]) -> Se
 
 def read_settings(path: Path) -> Settings:
     """Read a TOML file of settings; keys it leaves out keep their defaults (the paper's)."""
+    check_sum(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -107,6 +107,7 @@ def tiny_settings():
             "flip_left_right": False,
             "flip_up_down": False,
             "rotation_degrees": 5.0,
+            "views": 1,
         },
     )
 

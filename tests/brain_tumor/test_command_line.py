@@ -319,6 +319,7 @@ def test_what_the_system_refuses_is_one_line(phantoms, finished_run, tmp_path, c
         assert "File name too long" in fault(capsys, arguments)
     run = shutil.copytree(finished_run, tmp_path / "deep")
     (run / "split.json").write_text("[" * 100_000)
+    (run / "SHA256SUMS").unlink()
     assert "not readable as JSON" in fault(capsys, ["evaluate", run, "--data", phantoms])
 
     def refuse(path):

@@ -4,6 +4,7 @@ import copy
 import os
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from unittest.mock import patch
 
 import torch
@@ -255,17 +256,23 @@ def alone_after_a_death(mesh):
         return str(error)
 
 
-def alone_while_another_sleeps(mesh, seconds):
+def alone_while_another_waits(mesh, told):
+    """What a rank is told that the other leaves alone until then, which the file `told` says."""
     loss = shard(ArcFaceLoss(10, SIZE), mesh)
     embeddings, labels = batch_of(4, torch.float32, 10)
     loss(embeddings, labels)
     if mesh.get_rank() == 1:
-        time.sleep(seconds)
+        while not told.exists():
+            time.sleep(0.05)
         return None
+    # Only now, for what comes before may take any time.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), mesh.get_group())
     try:
         loss(embeddings, labels)
     except RuntimeError as error:
         return str(error)
+    finally:
+        told.touch()
 
 
 OPTIMIZERS = {

@@ -1,97 +1,25 @@
 """Reading matrices out of HDF5 files that may come from anywhere; run in a process of its own.
 
 libhdf5 takes much on trust: on a forged file it may crash, loop for ever or fill the memory. So no
-other process opens one (see reader.py), and this one has limits. What libhdf5 would read without
+other process opens one (see reader.py), and that one has limits. What libhdf5 would read without
 a murmur is refused here: a link out of the file, numbers of a crooked format, a chunk of another
 size than its matrix needs.
 """
 
-import faulthandler
-import json
 import math
-import os
-import signal
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
-from typing import BinaryIO
-
-try:
-    import resource
-except ImportError:  # on Windows, which therefore sets no limit to the memory
-    resource = None
 
 import h5py
 import numpy as np
 
-MEMORY = 3 << 28  # bytes that reading a file may take; the largest allowed takes two thirds of it
-PATIENCE = 20.0  # seconds that it may take; the archive's take a hundredth of one
+from ..errors import FormatError
+
 LARGEST_SIDE = 4096  # of any matrix in a file; the archive's images have 512
 MOST_CHUNKS = 4096  # that a matrix is stored in
 PACKINGS = ((), (h5py.h5z.FILTER_DEFLATE,), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE))
-
-
-class FormatError(Exception):
-    """What is wrong with a file, in one line that does not name it."""
-
-
-def serve() -> None:
-    """Answer requests from standard input until it ends, as it does when the other side dies."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    answers.write(b"ready\n")
-    answers.flush()
-    with Path(os.devnull).open("wb") as nowhere:  # no last words of a library that crashes
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        os.dup2(nowhere.fileno(), sys.stderr.fileno())
-    limit_address_space(MEMORY)
-    for request in sys.stdin.buffer:
-        limit_time(PATIENCE)
-        answer(request, answers)
-        limit_time(0)
-
-
-def answer(request: bytes, answers: BinaryIO) -> None:
-    """Answer one request.
-
-    Args:
-        request: A line of JSON: a path, a group's name or "", the most numbers that each of the
-            group's matrices may hold, by name, and the names of those that may be missing.
-        answers: Gets a line of JSON, a list of the matrices' names, dtypes and shapes, then their
-            bytes; or a line with the reason why the file is refused.
-    """
-    try:
-        matrices = read_matrices(*json.loads(request))
-        header: object = [(name, one.dtype.str, one.shape) for name, one in matrices.items()]
-    except FormatError as error:
-        matrices, header = {}, str(error)
-    answers.write(json.dumps(header).encode() + b"\n")
-    for matrix in matrices.values():
-        answers.write(matrix)
-    answers.flush()
-
-
-def limit_address_space(extra: int) -> None:
-    """Let this process map so many bytes more than now, where the system says how many it has."""
-    with suppress(OSError, ValueError):  # ValueError: a lower limit is set already
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def limit_time(seconds: float) -> None:
-    """End this process after so long, though the parent may be dead by then; 0 lifts the limit.
-
-    It is the processor's time where the system measures that: a busy machine refuses no file.
-    """
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal, without a handler, kills
-    elif seconds:
-        faulthandler.dump_traceback_later(seconds, exit=True)
-    else:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def read_matrices(

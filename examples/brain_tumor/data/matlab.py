@@ -89,7 +89,7 @@ def _read(
     path: Path, fields: dict[str, int], optional: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
     check_file(path)
-    return READER.read(path, "cjdata", fields, optional)
+    return READER.read(path, "hdf5", "cjdata", fields, optional)
 
 
 def _label(path: Path, label: np.ndarray) -> int:
@@ -112,7 +112,7 @@ def read_folds(path: Path) -> np.ndarray:
         UserError: The file is missing, damaged or not the archive's.
     """
     check_file(path)
-    folds = READER.read(path, "", {"cvind": LARGEST_SIDE})["cvind"].ravel()
+    folds = READER.read(path, "hdf5", "", {"cvind": LARGEST_SIDE})["cvind"].ravel()
     if len(folds) != ARCHIVE_SIZE:
         raise UserError(f"{path}: holds {len(folds)} folds, expected {ARCHIVE_SIZE}")
     if not np.isin(folds, range(1, FOLDS + 1)).all():

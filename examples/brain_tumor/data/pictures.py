@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
-from .dicom import is_dicom, read_dicom
-from .matlab import LARGEST_FILE, LARGEST_SIDE, check_image
+from .dicom import is_dicom
+from .matlab import LARGEST_SIDE, check_file, check_image
+from .reader import READER
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # what their names end in
@@ -35,7 +36,7 @@ def read_picture(path: Path) -> np.ndarray:
     """
     content = _read_bytes(path)
     if is_dicom(content):
-        return check_image(path, read_dicom(path, content))
+        return check_image(path, READER.read(path, "dicom")["image"])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF data, and of sizes refused here anyway
@@ -53,13 +54,10 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def _read_bytes(path: Path) -> bytes:
+    check_file(path)
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{path}: exceeds {LARGEST_FILE >> 20} MiB, which no slice needs")
         return path.read_bytes()
-    except OSError as error:  # no permission, a name too long, a disk at fault
+    except OSError as error:  # no permission, a disk at fault
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 

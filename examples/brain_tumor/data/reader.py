@@ -1,4 +1,4 @@
-"""A process apart that opens HDF5 files: one on which libhdf5 crashes costs that process alone.
+"""A process apart that reads files: one on which a library crashes costs that process alone.
 
 It starts with the first file and ends with this process, however that ends. A file that it does not
 survive is refused, and the next file gets a new one. Its time is limited everywhere, its memory
@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -19,12 +18,14 @@ import numpy as np
 from ..errors import UserError
 
 # It finds the modules that this process would, but imports no main module, which may need torch.
-PROGRAM = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__} import hdf5; hdf5.serve()"
+PROGRAM = (
+    f"import sys; sys.path[:] = sys.argv[1:]; from {__package__} import serving; serving.serve()"
+)
 ROOT = str(Path(__file__).parents[__package__.count(".") + 1])
 
 
 class Reader:
-    """Speaks to that process as hdf5.py says.
+    """Speaks to that process as serving.py says.
 
     Attributes:
         process: It, or None where there is none yet.
@@ -34,23 +35,20 @@ class Reader:
         self.process: subprocess.Popen[bytes] | None = None
         self._lock = Lock()
 
-    def read(
-        self, path: Path, group: str, limits: dict[str, int], optional: Sequence[str] = ()
-    ) -> dict[str, np.ndarray]:
-        """Read matrices from a group of a file.
+    def read(self, path: Path, reader: str, *arguments: object) -> dict[str, np.ndarray]:
+        """Read matrices from a file.
 
         Args:
             path: The file.
-            group: The group's name; empty for the file's root.
-            limits: The matrices' names, and the most numbers that each may hold.
-            optional: The names of those that may be missing.
+            reader: Which of serving.py's READERS reads it.
+            arguments: What the reader is told besides the path; of JSON's types.
 
         Raises:
             UserError: The file is damaged, or a matrix is missing or not as it should be.
         """
         with self._lock:
             try:
-                answer = self._ask(json.dumps([str(path.absolute()), group, limits, optional]))
+                answer = self._ask(json.dumps([reader, str(path.absolute()), *arguments]))
             except EOFError:
                 self.stop()
                 answer = "damaged: reading it crashes or never ends"
@@ -106,7 +104,7 @@ class Reader:
             start_new_session=True,  # Ctrl-C is for this process, which then ends that one
         )
         if self.process.stdout.readline() != b"ready\n":
-            raise RuntimeError("the process that reads .mat files does not start")
+            raise RuntimeError("the process that reads files does not start")
 
 
 READER = Reader()

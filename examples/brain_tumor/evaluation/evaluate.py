@@ -16,7 +16,7 @@ from angular_losses import angle_between
 from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import SUMS, check_sum, locked, replacing, write_sums
+from ..files import check_sum, locked, replacing, write_sums
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import class_centres
 from ..settings import Settings, read_settings
@@ -25,8 +25,10 @@ from ..training.run_folder import (
     ANGLES,
     CALIBRATION,
     EMBEDDINGS,
+    FIXED,
     METRICS,
     PREDICTIONS,
+    RECORDS,
     SETTINGS,
     VIEW_PREDICTIONS,
     read_precision,
@@ -77,12 +79,12 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
     """
     settings = read_settings(run / SETTINGS)
     with locked(run, EVALUATING):
-        (run / SUMS).unlink(missing_ok=True)
-        return _evaluate(run, settings, slices)
+        split = read_split(run, slices)
+        write_sums(run, FIXED)  # what follows replaces the others' files
+        return _evaluate(run, settings, slices, split)
 
 
-def _evaluate(run: Path, settings: Settings, slices: SliceSet) -> Metrics:
-    split = read_split(run, slices)
+def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> Metrics:
     network, epoch = load_network(run, settings.network)
     own = settings.evaluation.views
     embeddings = _embed_views(run, network, slices, split, max(own, 2))
@@ -115,7 +117,8 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet) -> Metrics:
         )
     write_json(run / METRICS, results)
     tables = [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
-    write_sums(run, [EMBEDDINGS, ANGLES, PREDICTIONS, *tables, METRICS])
+    kept = RECORDS if epoch == settings.training.epochs else FIXED
+    write_sums(run, [*kept, EMBEDDINGS, ANGLES, PREDICTIONS, *tables, METRICS])
     return by_views[own]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..data.slices import CLASS_NAMES
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import replacing
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import make_loss
@@ -160,8 +160,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or type(contents.get("epoch")) is not int:
         raise UserError(f"{path}: not a checkpoint of this program")
     return contents
-
-
-def one_line(error: Exception) -> str:
-    """Return the start of an error's message without its line breaks."""
-    return " ".join(str(error).split())[:200]

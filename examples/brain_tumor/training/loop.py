@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import locked
+from ..files import locked, write_sums
 from ..network.mobilenet import load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
@@ -29,6 +29,7 @@ from .checkpoint import TrainingState, make_network
 from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
 from .run_folder import (
     ENVIRONMENT,
+    FIXED,
     check_resumable,
     choose_precision,
     describe_environment,
@@ -70,6 +71,7 @@ def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume
         restore(state, out, len(batches))
     else:
         start_run(out, settings, slices, split)
+    write_sums(out, FIXED)  # of the other files, which grow, `evaluate` keeps them
     write_json(out / ENVIRONMENT, describe_environment(device, precision))
 
     if settings.training.compile:

@@ -40,6 +40,8 @@ CALIBRATION = "calibration.npz"
 POINTING = "pointing.csv"
 STRANGE = "strange.json"
 CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
+FIXED = (SPLIT, SETTINGS)  # what a training that goes on leaves as it is
+RECORDS = (*FIXED, EPOCHS, STEPS)  # and what one that has ended does
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,6 +80,7 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the JSON lines of a log."""
+    check_sum(path)
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:

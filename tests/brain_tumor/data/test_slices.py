@@ -278,10 +278,11 @@ ROOT = Path(__file__).parents[3]
 FAULTY = """
 import os, sys
 sys.path[:] = sys.argv[1:]
-from examples.brain_tumor.data import hdf5
-hdf5.PATIENCE, read = 0.5, hdf5.read_matrices
-hdf5.read_matrices = lambda path, *rest: {fault} if "hostile" in path else read(path, *rest)
-hdf5.serve()
+from examples.brain_tumor.data import serving
+serving.PATIENCE, read = 0.5, serving.READERS["hdf5"]
+def meet(path, *rest): return {fault} if "hostile" in path else read(path, *rest)
+serving.READERS = dict(hdf5=meet, dicom=meet)
+serving.serve()
 """
 
 
@@ -334,11 +335,11 @@ def test_a_heap_that_leads_in_circles_is_refused(tmp_path, faulty):
 @linux
 def test_memory_is_limited(tmp_path, faulty):
     path = write_mat(tmp_path / "hostile.mat", fields())
-    faulty("dict(a=hdf5.np.zeros(1 << 28, 'u1'))")
-    assert READER.read(path, "", {})["a"].nbytes == 1 << 28
-    faulty("dict(a=hdf5.np.zeros(1 << 30, 'u1'))")
+    faulty("dict(a=serving.np.zeros(1 << 28, 'u1'))")
+    assert READER.read(path, "hdf5", "", {})["a"].nbytes == 1 << 28
+    faulty("dict(a=serving.np.zeros(1 << 30, 'u1'))")
     with pytest.raises(UserError, match=r"hostile\.mat: damaged"):
-        READER.read(path, "", {})
+        READER.read(path, "hdf5", "", {})
 
 
 def test_a_process_that_ended_between_two_files_costs_none(tmp_path):
@@ -396,7 +397,9 @@ def test_a_script_without_a_guard_elsewhere_reads(tmp_path):
 
 
 def test_the_process_that_reads_needs_no_torch():
-    code = "from examples.brain_tumor.data import hdf5; import sys; print('torch' in sys.modules)"
+    code = (
+        "from examples.brain_tumor.data import serving; import sys; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 
@@ -427,13 +430,15 @@ read_slice(hostile)
 def test_no_process_outlives_a_killed_parent(tmp_path, state):
     """Not even while one that was forked from the parent lives; that one has its own."""
     path, hostile = (write_mat(tmp_path / f"{name}.mat", fields()) for name in ("1", "hostile"))
-    program = FAULTY.format(fault="sum(iter(int, 1))")
+    met = tmp_path / "met"
+    program = FAULTY.format(fault=f"(open({str(met)!r}, 'w').close(), sum(iter(int, 1)))")
     command = [sys.executable, "-c", KILLED, path, hostile, program, state]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as parent:
         said = {parent.stdout.readline(), parent.stdout.readline()} - {"True\n"}
         watched = os.pidfd_open(int(said.pop()))
-        time.sleep(0.2)  # let it come to the hostile file
+        while state == "hanging" and not met.exists():
+            time.sleep(0.01)
         os.kill(parent.pid, signal.SIGKILL)
         ended, _, _ = select.select([watched], [], [], 60)
         os.close(watched)

@@ -57,7 +57,7 @@ TINY = load_settings(
     "quick",
     {
         **{"image_size": SIDE, "width": 0.1, "embedding_size": 8, "layout": "slim"},
-        **{"batch_size": 5, "epochs": 12, "precision": "float32"},
+        **{"batch_size": 5, "epochs": 12, "precision": "float32", "views": 1},
     },
 )
 TINY_SPLIT = Split(

@@ -15,8 +15,10 @@ from examples.brain_tumor.evaluation import evaluate as evaluate_module
 from examples.brain_tumor.evaluation.evaluate import evaluate, read_predictions
 from examples.brain_tumor.files import locked
 from examples.brain_tumor.reproduction.merging import collect
+from examples.brain_tumor.settings import read_settings
+from examples.brain_tumor.training.checkpoint import TrainingState
 from examples.brain_tumor.training.loop import train
-from examples.brain_tumor.training.run_folder import read_array, read_json
+from examples.brain_tumor.training.run_folder import append_rows, read_array, read_json, read_rows
 from examples.brain_tumor.use.export import export
 from examples.brain_tumor.use.prediction import predict
 from tests.brain_tumor.data.test_slices import fields, write_mat
@@ -39,6 +41,10 @@ def test_damage_to_results_is_not_read_as_truth(trained, blobs):
         "metrics.json": lambda path: read_json(path),
         "embeddings.npy": lambda path: read_array(path),
         "angles.npy": lambda path: read_array(path),
+        "settings.toml": lambda path: read_settings(path),
+        "split.json": lambda path: read_json(path),
+        "log.jsonl": lambda path: read_rows(path),
+        "steps.jsonl": lambda path: read_rows(path),
     }
     sums = dict(line.split()[::-1] for line in (trained / "SHA256SUMS").read_text().splitlines())
     assert sums == {n: hashlib.sha256((trained / n).read_bytes()).hexdigest() for n in readers}
@@ -49,6 +55,7 @@ def test_damage_to_results_is_not_read_as_truth(trained, blobs):
         flip(path, digit)
         with pytest.raises(UserError, match=f"{name}: is damaged"):
             read(path)
+        flip(path, digit)
     evaluate(trained, blobs)
     assert len(read_predictions(table).numbers) == 9
     (trained / "SHA256SUMS").write_bytes(b"\xff")
@@ -79,7 +86,38 @@ def test_runs_that_kept_no_sum_of_their_images_go_on(trained, blobs):
     assert split.pop("images_sha256") == blobs.digest
     assert split.pop("classes") == list(blobs.classes)
     path.write_text(json.dumps(split))
+    (trained / "SHA256SUMS").unlink()  # nor one of their split
     evaluate(trained, blobs)
+
+
+def test_damage_is_found_before_the_first_evaluation(trained, blobs):
+    for name in ("settings.toml", "split.json"):
+        digit = (trained / name).read_bytes().rindex(b"1")
+        flip(trained / name, digit)
+        with pytest.raises(UserError, match=f"{name}: is damaged"):
+            evaluate(trained, blobs)
+        flip(trained / name, digit)
+    evaluate(trained, blobs)
+
+
+def test_a_run_that_goes_on_keeps_no_sums_of_its_logs(tmp_path, tiny_settings, blobs, blob_split):
+    def stop(state, folder):
+        save(state, folder)
+        raise KeyboardInterrupt
+
+    save, run = TrainingState.save, tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingState, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings, blobs, blob_split, run)
+    evaluate(run, blobs)
+    assert len(read_rows(run / "log.jsonl")) == 1
+    append_rows(run / "log.jsonl", [{}])  # as a training that goes on meanwhile does
+    assert len(read_rows(run / "log.jsonl")) == 2
+    for _ in range(2):  # the second time there is nothing left to train
+        train(tiny_settings, blobs, blob_split, run, resume=True)
+        assert len(read_rows(run / "log.jsonl")) == 2
+        evaluate(run, blobs)
 
 
 def test_two_evaluations_of_a_run_do_not_meet(trained, blobs, monkeypatch):

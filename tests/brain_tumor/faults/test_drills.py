@@ -181,6 +181,7 @@ def test_runs_that_differ_are_told_apart(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (other / "log.jsonl").read_text().splitlines()]
     rows[3]["loss"] += 1e-9
     (other / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (other / "SHA256SUMS").unlink()
     assert not is_same_run(one, other)
 
 

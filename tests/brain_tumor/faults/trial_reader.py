@@ -16,9 +16,9 @@ except ImportError:  # on Windows
 
 import numpy as np
 
-from examples.brain_tumor.data.hdf5 import limit_address_space
 from examples.brain_tumor.data.matlab import Slice, read_slice
 from examples.brain_tumor.data.reader import READER
+from examples.brain_tumor.data.serving import limit_address_space
 from examples.brain_tumor.errors import UserError
 
 MEMORY = 1 << 30  # bytes that reading one file may take

@@ -77,6 +77,7 @@ def test_a_run_of_other_settings_is_refused(kept, tmp_path):
     out = reproduction(tmp_path / "out", (RUNS[0].name,))
     path = kept / "runs" / RUNS[0].name / "settings.toml"
     path.write_text(path.read_text().replace("batch_size = 32", "batch_size = 16"))
+    (path.parent / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"training\.batch_size differs from the plan's"):
         merge(kept, out, RUNS)
     assert not (out / "runs" / RUNS[0].name).exists()

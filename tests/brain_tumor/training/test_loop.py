@@ -72,6 +72,7 @@ def test_a_run_leaves_its_files(tmp_path, tiny_settings, blobs, blob_split, caps
     out = tmp_path / "runs" / "blobs"
     train(tiny_settings, blobs, blob_split, out)
     assert sorted(path.name for path in out.iterdir()) == [
+        "SHA256SUMS",
         "checkpoint.pt",
         "environment.json",
         "log.jsonl",

@@ -1,7 +1,6 @@
-"""Downloading the slices and the ImageNet weights: cut off, the same command continues.
+"""Fetching one file: what was cut off goes on, and nothing is trusted before its sum is right.
 
-Nothing that arrives is trusted before its checksum is right, and a file has its own name only then;
-until then it is called NAME.partial.
+A file has its own name only then; until then it is called NAME.partial.
 """
 
 import hashlib
@@ -9,7 +8,7 @@ import ipaddress
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -23,52 +22,15 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..files import PARTIAL, explained, locked, replacing
-from ..network.mobilenet import MobileNetV1, load_imagenet_weights
-from ..training.checkpoint import one_line
-from .archives import unpack
+from ..errors import UserError, one_line
+from ..files import PARTIAL
 
-# figshare.com/ndownloader, the same files under another name, answers programs with a riddle.
-FIGSHARE = "https://ndownloader.figshare.com/files"
-# No sum of this file is published, so the commit of the repository is named, which cannot change.
-WEIGHTS = (
-    "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k/resolve/"
-    "dda9ab42e23f3061aa191630817df76e8fe9cace/model.safetensors"
-)
-MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
-UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
 BLOCK_BYTES = 1 << 18
 SLOWEST = 1000  # bytes a second, on the average of a connection
 LONGEST_HEAD = 4  # times the timeout, which counts from byte to byte, for an answer to begin
 USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
 STRONG_TAG = re.compile(r'"[!#-~]*"')  # an ETag that stands for the same bytes
-
-
-@dataclass(frozen=True)
-class FigshareFile:
-    """A file of the data set: its name, its id at Figshare, its md5 sum and its bytes."""
-
-    name: str
-    identifier: int
-    md5: str
-    size: int
-
-
-# Figshare's article 1512427, "brain tumor dataset", by Jun Cheng, CC BY 4.0.
-FILES = (
-    FigshareFile("cvind.mat", 7005344, "5ea82eb3212c9fcb84290ccf0beb486d", 5_736),
-    *(
-        FigshareFile(f"brainTumorDataPublic_{name}.zip", identifier, md5, size)
-        for name, identifier, md5, size in (
-            ("1-766", 3381290, "74b949ad33f042e6e103523091cd1428", 214_401_279),
-            ("767-1532", 3381296, "7e8a875500d2c8a346f270538e29890e", 217_848_429),
-            ("1533-2298", 3381293, "8227bf6080cb71f15a88be8d25c79ae7", 215_563_856),
-            ("2299-3064", 3381302, "b378a80d6174e5317d59eb28430c6652", 231_679_762),
-        )
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -83,71 +45,11 @@ class Patience:
 PATIENCE = Patience()
 
 
-def download_slices(
-    folder: Path,
-    base_url: str = FIGSHARE,
-    files: Sequence[FigshareFile] = FILES,
-    patience: Patience = PATIENCE,
-) -> None:
-    """Download the data set's archives and unpack them: 1.mat to 3064.mat, and cvind.mat.
-
-    What a former call left behind is used: whole files, parts of files, unpacked archives.
-
-    Args:
-        folder: Where the files go; it is made if need be.
-        base_url: The URL of the files without their ids, https.
-        files: What to download; those that end in .zip are unpacked and removed.
-        patience: How long to wait for the server and how often to try.
-
-    Raises:
-        UserError: The folder is not fit for it or the disk is too full, the server refuses or
-            cannot be reached, or a file is not the one expected.
-    """
-    if (folder / "SYNTHETIC.txt").exists():
-        raise UserError(f"{folder}: holds synthetic slices; download into another folder")
-    with locked(folder), explained(folder):
-        missing = [file for file in files if not _is_unpacked(folder, file)]
-        for index, file in enumerate(missing):
-            path = folder / file.name
-            room = sum(UNPACKED * other.size for other in missing[index:])
-            fetch(f"{base_url}/{file.identifier}", path, file.size, file.md5, room, patience)
-            if path.suffix == ".zip":
-                names = unpack(path, folder)
-                with replacing(_record(folder, file)) as temporary:
-                    temporary.write_text("\n".join([file.md5, *names]), encoding="utf-8")
-                path.unlink()
-
-
-def download_weights(path: Path, url: str = WEIGHTS, patience: Patience = PATIENCE) -> str:
-    """Download timm's ImageNet weights of MobileNet v1, for a network of the layout "timm".
-
-    There is no published sum to compare the file with: it is compared with the sha256 sum that the
-    hub itself gives for it, and its tensors are checked for names, shapes and finite values.
-
-    Args:
-        path: The safetensors file to write. If it is there, its tensors are checked, no more.
-        url: Where the file is, https.
-        patience: How long to wait for the server and how often to try.
-
-    Returns:
-        The file's sha256 sum, for the record.
-
-    Raises:
-        UserError: The file cannot be downloaded or written, or is not what it should be.
-    """
-    with locked(path.parent, f".{path.name}.lock"), explained(path):
-        if path.exists():
-            _check_weights(path)
-        else:
-            fetch(url, path, MAX_WEIGHTS_BYTES, patience=patience, check=_check_weights)
-        return _checksum(path, "sha256")
-
-
 def fetch(
     url: str,
     path: Path,
     limit: int,
-    md5: str | None = None,
+    known: str,
     room: int = 0,
     patience: Patience = PATIENCE,
     check: Callable[[Path], None] | None = None,
@@ -158,7 +60,7 @@ def fetch(
         url: Where it is: https, or http on this machine.
         path: Where it goes.
         limit: Bytes it has at most.
-        md5: Its md5 sum; without one, the server has to give a sha256 sum as Hugging Face does.
+        known: Its checksum, "md5:..." or "sha256:...".
         room: Bytes to be free on the disk besides those of the file.
         patience: How long to wait and how often to try.
         check: Called with the finished file before it gets its name; may raise a UserError.
@@ -167,19 +69,17 @@ def fetch(
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
         OSError: The file cannot be written.
     """
-    if md5 and _has_md5(path, md5):
+    algorithm, _, expected = known.partition(":")
+    if path.is_file() and checksum(path, algorithm) == expected:
         return
     partial = path.with_name(path.name + PARTIAL)
-    announced = None
     # What was stopped between its last byte and its name is whole, and no server would go on.
-    if not (md5 and _has_md5(partial, md5)):
-        announced = _receive(url, partial, limit, room, patience)
-    algorithm, expected = ("md5", md5) if md5 else ("sha256", announced)
+    if not (partial.is_file() and checksum(partial, algorithm) == expected):
+        _receive(url, partial, limit, room, patience)
     _tag_of(partial).unlink(missing_ok=True)
     try:
-        found = _checksum(partial, algorithm)
+        found = checksum(partial, algorithm)
         if found != expected:
-            expected = expected or "a sum in the header X-Linked-ETag"
             raise UserError(f"{url}: what came has {algorithm} {found}, expected {expected}")
         if check is not None:
             check(partial)
@@ -193,14 +93,15 @@ class _BrokenError(Exception):
     """A transfer failed in a way that another attempt may mend."""
 
 
-def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> str | None:
-    """Try to get the rest of a file until it is whole; return the sha256 sum that was announced."""
+def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> None:
+    """Try to get the rest of a file until it is whole."""
     fault = None
     for attempt in range(patience.attempts):
         if attempt:
             time.sleep(patience.pause * 2 ** (attempt - 1))
         try:
-            return _transfer(url, partial, limit, room, patience.timeout)
+            _transfer(url, partial, limit, room, patience.timeout)
+            return
         except _BrokenError as error:
             fault = error
     raise UserError(
@@ -209,10 +110,9 @@ def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience)
     )
 
 
-def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> str | None:
-    """Get the rest of a file over one connection; return the sha256 sum that was announced."""
-    redirects = _CarefulRedirects()
-    with _open(url, partial, redirects, timeout) as response:
+def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> None:
+    """Get the rest of a file over one connection."""
+    with _open(url, partial, timeout) as response:
         offset, total = _extent(response, partial)
         if total is not None and total > limit:
             raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
@@ -224,7 +124,6 @@ def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) ->
             raise UserError(f"{url}: sends more than the {limit} bytes expected")
         if total is not None and offset < total:
             raise _BrokenError(f"the connection was cut at {offset} of {total} bytes")
-        return _announced_sha256([*redirects.hops, response.headers])
 
 
 def _append(
@@ -265,15 +164,13 @@ def _append(
     return offset
 
 
-def _open(url: str, partial: Path, redirects: "_CarefulRedirects", timeout: float) -> HTTPResponse:
+def _open(url: str, partial: Path, timeout: float) -> HTTPResponse:
     """Ask for the rest of a file and return the answer, which is all of it or a part."""
     try:
-        if not _is_safe(url, url):
+        if not is_safe(url, url):
             raise UserError(f"{url}: not a URL of https")
-        request = _request(url, partial)
-        response = _in_time(
-            lambda: build_opener(redirects).open(request, timeout=timeout), LONGEST_HEAD * timeout
-        )
+        request, opener = _request(url, partial), build_opener(_CarefulRedirects())
+        response = _in_time(lambda: opener.open(request, timeout=timeout), LONGEST_HEAD * timeout)
     except HTTPError as error:
         error.close()
         raise _refusal(url, error, partial) from None
@@ -339,17 +236,13 @@ def _extent(response: HTTPResponse, partial: Path) -> tuple[int, int | None]:
 
 
 class _CarefulRedirects(HTTPRedirectHandler):
-    """Follows redirects to safe URLs only, and keeps the headers that came with them."""
-
-    def __init__(self) -> None:
-        self.hops: list[Message] = []
+    """Follows redirects to safe URLs only."""
 
     def http_error_302(
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message
     ) -> HTTPResponse | None:
         """Follow a redirect; one that is refused ends in an HTTPError of its code."""
         fp.close()  # urllib would read it to an end that need not come
-        self.hops.append(headers)
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -358,12 +251,12 @@ class _CarefulRedirects(HTTPRedirectHandler):
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         """Return the request to follow with, or None."""
-        if not _is_safe(newurl, req.full_url):
+        if not is_safe(newurl, req.full_url):
             return None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _is_safe(url: str, origin: str) -> bool:
+def is_safe(url: str, origin: str) -> bool:
     """Tell whether a URL is https, or http on this machine as the one that led to it."""
     return urlsplit(url).scheme == "https" or (_is_local(url) and _is_local(origin))
 
@@ -389,36 +282,8 @@ def _keep_tag(path: Path, tag: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _announced_sha256(answers: Sequence[Message]) -> str | None:
-    """Return the sum that Hugging Face gives for a file in the first of its answers."""
-    for headers in answers:
-        if found := re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag", "")):
-            return found[1]
-    return None
-
-
-def _check_weights(path: Path) -> None:
-    load_imagenet_weights(MobileNetV1(layout="timm"), path)
-
-
-def _record(folder: Path, file: FigshareFile) -> Path:
-    """Return the file that says what an archive was unpacked to: its md5 sum, then the names."""
-    return folder / f".{file.name}.unpacked"
-
-
-def _is_unpacked(folder: Path, file: FigshareFile) -> bool:
-    record = _record(folder, file)
-    if not record.is_file():
-        return False
-    md5, *names = record.read_text("utf-8", "replace").split("\n")
-    return md5 == file.md5 and all((folder / name).is_file() for name in names)
-
-
-def _has_md5(path: Path, md5: str) -> bool:
-    return path.is_file() and _checksum(path, "md5") == md5
-
-
-def _checksum(path: Path, algorithm: str) -> str:
+def checksum(path: Path, algorithm: str) -> str:
+    """Return a file's sum, in hexadecimal digits."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
