@@ -31,14 +31,6 @@ from examples.brain_tumor.use.gradcam import Overlap, grad_cam, measure_overlap
 from examples.brain_tumor.use.prediction import NOTICE, describe_prediction, predict, read_reference
 
 
-@pytest.fixture
-def scaled(blobs):
-    """The blobs as the loader leaves them, each from 0 to 1."""
-    images = blobs.images.float()
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    return dataclasses.replace(blobs, images=((images - low) / (high - low)).half())
-
-
 @pytest.fixture(scope="module")
 def trained():
     """Where the one run of this module lies, once it is trained."""
