@@ -57,7 +57,8 @@ def pipeline(report: Report) -> bool:
         plot_pipeline(
             *report.drawn("figure2", "HSADML, as it was run"),
             image_size=settings.data.image_size,
-            pretrained=bool(settings.network.weights),
+            # A run that was merged no longer says where its weights lay.
+            pretrained=bool(report.reproduction.description.get("weights")),
             margin=settings.loss.margin,
             scale=settings.loss.scale,
         )
