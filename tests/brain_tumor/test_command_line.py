@@ -330,6 +330,24 @@ def test_what_the_system_refuses_is_one_line(phantoms, finished_run, tmp_path, c
     assert message == f"error: {phantoms}: Permission denied\n"
 
 
+@pytest.mark.parametrize("name", ["settings.toml", "split.json", "checkpoint.pt", "."])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "export", "examine"])
+def test_a_run_that_cannot_be_read_is_one_line(
+    phantoms, finished_run, tmp_path, capsys, command, name
+):
+    run = tmp_path / "run"
+    if name == ".":
+        run.symlink_to(run)
+    else:
+        shutil.copytree(finished_run, run)
+        (run / name).unlink()
+        (run / name).mkdir()
+    files = [phantoms / "1.mat", "--out", tmp_path / "out"] if command == "predict" else []
+    message = fault(capsys, [command, run, *files, "--data", phantoms])
+    assert message.startswith(f"error: {run / name}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_home_a_folder_that_cannot_be_written_is_read(phantoms, monkeypatch, capsys):
     def homeless():
         raise RuntimeError("Could not determine home directory.")

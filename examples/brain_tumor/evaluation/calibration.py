@@ -18,27 +18,33 @@ from ..files import replacing
 # gives the same likelihood, and larger ones a smaller.
 FLOOR = 1e-4
 FALSE_ALARMS = 0.05  # share of the held-out slices that count as unlike those trained on
+# Of MobileNet's blocks, after which the features tell strange pictures: chosen on held-out slices.
+# The last features of a network keep what tells its classes apart, and little else: trained on
+# phantoms alone they are much the same for noise.
+BLOCKS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Familiarity:
-    """The pooled features of the training slices as a normal distribution for each class.
+    """The early features of the training slices as a normal distribution.
 
-    All have one covariance, shrunk as Ledoit and Wolf do. The distance of a picture is the smallest
-    squared Mahalanobis distance to a class's mean, on L2-normalised features.
+    They are MobileNet's after `BLOCKS` blocks, averaged over the slice and L2-normalised; the
+    covariance is shrunk as Ledoit and Wolf do. The distance of a picture is the squared Mahalanobis
+    distance of its features.
 
     Sources: Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
-    Adversarial Attacks", NeurIPS 2018, arXiv:1807.03888; normalised as in Mueller and Hein,
-    "Mahalanobis++", ICML 2025, arXiv:2505.18032.
+    Adversarial Attacks", NeurIPS 2018, arXiv:1807.03888, who use early features too, but a mean of
+    each class: these know little of classes; normalised as in Mueller and Hein, "Mahalanobis++",
+    ICML 2025, arXiv:2505.18032.
     """
 
-    means: np.ndarray  # (C, d)
+    mean: np.ndarray  # (d,)
     precision: np.ndarray  # (d, d) the inverse of the covariance
 
     def distances(self, features: np.ndarray) -> np.ndarray:
         """Return the distance (n,) of features (n, d)."""
-        offsets = features[:, None] - self.means
-        return np.einsum("ncd,de,nce->nc", offsets, self.precision, offsets, optimize=True).min(1)
+        offsets = features - self.mean
+        return np.einsum("nd,de,ne->n", offsets, self.precision, offsets, optimize=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +68,15 @@ class Calibration:
                 exponent=self.exponent,
                 limit=self.limit,
                 epoch=self.epoch,
-                means=self.familiarity.means,
+                mean=self.familiarity.mean,
                 precision=self.familiarity.precision,
             )
 
 
-def fit_familiarity(features: np.ndarray, labels: np.ndarray) -> Familiarity:
-    """Fit the distributions to features (n, d), L2-normalised, of labels (n,)."""
-    features = features.astype(np.float64)
-    classes, own = np.unique(labels, return_inverse=True)
-    means = np.stack([features[labels == label].mean(0) for label in classes])
-    covariance = LedoitWolf(assume_centered=True).fit(features - means[own])
-    return Familiarity(means, covariance.get_precision())
+def fit_familiarity(features: np.ndarray) -> Familiarity:
+    """Fit the distribution to features (n, d), L2-normalised."""
+    fitted = LedoitWolf().fit(features.astype(np.float64))
+    return Familiarity(fitted.location_, fitted.get_precision())
 
 
 def fit_exponent(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -107,15 +110,15 @@ def read_calibration(path: Path) -> Calibration | None:
         return None
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            means, precision = file["means"], file["precision"]
+            mean, precision = file["mean"], file["precision"]
             exponent, limit, epoch = (file[name].item() for name in ("exponent", "limit", "epoch"))
-        sound = precision.shape == (means.shape[1],) * 2 and exponent > 0
-        sound &= all(np.isfinite(one).all() for one in (means, precision, exponent, limit))
+        sound = precision.shape == mean.shape * 2 and mean.ndim == 1 and exponent > 0
+        sound &= all(np.isfinite(one).all() for one in (mean, precision, exponent, limit))
     except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
         sound = False
     if not sound:
         raise UserError(f"{path}: not readable as a calibration; evaluate the run again")
-    return Calibration(exponent, Familiarity(means, precision), limit, epoch)
+    return Calibration(exponent, Familiarity(mean, precision), limit, epoch)
 
 
 def _log_probabilities(scores: np.ndarray, exponent: float) -> np.ndarray:

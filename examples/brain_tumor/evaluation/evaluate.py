@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from ..training.run_folder import (
     write_text,
 )
 from .calibration import (
+    BLOCKS,
     FALSE_ALARMS,
     Calibration,
     calibrated,
@@ -112,9 +114,7 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
             for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()
         }
     if len(split.calibration):
-        results["calibration"] = _calibrate(
-            run, network, epoch, slices, split, embeddings[own], own
-        )
+        results["calibration"] = _calibrate(run, network, epoch, slices, split, embeddings[own])
     write_json(run / METRICS, results)
     tables = [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
     kept = RECORDS if epoch == settings.training.epochs else FIXED
@@ -129,19 +129,18 @@ def _calibrate(
     slices: SliceSet,
     split: Split,
     embeddings: Tensor,
-    views: int,
 ) -> dict[str, float]:
     """Fit a calibration on the slices held out for it, keep it; return how it does on the test."""
     train, labels, precision = embeddings[split.train], slices.labels, read_precision(run)
-    (held, held_features), (test, test_features) = (
-        (
-            class_scores(train, labels[split.train], embeddings[side], len(slices.classes)).numpy(),
-            embed(network, slices.images[side], precision, views, pooled=True).numpy(),
-        )
+    held, test = (
+        class_scores(train, labels[split.train], embeddings[side], len(slices.classes)).numpy()
         for side in (split.calibration, split.test)
     )
-    features = embed(network, slices.images[split.train], precision, views, pooled=True).numpy()
-    familiarity = fit_familiarity(features, labels[split.train].numpy())
+    features, held_features, test_features = (
+        embed(network, slices.images[side], precision, blocks=BLOCKS).numpy()
+        for side in (split.train, split.calibration, split.test)
+    )
+    familiarity = fit_familiarity(features)
     calibration = Calibration(
         exponent=fit_exponent(held, labels[split.calibration].numpy()),
         familiarity=familiarity,
@@ -163,18 +162,20 @@ def embed(
     images: Tensor,
     precision: torch.dtype = torch.float32,
     views: int = 1,
-    pooled: bool = False,
+    blocks: int | None = None,
 ) -> Tensor:
     """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`.
 
-    With `pooled` they are MobileNet's pooled features instead, (n, channels), normalised alike.
+    With `blocks` they are instead MobileNet's features (n, channels) after so many blocks, averaged
+    over each image and normalised alike.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    answer = network if blocks is None else partial(network.pooled, blocks=blocks)
     with torch.inference_mode(), low:
         batches = [
-            normalised(network.pooled if pooled else network, batch.to(device).float(), views)
+            normalised(answer, batch.to(device).float(), views)
             for batch in images.split(EMBEDDING_BATCH)
         ]
     return torch.cat(batches).cpu()

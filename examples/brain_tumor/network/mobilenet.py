@@ -132,9 +132,15 @@ class MobileNetV1(nn.Module):
             self.blocks.append(SeparableBlock(in_channels, channels, stride, layout))
         self.out_channels = channels
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map RGB images (n, 3, h, w) in [-1, 1] to (n, out_channels, h / 32, w / 32) features."""
-        return self.blocks(self.stem(images))
+    def forward(self, images: Tensor, blocks: int | None = None) -> Tensor:
+        """Map RGB images (n, 3, h, w) in [-1, 1] to (n, out_channels, h / 32, w / 32) features.
+
+        With `blocks` they are those after so many blocks.
+        """
+        features = self.stem(images)
+        for block in list(self.blocks)[:blocks]:
+            features = block(features)
+        return features
 
 
 class EmbeddingNetwork(nn.Module):
@@ -172,11 +178,14 @@ class EmbeddingNetwork(nn.Module):
         """Map grey images (n, 1, h, w) in [0, 1] to embeddings (n, embedding_size)."""
         return self.output(self.pooled(images))
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """Map the same to MobileNet's features (n, channels), averaged over each image."""
+    def pooled(self, images: Tensor, blocks: int | None = None) -> Tensor:
+        """Map the same to MobileNet's features (n, channels), averaged over each image.
+
+        They are those after so many `blocks`, or after all.
+        """
         if self.input_range == "imagenet":
             images = images * 2 - 1
-        return self.backbone(images.expand(-1, 3, -1, -1)).mean((2, 3))
+        return self.backbone(images.expand(-1, 3, -1, -1), blocks).mean((2, 3))
 
 
 def he_initialised(layer: nn.Linear) -> nn.Linear:

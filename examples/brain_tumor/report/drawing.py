@@ -1,5 +1,6 @@
 """Draws a reproduction's figures; what could not be drawn returns nothing, for the template."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def pipeline(report: Report) -> bool:
         plot_pipeline(
             *report.drawn("figure2", "HSADML, as it was run"),
             image_size=settings.data.image_size,
-            pretrained=bool(settings.network.weights),
+            # A run that was merged no longer says where its weights lay.
+            pretrained=bool(report.reproduction.description.get("weights")),
             margin=settings.loss.margin,
             scale=settings.loss.scale,
         )
@@ -225,13 +227,25 @@ def _ways(report: Report, training: str) -> dict[str, tuple[float, float, float]
 
 
 def _clusters(predictions: Predictions) -> dict[str, float]:
-    """Return how many slices are wrong, of how many patients, and the worst tenth's share."""
+    """Return how many slices are wrong, of how many patients, and the worst tenth's share.
+
+    And that share if as many of the slices, drawn at random, were wrong.
+    """
     wrong = ~tables.right(predictions)
-    patients, counts = np.unique(predictions.patients[wrong], return_counts=True)
-    every = len(np.unique(predictions.patients))
-    worst = np.sort(counts)[::-1][: int(np.ceil(0.1 * every))].sum()
-    share = 100 * worst / max(wrong.sum(), 1)
-    return {"slices": wrong.sum(), "patients": len(patients), "of": every, "share": share}
+    _, group = np.unique(predictions.patients, return_inverse=True)
+    every = group.max() + 1
+
+    def worst(mask: np.ndarray) -> float:
+        counts = np.sort(np.bincount(group[mask], minlength=every))
+        return 100 * counts[-math.ceil(0.1 * every) :].sum() / max(mask.sum(), 1)
+
+    random = np.random.default_rng(0)
+    chance = np.mean([worst(random.permutation(wrong)) for _ in range(200)])
+    patients = len(np.unique(group[wrong]))
+    return {
+        **{"slices": wrong.sum(), "patients": patients, "of": every},
+        **{"share": worst(wrong), "chance": chance},
+    }
 
 
 def lengths(report: Report) -> dict[float, Sequence[float]]:

@@ -45,8 +45,8 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
     """Return how often the hottest point lies in the tumour, by name of the files' training."""
     rows = []
     for name, paths in runs.items():
-        parts = [_read_pointing(path) for path in paths]
-        area, head, inside = (np.concatenate(column) for column in zip(*parts, strict=True))
+        parts = [read_pointing(path) for path in paths]
+        _, area, head, inside = (np.concatenate(column) for column in zip(*parts, strict=True))
         share = area / head
         third = np.searchsorted(np.quantile(area, [1 / 3, 2 / 3]), area)
         every = {size: third == place for place, size in enumerate(SIZES)}
@@ -71,14 +71,15 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
     )
 
 
-def _read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return areas of tumour and head (n,), and whether the hottest point lies inside (n,)."""
+def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return numbers (n,), areas of tumour and head (n,), whether the hottest point lies inside."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        area, head = (
-            np.array([int(row[name]) for row in rows]) for name in ("tumour_area", "head_area")
+        number, area, head = (
+            np.array([int(row[name]) for row in rows])
+            for name in ("slice", "tumour_area", "head_area")
         )
-        return area, head, np.array([row["inside"] == "1" for row in rows])
+        return number, area, head, np.array([row["inside"] == "1" for row in rows])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as a table of hottest points: {error}") from None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
 from ..reproduction.results import Reproduction, Result
@@ -25,7 +26,7 @@ from .examination_tables import pointing_table, strange_table
 from .page import Table
 from .tables import TITLES, accuracy, bounds, percent
 
-SWAPPED_AIM, PATIENT_AIM = 0.9547, 0.96  # by slice, 70-30, the aim is the paper's accuracy
+SWAPPED_AIM, PATIENT_AIMS = 0.9547, (0.96, 0.98)  # by slice, 70-30, it is the paper's accuracy
 DRILLS = Path(__file__).parents[1] / "results" / "drills.json"
 ELSEWHERE = ("weights", "layout", "split", "fold", "split_seed", "seed")  # no part of a recipe
 
@@ -34,24 +35,51 @@ def aims_table(reproduction: Reproduction) -> Table:
     """Return the proposed training's accuracies beside what they should reach."""
     mark = f" (settings were chosen on fold {DEVELOPMENT_FOLD})"
     mark = mark if reproduction.budget.comparisons else ""
-    rows = []
-    for group, training, name, aim in (
-        ("slice", PROPOSED, "by slice, 70-30, mean over the seeds", paper.ACCURACY),
-        ("slice", SWAPPED, "by slice, 30-70, mean over the seeds", SWAPPED_AIM),
-        ("patient", PROPOSED, f"by patient, mean over the folds{mark}", PATIENT_AIM),
+    budget, rows = reproduction.budget, []
+    aims = [paper.ACCURACY], [SWAPPED_AIM], PATIENT_AIMS
+    for aim, (group, training, name, planned) in zip(
+        aims,
+        (
+            ("slice", PROPOSED, "by slice, 70-30, mean over the seeds", budget.seeds),
+            ("slice", SWAPPED, "by slice, 30-70, mean over the seeds", budget.swapped_seeds),
+            ("patient", PROPOSED, f"by patient, mean over the folds{mark}", FOLDS),
+        ),
+        strict=True,
     ):
-        accuracies = [one.metrics.accuracy for one in reproduction.select(group, training)]
-        if accuracies:
-            mean, interval = seed_interval(accuracies)
-            cells = [percent(mean), bounds(interval), " ".join(map(percent, accuracies))]
-            if not reproduction.synthetic:
-                cells += [percent(aim), "reached" if mean >= aim else "missed"]
-            rows.append([name, *cells])
-    header = ["SphereFace, m = 5, 1-NN", "accuracy", "95 % (t)", "each"]
+        results = reproduction.select(group, training)
+        cells = [f"{len(results)} of {planned}", *mean_cells(results)]
+        if not reproduction.synthetic:
+            accuracies = [one.metrics.accuracy for one in results]
+            cells += [", then ".join(map(percent, aim)), _reached(accuracies, planned, aim)]
+        rows.append([name, *cells])
+    header = ["SphereFace, m = 5, 1-NN", "runs", "accuracy", "95 %", "each"]
     if reproduction.synthetic:
         return Table(header, rows)
-    caption = "Targets: the paper's figures by slice, and 96 % by patient."
+    caption = (
+        "Targets: the paper's figures by slice; 96 % by patient, then 98 %. Intervals: Student's "
+        "over the runs or, of one run, Wilson's."
+    )
     return Table([*header, "target", ""], rows, caption)
+
+
+def mean_cells(results: Sequence[Result]) -> list[str]:
+    """Return the mean accuracy of runs, its interval and each; dashes of none."""
+    if not results:
+        return ["-", "-", "-"]
+    accuracies = [one.metrics.accuracy for one in results]
+    mean, interval = seed_interval(accuracies)
+    interval = results[0].metrics.accuracy_interval if len(results) == 1 else interval
+    return [percent(mean), bounds(interval), " ".join(map(percent, accuracies))]
+
+
+def _reached(accuracies: Sequence[float], planned: int, aims: Sequence[float]) -> str:
+    """Return what a target has come to, or what stands in the way of saying so."""
+    if not accuracies:
+        return "not run yet"
+    mean = sum(accuracies) / len(accuracies)
+    met = [percent(aim) for aim in aims if mean >= aim]
+    text = f"{', '.join(met)} reached" if met else "missed"
+    return text if len(accuracies) == planned else f"{text} so far"
 
 
 def recipe_table(budget: Budget) -> Table:
@@ -65,27 +93,20 @@ def recipe_table(budget: Budget) -> Table:
     return Table(["setting", "here", "the paper's"], rows)
 
 
-def own_recipe_table(reproduction: Reproduction) -> Table | None:
-    """Return the paper's own recipe beside this one, if it was run."""
+def own_recipe_table(reproduction: Reproduction) -> Table:
+    """Return the paper's own recipe beside this one."""
     rows = []
     for where, group in ("by slice, seed 0", "slice"), ("by patient, fold 1", "patient"):
         ours = reproduction.first(PROPOSED, group)
         theirs = reproduction.first("papers-own", f"paper-{group}")
-        rows += [
-            ["this recipe", where, ours],
-            ["the paper's recipe, without annealing", where, theirs],
-        ]
-    rows = [
-        [name, where, str(result.run.settings.training.epochs), *accuracy([result])]
-        for name, where, result in rows
-        if result
-    ]
-    if all(name == "this recipe" for name, *_ in rows):
-        return None
+        named = {"this recipe": ours, "the paper's recipe, without annealing": theirs}
+        for name, result in named.items():
+            epochs = str(result.run.settings.training.epochs) if result else "not run yet"
+            rows.append([name, where, epochs, *accuracy([result] if result else [])])
     return Table(
         ["SphereFace, m = 5, 1-NN", "", "epochs", "accuracy", "Wilson 95 %"],
         rows,
-        "The paper's recipe was run for as many epochs as the others, its steps of the learning "
+        "The paper's recipe is run for as many epochs as the others, its steps of the learning "
         "rate at the same shares of the training; the paper has 275 epochs. One run each.",
     )
 

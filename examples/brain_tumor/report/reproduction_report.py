@@ -23,7 +23,7 @@ from ..training.run_folder import (
     write_json,
     write_text,
 )
-from . import paper, records, tables
+from . import paper, records, tables, wrong_slices
 from .page import to_html, to_markdown
 
 REPORT = "report.md"
@@ -69,6 +69,7 @@ def write_reproduction_report(folder: Path) -> Path:
         records=records,
         paper=paper,
         plan=plan,
+        wrong=wrong_slices,
     )
     write_text(folder / REPORT, text)
     write_text(folder / PAGE, to_html(f"{report.mark}HSADML, reproduced", text, folder))

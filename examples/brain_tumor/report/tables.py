@@ -108,6 +108,8 @@ def paper_table(
         if results:
             cells = [*metrics_row(mean_metrics(results)), *_intervals(results)]
             rows.append([TITLES[training], *cells])
+        elif training in cited:
+            rows.append([TITLES[training], *["-"] * len(COLUMNS), "0", *["-"] * 3])
         if training in cited and not reproduction.synthetic:
             rows.append(["the paper", *cited[training], "1", *["-"] * (len(INTERVALS) - 1)])
     return Table(["", *COLUMNS, *INTERVALS], rows, caption)
@@ -135,6 +137,8 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
             scores = np.mean([_score_auc(result) for result in results], axis=0)
             every = [*labels, labels.mean(), *scores, scores.mean()]
             rows.append([TITLES[training], *map(ratio_text, every), str(len(results))])
+        else:
+            rows.append([TITLES[training], *["-"] * 8, "0"])
         if training in paper.AUCS and not reproduction.synthetic:
             rows.append(["the paper", *paper.AUCS[training], *["-"] * 4, "1"])
     columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]

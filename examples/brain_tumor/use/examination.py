@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.datasets import load_sample_images
@@ -21,7 +20,7 @@ from ..data.matlab import read_slice
 from ..data.phantoms import make_phantoms
 from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
-from ..evaluation.calibration import FALSE_ALARMS, fit_familiarity
+from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH, embed
 from ..training.run_folder import POINTING, STRANGE, write_json, write_text
 from .gradcam import grad_cam, measure_overlap
@@ -31,7 +30,6 @@ MADE = 60  # pictures of each kind that is made
 CHANGED = 200  # test slices, at most, that are changed in each way
 SIDE = 512  # pixels of a picture that is made, as many as a slice has
 PATCHES = 4  # a side, for shuffling
-NEAR = 10  # the neighbour whose cosine is a score of its own, beside the nearest's
 
 
 def examine(run: Path, slices: SliceSet, data: Path) -> None:
@@ -54,27 +52,24 @@ def judge_strange(reference: Reference) -> dict[str, object]:
     """Return the area under the ROC curve of each score, strange pictures against test slices.
 
     And the share of the pictures that is flagged as unlike the slices trained on: above the limit
-    of the run's calibration or, without one, above that of 5 % of the test slices themselves.
+    of the run's calibration or, without one, above that of 5 % of the test slices themselves. All
+    scores are of one view.
     """
     images, test = reference.slices.images, reference.test
-    train = _features(reference, images[reference.train])
-    calibration = reference.calibration
-    labels = reference.labels
-    familiarity = calibration.familiarity if calibration else fit_familiarity(train, labels.numpy())
-    means = [reference.embeddings[labels == one].mean(0) for one in labels.unique()]
-    centres = F.normalize(torch.stack(means))
+    calibration, labels = reference.calibration, reference.labels
+    early, last, embeddings = _answers(reference, images[reference.train])
+    familiarity = calibration.familiarity if calibration else fit_familiarity(_unit(early))
+    of_last, embeddings = fit_familiarity(_unit(last)), _unit(embeddings)
+    centres = _unit(np.stack([embeddings[labels == one].mean(0) for one in labels.unique()]))
 
     def judge(pictures: Tensor) -> dict[str, np.ndarray]:
-        features = _features(reference, pictures)
-        embeddings = _embeddings(reference, pictures)
-        alike = -np.sort(-(features @ train.T), axis=1)
+        early, last, answers = _answers(reference, pictures)
         return {
-            "Mahalanobis, features": familiarity.distances(features),
-            "nearest, features": -alike[:, 0],
-            f"{NEAR}th nearest, features": -alike[:, NEAR - 1],
-            "nearest, embeddings": -(embeddings @ reference.embeddings.T).amax(1).numpy(),
-            "nearest centre, embeddings": -(embeddings @ centres.T).amax(1).numpy(),
-            "length of embedding": -_lengths(reference, pictures),
+            "Mahalanobis, early features": familiarity.distances(_unit(early)),
+            "Mahalanobis, last features": of_last.distances(_unit(last)),
+            "nearest, embeddings": -(_unit(answers) @ embeddings.T).max(1),
+            "nearest centre, embeddings": -(_unit(answers) @ centres.T).max(1),
+            "length of embedding": -np.linalg.norm(answers, axis=1),
         }
 
     usual = judge(images[test])
@@ -171,24 +166,26 @@ def _head(image: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes(regions == np.bincount(regions.ravel())[1:].argmax() + 1)
 
 
-def _features(reference: Reference, images: Tensor) -> np.ndarray:
-    given = (reference.network, images, reference.precision, reference.views)
-    return embed(*given, pooled=True).numpy()
-
-
 def _embeddings(reference: Reference, images: Tensor) -> Tensor:
     return embed(reference.network, images, reference.precision, reference.views)
 
 
-def _lengths(reference: Reference, images: Tensor) -> np.ndarray:
-    """Return the length (n,) of the embeddings before they are normalised, of one view."""
-    device = next(reference.network.parameters()).device
-    with torch.inference_mode():
-        lengths = [
-            reference.network(batch.to(device).float()).norm(dim=1).cpu()
-            for batch in images.split(EMBEDDING_BATCH)
-        ]
-    return torch.cat(lengths).numpy()
+def _answers(reference: Reference, images: Tensor) -> list[np.ndarray]:
+    """Return early and last features and embeddings (n, d) of one view, none normalised."""
+    network, precision = reference.network, reference.precision
+    device = next(network.parameters()).device
+    low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    parts = []
+    with torch.inference_mode(), low:
+        for batch in images.split(EMBEDDING_BATCH):
+            pictures = batch.to(device).float()
+            last = network.pooled(pictures)
+            parts.append((network.pooled(pictures, BLOCKS), last, network.output(last)))
+    return [torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)]
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _part(image: np.ndarray, random: np.random.Generator) -> np.ndarray:

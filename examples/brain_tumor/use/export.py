@@ -183,7 +183,7 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
                 "shape": ["n", len(reference.slices.classes)],
                 "classes": reference.slices.classes,
                 "meaning": f"softmax of {reference.scale:g} times the cosine to each class's "
-                "nearest training slice",
+                "nearest training slice, not calibrated; no picture is called unknown here",
             },
         },
         "versions": {

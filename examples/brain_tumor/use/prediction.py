@@ -17,7 +17,7 @@ from ..data.matlab import read_unlabelled
 from ..data.pictures import PICTURES, read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
-from ..evaluation.calibration import Calibration, calibrated, read_calibration
+from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calibration
 from ..evaluation.evaluate import class_scores, embed, probabilities
 from ..files import check_sum, locked, printable
 from ..network.mobilenet import EmbeddingNetwork
@@ -202,7 +202,7 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         epoch=epoch,
         precision=precision,
         scale=settings.loss.scale,
-        calibration=_stored_calibration(run, epoch, network.backbone.out_channels),
+        calibration=_stored_calibration(run, epoch, network),
         crop=settings.data.crop,
         views=views,
         slices=slices,
@@ -238,16 +238,15 @@ def _stored_embeddings(
     return embeddings if ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all() else None
 
 
-def _stored_calibration(run: Path, epoch: int, channels: int) -> Calibration | None:
+def _stored_calibration(run: Path, epoch: int, network: EmbeddingNetwork) -> Calibration | None:
     """Return what evaluation kept of a network, or None if it kept nothing.
 
     Raises:
         UserError: The file is damaged, or belongs to another network.
     """
     calibration = read_calibration(run / CALIBRATION)
-    if calibration and (calibration.epoch, len(calibration.familiarity.precision)) != (
-        *(epoch, channels),
-    ):
+    channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
+    if calibration and (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
         raise UserError(
             f"{run / CALIBRATION}: belongs to epoch {calibration.epoch}, but the network is "
             f"of epoch {epoch}; evaluate the run again"
@@ -271,9 +270,7 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
     else:
         shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
-        features = embed(
-            reference.network, pixels, reference.precision, reference.views, pooled=True
-        )
+        features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
         unknown = bool(calibration.unlike(features.numpy())[0])
     direction = contrast(reference, cosines, nearest[0])
     heat = grad_cam(

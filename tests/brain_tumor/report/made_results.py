@@ -106,6 +106,7 @@ def answer(embeddings, train, test):
                 "patient": f"P{PATIENTS[index]:02}",
                 "truth": CLASS_NAMES[LABELS[index]],
                 "predicted": CLASS_NAMES[int(np.argmax(best))],
+                "nearest_training_slice": NUMBERS[train[np.argmax(cosines)]],
                 **named,
             }
         )

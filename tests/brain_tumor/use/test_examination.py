@@ -7,18 +7,21 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from examples.brain_tumor.__main__ import main
 from examples.brain_tumor.data.matlab import Slice
-from examples.brain_tumor.data.splits import Split
+from examples.brain_tumor.data.phantoms import make_phantoms
+from examples.brain_tumor.data.slices import load_slices
+from examples.brain_tumor.data.splits import Split, make_split
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation.calibration import calibrated, read_calibration
-from examples.brain_tumor.evaluation.evaluate import evaluate, read_predictions
+from examples.brain_tumor.evaluation.calibration import BLOCKS, calibrated, read_calibration
+from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
 from examples.brain_tumor.evaluation.metrics import reliability
 from examples.brain_tumor.report.examination_tables import pointing_table, strange_table
 from examples.brain_tumor.report.run_report import write_report
-from examples.brain_tumor.settings import override_settings
+from examples.brain_tumor.settings import load_settings, override_settings
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.training.run_folder import read_json
 from examples.brain_tumor.use import examination, prediction
@@ -34,25 +37,17 @@ HELD = Split(
 )
 
 
-@pytest.fixture
-def blobs(blobs):
-    """The blobs as the loader leaves them, each from 0 to 1."""
-    images = blobs.images.float()
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    return dataclasses.replace(blobs, images=((images - low) / (high - low)).half())
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return tmp_path_factory.mktemp("calibrated") / "run"
 
 
 @pytest.fixture
-def run(made, blobs, tiny_settings):
+def run(made, scaled, tiny_settings):
     """A run that held three slices out, evaluated."""
     if not made.exists():
-        train(override_settings(tiny_settings, {"epochs": 30}), blobs, HELD, made)
-        evaluate(made, blobs)
+        train(override_settings(tiny_settings, {"epochs": 30}), scaled, HELD, made)
+        evaluate(made, scaled)
     return made
 
 
@@ -61,15 +56,17 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(prediction, "plot_prediction", lambda *given, **words: None)
 
 
-def files_of(monkeypatch, blobs, tmp_path):
+def files_of(monkeypatch, scaled, tmp_path):
     """Files that read as the blobs do, and one of noise."""
-    pictures = {f"{n}.mat": blobs.images[i, 0].float().numpy() for i, n in enumerate(blobs.numbers)}
+    pictures = {
+        f"{n}.mat": scaled.images[i, 0].float().numpy() for i, n in enumerate(scaled.numbers)
+    }
     pictures["noise.mat"] = np.random.default_rng(0).random((32, 32))
     monkeypatch.setattr(prediction, "_read_file", lambda path: (pictures[path.name], None, None))
     return {name: tmp_path / name for name in pictures}
 
 
-def test_evaluation_keeps_a_calibration_and_says_how_it_does(run, blobs):
+def test_evaluation_keeps_a_calibration_and_says_how_it_does(run, scaled):
     stored, predictions = read_json(run / "metrics.json"), read_predictions(run / "predictions.csv")
     calibration = read_calibration(run / "calibration.npz")
     assert calibration.epoch == 30
@@ -89,11 +86,11 @@ def column(path, name):
 
 
 def test_answers_are_calibrated_and_noise_is_unknown_first(
-    run, blobs, tmp_path, monkeypatch, undrawn
+    run, scaled, tmp_path, monkeypatch, undrawn
 ):
-    files = files_of(monkeypatch, blobs, tmp_path)
+    files = files_of(monkeypatch, scaled, tmp_path)
     (known, strange), _ = predict(
-        run, [files["20.mat"], files["noise.mat"]], blobs, tmp_path / "out"
+        run, [files["20.mat"], files["noise.mat"]], scaled, tmp_path / "out"
     )
     scores = read_predictions(run / "predictions.csv").scores
     exponent = read_json(run / "metrics.json")["calibration"]["exponent"]
@@ -107,28 +104,28 @@ def test_answers_are_calibrated_and_noise_is_unknown_first(
     assert line.startswith(f"SYNTHETIC: {tmp_path}/noise.mat: {answer}")
 
 
-def test_the_limit_decides_what_is_unknown(run, blobs, tmp_path, monkeypatch, undrawn):
-    files = files_of(monkeypatch, blobs, tmp_path)
-    reference = read_reference(run, blobs)
+def test_the_limit_decides_what_is_unknown(run, scaled, tmp_path, monkeypatch, undrawn):
+    files = files_of(monkeypatch, scaled, tmp_path)
+    reference = read_reference(run, scaled)
     for limit, unknown in ((-1.0, True), (np.inf, False)):
         moved = dataclasses.replace(reference.calibration, limit=limit)
         given = dataclasses.replace(reference, calibration=moved)
         monkeypatch.setattr(prediction, "read_reference", lambda *_, given=given: given)
-        (answer,), _ = predict(run, [files["20.mat"]], blobs, tmp_path / "out")
+        (answer,), _ = predict(run, [files["20.mat"]], scaled, tmp_path / "out")
         assert answer.unknown is unknown
         assert describe_prediction(answer).count("unknown") == unknown
 
 
-def test_a_calibration_of_another_epoch_is_refused(run, blobs, monkeypatch):
+def test_a_calibration_of_another_epoch_is_refused(run, scaled, monkeypatch):
     old = dataclasses.replace(read_calibration(run / "calibration.npz"), epoch=29)
     monkeypatch.setattr(prediction, "read_calibration", lambda path: old)
     with pytest.raises(UserError, match=r"calibration\.npz: belongs to epoch 29"):
-        read_reference(run, blobs)
+        read_reference(run, scaled)
 
 
-def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, blobs, monkeypatch):
+def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, scaled, monkeypatch):
     monkeypatch.setattr(examination, "MADE", 3)
-    reference = read_reference(run, blobs)
+    reference = read_reference(run, scaled)
     kinds = dict(strange_pictures(reference))
     assert list(kinds) == [
         *("noise", "smooth noise", "photographs", "text"),
@@ -137,7 +134,7 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, blobs,
     for name, pictures in kinds.items():
         assert pictures.shape[1:] == (1, 32, 32), name
         assert 0 <= pictures.min() < pictures.max() <= 1, name
-    slices = blobs.images[reference.test[np.random.default_rng(0).permutation(9)]]
+    slices = scaled.images[reference.test[np.random.default_rng(0).permutation(9)]]
     assert sorted(map(float, kinds["slices, inverted"].sum((1, 2, 3)))) == pytest.approx(
         sorted(1024 - float(one.float().sum()) for one in slices), rel=1e-2
     )
@@ -150,12 +147,12 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, blobs,
     assert found["calibrated"]
     familiarity = reference.calibration.familiarity
     features = [
-        familiarity.distances(examination._features(reference, pictures))
-        for pictures in (blobs.images[HELD.test], kinds["noise"])
+        familiarity.distances(embed(reference.network, pictures, blocks=BLOCKS).numpy())
+        for pictures in (scaled.images[HELD.test], kinds["noise"])
     ]
     truth = np.repeat([0, 1], [9, 3])
     noise = found["kinds"]["noise"]
-    assert noise["auroc"]["Mahalanobis, features"] == pytest.approx(
+    assert noise["auroc"]["Mahalanobis, early features"] == pytest.approx(
         roc_auc_score(truth, np.concatenate(features))
     )
     assert noise["flagged"] == (features[1] > reference.calibration.limit).mean()
@@ -165,18 +162,50 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, blobs,
     assert "held-out slices" in table.caption
 
 
-def test_hottest_points_are_counted_against_the_outline(run, blobs, tmp_path, monkeypatch):
-    reference = read_reference(run, blobs)
+def test_what_is_no_slice_is_unknown_to_a_run_on_phantoms(tmp_path, monkeypatch, undrawn):
+    monkeypatch.setattr(examination, "MADE", 10)
+    make_phantoms(tmp_path / "data", 90, seed=0, size=64, progress=False)
+    small = {"image_size": 48, "width": 0.25, "embedding_size": 16, "batch_size": 16, "epochs": 2}
+    settings = load_settings("quick", {**small, "precision": "float32", "calibration": 0.2})
+    slices = load_slices(tmp_path / "data", 48, progress=False)
+    run = tmp_path / "run"
+    train(settings, slices, make_split(settings.data, slices), run)
+    evaluate(run, slices)
+    reference = read_reference(run, slices)
+    kinds = dict(strange_pictures(reference))
+    pictures = {
+        **{name: kinds[name] for name in ("noise", "text", "slices, inverted")},
+        "black": torch.zeros(1, 1, 48, 48),
+        "shuffled": kinds["slices, patches shuffled"],
+        "slices": slices.images[reference.test],
+    }
+    flagged = {
+        name: reference.calibration.unlike(embed(reference.network, one, blocks=BLOCKS).numpy())
+        for name, one in pictures.items()
+    }
+    shares = {name: one.mean() for name, one in flagged.items()}
+    assert min(shares[one] for one in ("noise", "text", "slices, inverted", "black")) == 1
+    assert shares["shuffled"] > 0.5
+    assert shares["slices"] < 0.2
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64), dtype=np.uint8)).save(
+        tmp_path / "noise.png"
+    )
+    (answer,), _ = predict(run, [tmp_path / "noise.png"], slices, tmp_path / "out")
+    assert describe_prediction(answer).startswith(f"SYNTHETIC: {tmp_path}/noise.png: unknown, ")
+
+
+def test_hottest_points_are_counted_against_the_outline(run, scaled, tmp_path, monkeypatch):
+    reference = read_reference(run, scaled)
     heat = np.zeros((32, 32))
     heat[8, 8] = 1.0  # within the blobs of the first class alone
     monkeypatch.setattr(examination, "grad_cam", lambda *given: heat)
-    for number in blobs.numbers:
+    for number in scaled.numbers:
         (tmp_path / f"{number}.mat").touch()
 
     def read(path):
         index = int(path.stem) - 1
-        image = blobs.images[index, 0].float().numpy()
-        return Slice(image, int(blobs.labels[index]), "p", np.zeros((0, 2)), image > 0.6)
+        image = scaled.images[index, 0].float().numpy()
+        return Slice(image, int(scaled.labels[index]), "p", np.zeros((0, 2)), image > 0.6)
 
     monkeypatch.setattr(examination, "read_slice", read)
     text = point(reference, tmp_path)
@@ -184,8 +213,8 @@ def test_hottest_points_are_counted_against_the_outline(run, blobs, tmp_path, mo
     assert [int(row["slice"]) for row in rows] == list(range(16, 25))
     for row in rows:
         index = int(row["slice"]) - 1
-        assert row["inside"] == str(int(blobs.labels[index] == 0))
-        assert int(row["tumour_area"]) == int((blobs.images[index, 0].float() > 0.6).sum())
+        assert row["inside"] == str(int(scaled.labels[index] == 0))
+        assert int(row["tumour_area"]) == int((scaled.images[index, 0].float() > 0.6).sum())
         assert int(row["tumour_area"]) <= int(row["head_area"]) <= 32 * 32
     (tmp_path / "pointing.csv").write_text(text)
     table = pointing_table({"m": [tmp_path / "pointing.csv"]})
@@ -212,8 +241,8 @@ def test_pointing_by_size_of_tumour_and_chance(tmp_path):
         pointing_table({"m": [path]})
 
 
-def test_refusals_come_one_a_line(capsys, monkeypatch, tmp_path, run, blobs):
-    monkeypatch.setattr("examples.brain_tumor.__main__._load", lambda folder, settings: blobs)
+def test_refusals_come_one_a_line(capsys, monkeypatch, tmp_path, run, scaled):
+    monkeypatch.setattr("examples.brain_tumor.__main__._load", lambda folder, settings: scaled)
     names = ["a.png", "b.mat", "c.jpg"]
     arguments = ["predict", run, *(tmp_path / name for name in names), "--data", tmp_path]
     code = main([*map(str, arguments), "--out", str(tmp_path / "out")])

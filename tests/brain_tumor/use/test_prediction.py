@@ -31,14 +31,6 @@ from examples.brain_tumor.use.gradcam import Overlap, grad_cam, measure_overlap
 from examples.brain_tumor.use.prediction import NOTICE, describe_prediction, predict, read_reference
 
 
-@pytest.fixture
-def scaled(blobs):
-    """The blobs as the loader leaves them, each from 0 to 1."""
-    images = blobs.images.float()
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    return dataclasses.replace(blobs, images=((images - low) / (high - low)).half())
-
-
 @pytest.fixture(scope="module")
 def trained():
     """Where the one run of this module lies, once it is trained."""
@@ -515,7 +507,7 @@ def test_grad_cam_is_spread_over_the_slice_linearly_between_the_cells_middles():
 class Mosaic(torch.nn.Module):
     """Features known by hand: the mean brightness of 4 x 4 cells, and a constant."""
 
-    def forward(self, images):
+    def forward(self, images, blocks=None):
         bright = F.avg_pool2d(images[:, :1], images.shape[-1] // 4)
         return torch.cat([bright, torch.ones_like(bright)], dim=1)
 
