@@ -134,7 +134,7 @@ def test_a_report_holds_what_ran(finished):
     row = next(line for line in text.splitlines() if line.startswith("| SoftMax"))
     assert f"{int(recall * 100) / 100:.2f}" in row
     missing = len(plan_runs(TINY, None)) - len(CHOSEN)
-    assert f"Not finished: {missing} runs" in text
+    assert f"Not finished, {missing} of " in text
     assert f"{len(CHOSEN)} of {len(CHOSEN) + missing} runs are finished" in text
     assert re.search(r"^\| trainings killed and resumed +\| 20 ", text, re.MULTILINE)
     page = (finished / "report.html").read_text()
