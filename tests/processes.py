@@ -61,6 +61,7 @@ def _wait(line, rank):
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
+    groups = []
     while True:
         try:
             work, world, store, timeout, arguments, options = line.recv()
@@ -81,4 +82,6 @@ def _wait(line, rank):
             line.send((True, f"rank {rank} of {world}:\n{traceback.format_exc()}"))
         finally:
             if dist.is_initialized():
+                if torch.__version__.startswith("2.6"):  # whose end can wait for itself
+                    groups += dist.distributed_c10d._world.pg_map
                 dist.destroy_process_group()
