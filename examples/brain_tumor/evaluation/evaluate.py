@@ -82,6 +82,8 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
     settings = read_settings(run / SETTINGS)
     with locked(run, EVALUATING):
         split = read_split(run, slices)
+        for name in RECORDS:
+            check_sum(run / name)
         write_sums(run, FIXED)  # what follows replaces the others' files
         return _evaluate(run, settings, slices, split)
 

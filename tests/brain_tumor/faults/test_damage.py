@@ -18,7 +18,13 @@ from examples.brain_tumor.reproduction.merging import collect
 from examples.brain_tumor.settings import read_settings
 from examples.brain_tumor.training.checkpoint import TrainingState
 from examples.brain_tumor.training.loop import train
-from examples.brain_tumor.training.run_folder import append_rows, read_array, read_json, read_rows
+from examples.brain_tumor.training.run_folder import (
+    RECORDS,
+    append_rows,
+    read_array,
+    read_json,
+    read_rows,
+)
 from examples.brain_tumor.use.export import export
 from examples.brain_tumor.use.prediction import predict
 from tests.brain_tumor.data.test_slices import fields, write_mat
@@ -55,6 +61,9 @@ def test_damage_to_results_is_not_read_as_truth(trained, blobs):
         flip(path, digit)
         with pytest.raises(UserError, match=f"{name}: is damaged"):
             read(path)
+        if name in RECORDS:  # which another evaluation would not replace
+            with pytest.raises(UserError, match=f"{name}: is damaged"):
+                evaluate(trained, blobs)
         flip(path, digit)
     evaluate(trained, blobs)
     assert len(read_predictions(table).numbers) == 9
