@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.brain_tumor.data import matlab, reader
+from examples.brain_tumor.data import matlab
 from examples.brain_tumor.data.matlab import LARGEST_SIDE
 from examples.brain_tumor.data.pictures import MOST_SCANS, read_picture
-from examples.brain_tumor.data.reader import READER
 from examples.brain_tumor.errors import UserError
 
 GREY = (np.arange(20 * 30).reshape(20, 30) * 7 % 256).astype(np.uint8)
@@ -332,27 +331,6 @@ def test_damaged_dicom_is_refused_or_read(tmp_path):
         except UserError:
             refused += 1
     assert refused > 10
-
-
-SERVE = """
-import sys
-sys.path[:] = sys.argv[1:]
-from examples.brain_tumor.data import serving
-{change}
-serving.serve()
-"""
-
-
-@pytest.fixture
-def serving(monkeypatch):
-    """Let the process that reads change something before it serves."""
-
-    def start(change):
-        READER.stop()
-        monkeypatch.setattr(reader, "PROGRAM", SERVE.format(change=change))
-
-    yield start
-    READER.stop()
 
 
 def test_dicom_that_takes_too_long_is_refused(tmp_path, serving):

@@ -6,7 +6,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from examples.brain_tumor.data.reader import READER
 from examples.brain_tumor.data.slices import CLASS_NAMES, SliceSet, load_slices, read_slice
 from examples.brain_tumor.data.splits import ARCHIVE_COUNTS, paper_split, patient_split
 from examples.brain_tumor.errors import UserError
+from tests.brain_tumor.data.conftest import SERVE
 
 GRADIENT = np.arange(20 * 30).reshape(20, 30)  # (rows, columns) as MATLAB shows it
 
@@ -275,27 +275,17 @@ def test_links_out_of_the_file_are_not_followed(tmp_path):
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits and processes")
 ROOT = Path(__file__).parents[3]
-FAULTY = """
-import os, sys
-sys.path[:] = sys.argv[1:]
-from examples.brain_tumor.data import serving
+MEET = """
 serving.PATIENCE, read = 0.5, serving.READERS["hdf5"]
 def meet(path, *rest): return {fault} if "hostile" in path else read(path, *rest)
 serving.READERS = dict(hdf5=meet, dicom=meet)
-serving.serve()
 """
 
 
 @pytest.fixture
-def faulty(monkeypatch):
+def faulty(serving):
     """Let the process that reads meet a fault, an expression, with every hostile file."""
-
-    def start(fault):
-        READER.stop()
-        monkeypatch.setattr(reader, "PROGRAM", FAULTY.format(fault=fault))
-
-    yield start
-    READER.stop()
+    return lambda fault: serving(MEET.format(fault=fault))
 
 
 @pytest.mark.parametrize("fault", ["os.abort()", "os._exit(0)", "sum(iter(int, 1))", "1 / 0"])
@@ -431,14 +421,16 @@ def test_no_process_outlives_a_killed_parent(tmp_path, state):
     """Not even while one that was forked from the parent lives; that one has its own."""
     path, hostile = (write_mat(tmp_path / f"{name}.mat", fields()) for name in ("1", "hostile"))
     met = tmp_path / "met"
-    program = FAULTY.format(fault=f"(open({str(met)!r}, 'w').close(), sum(iter(int, 1)))")
+    os.mkfifo(met)
+    meet = MEET.format(fault=f"(open({str(met)!r}, 'w').close(), sum(iter(int, 1)))")
+    program = SERVE.format(change=meet)
     command = [sys.executable, "-c", KILLED, path, hostile, program, state]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as parent:
         said = {parent.stdout.readline(), parent.stdout.readline()} - {"True\n"}
         watched = os.pidfd_open(int(said.pop()))
-        while state == "hanging" and not met.exists():
-            time.sleep(0.01)
+        if state == "hanging":
+            met.read_bytes()  # once the hostile file is met
         os.kill(parent.pid, signal.SIGKILL)
         ended, _, _ = select.select([watched], [], [], 60)
         os.close(watched)
