@@ -35,7 +35,7 @@ from torch import Tensor
 from . import validation
 
 MarginFunction: TypeAlias = Callable[[Tensor], Tensor]
-Angle: TypeAlias = tuple[Tensor, "float | Tensor"]
+Angle: TypeAlias = tuple[Tensor, float | Tensor]
 
 
 def sphereface(theta: Tensor, m: float | Tensor, *, beyond: str = "decreasing") -> Tensor:

@@ -40,7 +40,7 @@ def cells():
     else:
         grid = [
             ("SphereFace-R-v2-soft", "none", "aot_eager"),
-            # It is slow, and what it adds is the same for all.
+            # Inductor is slow, and what it adds is the same for all.
             ("MagFace", "warm-up", "inductor"),
             ("AdaFace", "annealing", "inductor, dynamic"),
         ]
