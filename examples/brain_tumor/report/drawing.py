@@ -139,7 +139,7 @@ def scores(report: Report, scale: float) -> list[dict[str, Any]]:
     folds = report.reproduction.select("patient", PROPOSED)
     sides = {"slice": ("by slice, seed 0", [report.proposed])}
     if folds:
-        sides["patient"] = (f"by patient, {len(folds)} of {FOLDS} folds", folds)
+        sides["patient"] = (_of_folds(folds), folds)
     drawn = []
     for file, (name, results) in sides.items():
         predictions = pooled(one.predictions for one in results)
@@ -205,11 +205,15 @@ def by_patient(report: Report) -> dict[str, Any]:
     together = pooled(one.predictions for one in folds)
     confusions = {
         "by slice, seed 0": np.array(report.proposed.metrics.confusion),
-        "by patient, all folds": np.array(metrics_of(together).confusion),
+        _of_folds(folds): np.array(metrics_of(together).confusion),
     }
     title = f"kinds of errors, {tables.TITLES[PROPOSED]}"
     plot_errors(*report.drawn("errors", title), confusions)
     return {"errors": _clusters(together)}
+
+
+def _of_folds(folds: Sequence[Result]) -> str:
+    return f"by patient, {len(folds)} of {FOLDS} folds"
 
 
 def _ways(report: Report, training: str) -> dict[str, tuple[float, float, float]]:
@@ -268,8 +272,9 @@ def lengths(report: Report) -> dict[float, Sequence[float]]:
 def bars(report: Report) -> None:
     """Figure 7."""
     scores = []
-    for group, name in (("slice", "by slice, 70-30"), ("patient", "by patient, five folds")):
-        results = report.reproduction.select(group, PROPOSED)
+    select = report.reproduction.select
+    by_slice, folds = (select(group, PROPOSED) for group in ("slice", "patient"))
+    for name, results in (("by slice, 70-30", by_slice), (_of_folds(folds), folds)):
         if results:
             mean, interval = seed_interval([one.metrics.accuracy for one in results])
             shown = None if np.isnan(interval[0]) else tables.possible(interval)

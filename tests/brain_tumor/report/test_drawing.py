@@ -297,7 +297,7 @@ def test_by_patient_every_way_has_its_own_counts(report, folder, drawn):
     assert ways["by slice"][1:] == pytest.approx(tuple(wilson))
     matrices = drawn["errors"][1]
     assert matrices["by slice, seed 0"].tolist() == confusion(folder, [f"slice-{PROPOSED}-seed0"])
-    assert matrices["by patient, all folds"].tolist() == confusion(folder, PROPOSED_FOLDS)
+    assert matrices["by patient, 5 of 5 folds"].tolist() == confusion(folder, PROPOSED_FOLDS)
 
     patients = np.concatenate([read_answers(folder, name)[3] for name in PROPOSED_FOLDS])
     found, counts = np.unique(patients[wrong], return_counts=True)
