@@ -7,21 +7,11 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .data.phantoms import is_whole, make_phantoms
-from .data.slices import SliceSet, load_slices
-from .data.splits import make_split
-from .download.sources import download_slices, download_weights
 from .errors import UserError
-from .evaluation.evaluate import evaluate
 from .files import printable
-from .report.figures import plot_early
-from .report.reproduction_report import write_reproduction_report
-from .report.run_report import describe_examination, describe_result, write_report
-from .reproduction.merging import collect, merge
 from .reproduction.plan import BUDGETS, Run
-from .reproduction.running import decoded_as, default_jobs, measure, run_plan
 from .settings import (
     PRESETS,
     Settings,
@@ -30,12 +20,11 @@ from .settings import (
     read_settings,
     setting_fields,
 )
-from .training.checkpoint import epochs_done
-from .training.loop import train
-from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
-from .use.examination import examine
-from .use.export import describe_export, export
-from .use.prediction import describe_prediction, predict
+
+# A command imports what it runs itself: torch and matplotlib take seconds, and --help and a
+# wrong flag need neither.
+if TYPE_CHECKING:
+    from .data.slices import SliceSet
 
 PROGRAM = "python -m examples.brain_tumor"
 ARCHIVE = "https://figshare.com/articles/dataset/brain_tumor_dataset/1512427"
@@ -161,6 +150,14 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
     Raises:
         UserError: The folder holds something else.
     """
+    from .data.phantoms import is_whole, make_phantoms
+    from .data.splits import make_split
+    from .evaluation.evaluate import evaluate
+    from .report.run_report import describe_result, write_report
+    from .training.checkpoint import epochs_done
+    from .training.loop import train
+    from .training.run_folder import SETTINGS
+
     data, run = folder / "phantoms", folder / "demo"
     if not is_whole(data, count):
         print(f"{data}: making {count} synthetic slices (phantoms)")
@@ -188,6 +185,8 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
     argument("--size", type=int, default=256, help="pixels a side"),
 )
 def _make_phantoms(options: argparse.Namespace) -> None:
+    from .data.phantoms import make_phantoms
+
     progress = sys.stderr.isatty()
     make_phantoms(options.out, options.count, options.seed, options.size, progress)
     print(f"{options.out}: {options.count} synthetic slices. Next:")
@@ -201,6 +200,8 @@ def _make_phantoms(options: argparse.Namespace) -> None:
     then=CONTINUES,
 )
 def _collect(options: argparse.Namespace) -> None:
+    from .reproduction.merging import collect
+
     copied = collect(options.out, options.folder)
     print(f"{options.folder}: {len(copied)} runs copied from {options.out}")
 
@@ -212,6 +213,8 @@ def _collect(options: argparse.Namespace) -> None:
     then=CONTINUES,
 )
 def _download(options: argparse.Namespace) -> None:
+    from .download.sources import download_slices, download_weights
+
     download_slices(options.out)
     print(f"{options.out}: the data set (Jun Cheng, CC BY 4.0)")
     if options.weights:
@@ -234,6 +237,10 @@ def _resume_train(options: argparse.Namespace) -> str:
     epilog="A flag overrides the preset's value; the defaults in brackets are the presets'.",
 )
 def _train(options: argparse.Namespace) -> None:
+    from .data.splits import make_split
+    from .training.loop import train
+    from .training.run_folder import SETTINGS, refuse_existing
+
     given = {
         field.name: getattr(options, field.name)
         for _, field in setting_fields()
@@ -287,6 +294,11 @@ _add_setting_flags(COMMANDS.choices["train"])
     argument("--out", default=Path(), help="where comparison.png of several runs goes"),
 )
 def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluation.evaluate import evaluate
+    from .report.figures import plot_early
+    from .report.run_report import describe_result, write_report
+    from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows
+
     for run in options.runs:
         evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
         report = write_report(run)
@@ -330,15 +342,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     argument(
         "--jobs",
         type=int,
-        default=default_jobs(),
         help="trainings side by side (default: one a GPU or, without one, a core)",
     ),
     then=CONTINUES,
     epilog="The same command continues what was cut off, and leaves alone what is finished.",
 )
 def _reproduce(options: argparse.Namespace) -> None:
-    if options.jobs < 1:
-        raise UserError(f"--jobs: must be at least 1, not {options.jobs}")
+    from .report.reproduction_report import write_reproduction_report
+    from .reproduction.merging import merge
+    from .reproduction.running import default_jobs, measure, run_plan
+
+    jobs = default_jobs() if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs: must be at least 1, not {jobs}")
     budget = BUDGETS[options.budget]
 
     def take(runs: Sequence[Run]) -> None:
@@ -346,7 +362,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         print(f"{options.merge}: {len(taken)} finished runs taken in", flush=True)
 
     failures = run_plan(
-        *(options.data, options.weights, options.out, budget, options.jobs),
+        *(options.data, options.weights, options.out, budget, jobs),
         chosen=options.only,
         take=take if options.merge else None,
     )
@@ -361,6 +377,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     argument("out", metavar="OUT", help="the reproduction's folder"),
 )
 def _report(options: argparse.Namespace) -> None:
+    from .report.reproduction_report import write_reproduction_report
+
     print(f"report: {write_reproduction_report(options.out)}")
 
 
@@ -372,6 +390,9 @@ def _report(options: argparse.Namespace) -> None:
     argument("--out", default=Path("answers"), help="folder for the figures"),
 )
 def _predict(options: argparse.Namespace) -> None:
+    from .training.run_folder import SETTINGS
+    from .use.prediction import describe_prediction, predict
+
     slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
     answers, faults = predict(options.run_folder, options.files, slices, options.out)
     for answer in answers:
@@ -387,6 +408,10 @@ def _predict(options: argparse.Namespace) -> None:
     DATA,
 )
 def _examine(options: argparse.Namespace) -> None:
+    from .report.run_report import describe_examination, write_report
+    from .training.run_folder import SETTINGS
+    from .use.examination import examine
+
     for run in options.runs:
         examine(run, _load(options.data, read_settings(run / SETTINGS)), options.data)
         report = write_report(run)
@@ -400,6 +425,9 @@ def _examine(options: argparse.Namespace) -> None:
     argument("--out", default=Path("model"), help="folder for the model"),
 )
 def _export(options: argparse.Namespace) -> None:
+    from .training.run_folder import SETTINGS
+    from .use.export import describe_export, export
+
     slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
     described = export(options.run_folder, slices, options.out)
     for name, differences in described["largest_difference"].items():
@@ -408,7 +436,10 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{options.out / 'model.json'}: {describe_export(described)}. Not a medical device.")
 
 
-def _load(folder: Path, settings: Settings) -> SliceSet:
+def _load(folder: Path, settings: Settings) -> "SliceSet":
+    from .data.slices import load_slices
+    from .reproduction.running import decoded_as
+
     if not folder.exists():
         raise UserError(
             f"{folder}: no such folder; the real slices are at {ARCHIVE} (CC BY 4.0, Jun Cheng), "

@@ -13,10 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.brain_tumor import __main__ as command_line
 from examples.brain_tumor.__main__ import demo, main
+from examples.brain_tumor.data import phantoms as making
 from examples.brain_tumor.data.phantoms import make_phantoms
 from examples.brain_tumor.data.slices import default_cache_folder
+from examples.brain_tumor.download import sources
+from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.report import reproduction_report
+from examples.brain_tumor.reproduction import running
 from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
 from examples.brain_tumor.training import loop as training
@@ -113,8 +117,8 @@ def test_demo_runs_resumes_and_evaluates_again(phantoms, tmp_path, capsys, monke
 
 def test_demo_makes_its_slices(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(command_line, "make_phantoms", lambda *a, **k: made.append((a, k)))
-    with pytest.raises(command_line.UserError, match="phantoms: no such folder"):
+    monkeypatch.setattr(making, "make_phantoms", lambda *a, **k: made.append((a, k)))
+    with pytest.raises(UserError, match="phantoms: no such folder"):
         demo(tmp_path, 30)
     ((folder, count), options), *_ = made
     assert (folder, count, options["seed"]) == (tmp_path / "phantoms", 30, 0)
@@ -222,9 +226,11 @@ def test_reproduce_measures_and_reports(phantoms, tmp_path, monkeypatch, capsys)
     done = []
     for name in ("run_plan", "measure"):
         monkeypatch.setattr(
-            command_line, name, lambda *given, name=name, **more: done.append((name, given, more))
+            running, name, lambda *given, name=name, **more: done.append((name, given, more))
         )
-    monkeypatch.setattr(command_line, "write_reproduction_report", lambda out: out / "report.html")
+    monkeypatch.setattr(
+        reproduction_report, "write_reproduction_report", lambda out: out / "report.html"
+    )
     arguments = ["--data", str(phantoms), "--out", str(tmp_path), "--budget", "paper"]
     assert main(["reproduce", *arguments, "--jobs", "3"]) == 0
     assert [name for name, *_ in done] == ["run_plan", "measure"]
@@ -239,9 +245,11 @@ def test_a_reproduction_with_failures_is_reported_and_fails(
     phantoms, tmp_path, monkeypatch, capsys
 ):
     failed = ["a: diverged", "b: diverged"]
-    monkeypatch.setattr(command_line, "run_plan", lambda *given, **more: failed)
-    monkeypatch.setattr(command_line, "measure", lambda *given: None)
-    monkeypatch.setattr(command_line, "write_reproduction_report", lambda out: out / "report.html")
+    monkeypatch.setattr(running, "run_plan", lambda *given, **more: failed)
+    monkeypatch.setattr(running, "measure", lambda *given: None)
+    monkeypatch.setattr(
+        reproduction_report, "write_reproduction_report", lambda out: out / "report.html"
+    )
     assert main(["reproduce", "--data", str(phantoms), "--out", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert "report: " in captured.out
@@ -253,8 +261,8 @@ def test_finished_runs_go_out_and_in(phantoms, tmp_path, monkeypatch, capsys, bl
     assert main(["collect", str(made), str(kept)]) == 0
     assert f"{len(RUNS) - len(LATE)} runs copied" in capsys.readouterr().out
     reproduction(out, tuple(run.name for run in RUNS))
-    monkeypatch.setattr(command_line, "run_plan", lambda *_, take, **__: take(RUNS) or [])
-    monkeypatch.setattr(command_line, "measure", lambda *given: None)
+    monkeypatch.setattr(running, "run_plan", lambda *_, take, **__: take(RUNS) or [])
+    monkeypatch.setattr(running, "measure", lambda *given: None)
     arguments = ["--data", str(phantoms), "--out", str(out), "--merge", str(kept)]
     assert main(["reproduce", *arguments]) == 0
     printed = capsys.readouterr().out
@@ -268,8 +276,8 @@ def test_report_of_no_reproduction_is_one_line(tmp_path, capsys):
 
 def test_download_fetches_slices_and_weights(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command_line, "download_slices", asked.append)
-    monkeypatch.setattr(command_line, "download_weights", lambda path: asked.append(path) or "abc")
+    monkeypatch.setattr(sources, "download_slices", asked.append)
+    monkeypatch.setattr(sources, "download_weights", lambda path: asked.append(path) or "abc")
     weights = tmp_path / "weights"
     assert main(["download", str(tmp_path), "--weights", str(weights)]) == 0
     assert asked == [tmp_path, weights]
@@ -362,11 +370,13 @@ def test_a_closed_pipe_and_a_plain_locale_are_no_crash(phantoms, finished_run, t
     run = shutil.copytree(finished_run, tmp_path / "l\u00e4ufe")
     root = Path(__file__).parents[2]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "examples.brain_tumor", "evaluate", str(run)]
-    command += ["--data", str(phantoms)]
+    program = [sys.executable, "-m", "examples.brain_tumor"]
     options = {"cwd": root, "env": {**os.environ, **plain}, "stderr": subprocess.PIPE}
+    command = [*program, "evaluate", str(run), "--data", str(phantoms)]
     done = subprocess.run(command, stdout=subprocess.PIPE, **options)
     assert (done.returncode, done.stderr) == (0, b"")
+    made = reproduction(tmp_path / "made", tuple(run.name for run in RUNS[1:]))
+    command = [*program, "collect", str(made), str(tmp_path / "kept")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
         process.stdout.close()  # no one reads
         assert process.stderr.read() == b""

@@ -38,6 +38,7 @@ def run(command: Sequence[str]) -> int:
     # Where Linux schedules sessions as groups, niceness counts inside one only.
     with contextlib.suppress(OSError):
         Path(f"/proc/{child.pid}/autogroup").write_text(str(LOWEST))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too takes the command along
     stopped = False
     try:
         with LOCK.open("w") as file:

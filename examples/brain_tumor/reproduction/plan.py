@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..data.matlab import FOLDS
-from ..network.mobilenet import weights_layout
 from ..settings import Settings, load_settings, override_settings
 
 # What the tables call a training, and the settings that make it. The paper's six losses first;
@@ -83,6 +82,8 @@ class Budget:
 
     def settings(self, weights: Path | None) -> Settings:
         """Return what all trainings start from, with ImageNet weights or from scratch."""
+        from ..network.mobilenet import weights_layout  # torch takes seconds, --help needs none
+
         layout = weights_layout(weights) if weights else "slim"
         # Calibrated on what other seeds and folds hold out, so that all can be trained on.
         changes = {

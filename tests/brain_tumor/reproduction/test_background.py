@@ -87,9 +87,10 @@ def test_a_pause_has_its_commands_exit_code(tmp_path):
     assert process.returncode == 3
 
 
-def test_an_interrupted_run_takes_its_command_along(training):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_run_takes_its_command_along(training, how):
     process, pids = training
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     wait_until(lambda: all(state(pid) in ("gone", "Z") for pid in pids))
 
 
