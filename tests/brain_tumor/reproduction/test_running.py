@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from examples.brain_tumor.data.phantoms import MARKER_NAME, _write
 from examples.brain_tumor.data.slices import load_slices
@@ -75,7 +76,7 @@ def finished(data, tmp_path_factory, few_trees):
     out = tmp_path_factory.mktemp("reproduction") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduction, "plan_runs", some_runs)
-        patch.setenv("OMP_NUM_THREADS", "1")  # as in SCRIPT's: more sum in another order
+        patch.setattr(torch, "get_num_threads", lambda: 1)  # as SCRIPT has: two sum otherwise
         assert run_plan(data, None, out, TINY, jobs=1) == []
         patch.setattr(speed, "ROUNDS", 2)
         measure(data, None, out, TINY)
