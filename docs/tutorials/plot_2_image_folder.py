@@ -34,7 +34,7 @@ torch.set_num_threads(1)  # faster for images as small as these
 torch.manual_seed(0)
 temporary = tempfile.TemporaryDirectory()
 classes = sorted(image_folder.write_digits(Path(temporary.name)).iterdir())
-images, new = (image_folder.ImageFolder(part, size=32) for part in (classes[:7], classes[7:]))
+images, new = (image_folder.ImageFolder(part, size=16) for part in (classes[:7], classes[7:]))
 print(f"{len(images)} images to train on, {len(new)} of new classes")
 
 # %%

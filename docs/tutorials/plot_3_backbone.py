@@ -38,13 +38,13 @@ training = labels < 7
 def make_backbone():
     """A small convolutional network: images (N, 1, 8, 8) to features (N, 128)."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
+        nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(16, 32, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(1024, 128),
+        nn.Linear(512, 128),
         nn.ReLU(),
     )
 

@@ -1,5 +1,6 @@
 """Phantoms: the archive's format, the deal of patients, and what the folder is protected from."""
 
+import os
 import re
 import subprocess
 import sys
@@ -267,23 +268,26 @@ import resource, signal, sys
 from pathlib import Path
 from examples.brain_tumor.__main__ import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-sys.exit(main(["make-phantoms", sys.argv[1], "--count", "20", "--size", "128"]))
+for limit in sys.argv[1:]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    assert main(["make-phantoms", limit, "--count", "20", "--size", "128"]) == 2
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits")
-@pytest.mark.parametrize("limit", [0, 1000, 9000])
-def test_a_full_disk_is_one_line_and_leaves_no_set_that_looks_whole(tmp_path, limit):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", FULL, str(out), str(limit)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.fullmatch(f"error: {out}.*: File too large\n", done.stderr)
-    assert not is_whole(out, 20)
-    assert not list(out.glob("*.partial"))
-    with pytest.raises(UserError):
-        load_slices(out, 32, progress=False)
+def test_a_full_disk_is_one_line_and_leaves_no_set_that_looks_whole(tmp_path):
+    limits = ("0", "1000", "9000")  # of a file's bytes
+    command, environment = [sys.executable, "-c", FULL, *limits], {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    for limit, line in zip(limits, lines, strict=True):
+        out = tmp_path / limit
+        assert re.fullmatch(f"error: {limit}.*: File too large", line)
+        assert not is_whole(out, 20)
+        assert not list(out.glob("*.partial"))
+        with pytest.raises(UserError):
+            load_slices(out, 32, progress=False)
 
 
 def test_phantoms_that_are_half_made_are_not_whole(tmp_path):
