@@ -1,6 +1,7 @@
 """Slices to train on in a second: one bright blob each, whose place tells the class."""
 
 import dataclasses
+import functools
 import io
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from examples.brain_tumor.data import phantoms
 from examples.brain_tumor.data.slices import SliceSet
 from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.evaluation import classifiers
@@ -19,6 +21,14 @@ from examples.brain_tumor.use import export as export_module
 
 SIZE = 32
 PLACES = ((8, 8), (8, 24), (24, 16))  # of the blob's centre, by class
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_head():
+    """The template head, always the same, is built once and not for every set of phantoms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantoms, "Head", functools.cache(phantoms.Head))
+        yield
 
 
 @pytest.fixture(autouse=True)
