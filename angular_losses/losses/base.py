@@ -118,6 +118,10 @@ class MarginLoss(ClassCentres, nn.Module):
         is_random: Whether a forward pass in training mode draws random numbers; then sharded
             losses draw the same ones in all processes. False by default.
 
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least. :meth:`forward` says what else it takes.
+
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If one is out of range; the message starts with its name.
