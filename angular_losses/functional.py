@@ -18,9 +18,8 @@ from .engine import modes
 from .engine.batch import Batch, checked
 from .engine.chunks import PLAIN, Ranking, Rule
 from .engine.operators import Ending, Others, margin_loss
-from .engine.passes import working_dtype
 from .engine.placement import WHOLE, Shard, Whole
-from .geometry import angle_between, precise_dtype, without_autocast
+from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction
 from .negatives import NegativeFunction
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
 from torch.nn import functional as F
 
-from ..geometry import precise_dtype, without_autocast
+from ..geometry import precise_dtype, without_autocast, working_dtype
 from ..margins import KnownDescent
 from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings, Terms
-from .passes import Gradients, Later, Parts, Saved, working_dtype
+from .passes import Gradients, Later, Parts, Saved
 
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 

@@ -33,7 +33,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..geometry import inverse_lengths, pairs
+from ..geometry import inverse_lengths, pairs, working_dtype
 from .chunks import BOUNDED_SCALE, Chunks, Inputs, Ranking, Rule, Settings, Terms, multiply
 
 Later: TypeAlias = list[Callable[[], object]]
@@ -94,11 +94,6 @@ class Gradients(NamedTuple):
     embeddings: Tensor | None
     weight: Tensor | None
     row_scale: Tensor | None
-
-
-def working_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of sums and of products in full precision: float32, or float64 if either is."""
-    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
 class _Sums:

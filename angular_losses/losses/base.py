@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import margins, validation
 from ..engine.batch import Batch, checked, of_rows
 from ..engine.chunks import Ranking
-from ..engine.passes import working_dtype
 from ..engine.placement import WHOLE, Shard, Whole
 from ..engine.planner import MODES
 from ..functional import (
@@ -35,6 +34,7 @@ from ..geometry import (
     lengths,
     nearest_sub_centers,
     without_autocast,
+    working_dtype,
 )
 from ..negatives import NegativeFunction
 from ..schedules import Schedule

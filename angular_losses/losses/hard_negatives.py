@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import collectives, margins, negatives, validation
 from ..engine import modes
 from ..engine.nearest import nearest, sums_above
+from ..geometry import working_dtype
 from ..negatives import NegativeFunction
 from .base import LossOptions, MarginLoss, Target
 
@@ -208,11 +209,8 @@ class NPCFaceLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives stretched and raised."""
-        threshold = self._threshold(embeddings, labels).to(
-            torch.promote_types(
-                torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32
-            )
-        )
+        dtype = working_dtype(embeddings, self.weight)
+        threshold = self._threshold(embeddings, labels).to(dtype)
         t, a = self.t, self.a
         return lambda cosine, target: negatives.npcface(cosine, threshold, t, a)
 
