@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from . import validation
 from .engine import modes
 from .engine.batch import Batch, checked
-from .engine.chunks import PLAIN, Ranking, Rule
-from .engine.operators import Ending, Others, margin_loss
+from .engine.chunks import PLAIN, Others, Ranking, Rule
+from .engine.operators import Ending, margin_loss
 from .engine.placement import WHOLE, Shard, Whole
 from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import kernels
+
+Later: TypeAlias = list[Callable[[], object]]
+BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 # Up to this scale exp(s cos), its sums over classes and their inverses stay inside float32
 # (e^64 = 6e27), and no maximum has to be found and subtracted.
@@ -106,20 +109,35 @@ class Ranking:
         self.both = torch.maximum(self.both, torch.stack([own, other]))
 
 
+class Others(NamedTuple):
+    """What no operator can take, for it is a Python function or comes with one.
+
+    Attributes:
+        rule: How the other classes enter.
+        target: (N,) the logit of the target before scaling, for a rule that looks at it.
+        bias: (N,) the bias of a rule, in the :func:`working_dtype`, or None.
+        begin_sum: Where the classes are shared between processes: what begins to sum the gradient
+            of the embeddings over them, and returns how to end that. Between the two the gradient
+            of the weight is computed.
+        ranking: What the forward pass is to fill, where it is asked for.
+        later: Where the forward pass puts what is to be done while its parts are summed over
+            processes, if they are.
+    """
+
+    rule: Rule = PLAIN
+    target: Tensor | None = None
+    bias: Tensor | None = None
+    begin_sum: BeginSum | None = None
+    ranking: Ranking | None = None
+    later: Later | None = None
+
+
 class Terms:
     """A rule applied to one chunk after another; its slopes are autograd's, inside the chunk."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        target: Tensor | None,
-        bias: Tensor | None,
-        *,
-        differentiate: bool,
-        ranking: Ranking | None = None,
-    ) -> None:
-        self.rule, self.target, self.differentiate = rule, target, differentiate
-        self.ranking = ranking
+    def __init__(self, others: Others, *, differentiate: bool) -> None:
+        self.rule, self.target, self.ranking = others.rule, others.target, others.ranking
+        self.differentiate, bias = differentiate, others.bias
         self.bias = None if bias is None else bias.detach().requires_grad_(differentiate)
         self.bias_slope = None if bias is None else torch.zeros_like(bias)
 
@@ -134,15 +152,12 @@ class Terms:
         """The derivative of the sum of weights (K, N) times terms, by each centre's cosine."""
         if not self.differentiate:
             return weights
-        if self.bias is None or self.bias_slope is None:
-            (slopes,) = torch.autograd.grad(
-                self._terms, (self._cosines,), weights, materialize_grads=True
-            )
-            return slopes
-        slopes, of_bias = torch.autograd.grad(
-            self._terms, (self._cosines, self.bias), weights, materialize_grads=True
+        variables = [self._cosines] if self.bias is None else [self._cosines, self.bias]
+        slopes, *of_bias = torch.autograd.grad(
+            self._terms, variables, weights, materialize_grads=True
         )
-        self.bias_slope += of_bias
+        if self.bias_slope is not None:
+            self.bias_slope += of_bias[0]
         return slopes
 
     def rescale(self, factor: Tensor) -> None:

@@ -15,9 +15,9 @@ from ..geometry import (
     working_dtype,
 )
 from .batch import Batch
-from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings
-from .operators import Others, margin_parts
-from .passes import Later, Parts
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Later, Others, Ranking, Rule, Settings
+from .operators import margin_parts
+from .passes import Parts
 from .planner import MODES, Plan, cached_plan, plan
 
 # With fewer classes the products cost little beside any network, and keep full precision under

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import collectives
-from .passes import Later, Parts
+from .chunks import BeginSum, Later
+from .passes import Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +43,7 @@ class Whole:
     """All classes in one place, as :class:`Shard` sees it: nothing to translate or to add."""
 
     is_partial = False
-    begin_sum: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    begin_sum: BeginSum | None = None
 
     def __repr__(self) -> str:
         return "all classes"

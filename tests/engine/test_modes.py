@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from angular_losses import ArcFaceLoss, arcface, margin_softmax_loss
 from angular_losses.engine import modes, operators, passes
-from angular_losses.engine.chunks import Inputs, Settings
-from angular_losses.engine.operators import Others, margin_parts
+from angular_losses.engine.chunks import Inputs, Others, Settings
+from angular_losses.engine.operators import margin_parts
 from tests.cases import in_chunks_of
 from tests.profiling import matrix_products, peak_bytes
 
