@@ -228,10 +228,7 @@ class Chunks:
 
     def factors(self, directions: Tensor) -> Tensor:
         """The same in the dtype of the products."""
-        if not self._is_reduced:
-            return directions
-        out = self.workspace("factors", directions.shape, self.product_dtype)
-        return directions.to(self.product_dtype) if out is None else out.copy_(directions)
+        return self._to_multiply("factors", directions)
 
     def logits(self, span: slice | None, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """The logits of a chunk's classes (K, N) in the working dtype; -inf for a target in it.
@@ -306,7 +303,7 @@ class Chunks:
         sums = logits.exp_().sum(0)
         if self._terms is not None:
             logits = self._terms.slopes(logits)
-        return self._to_multiply(logits, out), sums
+        return self._to_multiply("exponentials", logits, out), sums
 
     def _summed(
         self, span: slice | None, factors: Tensor, out: Tensor | None
@@ -322,7 +319,7 @@ class Chunks:
         weights = self._without_targets(span, weights, 0.0)
         # Not their product: a target's term, which does not count, may be infinite.
         sums = torch.where(weights == 0, 0, terms * weights).sum(0)
-        return self._to_multiply(self._terms.slopes(weights), out), sums
+        return self._to_multiply("exponentials", self._terms.slopes(weights), out), sums
 
     def _without_targets(self, span: slice | None, values: Tensor, instead: float) -> Tensor:
         """The values of a chunk's classes (K, N), with those of the targets replaced."""
@@ -339,12 +336,12 @@ class Chunks:
         present = values.gather(0, row[None])
         return values.scatter_(0, row[None], present.masked_fill_(is_here, instead))
 
-    def _to_multiply(self, values: Tensor, out: Tensor | None) -> Tensor:
-        """The values (K, N) in the dtype of the products, in ``out`` where they are kept."""
+    def _to_multiply(self, name: str, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """The values in the dtype of the products, in ``out`` where they are kept."""
         if values is out or (out is None and not self._is_reduced):
             return values
         if out is None:
-            out = self.workspace("exponentials", values.shape, self.product_dtype)
+            out = self.workspace(name, values.shape, self.product_dtype)
         return values.to(self.product_dtype) if out is None else out.copy_(values)
 
 

@@ -56,31 +56,21 @@ class Whole:
         """The number of centres."""
         return weight.shape[0]
 
-    def local(self, labels: Tensor) -> Tensor:
-        """The labels (N,)."""
-        return labels
+    def unchanged(self, values: Tensor) -> Tensor:
+        """The values, for there is nothing to translate, to add up or to compare."""
+        return values
+
+    local = of_classes = shared = shared_rows = total = largest = nearest = unchanged
 
     def centres(self, weight: Tensor, sub_centers: int) -> Tensor:
         """The weight."""
         return weight
-
-    def shared(self, values: Tensor) -> Tensor:
-        """The values."""
-        return values
-
-    def shared_rows(self, rows: Tensor) -> Tensor:
-        """The rows."""
-        return rows
 
     def completed(
         self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
     ) -> Parts:
         """The parts."""
         return parts
-
-    def of_classes(self, values: Tensor) -> Tensor:
-        """The values (C,)."""
-        return values
 
     def add_of_rows(self, kept: Tensor, labels: Tensor, rows: Tensor) -> None:
         """Add rows (N, ...) to what is kept of their classes here (C, ...)."""
@@ -100,21 +90,9 @@ class Whole:
         """A function of the centres of the targets."""
         return function(weight.index_select(0, own))
 
-    def total(self, values: Tensor) -> Tensor:
-        """The values."""
-        return values
-
-    def nearest(self, cosines: Tensor) -> Tensor:
-        """The cosines."""
-        return cosines
-
     def reductions(self) -> AbstractContextManager[None]:
         """Context of statistics over rows: over all processes, each with its own."""
         return nullcontext()
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The values."""
-        return values
 
 
 WHOLE = Whole()
