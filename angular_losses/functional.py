@@ -332,12 +332,12 @@ def one_vs_rest_loss(
         + \sum_{j \ne y_i} \mathrm{negative}(\cos\theta_{ij}, b)
 
     Where the softmax compares the classes with each other, here each is judged by itself. Modes,
-    precision and memory are those of :func:`margin_softmax_loss`.
+    precision and memory are those of :func:`margin_softmax_loss`, as are the arguments that are
+    not described here in full.
 
     Args:
-        embeddings: (N, d), floating point, of any finite length (below 6e-34, in float16 2e-4, a
-            vector counts as zero: no direction, no gradient, pi / 2 from everything).
-        weight: (C, d) class centres, floating point, likewise.
+        embeddings: (N, d), floating point.
+        weight: (C, d) class centres, floating point.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         positive: A function of the target angles theta (N,), in radians, float64, that returns the
             loss of the targets (N,).
@@ -345,16 +345,15 @@ def one_vs_rest_loss(
             negative (K, N). It must treat every cosine by itself and have a finite derivative.
         bias: A scalar that ``negative`` needs and that has a gradient; 0 by default. What
             ``positive`` does with it autograd follows by itself.
-        sub_centers: The number of centres of a class, as in :func:`margin_softmax_loss`.
+        sub_centers: The number of centres of a class.
         penalty: (N,) added to the loss of each row before its weights.
-        reduction: "mean", weighted by ``class_weight`` and ``sample_weight``, "sum" or "none".
+        reduction: "mean", "sum" or "none".
         class_weight: (C,) weight of the rows of each class.
         sample_weight: (N,) weight of each row, on top of that of its class.
         ignore_index: Rows with this label have loss 0 and gradient 0.
         mode: "auto", "dense", "stash" or "recompute".
         memory_budget: Bytes that may be used beyond the arguments and their gradients.
-        shard: Which of the classes ``weight`` holds, where processes share them
-            (:mod:`angular_losses.distributed`); the rows are those of all processes then.
+        shard: Which of the classes ``weight`` holds, where processes share them.
 
     Returns:
         A scalar, or (N,) for reduction "none"; float32, or float64 for float64 input.
