@@ -18,7 +18,7 @@ from .engine import modes
 from .engine.batch import Batch, checked
 from .engine.chunks import PLAIN, Others, Ranking, Rule
 from .engine.operators import Ending, margin_loss
-from .engine.placement import WHOLE, Shard, Whole
+from .engine.placement import WHOLE, Placement
 from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction
 from .negatives import NegativeFunction
@@ -100,7 +100,7 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     mode: str = "auto",
     memory_budget: int | None = None,
-    shard: Shard | Whole = WHOLE,
+    shard: Placement = WHOLE,
 ) -> Tensor:
     r"""Softmax cross-entropy of scaled cosines, with a margin on the target's.
 
@@ -324,7 +324,7 @@ def one_vs_rest_loss(
     ignore_index: int = -100,
     mode: str = "auto",
     memory_budget: int | None = None,
-    shard: Shard | Whole = WHOLE,
+    shard: Placement = WHOLE,
 ) -> Tensor:
     r"""A loss of the target's angle, plus one of each other class's cosine.
 

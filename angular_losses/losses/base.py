@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import margins, validation
 from ..engine.batch import Batch, checked, of_rows
 from ..engine.chunks import Ranking
-from ..engine.placement import WHOLE, Shard, Whole
+from ..engine.placement import WHOLE, Placement
 from ..engine.planner import MODES
 from ..functional import (
     REDUCTIONS,
@@ -197,7 +197,7 @@ class MarginLoss(ClassCentres, nn.Module):
         self.ignore_index = ignore_index
         self.mode = mode
         self.memory_budget = memory_budget
-        self.shard: Shard | Whole = WHOLE
+        self.shard: Placement = WHOLE
         shape = self.num_classes * self.sub_centers, self.embedding_size
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if class_weight is not None:
