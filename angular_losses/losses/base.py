@@ -38,6 +38,7 @@ from ..geometry import (
 )
 from ..negatives import NegativeFunction
 from ..schedules import Schedule
+from . import labels as label_columns
 from .centres import ClassCentres, watch
 from .state import Pass, begin_pass, copied, is_in_backward, recomputed_copies
 
@@ -321,7 +322,7 @@ class MarginLoss(ClassCentres, nn.Module):
             each = label_weight.shape[1]
             batch = self._checked(embeddings.repeat_interleave(each, 0), labels.flatten())
             label_weight = label_weight.to(working_dtype(embeddings, self.weight))
-            counts, sample_weight = _of_labels(label_weight, sample_weight)
+            counts, sample_weight = label_columns.of_rows(label_weight, sample_weight)
             counts = counts if batch.kept is None else counts.where(batch.kept, 0)
         if return_correct:
             ranking = Ranking(batch.embeddings, working_dtype(batch.embeddings, batch.weight))
@@ -685,49 +686,16 @@ class MarginLoss(ClassCentres, nn.Module):
         lam: float | Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Labels (N,), or (N, K) with their weights (N, K), of what a user passes."""
-        if other_labels is not None or lam is not None:
-            if label_weight is not None:
-                raise ValueError("label_weight: expected it without other_labels and lam")
-            return self._mixed(embeddings, labels, other_labels, lam)
-        if not isinstance(labels, Tensor) or labels.dim() != 2:
-            if label_weight is not None:
-                raise ValueError("label_weight: expected it with labels (N, K)")
-            return labels, None
-        validation.floating("embeddings", embeddings, "N", "d")
-        if labels.shape[0] != embeddings.shape[0] or not labels.shape[1]:
-            raise ValueError(
-                f"labels: expected shape ({embeddings.shape[0]},), or ({embeddings.shape[0]}, K) "
-                f"with K labels an embedding, got {tuple(labels.shape)}"
-            )
-        if label_weight is None:
-            kept = labels.long() != self.ignore_index
-            return labels, kept / kept.sum(1, keepdim=True).clamp(min=1)
-        validation.floating("label_weight", label_weight, *labels.shape, device=embeddings.device)
-        return labels, label_weight
-
-    def _mixed(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        other_labels: Tensor | None,
-        lam: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Labels (N, 2) of mixed rows, and their weights."""
+        if other_labels is None and lam is None:
+            return label_columns.several(embeddings, labels, label_weight, self.ignore_index)
+        if label_weight is not None:
+            raise ValueError("label_weight: expected it without other_labels and lam")
         self._checked(embeddings, labels)
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
         self._checked(embeddings, other_labels)
-        device, num_rows = embeddings.device, labels.shape[0]
-        if isinstance(lam, Tensor) and lam.dim():
-            validation.floating("lam", lam, num_rows, device=device)
-        elif not isinstance(lam, Tensor):
-            validation.share("lam", lam)
-        if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
-            lam = embeddings.new_full((), lam, dtype=torch.float64)
-        share = lam.to(device).expand(num_rows)
-        both = torch.stack([labels.long(), other_labels.long()], 1)
-        return both, torch.stack([share, 1 - share], 1)
+        return label_columns.mixed(embeddings, labels, other_labels, lam)
 
     def _repeats_a_step(self) -> bool:
         """Whether a pass belongs to the step before.
@@ -781,16 +749,6 @@ _SHOWN_FIRST = ("training", "num_classes", "embedding_size")
 _OPTIONS = inspect.signature(MarginLoss.__init__).parameters
 _DEFAULTS = {name: each.default for name, each in _OPTIONS.items()}
 _DEFAULTS |= {"beyond": "decreasing", "keeps_lengths": False, "shard": WHOLE}
-
-
-def _of_labels(label_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of the labels (N, K), row by row: how much each counts, and its weight (N * K,)."""
-    counts = label_weight.flatten()
-    if sample_weight is None:
-        return counts, counts
-    num_rows, each = label_weight.shape
-    validation.floating("sample_weight", sample_weight, num_rows, device=label_weight.device)
-    return counts, counts * sample_weight.repeat_interleave(each)
 
 
 def _with_options(init: Callable[..., None]) -> inspect.Signature:
