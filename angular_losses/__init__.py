@@ -10,53 +10,42 @@ Shapes throughout: embeddings (N, d), class centres ``weight`` (C, d), labels (N
 radians.
 """
 
-from .engine.planner import Plan as Plan
-from .engine.planner import plan as plan
-from .functional import margin_softmax_loss as margin_softmax_loss
-from .functional import one_vs_rest_loss as one_vs_rest_loss
-from .geometry import angle_between as angle_between
-from .geometry import target_angle as target_angle
-from .losses import AdaCosLoss as AdaCosLoss
-from .losses import AdaFaceLoss as AdaFaceLoss
-from .losses import ArcFaceLoss as ArcFaceLoss
-from .losses import CircleLoss as CircleLoss
-from .losses import CombinedMarginLoss as CombinedMarginLoss
-from .losses import CosFaceLoss as CosFaceLoss
-from .losses import CurricularFaceLoss as CurricularFaceLoss
-from .losses import ElasticFaceLoss as ElasticFaceLoss
-from .losses import InterTopKLoss as InterTopKLoss
-from .losses import KappaFaceLoss as KappaFaceLoss
-from .losses import LiArcFaceLoss as LiArcFaceLoss
-from .losses import LSoftmaxLoss as LSoftmaxLoss
-from .losses import MagFaceLoss as MagFaceLoss
-from .losses import MarginLoss as MarginLoss
-from .losses import MVSoftmaxLoss as MVSoftmaxLoss
-from .losses import NormalizedSoftmaxLoss as NormalizedSoftmaxLoss
-from .losses import NPCFaceLoss as NPCFaceLoss
-from .losses import P2SGradLoss as P2SGradLoss
-from .losses import SphereFace2Loss as SphereFace2Loss
-from .losses import SphereFaceLoss as SphereFaceLoss
-from .losses import SphereFaceRLoss as SphereFaceRLoss
-from .losses import SubCenterArcFaceLoss as SubCenterArcFaceLoss
-from .losses import UniFaceLoss as UniFaceLoss
-from .losses import X2SoftmaxLoss as X2SoftmaxLoss
-from .losses import available as available
-from .losses import ldam_margins as ldam_margins
-from .losses import power_law_margins as power_law_margins
-from .margins import arcface as arcface
-from .margins import combined as combined
-from .margins import cosface as cosface
-from .margins import detached as detached
-from .margins import sphereface as sphereface
-from .sampling import sample_classes as sample_classes
-from .sampling import sample_optimizer as sample_optimizer
-from .schedules import LambdaAnnealing as LambdaAnnealing
-from .schedules import MarginWarmup as MarginWarmup
-from .schedules import Schedule as Schedule
-from .training import mean_directions as mean_directions
-from .training import parameter_groups as parameter_groups
-from .training import suggest_margin as suggest_margin
-from .training import suggest_scale as suggest_scale
+from .engine.planner import Plan, plan
+from .functional import margin_softmax_loss, one_vs_rest_loss
+from .geometry import angle_between, target_angle
+from .losses import (
+    AdaCosLoss,
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CircleLoss,
+    CombinedMarginLoss,
+    CosFaceLoss,
+    CurricularFaceLoss,
+    ElasticFaceLoss,
+    InterTopKLoss,
+    KappaFaceLoss,
+    LiArcFaceLoss,
+    LSoftmaxLoss,
+    MagFaceLoss,
+    MarginLoss,
+    MVSoftmaxLoss,
+    NormalizedSoftmaxLoss,
+    NPCFaceLoss,
+    P2SGradLoss,
+    SphereFace2Loss,
+    SphereFaceLoss,
+    SphereFaceRLoss,
+    SubCenterArcFaceLoss,
+    UniFaceLoss,
+    X2SoftmaxLoss,
+    available,
+    ldam_margins,
+    power_law_margins,
+)
+from .margins import arcface, combined, cosface, detached, sphereface
+from .sampling import sample_classes, sample_optimizer
+from .schedules import LambdaAnnealing, MarginWarmup, Schedule
+from .training import mean_directions, parameter_groups, suggest_margin, suggest_scale
 
 __version__ = "0.1.0"
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from . import validation
 from .engine import modes
 from .engine.batch import Batch, checked
-from .engine.chunks import PLAIN, Ranking, Rule
-from .engine.operators import Ending, Others, margin_loss
-from .engine.passes import working_dtype
-from .engine.placement import WHOLE, Shard, Whole
-from .geometry import angle_between, precise_dtype, without_autocast
+from .engine.chunks import PLAIN, Others, Ranking, Rule
+from .engine.operators import Ending, margin_loss
+from .engine.placement import WHOLE, Placement
+from .engine.planner import Plan
+from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction
 from .negatives import NegativeFunction
 
@@ -101,7 +101,7 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     mode: str = "auto",
     memory_budget: int | None = None,
-    shard: Shard | Whole = WHOLE,
+    shard: Placement = WHOLE,
 ) -> Tensor:
     r"""Softmax cross-entropy of scaled cosines, with a margin on the target's.
 
@@ -188,21 +188,13 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
     chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
     dtype = working_dtype(batch.embeddings, batch.weight)
     with without_autocast(batch.embeddings.device):
-        before = None
-        if negatives:
-            before = _target_before(batch, margin, dtype)
+        before = _target_before(batch, margin, dtype) if negatives else None
         if _is_closed(batch, softmax, options, chosen.mode):
-            assert isinstance(margin, KnownDescent)
-            assert not isinstance(scale, Tensor)
-            inputs, settings = modes.inputs(batch, scale), modes.settings(batch, chosen, scale)
-            ending = _ending(batch, options, margin, scale, dtype)
             others = Others(rule, before, ranking=options.ranking)
-            return margin_loss(inputs, settings, others, ending)
+            return _closed_loss(batch, softmax, options, chosen, others)
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
-        share = None
-        if softmax.label_smoothing:
-            share = _class_share(batch, options.class_weight, dtype)
+        share = _class_share(batch, softmax, options, dtype)
         parts = modes.parts(
             batch,
             chosen,
@@ -216,6 +208,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         target = scale * _check_target(margin(parts.theta), parts.theta)
         losses = F.softplus(parts.negatives - target, threshold=50)
         of_class = _class_weights(batch, options, dtype)
+        weighted = losses if of_class is None else losses * of_class
         if share is not None:
             share_of_own = share.index_select(0, batch.labels)
             if parts.mean_cosine is not None:
@@ -228,11 +221,8 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
             mean_logit = scale * mean_of_others + share_of_own * target
             # The weights of the classes are in it already.
             smooth = share.sum() * (target + losses) - mean_logit
-            losses = losses if of_class is None else losses * of_class
-            losses = (1 - softmax.label_smoothing) * losses + softmax.label_smoothing * smooth
-        elif of_class is not None:
-            losses = losses * of_class
-        return _reduced(batch, options, losses, of_class).to(dtype)
+            weighted = (1 - softmax.label_smoothing) * weighted + softmax.label_smoothing * smooth
+        return _reduced(batch, options, weighted, of_class).to(dtype)
 
 
 def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> bool:
@@ -250,19 +240,25 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
     )
 
 
-def _ending(
-    batch: Batch, options: Options, margin: KnownDescent, scale: float, dtype: torch.dtype
-) -> Ending:
-    of_class = _class_weights(batch, options, dtype)
+def _closed_loss(
+    batch: Batch, softmax: Softmax, options: Options, chosen: Plan, others: Others
+) -> Tensor:
+    """The loss whose derivative is known, as one step of autograd."""
+    margin, scale = softmax.margin, softmax.scale
+    assert isinstance(margin, KnownDescent)
+    assert not isinstance(scale, Tensor)
+    inputs, settings = modes.inputs(batch, scale), modes.settings(batch, chosen, scale)
+    of_class = _class_weights(batch, options, working_dtype(batch.embeddings, batch.weight))
     row_weight = _row_weights(batch, options, of_class)
     is_mean = options.reduction == "mean" and not isinstance(row_weight, Tensor)
-    return Ending(
+    ending = Ending(
         margin,
         scale,
         row_weight if of_class is None else row_weight * of_class,
         is_summed=options.reduction != "none",
         is_mean=is_mean and batch.labels.shape[0] > 0,
     )
+    return margin_loss(inputs, settings, others, ending)
 
 
 def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> Tensor:
@@ -274,10 +270,14 @@ def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> 
         return _check_target(margin(theta), theta).to(dtype)
 
 
-def _class_share(batch: Batch, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The share of each class in the mean over classes, (C,)."""
+def _class_share(
+    batch: Batch, softmax: Softmax, options: Options, dtype: torch.dtype
+) -> Tensor | None:
+    """The share of each class in the mean over classes that smooths labels, (C,)."""
+    if not softmax.label_smoothing:
+        return None
     even = batch.weight.new_full((batch.num_classes,), 1 / batch.num_classes, dtype=dtype)
-    return even if class_weight is None else even * class_weight.to(dtype)
+    return even if options.class_weight is None else even * options.class_weight.to(dtype)
 
 
 def _rule(softmax: Softmax, sub_centers: int) -> Rule:
@@ -325,7 +325,7 @@ def one_vs_rest_loss(
     ignore_index: int = -100,
     mode: str = "auto",
     memory_budget: int | None = None,
-    shard: Shard | Whole = WHOLE,
+    shard: Placement = WHOLE,
 ) -> Tensor:
     r"""A loss of the target's angle, plus one of each other class's cosine.
 
@@ -333,12 +333,12 @@ def one_vs_rest_loss(
         + \sum_{j \ne y_i} \mathrm{negative}(\cos\theta_{ij}, b)
 
     Where the softmax compares the classes with each other, here each is judged by itself. Modes,
-    precision and memory are those of :func:`margin_softmax_loss`.
+    precision and memory are those of :func:`margin_softmax_loss`, as are the arguments that are
+    not described here in full.
 
     Args:
-        embeddings: (N, d), floating point, of any finite length (below 6e-34, in float16 2e-4, a
-            vector counts as zero: no direction, no gradient, pi / 2 from everything).
-        weight: (C, d) class centres, floating point, likewise.
+        embeddings: (N, d), floating point.
+        weight: (C, d) class centres, floating point.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         positive: A function of the target angles theta (N,), in radians, float64, that returns the
             loss of the targets (N,).
@@ -346,16 +346,15 @@ def one_vs_rest_loss(
             negative (K, N). It must treat every cosine by itself and have a finite derivative.
         bias: A scalar that ``negative`` needs and that has a gradient; 0 by default. What
             ``positive`` does with it autograd follows by itself.
-        sub_centers: The number of centres of a class, as in :func:`margin_softmax_loss`.
+        sub_centers: The number of centres of a class.
         penalty: (N,) added to the loss of each row before its weights.
-        reduction: "mean", weighted by ``class_weight`` and ``sample_weight``, "sum" or "none".
+        reduction: "mean", "sum" or "none".
         class_weight: (C,) weight of the rows of each class.
         sample_weight: (N,) weight of each row, on top of that of its class.
         ignore_index: Rows with this label have loss 0 and gradient 0.
         mode: "auto", "dense", "stash" or "recompute".
         memory_budget: Bytes that may be used beyond the arguments and their gradients.
-        shard: Which of the classes ``weight`` holds, where processes share them
-            (:mod:`angular_losses.distributed`); the rows are those of all processes then.
+        shard: Which of the classes ``weight`` holds, where processes share them.
 
     Returns:
         A scalar, or (N,) for reduction "none"; float32, or float64 for float64 input.

@@ -236,7 +236,7 @@ def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
         >>> cosines(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
         tensor([[1., 0.]])
     """
-    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    dtype = working_dtype(embeddings, weight)
     return F.linear(directions(embeddings, dtype), directions(weight, dtype))
 
 
@@ -291,6 +291,11 @@ def _resolution(vectors: Tensor) -> float:
 def precise_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: float64, but on Apple's MPS float32."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def working_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of sums and of products in full precision: float32, or float64 if either is."""
+    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
 def is_autocast_enabled(device: torch.device) -> bool:

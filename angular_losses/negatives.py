@@ -46,9 +46,6 @@ def curricularface(cosine: Tensor, target: Tensor, t: float | Tensor) -> Tensor:
         target: (N,) the target logits before scaling.
         t: The running mean of the target cosines, a float or a tensor.
 
-    Returns:
-        (K, N).
-
     Example:
         >>> curricularface(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.1)
         tensor([[0.2000],
@@ -74,9 +71,6 @@ def mv_softmax(
         t: The emphasis t >= 0; 0 is none. FaceX-Zoo's ``mv_weight`` is 1 + t.
         adaptive: Whether the emphasis grows with the cosine.
 
-    Returns:
-        (K, N).
-
     Example:
         >>> mv_softmax(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.5)
         tensor([[0.2000],
@@ -101,9 +95,6 @@ def npcface(cosine: Tensor, target: Tensor, t: float = 1.1, a: float = 0.2) -> T
         t: The factor.
         a: The offset.
 
-    Returns:
-        (K, N).
-
     Example:
         >>> npcface(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]))
         tensor([[0.2000],
@@ -127,9 +118,6 @@ def circle(cosine: Tensor, m: float) -> Tensor:
         cosine: (K, N).
         m: The relaxation m in (0, 1).
 
-    Returns:
-        (K, N).
-
     Example:
         >>> circle(torch.tensor([[-0.5], [0.75]]), 0.25)
         tensor([[-0.0000],
@@ -152,9 +140,6 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
         threshold: (N,) the k-th largest cosine of a negative.
         m: The penalty: radians (angular), or on the cosine.
         angular: Whether it is subtracted from the angle.
-
-    Returns:
-        (K, N).
 
     Example:
         >>> nearest_penalty(torch.tensor([[0.2], [0.6]]), torch.tensor([0.6]), 0.1, angular=False)
@@ -183,9 +168,6 @@ def interclass_filter(cosine: Tensor, target: Tensor, threshold: float) -> Tenso
         target: (N,) the target logits before scaling, not used.
         threshold: The largest cosine of a class that is taken for another one.
 
-    Returns:
-        (K, N).
-
     Example:
         >>> interclass_filter(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.4)
         tensor([[0.2000],
@@ -205,9 +187,6 @@ def linear_angle(cosine: Tensor) -> Tensor:
     Args:
         cosine: (K, N).
 
-    Returns:
-        (K, N).
-
     Example:
         >>> linear_angle(torch.tensor([[0.0], [0.5]]))
         tensor([[0.0000],
@@ -226,9 +205,6 @@ def divided_angle(cosine: Tensor, m: float) -> Tensor:
     Args:
         cosine: (K, N).
         m: The margin m >= 1.
-
-    Returns:
-        (K, N).
 
     Example:
         >>> divided_angle(torch.tensor([[0.0]]), 2.0)

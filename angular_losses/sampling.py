@@ -59,7 +59,7 @@ def sample_classes(loss: _Loss, sample_rate: float) -> _Loss:
     """
     if not isinstance(loss, MarginLoss):
         raise TypeError(f"loss: expected a loss of this package, got {loss!r}")
-    if loss.shard is not WHOLE and not isinstance(loss, SampledLoss):
+    if loss.shard != WHOLE and not isinstance(loss, SampledLoss):
         raise TypeError("loss: expected an unsharded loss, got a sharded one")
     validation.share("sample_rate", sample_rate)
     if isinstance(loss, SampledLoss):

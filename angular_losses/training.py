@@ -244,7 +244,7 @@ def parameter_groups(
     validation.number("weight_decay", weight_decay, 0.0)
     if lr_of_losses is not None:
         validation.number("lr_of_losses", lr_of_losses, 0.0)
-    of_losses = _unique(
+    of_losses = dict.fromkeys(
         parameter
         for module in modules
         for part in module.modules()
@@ -253,22 +253,14 @@ def parameter_groups(
     )
     if not of_losses:
         raise ValueError("modules: expected a loss of this package among them, got none")
-    held = {id(parameter) for parameter in of_losses}
-    others = _unique(
+    others = dict.fromkeys(
         parameter
         for module in modules
         for parameter in module.parameters()
-        if id(parameter) not in held
+        if parameter not in of_losses
     )
+    lr_of_losses = lr if lr_of_losses is None else lr_of_losses
     return [
-        {"params": others, "lr": lr, "weight_decay": weight_decay},
-        {
-            "params": of_losses,
-            "lr": lr if lr_of_losses is None else lr_of_losses,
-            "weight_decay": 0.0,
-        },
+        {"params": list(others), "lr": lr, "weight_decay": weight_decay},
+        {"params": list(of_losses), "lr": lr_of_losses, "weight_decay": 0.0},
     ]
-
-
-def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return list({id(parameter): parameter for parameter in parameters}.values())

@@ -17,8 +17,8 @@ import torch
 from pytorch_metric_learning import losses as pml
 
 import angular_losses as al
-from angular_losses.engine.chunks import Inputs, Settings
-from angular_losses.engine.operators import Others, margin_parts
+from angular_losses.engine.chunks import Inputs, Others, Settings
+from angular_losses.engine.operators import margin_parts
 from tests import reference
 from tests.strategies import pair_at
 

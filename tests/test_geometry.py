@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 
 from angular_losses import angle_between, target_angle
-from angular_losses.engine.chunks import Inputs, Settings
-from angular_losses.engine.operators import Others, margin_parts
+from angular_losses.engine.chunks import Inputs, Others, Settings
+from angular_losses.engine.operators import margin_parts
 from angular_losses.geometry import cosines, directions
 from tests import reference, strategies
 from tests.strategies import ANGLES, pair_at

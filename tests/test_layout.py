@@ -79,10 +79,7 @@ def test_all_is_what_the_package_exports():
     assert angular_losses.__all__ == sorted(angular_losses.__all__)
     source = ast.parse((PACKAGE / "__init__.py").read_text())
     exported = {
-        name.asname
-        for node in source.body
-        if isinstance(node, ast.ImportFrom)
-        for name in node.names
+        name.name for node in source.body if isinstance(node, ast.ImportFrom) for name in node.names
     }
     assert exported == set(angular_losses.__all__)
 

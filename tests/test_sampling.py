@@ -136,6 +136,8 @@ def test_copies_files_and_the_end_of_sampling():
     assert type(ended) is al.ArcFaceLoss
     assert repr(ended) == repr(plain)
     assert torch.equal(ended(embeddings, labels), plain(embeddings, labels))
+    for other in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert al.sample_classes(other, 0.5).shard.count == CLASSES
 
 
 def test_extended_losses_draw_new_classes_too():

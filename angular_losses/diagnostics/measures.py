@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import validation
-from ..geometry import directions, target_angle, without_autocast
+from ..geometry import directions, target_angle, without_autocast, working_dtype
 from ..margins import MarginFunction
 from ..separation import separation_bound
 
@@ -338,7 +338,7 @@ def histogram_quantile(counts: Tensor, share: float) -> float:
 
 def _nearest_other_class(rows: Tensor, weight: Tensor, classes: Tensor, sub_centers: int) -> Tensor:
     """The class, other than its own, whose centre has the largest cosine with each row: (N,)."""
-    dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
+    dtype = working_dtype(rows, weight)
     best = rows.new_full(rows.shape[:1], -torch.inf, dtype=dtype)
     found = torch.zeros_like(classes)
     at_once = min(CLASSES_AT_ONCE, max(1, COSINES_AT_ONCE // max(1, len(rows))))

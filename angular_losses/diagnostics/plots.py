@@ -1,7 +1,8 @@
 """The plots of :mod:`angular_losses.diagnostics`, one function per figure, in degrees and radians.
 
 Each returns a ``matplotlib.figure.Figure`` independent of pyplot's global state:
-``figure.savefig("angles.png")``, or display it as the last expression of a notebook cell.
+``figure.savefig("angles.png")``, or display it as the last expression of a notebook cell. Without
+matplotlib they raise ImportError.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None)
     Raises:
         TypeError: If the counts are not tensors.
         ValueError: If their shapes differ or one is empty.
-        ImportError: If matplotlib is not installed.
 
     Example:
         >>> from angular_losses.diagnostics import angle_histogram, batch_angles
@@ -79,7 +79,6 @@ def plot_margin(margin: MarginFunction, target: Tensor | None = None) -> Figure:
     Raises:
         TypeError: If the counts are not a tensor.
         ValueError: If the histogram is empty, or the margin does not keep theta's shape.
-        ImportError: If matplotlib is not installed.
 
     Example:
         >>> from angular_losses import arcface
@@ -132,7 +131,6 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
 
     Raises:
         ValueError: If no centre has a direction.
-        ImportError: If matplotlib is not installed.
 
     Example:
         >>> from angular_losses.diagnostics import centre_separation
@@ -174,7 +172,6 @@ def plot_gradient_norms(norms: Tensor, rows: Tensor | None = None) -> Figure:
     Raises:
         TypeError: If the norms are not floating-point.
         ValueError: If shapes differ, or no norm is above 0 and finite.
-        ImportError: If matplotlib is not installed.
 
     Example:
         >>> figure = plot_gradient_norms(torch.rand(100))
@@ -210,7 +207,6 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
 
     Raises:
         ValueError: If the history is empty.
-        ImportError: If matplotlib is not installed.
 
     Example:
         >>> numbers = {"target_median": 1.2, "nearest_median": 1.4, "margin_mean": 0.5}

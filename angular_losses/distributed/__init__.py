@@ -16,13 +16,11 @@ gradient of the rows while the gradient of the weight is computed::
 Every rank returns the loss of all rows, with the corresponding gradients.
 """
 
-from .checkpoint import load as load
-from .checkpoint import save as save
-from .clipping import clip_grad_norm_ as clip_grad_norm_
-from .optimizer import shard_optimizer as shard_optimizer
-from .sharded_loss import ShardedLoss as ShardedLoss
-from .sharding import shard as shard
-from .sharding import unshard as unshard
+from .checkpoint import load, save
+from .clipping import clip_grad_norm_
+from .optimizer import shard_optimizer
+from .sharded_loss import ShardedLoss
+from .sharding import shard, unshard
 
 __all__ = [
     "ShardedLoss",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.placement import Shard
+from ..engine.shard import Shard
 
 # The header of a message: number of rows, bytes per row, dtype of the embeddings, columns present;
 # then, in UTF-8, the error message of a rank that rejects its batch.

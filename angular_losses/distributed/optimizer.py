@@ -16,14 +16,9 @@ from .sharded_loss import ShardedLoss
 def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     """Make an optimiser update only sampled rows, and save its state as a shard.
 
-    Momentum, moments and weight decay then change no row that was not sampled since the last step;
-    the momentum of a row is that of its own steps. The state has the size of the shard, and
-    ``optimizer.state_dict()`` returns it as distributed tensors, so that :func:`save` and
-    ``torch.distributed.checkpoint`` can load it on any number of ranks.
-
-    A step that raises, or is interrupted, leaves weight and state of the loss as they were before.
-    As in ``torch.optim.SparseAdam``, a count of steps is that of the whole weight: the bias
-    correction of a row sampled for the first time late in the training is that of the other rows.
+    The rows are stepped as by :func:`angular_losses.sample_optimizer`. The state has the size of
+    the shard, and ``optimizer.state_dict()`` returns it as distributed tensors, so that
+    :func:`save` and ``torch.distributed.checkpoint`` can load it on any number of ranks.
 
     Args:
         optimizer: Any element-wise optimiser of ``torch.optim``, such as SGD or AdamW; with sampled

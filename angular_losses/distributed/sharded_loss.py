@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import collectives, validation
-from ..engine.placement import Shard
+from ..engine.shard import Shard
 from ..geometry import lengths
 from ..losses.base import MarginLoss
 from .gathering import Batch, Gathering

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation
-from ..engine.placement import WHOLE, Shard
+from ..engine.placement import WHOLE
+from ..engine.shard import Shard
 from ..losses.base import MarginLoss
 from ..losses.centres import watch
 from ..losses.sampled import SampledLoss

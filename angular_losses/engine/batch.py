@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import validation
 from ..geometry import nearest_sub_centers, without_autocast
-from .placement import WHOLE, Shard, Whole
+from .placement import WHOLE, Placement
 
 
 class Batch(NamedTuple):
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     kept: Tensor | None
     num_classes: int
     sub_centers: int
-    shard: Shard | Whole
+    shard: Placement
 
 
 def checked(
@@ -43,7 +43,7 @@ def checked(
     labels: Tensor,
     ignore_index: int | None = None,
     sub_centers: int = 1,
-    shard: Shard | Whole = WHOLE,
+    shard: Placement = WHOLE,
 ) -> Batch:
     """The batch of what a user passes.
 
@@ -67,7 +67,7 @@ def of_rows(
     kept: Tensor | None,
     num_classes: int,
     sub_centers: int,
-    shard: Shard | Whole,
+    shard: Placement,
 ) -> Batch:
     """The batch of checked tensors."""
     if kept is not None:

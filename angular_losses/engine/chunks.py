@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import kernels
+
+Later: TypeAlias = list[Callable[[], object]]
+BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 # Up to this scale exp(s cos), its sums over classes and their inverses stay inside float32
 # (e^64 = 6e27), and no maximum has to be found and subtracted.
@@ -106,20 +109,35 @@ class Ranking:
         self.both = torch.maximum(self.both, torch.stack([own, other]))
 
 
+class Others(NamedTuple):
+    """What no operator can take, for it is a Python function or comes with one.
+
+    Attributes:
+        rule: How the other classes enter.
+        target: (N,) the logit of the target before scaling, for a rule that looks at it.
+        bias: (N,) the bias of a rule, in the :func:`working_dtype`, or None.
+        begin_sum: Where the classes are shared between processes: what begins to sum the gradient
+            of the embeddings over them, and returns how to end that. Between the two the gradient
+            of the weight is computed.
+        ranking: What the forward pass is to fill, where it is asked for.
+        later: Where the forward pass puts what is to be done while its parts are summed over
+            processes, if they are.
+    """
+
+    rule: Rule = PLAIN
+    target: Tensor | None = None
+    bias: Tensor | None = None
+    begin_sum: BeginSum | None = None
+    ranking: Ranking | None = None
+    later: Later | None = None
+
+
 class Terms:
     """A rule applied to one chunk after another; its slopes are autograd's, inside the chunk."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        target: Tensor | None,
-        bias: Tensor | None,
-        *,
-        differentiate: bool,
-        ranking: Ranking | None = None,
-    ) -> None:
-        self.rule, self.target, self.differentiate = rule, target, differentiate
-        self.ranking = ranking
+    def __init__(self, others: Others, *, differentiate: bool) -> None:
+        self.rule, self.target, self.ranking = others.rule, others.target, others.ranking
+        self.differentiate, bias = differentiate, others.bias
         self.bias = None if bias is None else bias.detach().requires_grad_(differentiate)
         self.bias_slope = None if bias is None else torch.zeros_like(bias)
 
@@ -134,15 +152,12 @@ class Terms:
         """The derivative of the sum of weights (K, N) times terms, by each centre's cosine."""
         if not self.differentiate:
             return weights
-        if self.bias is None or self.bias_slope is None:
-            (slopes,) = torch.autograd.grad(
-                self._terms, (self._cosines,), weights, materialize_grads=True
-            )
-            return slopes
-        slopes, of_bias = torch.autograd.grad(
-            self._terms, (self._cosines, self.bias), weights, materialize_grads=True
+        variables = [self._cosines] if self.bias is None else [self._cosines, self.bias]
+        slopes, *of_bias = torch.autograd.grad(
+            self._terms, variables, weights, materialize_grads=True
         )
-        self.bias_slope += of_bias
+        if self.bias_slope is not None:
+            self.bias_slope += of_bias[0]
         return slopes
 
     def rescale(self, factor: Tensor) -> None:
@@ -213,10 +228,7 @@ class Chunks:
 
     def factors(self, directions: Tensor) -> Tensor:
         """The same in the dtype of the products."""
-        if not self._is_reduced:
-            return directions
-        out = self.workspace("factors", directions.shape, self.product_dtype)
-        return directions.to(self.product_dtype) if out is None else out.copy_(directions)
+        return self._to_multiply("factors", directions)
 
     def logits(self, span: slice | None, factors: Tensor, out: Tensor | None = None) -> Tensor:
         """The logits of a chunk's classes (K, N) in the working dtype; -inf for a target in it.
@@ -291,7 +303,7 @@ class Chunks:
         sums = logits.exp_().sum(0)
         if self._terms is not None:
             logits = self._terms.slopes(logits)
-        return self._to_multiply(logits, out), sums
+        return self._to_multiply("exponentials", logits, out), sums
 
     def _summed(
         self, span: slice | None, factors: Tensor, out: Tensor | None
@@ -307,7 +319,7 @@ class Chunks:
         weights = self._without_targets(span, weights, 0.0)
         # Not their product: a target's term, which does not count, may be infinite.
         sums = torch.where(weights == 0, 0, terms * weights).sum(0)
-        return self._to_multiply(self._terms.slopes(weights), out), sums
+        return self._to_multiply("exponentials", self._terms.slopes(weights), out), sums
 
     def _without_targets(self, span: slice | None, values: Tensor, instead: float) -> Tensor:
         """The values of a chunk's classes (K, N), with those of the targets replaced."""
@@ -324,12 +336,12 @@ class Chunks:
         present = values.gather(0, row[None])
         return values.scatter_(0, row[None], present.masked_fill_(is_here, instead))
 
-    def _to_multiply(self, values: Tensor, out: Tensor | None) -> Tensor:
-        """The values (K, N) in the dtype of the products, in ``out`` where they are kept."""
+    def _to_multiply(self, name: str, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """The values in the dtype of the products, in ``out`` where they are kept."""
         if values is out or (out is None and not self._is_reduced):
             return values
         if out is None:
-            out = self.workspace("exponentials", values.shape, self.product_dtype)
+            out = self.workspace(name, values.shape, self.product_dtype)
         return values.to(self.product_dtype) if out is None else out.copy_(values)
 
 

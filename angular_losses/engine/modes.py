@@ -7,11 +7,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import validation
-from ..geometry import angle_between, directions, is_autocast_enabled, precise_dtype
+from ..geometry import (
+    angle_between,
+    directions,
+    is_autocast_enabled,
+    precise_dtype,
+    working_dtype,
+)
 from .batch import Batch
-from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings
-from .operators import Others, margin_parts
-from .passes import Later, Parts, working_dtype
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Later, Others, Ranking, Rule, Settings
+from .operators import margin_parts
+from .passes import Parts
 from .planner import MODES, Plan, cached_plan, plan
 
 # With fewer classes the products cost little beside any network, and keep full precision under

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
 from torch.nn import functional as F
 
-from ..geometry import precise_dtype, without_autocast
+from ..geometry import precise_dtype, without_autocast, working_dtype
 from ..margins import KnownDescent
 from . import passes
-from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Ranking, Rule, Settings, Terms
-from .passes import Gradients, Later, Parts, Saved, working_dtype
-
-BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
-
-
-class Others(NamedTuple):
-    """What no operator can take, for it is a Python function or comes with one.
-
-    Attributes:
-        rule: How the other classes enter.
-        target: (N,) the logit of the target before scaling, for a rule that looks at it.
-        bias: (N,) the bias of a rule, in the :func:`working_dtype`, or None.
-        begin_sum: Where the classes are shared between processes: what begins to sum the gradient
-            of the embeddings over them, and returns how to end that. Between the two the gradient
-            of the weight is computed.
-        ranking: What the forward pass is to fill, where it is asked for.
-        later: Where the forward pass puts what is to be done while its parts are summed over
-            processes, if they are.
-    """
-
-    rule: Rule = PLAIN
-    target: Tensor | None = None
-    bias: Tensor | None = None
-    begin_sum: BeginSum | None = None
-    ranking: Ranking | None = None
-    later: Later | None = None
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
+from .passes import Gradients, Parts, Saved
 
 
 class Ending(NamedTuple):
@@ -110,7 +85,7 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Parts:
         inputs, settings, others = arguments[4]
-        parts, saved = passes.forward(inputs, settings, _terms(others, settings), others.later)
+        parts, saved = passes.forward(inputs, settings, others)
         _save(ctx, inputs, settings, saved, others)
         ctx.set_materialize_grads(False)
         return parts
@@ -136,7 +111,7 @@ class _Loss(torch.autograd.Function):
             ctx.save_for_backward(*found)
             ctx.variables = inputs[:2]  # never read, so not saved
         else:
-            parts, saved = passes.forward(inputs, settings, _terms(others, settings))
+            parts, saved = passes.forward(inputs, settings, others)
             excess, of_theta, pull = ending.gradients(parts.theta, parts.negatives)
             if settings.differentiate:
                 _save(ctx, inputs, settings, saved, others, of_theta, pull / ending.scale)
@@ -172,16 +147,6 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
     )
 
 
-def _terms(others: Others, settings: Settings) -> Terms:
-    return Terms(
-        others.rule,
-        others.target,
-        others.bias,
-        differentiate=settings.differentiate,
-        ranking=others.ranking,
-    )
-
-
 def _save(
     ctx: Any, inputs: Inputs, settings: Settings, saved: Saved, others: Others, *more: Tensor
 ) -> None:
@@ -202,10 +167,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of embeddings, weight, scale of rows and bias."""
     needed = list(ctx.needs_input_grad[:3])
-    terms = _terms(others, ctx.settings)
 
     def run(*needed: bool) -> Gradients:
-        return passes.backward(grads, inputs, ctx.settings, saved, terms, needed)
+        return passes.backward(grads, inputs, ctx.settings, saved, others, needed)
 
     with torch.no_grad(), without_autocast(saved.unit.device):
         if others.begin_sum is None or not needed[0]:
@@ -258,7 +222,7 @@ def _refuse(*_: object) -> NoReturn:
 def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, settings = Inputs(*arguments[:5]), Settings(*arguments[5:])
     with without_autocast(inputs.weight.device):
-        parts, saved = passes.forward(inputs, settings, _terms(Others(), settings))
+        parts, saved = passes.forward(inputs, settings, Others())
     nothing = saved.unit.new_zeros(())
     return tuple(nothing.clone() if each is None else each for each in (*parts, *saved))
 
@@ -270,8 +234,7 @@ def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
     grads, inputs, saved = Parts(*tensors[:3]), Inputs(*tensors[3:8]), Saved(*tensors[8:])
     settings, needed = Settings(*arguments[20:-1]), arguments[-1]
     with without_autocast(saved.unit.device):
-        terms = _terms(Others(), settings)
-        found = passes.backward(grads, inputs, settings, saved, terms, needed)
+        found = passes.backward(grads, inputs, settings, saved, Others(), needed)
     nothing = saved.unit.new_zeros(())
     return tuple(nothing.clone() if each is None else each for each in found)
 

@@ -28,15 +28,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..geometry import inverse_lengths, pairs
-from .chunks import BOUNDED_SCALE, Chunks, Inputs, Ranking, Rule, Settings, Terms, multiply
-
-Later: TypeAlias = list[Callable[[], object]]
+from ..geometry import inverse_lengths, pairs, working_dtype
+from .chunks import (
+    BOUNDED_SCALE,
+    Chunks,
+    Inputs,
+    Later,
+    Others,
+    Ranking,
+    Rule,
+    Settings,
+    Terms,
+    multiply,
+)
 
 
 class Parts(NamedTuple):
@@ -96,11 +105,6 @@ class Gradients(NamedTuple):
     row_scale: Tensor | None
 
 
-def working_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of sums and of products in full precision: float32, or float64 if either is."""
-    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
-
-
 class _Sums:
     """Sums over the classes, chunk after chunk, relative to the largest logit so far."""
 
@@ -145,15 +149,14 @@ class _Sums:
             later.append(product)
 
 
-def forward(
-    inputs: Inputs, settings: Settings, terms: Terms, later: Later | None = None
-) -> tuple[Parts, Saved]:
+def forward(inputs: Inputs, settings: Settings, others: Others) -> tuple[Parts, Saved]:
     """The parts of a loss, and what the backward pass needs.
 
-    The product of the last chunk is no part of the former: where ``later`` is given it is put
-    there, to be done before the backward pass, while the parts are summed over processes.
+    The product of the last chunk is no part of the former: it is put in ``later``, where there is
+    that, to be done before the backward pass, while the parts are summed over processes.
     """
-    weight, rule, dtype = inputs.weight, terms.rule, working_dtype(*inputs[:2])
+    weight, rule, dtype = inputs.weight, others.rule, working_dtype(*inputs[:2])
+    terms, later = Terms(others, differentiate=settings.differentiate), others.later
     own = inputs.own.clamp(min=0) if settings.partial else inputs.own
     num_rows, found = len(own), pairs(inputs.embeddings, weight.index_select(0, own))
     theta, unit = found.theta[:, 0], found.directions[:num_rows].to(dtype)
@@ -245,13 +248,13 @@ def backward(
     inputs: Inputs,
     settings: Settings,
     saved: Saved,
-    terms: Terms,
+    others: Others,
     needed: Sequence[bool],
 ) -> Gradients:
     """The gradients of embeddings, weight and row_scale, where they are needed."""
     unit, pull, dtype = saved.unit, saved.pull, saved.unit.dtype
     assert pull is not None
-    scales, _ = scales_of(inputs, settings, dtype, terms.rule)
+    scales, _ = scales_of(inputs, settings, dtype, others.rule)
     of_negatives = grads.negatives.to(dtype)[:, None]
     pulled = of_negatives if saved.over_total is None else of_negatives * saved.over_total
     scaled = pulled * scales
@@ -270,6 +273,7 @@ def backward(
         of_mean = None
         if saved.mean_direction is not None and grads.mean_cosine is not None:
             of_mean = grads.mean_cosine @ unit
+        terms = Terms(others, differentiate=settings.differentiate)
         chunks = Chunks(inputs, settings, unit, scales, terms)
         cosine, sine = saved.turn * of_theta
         of_targets = torch.mul(saved.tangent, cosine).addcmul_(unit, sine, value=-1)

@@ -317,8 +317,7 @@ class ArcFaceLoss(_ClassificationLoss):
         scale: float = 64,
         **options: Unpack[Options],
     ) -> None:
-        settings = {"margin": margin, "scale": scale}
-        super().__init__(num_classes, embedding_size, settings, **options)
+        super().__init__(num_classes, embedding_size, {"margin": margin, "scale": scale}, **options)
 
     def init_margin(self) -> None:
         """From degrees to radians."""
@@ -436,8 +435,7 @@ class CosFaceLoss(_ClassificationLoss):
         scale: float = 64,
         **options: Unpack[Options],
     ) -> None:
-        settings = {"margin": margin, "scale": scale}
-        super().__init__(num_classes, embedding_size, settings, **options)
+        super().__init__(num_classes, embedding_size, {"margin": margin, "scale": scale}, **options)
 
     def init_margin(self) -> None:
         """Any margin, also negative, as in PML."""
@@ -480,8 +478,7 @@ class LargeMarginSoftmaxLoss(_ClassificationLoss):
         scale: float = 1,
         **options: Unpack[Options],
     ) -> None:
-        settings = {"margin": margin, "scale": scale}
-        super().__init__(num_classes, embedding_size, settings, **options)
+        super().__init__(num_classes, embedding_size, {"margin": margin, "scale": scale}, **options)
 
     def init_margin(self) -> None:
         """A margin of at least 1."""

@@ -35,18 +35,11 @@ class AdaCosLoss(MarginLoss):
         num_classes: The number of classes, C >= 3.
         embedding_size: The length of an embedding, d.
         dynamic: Whether the scale follows the batches.
-        **options: See :class:`MarginLoss`. A dynamic scale takes one more matrix product.
+        **options: See :class:`MarginLoss`, for shapes and errors too. A dynamic scale takes one
+            more matrix product.
 
     Attributes:
         scale: The scale, a buffer.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
 
     Example:
         >>> AdaCosLoss(num_classes=1001, embedding_size=64, dynamic=False).scale
@@ -137,20 +130,12 @@ class AdaFaceLoss(MarginLoss):
         h: The concentration h > 0.
         momentum: The share of the new batch in mu and sigma: 0.01 as in the authors' README. Their
             code's default is 1.0, and the paper prints 0.99.
-        **options: See :class:`MarginLoss`.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Attributes:
         mean: mu, a buffer, 20 at first, as in the authors' code.
         deviation: sigma, a buffer, 100 at first. Like that code it is increased by 1e-3 where it
             divides, and lengths are clipped to [1e-3, 100].
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
 
     Example:
         >>> loss = AdaFaceLoss(num_classes=10, embedding_size=64)
@@ -229,15 +214,7 @@ class MagFaceLoss(MarginLoss):
             (u_a^2 - l_a^2): 22.6 with the defaults.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`. The authors'
             code has "easy" by default.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> loss = MagFaceLoss(num_classes=10, embedding_size=64)
@@ -301,15 +278,7 @@ class ElasticFaceLoss(MarginLoss):
         plus: Whether draws are handed out by difficulty (ElasticFace+).
         deviation: sigma >= 0; by default that of the authors' settings: 0.05, but with ``plus``
             0.0175 for "arc" and 0.02 for "cos".
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> loss = ElasticFaceLoss(num_classes=10, embedding_size=64, plus=True)
@@ -386,18 +355,10 @@ class KappaFaceLoss(MarginLoss):
         temperature: T >= 0.
         gamma: The share of concentration against rarity, in [0, 1]. The defaults are those of the
             authors' settings; their code's own are 0.62, 0.55 and 0.7.
-        **options: See :class:`MarginLoss`.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Attributes:
         margin: (C,) buffer, the margins in force.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
 
     Example:
         >>> loss = KappaFaceLoss(3, 64, class_counts=torch.tensor([500, 20, 50]))

@@ -25,15 +25,7 @@ class NormalizedSoftmaxLoss(MarginLoss):
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
         scale: The scale s > 0; the default is the paper's temperature 0.05 as 1 / 0.05.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a size or the scale is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> import torch
@@ -71,15 +63,7 @@ class CosFaceLoss(MarginLoss):
         embedding_size: The length of an embedding, d.
         margin: m in [0, 2), or one for each class (C,), such as :func:`ldam_margins`.
         scale: The scale s > 0.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is outside [0, 2), or a size or the scale is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> import torch
@@ -116,19 +100,10 @@ class ArcFaceLoss(MarginLoss):
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
         margin: m in radians, in [0, pi), or one for each class (C,), such as
-            :func:`power_law_margins`.
+            :func:`power_law_margins`. One in degrees is an error.
         scale: The scale s > 0.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is outside [0, pi), as one in degrees is, or a size or the scale
-            is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> import torch
@@ -175,15 +150,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         scale: The scale s > 0.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
         sub_centers: The number of centres of a class, K.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> import torch
@@ -227,15 +194,7 @@ class LiArcFaceLoss(MarginLoss):
         margin: m in radians, in [0, pi). The paper's value could not be checked; code that
             follows it has 0.40, 0.42 and 0.45.
         scale: The scale s > 0.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is outside [0, pi), or a size or the scale is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> import torch
@@ -281,16 +240,8 @@ class X2SoftmaxLoss(MarginLoss):
         h: The angle of the vertex in radians. Above 0 the logit increases from theta = 0 to h.
         k: The value at the vertex.
         scale: The scale s > 0.
-        **options: See :class:`MarginLoss`. The authors' code has the gradient of the cosine:
-            ``gradient="detached"``.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a is not below 0, or another argument is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too. The authors' code has the
+            gradient of the cosine: ``gradient="detached"``.
 
     Example:
         >>> import torch
@@ -339,15 +290,7 @@ class CombinedMarginLoss(MarginLoss):
         beyond: See :func:`angular_losses.combined`.
         interclass_filtering_threshold: In [0, 1]: other classes with a larger cosine do not push
             (:func:`angular_losses.negatives.interclass_filter`), as in insightface; 0: all do.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a margin, a size or the scale is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> import torch

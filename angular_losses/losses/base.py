@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from .. import margins, validation
 from ..engine.batch import Batch, checked, of_rows
 from ..engine.chunks import Ranking
-from ..engine.passes import working_dtype
-from ..engine.placement import WHOLE, Shard, Whole
+from ..engine.placement import WHOLE, Placement
 from ..engine.planner import MODES
 from ..functional import (
     REDUCTIONS,
@@ -35,11 +34,13 @@ from ..geometry import (
     lengths,
     nearest_sub_centers,
     without_autocast,
+    working_dtype,
 )
 from ..negatives import NegativeFunction
 from ..schedules import Schedule
+from . import labels as label_columns
 from .centres import ClassCentres, watch
-from .state import begin_pass, copied, is_in_backward, recomputed_copies
+from .state import Pass, begin_pass, copied, is_in_backward, recomputed_copies
 
 Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 
@@ -118,6 +119,10 @@ class MarginLoss(ClassCentres, nn.Module):
         is_random: Whether a forward pass in training mode draws random numbers; then sharded
             losses draw the same ones in all processes. False by default.
 
+    Shape:
+        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
+        reduction "none"; float32 at least. :meth:`forward` says what else it takes.
+
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If one is out of range; the message starts with its name.
@@ -193,15 +198,9 @@ class MarginLoss(ClassCentres, nn.Module):
         self.ignore_index = ignore_index
         self.mode = mode
         self.memory_budget = memory_budget
-        self.shard: Shard | Whole = WHOLE
-        self.weight = nn.Parameter(
-            torch.empty(
-                self.num_classes * self.sub_centers,
-                self.embedding_size,
-                device=device,
-                dtype=dtype,
-            )
-        )
+        self.shard: Placement = WHOLE
+        shape = self.num_classes * self.sub_centers, self.embedding_size
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if class_weight is not None:
             class_weight = class_weight.detach().to(self.weight.device)
         self.class_weight: Tensor | None
@@ -315,26 +314,40 @@ class MarginLoss(ClassCentres, nn.Module):
             ValueError: If a shape, a device or a label is out of place.
         """
         labels, label_weight = self._labels(embeddings, labels, label_weight, other_labels, lam)
-        each = None
+        each, ranking = None, None
         if label_weight is None:
             batch = self._checked(embeddings, labels)
             counts = batch.kept
         else:
             each = label_weight.shape[1]
             batch = self._checked(embeddings.repeat_interleave(each, 0), labels.flatten())
-            dtype = working_dtype(embeddings, self.weight)
-            counts, sample_weight = _of_labels(label_weight.to(dtype), sample_weight)
+            label_weight = label_weight.to(working_dtype(embeddings, self.weight))
+            counts, sample_weight = label_columns.of_rows(label_weight, sample_weight)
             counts = counts if batch.kept is None else counts.where(batch.kept, 0)
+        if return_correct:
+            ranking = Ranking(batch.embeddings, working_dtype(batch.embeddings, batch.weight))
+        loss = self._pass(batch, counts, sample_weight, ranking)
+        if each is not None and self.reduction == "none":
+            loss = loss.view(-1, each).sum(1)
+        if ranking is None:
+            return loss
+        own, other = self.shard.largest(ranking.both)
+        correct = own >= other if batch.kept is None else (own >= other) & batch.kept
+        return loss, correct if each is None else correct.view(-1, each).any(1)
+
+    def _pass(
+        self,
+        batch: Batch,
+        counts: Tensor | None,
+        sample_weight: Tensor | None,
+        ranking: Ranking | None,
+    ) -> Tensor:
+        """The loss with one label a row, and what a training step moves."""
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
         if is_step:
             self._begin_step(batch, counts)
-        with self._state_of_a_pass(repeats) as copies:
-            has_state = bool(copies) and not torch.compiler.is_compiling()
-            this = begin_pass(self, copies) if has_state else None
-            ranking = None
-            if return_correct:
-                ranking = Ranking(batch.embeddings, working_dtype(batch.embeddings, batch.weight))
+        with self._state_of_a_pass(repeats) as this:
             options = Options(
                 self.penalty(batch.embeddings),
                 self.reduction,
@@ -352,13 +365,7 @@ class MarginLoss(ClassCentres, nn.Module):
             this.keep(loss)
         if not torch.compiler.is_compiling():
             self._count(is_step)
-        if each is not None and self.reduction == "none":
-            loss = loss.view(-1, each).sum(1)
-        if ranking is None:
-            return loss
-        own, other = self.shard.largest(ranking.both)
-        correct = own >= other if batch.kept is None else (own >= other) & batch.kept
-        return loss, correct if each is None else correct.view(-1, each).any(1)
+        return loss
 
     def _begin_step(self, batch: Batch, counts: Tensor | None) -> None:
         """What precedes the loss of a training step: a look at the first batch, statistics."""
@@ -662,7 +669,7 @@ class MarginLoss(ClassCentres, nn.Module):
             warnings.warn(
                 f"embeddings: all have length 1, and {type(self).__name__} learns from their "
                 "lengths: do not normalise them before the loss",
-                stacklevel=6,  # the call of the loss, through torch's Module
+                stacklevel=7,  # the call of the loss, through torch's Module
             )
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> Batch:
@@ -679,49 +686,16 @@ class MarginLoss(ClassCentres, nn.Module):
         lam: float | Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Labels (N,), or (N, K) with their weights (N, K), of what a user passes."""
-        if other_labels is not None or lam is not None:
-            if label_weight is not None:
-                raise ValueError("label_weight: expected it without other_labels and lam")
-            self._checked(embeddings, labels)
-            return self._mixed(embeddings, labels, other_labels, lam)
-        if not isinstance(labels, Tensor) or labels.dim() != 2:
-            if label_weight is not None:
-                raise ValueError("label_weight: expected it with labels (N, K)")
-            return labels, None
-        validation.floating("embeddings", embeddings, "N", "d")
-        if labels.shape[0] != embeddings.shape[0] or not labels.shape[1]:
-            raise ValueError(
-                f"labels: expected shape ({embeddings.shape[0]},), or ({embeddings.shape[0]}, K) "
-                f"with K labels an embedding, got {tuple(labels.shape)}"
-            )
-        if label_weight is None:
-            kept = labels.long() != self.ignore_index
-            return labels, kept / kept.sum(1, keepdim=True).clamp(min=1)
-        validation.floating("label_weight", label_weight, *labels.shape, device=embeddings.device)
-        return labels, label_weight
-
-    def _mixed(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        other_labels: Tensor | None,
-        lam: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Labels (N, 2) of mixed rows, and their weights."""
+        if other_labels is None and lam is None:
+            return label_columns.several(embeddings, labels, label_weight, self.ignore_index)
+        if label_weight is not None:
+            raise ValueError("label_weight: expected it without other_labels and lam")
+        self._checked(embeddings, labels)
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
         self._checked(embeddings, other_labels)
-        device, num_rows = embeddings.device, labels.shape[0]
-        if isinstance(lam, Tensor) and lam.dim():
-            validation.floating("lam", lam, num_rows, device=device)
-        elif not isinstance(lam, Tensor):
-            validation.share("lam", lam)
-        if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
-            lam = embeddings.new_full((), lam, dtype=torch.float64)
-        share = lam.to(device).expand(num_rows)
-        both = torch.stack([labels.long(), other_labels.long()], 1)
-        return both, torch.stack([share, 1 - share], 1)
+        return label_columns.mixed(embeddings, labels, other_labels, lam)
 
     def _repeats_a_step(self) -> bool:
         """Whether a pass belongs to the step before.
@@ -741,19 +715,19 @@ class MarginLoss(ClassCentres, nn.Module):
             self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
     @contextmanager
-    def _state_of_a_pass(self, repeats: bool) -> Iterator[list[Tensor]]:
+    def _state_of_a_pass(self, repeats: bool) -> Iterator[Pass | None]:
         """While this lasts, the loss reads copies of its state: that now, or of the step before."""
         moving: list[tuple[nn.Module, str]] = [(self, name) for name in self.statistics]
         if self.schedule is not None:
             moving.append((self.schedule, "step"))
         if not moving:
-            yield []
+            yield None
             return
         before = recomputed_copies(self) if repeats else None
         with copied(moving, before) as copies:
             if repeats and before is None and self.schedule is not None:
                 self.schedule.step.sub_(1).clamp_(min=0)
-            yield copies
+            yield None if torch.compiler.is_compiling() else begin_pass(self, copies)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
         """Keep the buffers in float32 at least: in half precision running statistics stall."""
@@ -772,27 +746,9 @@ class MarginLoss(ClassCentres, nn.Module):
 
 
 _SHOWN_FIRST = ("training", "num_classes", "embedding_size")
-_DEFAULTS = {
-    "gradient": "exact",
-    "sub_centers": 1,
-    "reduction": "mean",
-    "label_smoothing": 0.0,
-    "ignore_index": -100,
-    "mode": "auto",
-    "beyond": "decreasing",
-    "keeps_lengths": False,
-    "shard": WHOLE,
-}
-
-
-def _of_labels(label_weight: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of the labels (N, K), row by row: how much each counts, and its weight (N * K,)."""
-    counts = label_weight.flatten()
-    if sample_weight is None:
-        return counts, counts
-    num_rows, each = label_weight.shape
-    validation.floating("sample_weight", sample_weight, num_rows, device=label_weight.device)
-    return counts, counts * sample_weight.repeat_interleave(each)
+_OPTIONS = inspect.signature(MarginLoss.__init__).parameters
+_DEFAULTS = {name: each.default for name, each in _OPTIONS.items()}
+_DEFAULTS |= {"beyond": "decreasing", "keeps_lengths": False, "shard": WHOLE}
 
 
 def _with_options(init: Callable[..., None]) -> inspect.Signature:
@@ -800,7 +756,6 @@ def _with_options(init: Callable[..., None]) -> inspect.Signature:
     signature = inspect.signature(init)
     shown = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
     if len(shown) < len(signature.parameters):
-        options = inspect.signature(MarginLoss.__init__).parameters
         names = LossOptions.__optional_keys__ - signature.parameters.keys()
-        shown += [each for name, each in options.items() if name in names]
+        shown += [each for name, each in _OPTIONS.items() if name in names]
     return signature.replace(parameters=shown)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import collectives, margins, negatives, validation
 from ..engine import modes
 from ..engine.nearest import nearest, sums_above
+from ..geometry import working_dtype
 from ..negatives import NegativeFunction
 from .base import LossOptions, MarginLoss, Target
 
@@ -33,15 +34,7 @@ class CurricularFaceLoss(MarginLoss):
         scale: The scale s > 0.
         momentum: The share of the new batch in t. The paper prints 0.99; its author says that the
             code, with 0.01, is right. TFace has 0.1.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> loss = CurricularFaceLoss(num_classes=10, embedding_size=64)
@@ -102,15 +95,7 @@ class MVSoftmaxLoss(MarginLoss):
         adaptive: Whether the emphasis grows with the cosine.
         t: The emphasis t >= 0. The defaults are those of the authors' code, which leaves the margin
             out where the target's cosine is below 0; FaceX-Zoo's ``mv_weight`` 1.12 is t = 0.12.
-        **options: See :class:`MarginLoss`.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
         >>> loss = MVSoftmaxLoss(num_classes=10, embedding_size=64, kind="cos", adaptive=False)
@@ -171,15 +156,8 @@ class NPCFaceLoss(MarginLoss):
             FaceX-Zoo, by one of the paper's authors; the paper's could not be checked.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`. FaceX-Zoo has
             "easy": no margin where the target's cosine is 0 or less.
-        **options: See :class:`MarginLoss`. Each forward pass takes one more matrix product.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too. Each forward pass takes one
+            more matrix product.
 
     Example:
         >>> loss = NPCFaceLoss(num_classes=10, embedding_size=64)
@@ -231,11 +209,8 @@ class NPCFaceLoss(MarginLoss):
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives stretched and raised."""
-        threshold = self._threshold(embeddings, labels).to(
-            torch.promote_types(
-                torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32
-            )
-        )
+        dtype = working_dtype(embeddings, self.weight)
+        threshold = self._threshold(embeddings, labels).to(dtype)
         t, a = self.t, self.a
         return lambda cosine, target: negatives.npcface(cosine, threshold, t, a)
 
@@ -253,15 +228,8 @@ class CircleLoss(MarginLoss):
         embedding_size: The length of an embedding, d.
         margin: The relaxation m in (0, 1).
         scale: gamma > 0.
-        **options: See :class:`MarginLoss`; no ``schedule``: it has a pace of its own.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range, or there is a schedule.
+        **options: See :class:`MarginLoss`, for shapes and errors too; no ``schedule``: it has a
+            pace of its own.
 
     Example:
         >>> loss = CircleLoss(num_classes=10, embedding_size=64)
@@ -315,15 +283,8 @@ class InterTopKLoss(MarginLoss):
         k: How many classes are penalised; classes that tie with the last are too.
         penalty: m': radians for "arc". The defaults are WeSpeaker's, which has 3 sub-centres.
         kind: "arc" or "cos".
-        **options: See :class:`MarginLoss`. Each forward pass takes one more matrix product.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too. Each forward pass takes one
+            more matrix product.
 
     Example:
         >>> loss = InterTopKLoss(num_classes=10, embedding_size=64, sub_centers=3)

@@ -30,16 +30,8 @@ class SphereFaceLoss(MarginLoss):
         margin: m >= 1, any real number; 1 is no margin.
         scale: The scale s > 0, or None for the length of each embedding.
         beyond: See :func:`angular_losses.sphereface`.
-        **options: See :class:`MarginLoss`. The paper trains with the margin annealed:
-            ``schedule=LambdaAnnealing()``.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is below 1, or a size or the scale is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too. The paper trains with the
+            margin annealed: ``schedule=LambdaAnnealing()``.
 
     Example:
         >>> import torch
@@ -98,15 +90,7 @@ class SphereFaceRLoss(MarginLoss):
         normalization: "hard" or "soft".
         t: The weight of the soft normalisation. Whether the paper's power of the difference is 1,
             as in OpenSphere, could not be checked.
-        **options: See :class:`MarginLoss`; for "v2" no ``schedule``.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is below 1, or another argument is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too; for "v2" no ``schedule``.
 
     Example:
         >>> import torch
@@ -184,16 +168,8 @@ class LSoftmaxLoss(MarginLoss):
         embedding_size: The length of an embedding, d.
         margin: m >= 1, any real number; the paper has 2, 3 and 4.
         scale: A factor of all logits; the paper has none.
-        **options: See :class:`MarginLoss`; no ``sub_centers``. The paper anneals:
-            ``schedule=LambdaAnnealing()``.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the margin is below 1, or another argument is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too; no ``sub_centers``. The
+            paper anneals: ``schedule=LambdaAnnealing()``.
 
     Example:
         >>> import torch

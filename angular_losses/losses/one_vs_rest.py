@@ -54,20 +54,13 @@ class SphereFace2Loss(_WithBias):
         kind: "C" or "A".
         t: The power t > 0 of the similarity adjustment.
         balance: lambda in (0, 1), the weight of the positive against the negatives.
-        **options: See :class:`MarginLoss`; no ``label_smoothing``. ``gradient="detached"`` is
-            OpenSphere's: every class has the gradient of its cosine, without g and the margin.
+        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
+            ``gradient="detached"`` is OpenSphere's: every class has the gradient of its cosine,
+            without g and the margin.
 
     Attributes:
         bias: b, a parameter (1,). It starts where it has no gradient while every angle is
             pi / 2.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
 
     Example:
         >>> loss = SphereFace2Loss(num_classes=10, embedding_size=64)
@@ -164,19 +157,11 @@ class UniFaceLoss(_WithBias):
         margin: m in [0, 2).
         scale: The scale s > 0.
         balance: lambda > 0, the weight of the negatives.
-        **options: See :class:`MarginLoss`; no ``label_smoothing``.
+        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
 
     Attributes:
         bias: b, a parameter (1,), log(10 C) at first, as in the authors' code. That code
             also clamps both exponents to [-s, s], where gradients vanish; here they do not.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
 
     Example:
         >>> loss = UniFaceLoss(num_classes=10, embedding_size=64)
@@ -233,15 +218,7 @@ class P2SGradLoss(MarginLoss):
     Args:
         num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d.
-        **options: See :class:`MarginLoss`; no ``label_smoothing``.
-
-    Shape:
-        embeddings (N, d), floating point, and labels (N,), integers, give a scalar, or (N,) for
-        reduction "none"; float32 at least.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If one is out of range.
+        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
 
     Example:
         >>> loss = P2SGradLoss(num_classes=10, embedding_size=64)

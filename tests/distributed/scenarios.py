@@ -17,7 +17,8 @@ import angular_losses as al
 from angular_losses import ArcFaceLoss, collectives
 from angular_losses.diagnostics import AngularMonitor
 from angular_losses.distributed import ShardedLoss, load, save, shard, shard_optimizer, unshard
-from angular_losses.engine import passes, placement
+from angular_losses.engine import passes
+from angular_losses.engine import shard as shards
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
 from tests.profiling import peak_bytes
@@ -133,7 +134,7 @@ def calls_of_a_step(mesh, build, rows, **options):
     loss(embeddings, labels).backward()  # the first agrees on sizes
     calls = []
     with ExitStack() as stack:
-        for patched in recorded(placement, ["_all_gather", "_reduce_scatter"], calls):
+        for patched in recorded(shards, ["_all_gather", "_reduce_scatter"], calls):
             stack.enter_context(patched)
         for patched in recorded(dist, ["all_reduce", "broadcast", "barrier"], calls):
             stack.enter_context(patched)

@@ -42,7 +42,7 @@ def test_current_names_only_what_save_makes(tmp_path, current):
     assert names(victim) == ["notes.txt"]
 
 
-def test_leftovers_are_removed_but_not_what_others_put_there(tmp_path):
+def test_only_own_leftovers_are_removed(tmp_path):
     with patch.object(checkpoint, "_remove"):  # killed before it
         save(tmp_path, modules())
         save(tmp_path, modules())
@@ -55,7 +55,7 @@ def test_leftovers_are_removed_but_not_what_others_put_there(tmp_path):
     assert names(tmp_path / "000001") == ["notes.txt"]
 
 
-def test_files_are_on_the_disk_before_current_names_them(tmp_path):
+def test_order_of_writing(tmp_path):
     order = []
     sync, replace = os.fsync, checkpoint.Path.replace
 

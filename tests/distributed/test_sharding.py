@@ -97,7 +97,7 @@ OVERLAPPED = (
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_step_is_one_gather_one_sum_and_one_scatter(processes, world):
+def test_messages_of_a_step(processes, world):
     rows = 4
     for calls in processes.run(sharding.calls_of_a_step, world, al.ArcFaceLoss, rows):
         assert [name for name, _ in calls] == ["_all_gather", *OVERLAPPED]
@@ -106,13 +106,13 @@ def test_a_step_is_one_gather_one_sum_and_one_scatter(processes, world):
         assert shapes["_reduce_scatter"] == (rows * world, sharding.SIZE)
 
 
-def test_reweighted_negatives_need_the_targets_angles_and_a_maximum_first(processes):
+def test_messages_of_reweighted_negatives(processes):
     for calls in processes.run(sharding.calls_of_a_step, 2, linear_negatives, 4):
         first = "_all_gather", "all_reduce", "all_reduce ends", "all_reduce"
         assert [name for name, _ in calls] == [*first, *OVERLAPPED]
 
 
-def test_no_matrix_of_all_rows_and_classes_is_held(processes):
+def test_no_matrix_of_all_logits(processes):
     classes, rows, world = 20_000, 64, 2
     peaks = processes.run(
         sharding.peak_of_a_step, world, classes, rows, memory_budget=2**21, mode="recompute"
@@ -140,7 +140,7 @@ def test_twenty_steps_are_those_of_one_process(processes, world, backbone, build
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_mixed_precision_and_all_that_surrounds_a_loop(processes, compiled):
+def test_mixed_precision_training_loop(processes, compiled):
     answers = processes.run(sharding.mixed_training, 2, compiled)
     (losses, scale, weights), (others, other_scale, other_weights) = answers
     assert losses == others
@@ -164,7 +164,7 @@ GOOD = torch.ones(2, sharding.SIZE), torch.tensor([0, 9])
         ((*GOOD, torch.ones(3)), "ValueError", "sample_weight: expected shape (2,)"),
     ],
 )
-def test_a_bad_batch_on_one_rank_is_an_error_on_all_ranks(processes, bad, kind, message):
+def test_bad_batch_on_one_rank(processes, bad, kind, message):
     answers = processes.run(sharding.refusals, 3, [GOOD, bad, GOOD], GOOD)
     errors = [error for error, _ in answers]
     assert errors[1].startswith(f"{kind}: ")
@@ -184,7 +184,7 @@ def test_batches_of_different_kinds_are_refused(processes, other):
     assert all("expected one dtype on all ranks" in error for error, _ in answers)
 
 
-def test_a_dead_rank_is_an_error_on_the_other_ranks():
+def test_dead_rank():
     processes = Processes(2)
     told, nothing = processes.run(sharding.alone_after_a_death, 2, timeout=20.0)
     processes.close()
@@ -192,7 +192,7 @@ def test_a_dead_rank_is_an_error_on_the_other_ranks():
     assert told.startswith("sharded: the other ranks could not be reached")
 
 
-def test_a_missing_rank_is_an_error_after_the_timeout(processes, tmp_path):
+def test_missing_rank(processes, tmp_path):
     told, _ = processes.run(sharding.alone_while_another_waits, 2, tmp_path / "told")
     assert "did not come within the process group's timeout" in told
 
@@ -223,13 +223,13 @@ def test_ranks_sample_by_chances_of_their_own(processes):
 
 
 @pytest.mark.parametrize("optimizer", sharding.OPTIMIZERS)
-def test_a_sample_of_all_classes_gives_the_bits_of_the_exact_loss(processes, optimizer):
+def test_sample_of_all_classes(processes, optimizer):
     for is_sparse, is_equal in processes.run(sharding.sampled_against_dense, 2, optimizer):
         assert is_sparse
         assert is_equal
 
 
-def test_momentum_of_sampled_rows_is_that_of_their_own_steps(processes):
+def test_momentum_of_sampled_rows(processes):
     assert max(processes.run(sharding.momentum_by_hand, 2)) <= 1e-12
 
 
@@ -246,9 +246,7 @@ def test_gradients_of_different_samples_add_up(processes):
     ],
     ids=["sgd", "adamw", "sub-centres"],
 )
-def test_any_number_of_ranks_loads_what_any_number_saved(
-    processes, tmp_path, optimizer, options, numbers
-):
+def test_loading_on_another_number_of_ranks(processes, tmp_path, optimizer, options, numbers):
     def run(work, number, folder):
         world, is_sharded = (1, False) if number == "whole" else (number, True)
         return processes.run(work, world, folder, is_sharded, optimizer, **options)
@@ -270,7 +268,7 @@ def test_sampling_resumes(processes, tmp_path):
     assert processes.run(sharding.load_and_train, 2, *arguments, rate=0.3) == expected
 
 
-def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(processes, tmp_path):
+def test_rank_that_dies_while_saving(processes, tmp_path):
     mortal = Processes(2)
     told, nothing = mortal.run(sharding.die_while_saving, 2, str(tmp_path), timeout=5.0)
     mortal.close()

@@ -15,7 +15,7 @@ from tests.distributed import trainings
         "fully_shard, both but the centres",
     ],
 )
-def test_wrapped_clipped_saved_and_scheduled_as_one_process(processes, tmp_path, how):
+def test_training_loop_as_one_process(processes, tmp_path, how):
     for max_norm in (None, 0.1):
         arguments = how, str(tmp_path), max_norm
         assert max(processes.run(trainings.training, 2, *arguments)) <= 1e-10
@@ -28,7 +28,7 @@ def test_clipped_with_sampled_classes(processes, tmp_path):
     assert max(processes.run(trainings.norm_of_sampled, 3)) <= 1e-10
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_all(processes):
+def test_overflow_on_one_rank(processes):
     assert processes.run(trainings.overflow_on_one_rank, 2) == [(True, 1.0)] * 2
 
 
@@ -112,7 +112,7 @@ def test_copies_and_averages(processes):
     assert processes.run(trainings.copies, 2) == [(True, True, True, True)] * 2
 
 
-def test_optimizers_that_step_sampled_rows_wrongly_are_refused(processes):
+def test_refused_optimizers(processes):
     for unprepared, rprop in processes.run(trainings.refused_optimizers, 2):
         assert unprepared.startswith("RuntimeError: optimizer: expected it to be prepared")
         assert rprop.startswith("TypeError: optimizer: expected one that can begin with a row")
@@ -127,7 +127,7 @@ def test_steps_around_sampled_rows(processes, tmp_path):
         assert told.startswith("RuntimeError: save: rank 0 failed: RuntimeError")
 
 
-def test_failures_of_one_rank_while_saving_reach_all(processes, tmp_path):
+def test_failure_of_one_rank_while_saving(processes, tmp_path):
     for of_zero, of_one in processes.run(trainings.failing_saves, 2, str(tmp_path), timeout=20.0):
         assert of_zero.startswith("RuntimeError: save: rank 0 failed: OSError")
         assert of_one.startswith("RuntimeError: save: rank 1 failed: OSError")

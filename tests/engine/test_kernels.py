@@ -131,7 +131,7 @@ def interpreted(found):
 
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
-def test_exponentials_and_sums_are_those_of_float64(interpreted, case):
+def test_exponentials_and_sums(interpreted, case):
     assert interpreted[case]["available"]
     assert interpreted[case]["deviation"] < 1e-5
     assert interpreted[case]["deviation of sums"] < 1e-5
@@ -210,7 +210,7 @@ def test_chunks_share_a_program(compiled):
 
 
 @needs_triton
-def test_programs_use_tensor_cores_and_fit_in_shared_memory(compiled):
+def test_tensor_cores_and_shared_memory(compiled):
     for program in compiled:
         assert program["binary_bytes"]
         assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in program["ptx"]
@@ -314,6 +314,6 @@ def engine(found):
     ("name", "calls"),
     [("dense 30", 0), ("stash 30", 2), ("recompute 30", 4), ("stash 100", 0), ("recompute 100", 2)],
 )
-def test_the_engine_uses_it_and_gives_the_same(engine, name, calls):
+def test_engine_with_the_kernel(engine, name, calls):
     assert engine[name][0] == calls
     assert engine[name][1] <= 1e-4

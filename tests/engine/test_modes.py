@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from angular_losses import ArcFaceLoss, arcface, margin_softmax_loss
 from angular_losses.engine import modes, operators, passes
-from angular_losses.engine.chunks import Inputs, Settings
-from angular_losses.engine.operators import Others, margin_parts
+from angular_losses.engine.chunks import Inputs, Others, Settings
+from angular_losses.engine.operators import margin_parts
 from tests.cases import in_chunks_of
 from tests.profiling import matrix_products, peak_bytes
 
@@ -109,7 +109,7 @@ def test_every_negative_far_away_or_on_top(mode, scale):
 
 
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_no_second_derivative_but_a_message_that_names_the_dense_mode(mode):
+def test_second_derivatives_are_refused(mode):
     embeddings, weight, labels = batch()
     loss = margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0, mode=mode)
     (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
@@ -118,7 +118,7 @@ def test_no_second_derivative_but_a_message_that_names_the_dense_mode(mode):
 
 
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_gradients_add_up_and_scale_like_any_others(mode):
+def test_gradients_accumulate_and_scale(mode):
     embeddings, weight, labels = batch()
 
     def loss():
@@ -132,7 +132,7 @@ def test_gradients_add_up_and_scale_like_any_others(mode):
 
 @pytest.mark.parametrize("frozen", ["embeddings", "weight"])
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(mode, frozen):
+def test_frozen_inputs(mode, frozen):
     embeddings, weight, labels = batch()
     _, *both = results(embeddings, weight, labels, scale=8.0, mode=mode)
     tensors = {"embeddings": embeddings, "weight": weight}
@@ -180,7 +180,7 @@ def test_bit_identical_twice(mode, scale):
 
 
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_a_failed_allocation_leaves_the_gradients_as_they_were(mode):
+def test_failed_allocation_changes_no_gradient(mode):
     embeddings, _, labels = batch()
     loss = ArcFaceLoss(9, 4, mode=mode)
     with in_chunks_of(2):
@@ -229,7 +229,7 @@ def test_nothing_is_read_back_from_the_device(mode, scale, options, monkeypatch)
 @pytest.mark.parametrize(
     ("mode", "products"), [("stash", 3), ("recompute", 4)], ids=["stash", "recompute"]
 )
-def test_as_many_products_as_promised(mode, products):
+def test_number_of_products(mode, products):
     embeddings, weight, labels = batch(16, 64, 8)
 
     def step():
@@ -249,7 +249,7 @@ def test_as_many_products_as_promised(mode, products):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_memory_is_the_gradient_and_what_the_mode_says(mode, dtype, monkeypatch):
+def test_memory_of_a_step(mode, dtype, monkeypatch):
     monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
     num_rows, num_classes, size = 128, 20_000, 32
     embeddings, weight, labels = batch(num_rows, num_classes, size)
@@ -347,7 +347,7 @@ def test_one_compiled_graph_for_every_mode(mode, dynamic):
                     assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_compiled_second_derivative_is_refused_too():
+def test_compiled_second_derivatives_are_refused():
     embeddings, weight, labels = batch()
     parts = operators._forward_operator(
         embeddings, weight, labels, None, None, 8.0, 4, torch.float32, True, True, False
@@ -359,9 +359,7 @@ def test_compiled_second_derivative_is_refused_too():
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", CHUNKED)
-def test_autocast_multiplies_in_bfloat16_and_keeps_weight_and_gradients_in_float32(
-    mode, autocast, monkeypatch
-):
+def test_autocast_products_are_bfloat16(mode, autocast, monkeypatch):
     monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
     embeddings, weight, labels = batch(32, 5000, 64)
     exact = results(embeddings, weight, labels, scale=30.0, mode=mode, chunk=512)

@@ -11,7 +11,7 @@ from tests.profiling import peak_bytes
 MEBIBYTE = 2**20
 
 
-def test_auto_keeps_what_fits_and_else_computes_it_again():
+def test_auto_is_stash_where_it_fits():
     kept = 512 * 100_000 * 4
     assert al.plan(512, 100_000, 512).mode == "stash"
     assert al.plan(512, 100_000, 512, memory_budget=kept + 64 * MEBIBYTE).mode == "stash"
@@ -29,18 +29,18 @@ def test_a_small_budget_makes_small_chunks():
     assert tight.extra_bytes <= 16 * MEBIBYTE < roomy.extra_bytes
 
 
-def test_a_mode_asked_for_keeps_its_chunk_unless_a_budget_is_given():
+def test_chunk_of_a_given_mode():
     assert al.plan(4096, 1_000_000, 512, mode="stash").chunk == 2048
     assert al.plan(4096, 1_000_000, 512, mode="recompute").chunk == 2048
 
 
-def test_auto_makes_the_chunk_smaller_before_it_gives_up_stash():
+def test_auto_prefers_smaller_chunks_to_recompute():
     on_gpu = al.plan(256, 100_000, 512, device="cuda", product_dtype=torch.bfloat16)
     assert on_gpu.mode == "stash"
     assert on_gpu.chunk >= 1024
 
 
-def test_memory_of_recompute_does_not_grow_with_classes():
+def test_memory_of_recompute():
     few, many = (al.plan(128, classes, 256, mode="recompute") for classes in (10_000, 2_000_000))
     assert many.extra_bytes - few.extra_bytes <= 4 * 2_000_000  # the centres' inverse lengths
 
@@ -52,7 +52,7 @@ def test_memory_of_recompute_does_not_grow_with_classes():
     st.sampled_from(["auto", "stash", "recompute", "dense"]),
     st.integers(1, 2**36),
 )
-def test_a_plan_keeps_to_its_budget_or_says_what_it_needs(rows, classes, size, mode, budget):
+def test_plans_keep_to_the_budget(rows, classes, size, mode, budget):
     try:
         chosen = al.plan(rows, classes, size, mode=mode, memory_budget=budget)
     except ValueError as error:
@@ -102,7 +102,7 @@ def test_a_plan_is_immutable():
         al.plan(2, 3, 4).chunk = 1
 
 
-def test_launches_are_worth_their_while_on_other_devices():
+def test_chunks_on_other_devices():
     assert al.plan(256, 1_000_000, 512, device="cuda").chunk > 2048
 
 

@@ -72,12 +72,12 @@ def cells():
         for cell in cells()
     ],
 )
-def test_compiled_steps_are_those_of_eager_mode(name, schedule, execution, mode, kinds):
+def test_compiled_steps_equal_eager_ones(name, schedule, execution, mode, kinds):
     torch.compiler.reset()
     assert_steps_are_eager(name, schedule, execution, mode, kinds)
 
 
-def test_what_is_compiled_by_default_covers_every_pair():
+def test_default_grid_covers_every_pair():
     found = [
         (schedule, "dynamic" in how, mode, kinds[3]) for _, schedule, how, mode, kinds in cells()
     ]

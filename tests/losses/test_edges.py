@@ -21,7 +21,7 @@ every_loss = pytest.mark.parametrize("name", NAMES)
 
 
 @every_loss
-def test_an_empty_batch_gives_zero_with_every_option(name):
+def test_empty_batches(name):
     mode = ("dense", "stash", "recompute")[NAMES.index(name) % 3]
     nothing, labels = torch.empty(0, SIZE, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     class_weight = torch.rand(CLASSES, dtype=torch.float64)
@@ -80,7 +80,7 @@ NARROW = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch
 
 @pytest.mark.parametrize("name", ["ArcFace", "KappaFace", "UniFace"])
 @pytest.mark.parametrize("dtype", NARROW)
-def test_labels_of_narrow_types_are_those_of_int64(name, dtype):
+def test_labels_of_every_integer_type(name, dtype):
     embeddings, labels = batch(2)
     loss, reference = build(name), build(name)
     assert torch.equal(loss(embeddings, labels.to(dtype)), reference(embeddings, labels))
@@ -104,7 +104,7 @@ def test_narrow_labels_do_not_wrap_around(backend):
 
 
 @pytest.mark.parametrize("mode", ["auto", "dense"])
-def test_a_batch_of_another_size_is_not_compiled_again(mode):
+def test_batch_sizes_share_a_compiled_graph(mode):
     torch.compiler.reset()
     compiled = []
 
@@ -119,7 +119,7 @@ def test_a_batch_of_another_size_is_not_compiled_again(mode):
 
 
 @every_loss
-def test_a_loss_is_made_and_runs_where_there_are_no_values(name):
+def test_tensors_without_values(name):
     place = NAMES.index(name)
     row, mode = FAMILY[place], ("dense", "stash", "recompute")[place % 3]
 
@@ -145,7 +145,7 @@ def test_a_loss_is_made_and_runs_where_there_are_no_values(name):
         lambda: al.ArcFaceLoss(CLASSES, SIZE, margin=torch.rand(CLASSES)),
     ],
 )
-def test_settings_may_be_without_values(build):
+def test_settings_without_values(build):
     with torch.device("meta"):
         loss = build()
         loss(torch.randn(5, SIZE), torch.zeros(5, dtype=torch.int64)).backward()
@@ -153,7 +153,7 @@ def test_settings_may_be_without_values(build):
         loss(torch.randn(5, SIZE, device="meta"), torch.zeros(5, device="meta").long()).backward()
 
 
-def test_labels_are_checked_on_the_host_where_a_device_cannot_assert(monkeypatch):
+def test_labels_on_a_device_without_assertions(monkeypatch):
     def no_kernel(*_):
         raise NotImplementedError
 
@@ -171,7 +171,7 @@ def test_labels_are_checked_on_the_host_where_a_device_cannot_assert(monkeypatch
 
 @pytest.mark.parametrize("mode", ["stash", "recompute", "dense"])
 @pytest.mark.parametrize("name", ["ArcFace", "UniFace", "L-Softmax"])
-def test_float64_embeddings_with_float32_centres_compute_in_float64(name, mode):
+def test_float64_embeddings_with_float32_centres(name, mode):
     loss, reference = (build(name, "none", mode=mode).eval() for _ in range(2))
     loss.float()
     for one, other in zip(reference.parameters(), loss.parameters(), strict=True):
@@ -191,7 +191,7 @@ class Unpacked:
 
 
 @pytest.mark.parametrize("name", ["ArcFace", "SphereFace2-C", "UniFace"])
-def test_what_a_backward_pass_saved_is_unpacked_once(name):
+def test_saved_tensors_are_unpacked_once(name):
     packed, unpacked = Unpacked(), Unpacked()
     loss = build(name, mode="stash")
     with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
@@ -200,7 +200,7 @@ def test_what_a_backward_pass_saved_is_unpacked_once(name):
 
 
 @pytest.mark.parametrize("is_native", [False, True])
-def test_bfloat16_products_only_where_the_processor_has_them(monkeypatch, is_native):
+def test_processors_without_bfloat16(monkeypatch, is_native):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_native)
     embeddings, weight = torch.randn(2, 4), torch.randn(5000, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -209,7 +209,7 @@ def test_bfloat16_products_only_where_the_processor_has_them(monkeypatch, is_nat
 
 
 @pytest.mark.parametrize("kind", ["arc", "cos"])
-def test_the_nearest_classes_are_found_with_the_rounding_of_the_engine(kind, monkeypatch):
+def test_nearest_classes_despite_rounding(kind, monkeypatch):
     """At least k are penalised in each row; not fewer because two products round otherwise."""
     monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
     penalised = []

@@ -50,7 +50,7 @@ def variables(loss):
 
 
 @every_loss
-def test_values_and_gradients_are_the_papers_in_every_mode(row):
+def test_values_and_gradients_of_the_papers(row):
     embeddings, labels = batch()
     embeddings = towards(built(row), embeddings, labels)
     for mode, chunk in MODES:
@@ -143,7 +143,7 @@ def test_modes_agree_with_every_option(row):
 
 
 @every_loss
-def test_smoothing_and_weights_are_those_of_cross_entropy(row):
+def test_smoothing_and_weights_as_in_cross_entropy(row):
     if not row.smoothing:
         with pytest.raises(ValueError, match="label_smoothing: expected 0"):
             row.build(CLASSES, SIZE, label_smoothing=0.1)
@@ -173,7 +173,7 @@ def test_mean_is_weighted_by_classes(row):
 
 
 @every_loss
-def test_two_labels_are_a_weighted_pair_of_batches(row):
+def test_two_labels_a_row(row):
     embeddings, labels = batch()
     others = (labels + 1 + torch.arange(9) % 3) % CLASSES
     lam = torch.linspace(0, 1, 9, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_two_labels_are_a_weighted_pair_of_batches(row):
 
 
 @every_loss
-def test_state_is_saved_restored_and_untouched_in_eval(row):
+def test_state_is_saved_and_untouched_in_eval(row):
     torch.manual_seed(0)
     loss = row.build(CLASSES, SIZE, dtype=torch.float64).train()
     for step in range(3):
@@ -254,7 +254,7 @@ def test_gradients_near_a_wrong_centre(name, mode, dtype, angle, error):
     ("name", "mode"),
     [("InterTopK-arc", "dense"), ("NPCFace", "dense"), ("SphereFace-annealed", "stash")],
 )
-def test_the_graph_has_no_gap_if_dense_or_without_a_rule(name, mode):
+def test_graph_breaks(name, mode):
     loss = built(FAMILY[NAMES.index(name)], mode=mode)
     embeddings, labels = batch()
     value = torch.compile(loss, backend="eager", fullgraph=True)(embeddings, labels)
@@ -282,7 +282,7 @@ PROFILED = (
 
 
 @pytest.mark.parametrize("name", PROFILED)
-def test_memory_is_that_of_the_plan_and_not_of_the_logits(name):
+def test_memory_is_within_the_plan(name):
     num_classes, num_rows = 20_000, 64
     loss = FAMILY[NAMES.index(name)].build(num_classes, 16, mode="recompute")
     embeddings = torch.randn(num_rows, 16, requires_grad=True)
@@ -315,7 +315,7 @@ def test_nothing_is_read_back_from_the_device(row, monkeypatch):
         assert embeddings.grad.shape == embeddings.shape
 
 
-def test_a_budget_counts_what_reweighting_takes():
+def test_budget_includes_reweighting():
     embeddings, labels = torch.randn(64, 16), torch.randint(20_000, (64,))
     al.ArcFaceLoss(20_000, 16, memory_budget=300_000)(embeddings, labels)
     al.CurricularFaceLoss(20_000, 16, memory_budget=400_000)(embeddings, labels)
@@ -336,7 +336,7 @@ BAD_BATCHES = [
 
 
 @every_loss
-def test_a_bad_batch_is_named_before_anything_else_fails(row):
+def test_bad_batches_are_named(row):
     loss = built(row).train()
     for change, error, message in BAD_BATCHES:
         with pytest.raises(error, match=message):
@@ -449,7 +449,7 @@ ONCE = ("SphereFace-annealed", "SubCenterArcFace", "CurricularFace", "UniFace")
 
 @pytest.mark.parametrize("name", ONCE)
 @pytest.mark.parametrize("mode", ["stash", "recompute"])
-def test_a_second_derivative_is_refused_and_not_wrong(name, mode):
+def test_second_derivatives_are_refused(name, mode):
     loss = built(FAMILY[NAMES.index(name)], mode=mode)
     embeddings, labels = batch()
     (gradient,) = torch.autograd.grad(loss(embeddings, labels), embeddings, create_graph=True)
@@ -468,7 +468,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(name, mode):
         al.ArcFaceLoss,
     ],
 )
-def test_a_warm_up_starts_without_a_margin_and_ends_with_all_of_it(build):
+def test_warm_up_of_the_margin(build):
     embeddings, labels = batch()
     torch.manual_seed(0)
     warm = build(CLASSES, SIZE, schedule=al.MarginWarmup(4), dtype=torch.float64).eval()
@@ -529,7 +529,7 @@ def test_many_classes_in_bfloat16(name, mode, monkeypatch):
 
 @pytest.mark.parametrize("sub_centers", [1, 2])
 @every_loss
-def test_correct_rows_are_those_of_the_largest_logit_without_margin(row, sub_centers):
+def test_correct_rows(row, sub_centers):
     if row.name.startswith("L-Softmax") and sub_centers > 1:
         pytest.skip("has one centre a class")
     embeddings, labels = batch(40)

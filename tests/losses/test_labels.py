@@ -23,7 +23,7 @@ def rows():
 
 @pytest.mark.parametrize("cls", LOSSES)
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_the_loss_is_the_weighted_sum_of_those_of_the_labels(cls, is_weighted):
+def test_weighted_sum_over_labels(cls, is_weighted):
     of_rows = made(cls, reduction="none")
     label_weight, given = torch.tensor([3, 1, 2, 3, 1])[:, None].expand_as(LABELS).pow(-1.0), {}
     if is_weighted:

@@ -21,7 +21,7 @@ def batch(dtype=torch.float32):
 
 @pytest.mark.parametrize("gradient", ["exact", "detached"])
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_a_module_is_state_and_one_call_of_the_function(case, gradient):
+def test_module_equals_function(case, gradient):
     options = {
         "class_weight": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]),
         "label_smoothing": 0.1,
@@ -74,7 +74,7 @@ def test_mode_and_budget_reach_the_softmax(mode):
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_logits_are_scaled_cosines_without_a_margin(case):
+def test_logits_have_no_margin(case):
     module = case.loss(5, 8, scale=7.0)
     embeddings, _ = batch()
     logits = module.get_logits(embeddings)
@@ -86,7 +86,7 @@ def test_logits_are_scaled_cosines_without_a_margin(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_state_survives_saving_copying_and_pickling(case):
+def test_saving_copying_and_pickling(case):
     module = case.loss(5, 8, schedule=al.LambdaAnnealing())
     embeddings, labels = batch()
     for _ in range(3):
@@ -174,7 +174,7 @@ def test_a_new_loss_is_a_few_lines():
     assert torch.equal(module(embeddings, labels), expected)
 
 
-def test_a_loss_without_a_target_is_refused_at_once():
+def test_target_is_required():
     class Incomplete(al.MarginLoss):
         pass
 
@@ -190,7 +190,7 @@ def test_repr_tells_the_settings():
     assert "LambdaAnnealing(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)" in text
 
 
-def test_weight_is_a_float32_parameter_of_about_unit_rows():
+def test_initial_weight():
     torch.manual_seed(0)
     module = al.ArcFaceLoss(500, 256)
     assert [name for name, _ in module.named_parameters()] == ["weight"]
@@ -200,13 +200,13 @@ def test_weight_is_a_float32_parameter_of_about_unit_rows():
     assert al.ArcFaceLoss(2, 3, device="meta").weight.device.type == "meta"
 
 
-def test_class_weight_follows_the_module_and_its_state():
+def test_class_weight_is_a_buffer():
     module = al.ArcFaceLoss(3, 4, class_weight=torch.tensor([1.0, 2.0, 3.0]))
     assert "class_weight" in module.state_dict()
     assert module.double().class_weight.dtype == torch.float64
 
 
-def test_one_compiled_graph_advances_the_schedule():
+def test_schedule_in_a_compiled_graph():
     torch.manual_seed(0)
     module = al.SphereFaceLoss(5, 8, schedule=al.LambdaAnnealing())
     embeddings, labels = batch()
@@ -267,7 +267,7 @@ class TestBias:
     @pytest.mark.parametrize("scale", [1.0, 40.0, 46.0, 64.0, 1000.0])
     @pytest.mark.parametrize(("kind", "balance"), [("C", 0.7), ("A", 0.7), ("C", 0.5)])
     @pytest.mark.parametrize("num_classes", [2, 3, 1000])
-    def test_spherefaces_starts_where_the_paper_has_it(self, num_classes, scale, kind, balance):
+    def test_initial_bias_of_sphereface2(self, num_classes, scale, kind, balance):
         options = {"kind": kind, "balance": balance, "scale": scale}
         loss = al.SphereFace2Loss(num_classes, 4, dtype=torch.float64, **options)
         expected = papers.sphereface2_bias(num_classes, margin=0.4, t=3.0, **options)
@@ -275,7 +275,7 @@ class TestBias:
 
     @pytest.mark.parametrize("cls", [al.SphereFace2Loss, al.UniFaceLoss])
     @pytest.mark.parametrize("assign", [False, True])
-    def test_it_is_no_scalar_but_those_saved_as_one_are_loaded(self, cls, assign):
+    def test_scalars_of_older_checkpoints(self, cls, assign):
         losses = torch.nn.ModuleList([cls(5, 4), cls(5, 4)])
         assert all(parameter.dim() for parameter in losses.parameters())
         state = losses.state_dict()
@@ -293,12 +293,12 @@ OPTIONS = {
 }
 
 
-def test_the_typed_options_are_those_of_the_base_class():
+def test_typed_options():
     assert LossOptions.__annotations__.keys() == OPTIONS.keys()
 
 
 @pytest.mark.parametrize("name", al.available())
-def test_a_loss_shows_all_its_options_with_their_defaults(name):
+def test_signatures_show_all_options(name):
     cls = getattr(al, name)
     shown = inspect.signature(cls).parameters
     expected = OPTIONS | ({"sub_centers": 3} if name == "SubCenterArcFaceLoss" else {})
@@ -315,7 +315,7 @@ def test_a_loss_shows_all_its_options_with_their_defaults(name):
     assert "schedule" not in inspect.signature(loss).parameters  # that of a call
 
 
-def test_a_loss_of_ones_own_shows_the_options_too():
+def test_signature_of_a_user_defined_loss():
     class Own(al.MarginLoss):
         def __init__(self, num_classes, embedding_size, margin=0.1, **options):
             super().__init__(num_classes, embedding_size, 30.0, **options)
@@ -329,7 +329,7 @@ def test_a_loss_of_ones_own_shows_the_options_too():
     assert list(inspect.signature(Closed).parameters) == ["num_classes"]
 
 
-def test_the_hooks_and_what_is_called_are_all_that_is_public():
+def test_public_methods():
     hooks = {"target", "row_target", "row_scale", "negatives_function", "penalty", "observe"}
     called = {"get_logits", "extend", "same_step", "advance", "reset_parameters"}
     called.add("drop_sub_centers")

@@ -43,7 +43,7 @@ def test_curricular_t():
 
 
 @pytest.mark.parametrize("mode", ["stash", "recompute"])
-def test_a_hard_negative_is_one_by_the_margin_of_its_own_forward(mode):
+def test_hard_negatives_by_the_margin_of_their_pass(mode):
     loss = built(al.MVSoftmaxLoss, mode=mode, schedule=al.MarginWarmup(2))
     embeddings, labels = batch()
     with in_chunks_of(2):
@@ -105,7 +105,7 @@ def test_adacos_scale_stays_above_1():
     assert loss.scale == 1.0
 
 
-def test_elastic_draws_are_normal_and_plus_gives_the_furthest_the_largest():
+def test_elasticface_draws():
     theta = torch.linspace(0.1, 1.0, 20000, dtype=torch.float64)
     labels = torch.zeros(20000, dtype=torch.int64)
     loss = al.ElasticFaceLoss(3, 4, kind="cos", deviation=0.05)
@@ -141,7 +141,7 @@ def test_kappaface_margins_after_an_epoch():
     assert loss.direction_sums.count_nonzero() == 0
 
 
-def test_kappaface_gives_classes_it_has_not_seen_a_margin():
+def test_kappaface_margins_of_unseen_classes():
     loss = built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0), gamma=1.0)
     embeddings, labels = batch(40)
     loss(embeddings, labels % 5)
@@ -153,7 +153,7 @@ def test_kappaface_gives_classes_it_has_not_seen_a_margin():
     assert loss.margin.isfinite().all()
 
 
-def test_kappaface_of_one_image_leaves_the_others_apart():
+def test_kappaface_with_a_class_of_one_image():
     """A mean of one direction has length 1, a concentration without bound."""
     counts = torch.full((CLASSES,), 40.0)
     counts[-1] = 1
@@ -174,7 +174,7 @@ def test_kappaface_of_one_image_leaves_the_others_apart():
     assert margins[0][-1].item() == pytest.approx(0.4)
 
 
-def test_what_kappaface_gathers_moves_and_is_saved_but_is_no_buffer():
+def test_kappaface_sums_are_saved_but_no_buffers():
     loss = built(al.KappaFaceLoss, torch.full((CLASSES,), 10.0))
     loss(*batch())
     names = {"direction_sums", "seen"}
@@ -222,7 +222,7 @@ STATEFUL = {
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
-def test_a_backward_pass_uses_the_statistics_of_its_own_forward(name, mode):
+def test_backward_uses_statistics_of_its_forward(name, mode):
     """As in gradient accumulation over several forward passes."""
     loss = STATEFUL[name](mode=mode)
     with in_chunks_of(2):
@@ -277,7 +277,7 @@ def processes():
     members.close()
 
 
-def test_kappaface_in_ddp_counts_the_rows_of_all(processes):
+def test_kappaface_in_ddp(processes):
     found = processes.run(_in_ddp, 2)
     loss = built(al.KappaFaceLoss, torch.arange(1.0, CLASSES + 1))
     for seed in range(3):

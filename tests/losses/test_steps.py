@@ -21,7 +21,7 @@ from tests.steps import (
 
 
 @pytest.mark.parametrize(("name", "schedule"), LOSSES_WITH_SCHEDULES)
-def test_steps_are_those_of_plain_batches_in_eager_mode(name, schedule):
+def test_steps_equal_plain_eager_ones(name, schedule):
     turn = NAMES.index(name) + list(SCHEDULES).index(schedule)
     for k, execution in enumerate(UNCOMPILED):
         assert_steps_are_eager(name, schedule, execution, MODES[(turn + k) % 3], KINDS)

@@ -25,7 +25,7 @@ from tests.steps import (
 
 
 @pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace"])
-def test_two_reentrant_passes_before_a_backward_pass_are_two_steps(name):
+def test_two_reentrant_passes_are_two_steps(name):
     loss = build(name)
     first, second = (checkpoint(loss, *batch(seed), use_reentrant=True) for seed in (0, 1))
     assert loss.schedule.step == 0
@@ -58,7 +58,7 @@ def test_a_frozen_network_trains_centres(name):
 
 @pytest.mark.parametrize("schedule", ["warm-up", "annealing"])
 @pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace", "SphereFace2-C"])
-def test_passes_of_the_same_step_use_its_state_and_move_none(name, schedule):
+def test_same_step(name, schedule):
     loss, reference = build(name, schedule), build(name, schedule)
     for seed in range(3):
         expected = step(reference, seed)
@@ -76,9 +76,7 @@ def test_passes_of_the_same_step_use_its_state_and_move_none(name, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace", "SphereFace2-C", "Li-ArcFace"])
 @pytest.mark.parametrize("order", ["together", "forwards", "backwards"])
-def test_passes_that_wait_for_a_backward_pass_are_recomputed_with_the_state_of_each(
-    name, schedule, order
-):
+def test_recomputed_passes_use_their_own_state(name, schedule, order):
     loss, reference = build(name, schedule), build(name, schedule)
     weighted = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
@@ -160,7 +158,7 @@ def test_statistics_see_both_labels_of_a_mixed_row(name):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_statistics_of_a_loss_in_half_precision_are_those_in_full(name):
+def test_statistics_in_half_precision(name):
     full, half = build(name).float(), build(name).bfloat16()
     assert half.weight.dtype == torch.bfloat16
     for seed in range(15):
@@ -186,7 +184,7 @@ SETTINGS += ("MV-arc-adaptive", "InterTopK-cos", "CurricularFace", "L-Softmax", 
 
 @pytest.mark.parametrize("mode", ["stash", "recompute"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_changed_before_the_backward_pass_change_nothing(name, mode):
+def test_settings_changed_before_backward(name, mode):
     loss = build(name, mode=mode)
     value = loss(*batch(0))
     (expected,) = torch.autograd.grad(value, loss.weight, retain_graph=True)
