@@ -53,15 +53,10 @@ def samples(report: Report) -> bool:
 def pipeline(report: Report) -> bool:
     """Figure 2."""
     if report.proposed:
-        settings = report.proposed.run.settings
-        plot_pipeline(
-            *report.drawn("figure2", "HSADML, as it was run"),
-            image_size=settings.data.image_size,
-            # A run that was merged no longer says where its weights lay.
-            pretrained=bool(report.reproduction.description.get("weights")),
-            margin=settings.loss.margin,
-            scale=settings.loss.scale,
-        )
+        drawn = report.drawn("figure2", "HSADML, as it was run")
+        # A run that was merged no longer says where its weights lay.
+        pretrained = bool(report.reproduction.description.get("weights"))
+        plot_pipeline(*drawn, report.proposed.run.settings, pretrained)
     return report.proposed is not None
 
 

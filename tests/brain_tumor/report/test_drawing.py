@@ -95,7 +95,9 @@ def test_pictures_come_from_the_file_of_samples(tmp_path, drawn):
     title, pictures = drawn["figure1"]
     assert list(pictures) == [("glioma", "axial")]
     assert title.startswith("SYNTHETIC: ")
-    assert drawn["figure2"] == ("SYNTHETIC: HSADML, as it was run", 32, False, 5.0, 30.0)
+    title, settings, pretrained = drawn["figure2"]
+    assert (title, pretrained) == ("SYNTHETIC: HSADML, as it was run", False)
+    assert (settings.data.image_size, settings.loss.margin) == (32, 5.0)
 
 
 def test_sections_about_the_paper_are_left_out_for_phantoms(phantoms, drawn, written):
