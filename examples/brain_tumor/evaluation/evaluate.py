@@ -60,8 +60,19 @@ class Predictions:
     patients: np.ndarray  # (n,) the patients' ids
     truth: np.ndarray  # (n,) labels
     predicted: np.ndarray  # (n,) labels: the class of the nearest training slice
+    nearest: np.ndarray  # (n,) the number of that slice
     # (n, C) for each class the cosine to its nearest training slice; the largest wins
     scores: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which answers (n,) are right."""
+        return self.predicted == self.truth
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the answers are worth, slice by slice."""
+        return measure(self.truth, self.predicted)
 
 
 def evaluate(run: Path, slices: SliceSet) -> Metrics:
@@ -262,15 +273,19 @@ def read_predictions(path: Path) -> Predictions:
             for column in ("truth", "predicted")
         )
         scores = [[float(row[f"score_{name}"]) for name in classes] for row in rows]
-        numbers = [int(row["slice"]) for row in rows]
+        numbers, nearest = (
+            np.array([int(row[column]) for row in rows])
+            for column in ("slice", "nearest_training_slice")
+        )
         patients = [row["patient"] for row in rows]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as predictions: {error}") from None
     return Predictions(
-        np.array(numbers),
+        numbers,
         np.array(patients),
         truth,
         predicted,
+        nearest,
         np.array(scores).reshape(len(rows), -1),
     )
 

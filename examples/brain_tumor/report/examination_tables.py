@@ -53,15 +53,8 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
         for size, chosen in {"all": np.full(len(area), True), **every}.items():
             if not chosen.any():
                 continue
-            hits, total = int(inside[chosen].sum()), int(chosen.sum())
-            low, high = wilson_interval(hits, total)
-            rows.append(
-                [
-                    *(name, size, str(total), f"{100 * hits / total:.1f} %"),
-                    f"{100 * low:.1f} to {100 * high:.1f}",
-                    f"{100 * share[chosen].mean():.1f} %",
-                ]
-            )
+            chance = f"{100 * share[chosen].mean():.1f} %"
+            rows.append([name, size, str(chosen.sum()), *rate(inside[chosen]), chance])
     return Table(
         ["training", "tumour", "test slices", "hottest point inside", "Wilson 95 %", "by chance"],
         rows,
@@ -69,6 +62,12 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
         "outline, by thirds of the tumour's area. By chance: the tumour's share of the head's "
         "area. A map without heat counts as a miss.",
     )
+
+
+def rate(hits: np.ndarray) -> list[str]:
+    """Return the share of what is true (n,), and Wilson's interval, in per cent."""
+    low, high = wilson_interval(int(hits.sum()), len(hits))
+    return [f"{100 * hits.mean():.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"]
 
 
 def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

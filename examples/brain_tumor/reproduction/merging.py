@@ -4,7 +4,6 @@ What is left behind is what no table needs: checkpoints, logs of single steps, a
 most runs.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,13 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import PARTIAL, check_sum, replacing, write_sums
-from ..settings import Settings, first_difference, read_settings, write_settings
+from ..settings import (
+    Settings,
+    first_difference,
+    override_settings,
+    read_settings,
+    write_settings,
+)
 from ..training.run_folder import (
     ANGLES,
     EMBEDDINGS,
@@ -115,8 +120,7 @@ def _check_same(folder: Path, out: Path) -> None:
 
 def _placeless(settings: Settings) -> Settings:
     """Return settings without where the weights lie, whose sum is checked instead."""
-    network = dataclasses.replace(settings.network, weights="")
-    return dataclasses.replace(settings, network=network)
+    return override_settings(settings, {"weights": ""})
 
 
 def _copy_run(result: Result, target: Path) -> None:
