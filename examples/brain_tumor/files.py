@@ -125,6 +125,20 @@ def check_sum(path: Path) -> None:
 
 
 @contextmanager
+def readable(path: Path, what: str) -> Iterator[None]:
+    """Check a file's sum; a fault met while it is read becomes a UserError that says `what` it is.
+
+    Raises:
+        UserError: The file is damaged, cannot be read or is no such file.
+    """
+    check_sum(path)
+    try:
+        yield
+    except (OSError, EOFError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not readable as {what}: {error}") from None
+
+
+@contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write `path` into a UserError."""
     try:

@@ -1,8 +1,6 @@
 """From a trained network to answers: embeddings, the nearest neighbour's class, scores, angles."""
 
-import csv
 import dataclasses
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from torch import Tensor
 
 from angular_losses import angle_between
 
 from ..data.slices import SliceSet
 from ..data.splits import Split
-from ..errors import UserError
-from ..files import check_sum, locked, replacing, write_sums
+from ..files import check_sum, locked, readable, replacing, write_sums
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import class_centres
 from ..settings import Settings, read_settings
@@ -34,7 +32,9 @@ from ..training.run_folder import (
     VIEW_PREDICTIONS,
     read_precision,
     read_split,
+    read_table,
     write_json,
+    write_table,
     write_text,
 )
 from .calibration import (
@@ -243,8 +243,7 @@ def class_scores(train: Tensor, train_labels: Tensor, test: Tensor, num_classes:
 
 def probabilities(scores: np.ndarray, scale: float) -> np.ndarray:
     """Return softmax(scale * scores): the classes' scores (n, C) read as logits of cosines."""
-    logits = scale * (scores - scores.max(1, keepdims=True))
-    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return softmax(scale * scores, axis=1)
 
 
 def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,10 +261,8 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         UserError: The file is missing or damaged.
     """
-    check_sum(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    with readable(path, "predictions"):
+        rows = read_table(path)
         columns = rows[0] if rows else {}
         classes = [name.removeprefix("score_") for name in columns if name.startswith("score_")]
         truth, predicted = (
@@ -278,8 +275,6 @@ def read_predictions(path: Path) -> Predictions:
             for column in ("slice", "nearest_training_slice")
         )
         patients = [row["patient"] for row in rows]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as predictions: {error}") from None
     return Predictions(
         numbers,
         np.array(patients),
@@ -312,12 +307,10 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
     nearest, cosine = nearest_neighbour(train, test)
     predicted = labels[split.train][nearest]
     scores = class_scores(train, labels[split.train], test, len(slices.classes))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
     columns = ["slice", "patient", "fold", "truth", "predicted", "nearest_training_slice", "cosine"]
-    writer.writerow([*columns, *(f"score_{name}" for name in slices.classes)])
+    rows = [[*columns, *(f"score_{name}" for name in slices.classes)]]
     for row, index in enumerate(split.test.tolist()):
-        writer.writerow(
+        rows.append(
             [
                 slices.numbers[index],
                 slices.patients[index],
@@ -330,7 +323,7 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
             ]
         )
     truth = labels[split.test].numpy()
-    return table.getvalue(), measure(truth, predicted.numpy(), len(slices.classes))
+    return write_table(rows), measure(truth, predicted.numpy(), len(slices.classes))
 
 
 def _write_array(path: Path, values: Tensor) -> None:

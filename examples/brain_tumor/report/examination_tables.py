@@ -1,14 +1,14 @@
 """Tables of what `examine` finds: strange pictures, and where Grad-CAM points."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from ..evaluation.metrics import wilson_interval
+from ..files import readable
+from ..training.run_folder import read_table
 from .page import Table
 
 SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour
@@ -72,13 +72,10 @@ def rate(hits: np.ndarray) -> list[str]:
 
 def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return numbers (n,), areas of tumour and head (n,), whether the hottest point lies inside."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    with readable(path, "a table of hottest points"):
+        rows = read_table(path)
         number, area, head = (
             np.array([int(row[name]) for row in rows])
             for name in ("slice", "tumour_area", "head_area")
         )
         return number, area, head, np.array([row["inside"] == "1" for row in rows])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as a table of hottest points: {error}") from None

@@ -1,6 +1,5 @@
 """Reading back a reproduction's finished runs, and what several of them say together."""
 
-import csv
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..data.slices import CLASS_NAMES
-from ..errors import UserError
 from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics
+from ..files import readable
 from ..settings import read_settings
 from ..training.run_folder import (
     EMBEDDINGS,
@@ -23,6 +22,7 @@ from ..training.run_folder import (
     read_array,
     read_json,
     read_rows,
+    read_table,
 )
 from .plan import PROPOSED, Budget, Run, plan_runs
 from .running import REPRODUCTION, RUNS, SLICES, is_finished
@@ -172,16 +172,13 @@ class SliceTable:
 def read_slice_table(folder: Path) -> SliceTable:
     """Read the slices.csv of a reproduction's folder."""
     path = folder / SLICES
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    with readable(path, "the table of slices"):
+        rows = read_table(path)
         return SliceTable(
             numbers=np.array([int(row["slice"]) for row in rows]),
             labels=np.array([CLASS_NAMES.index(row["class"]) for row in rows]),
             patients=np.array([row["patient"] for row in rows]),
         )
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not readable as the table of slices: {error}") from None
 
 
 def pooled(parts: Iterable[Predictions]) -> Predictions:

@@ -10,10 +10,8 @@ A reproduction's folder holds all that its report is made of:
     runs/NAME/          a run's folder, see run_folder.py
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import signal
 import sys
@@ -49,7 +47,9 @@ from ..training.run_folder import (
     choose_precision,
     describe_environment,
     read_json,
+    read_table,
     write_json,
+    write_table,
     write_text,
 )
 from .plan import Budget, Run, plan_runs
@@ -247,8 +247,7 @@ def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:
     if not slices.synthetic:
         return SAMPLE_NUMBERS if len(slices.numbers) == ARCHIVE_SIZE else {}
     try:
-        with (data / PLANES_NAME).open(newline="", encoding="utf-8") as file:
-            planes = {int(row["slice"]): row["plane"] for row in csv.DictReader(file)}
+        planes = {int(row["slice"]): row["plane"] for row in read_table(data / PLANES_NAME)}
     except (OSError, KeyError, ValueError):
         return {}  # phantoms of an older version: figure 1 is left out
     cells: dict[tuple[str, str], int] = {}
@@ -296,15 +295,10 @@ def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[st
 
 
 def _slice_table(slices: SliceSet) -> str:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["slice", "class", "patient", "fold"])
     folds = [""] * len(slices.numbers) if slices.folds is None else slices.folds.tolist()
-    for number, label, patient, fold in zip(
-        slices.numbers, slices.labels.tolist(), slices.patients, folds, strict=True
-    ):
-        writer.writerow([number, CLASS_NAMES[label], patient, fold])
-    return table.getvalue()
+    names = [CLASS_NAMES[label] for label in slices.labels.tolist()]
+    rows = zip(slices.numbers, names, slices.patients, folds, strict=True)
+    return write_table([("slice", "class", "patient", "fold"), *rows])
 
 
 def _session(jobs: int, left: int) -> dict[str, Any]:

@@ -21,13 +21,9 @@ from .run_folder import CHECKPOINT
 
 def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
     """Return the network, untrained."""
-    return EmbeddingNetwork(
-        width=settings.width,
-        embedding_size=settings.embedding_size,
-        dropout=settings.dropout,
-        input_range=settings.input_range,
-        layout=settings.layout,
-    )
+    options = dataclasses.asdict(settings)
+    del options["weights"]
+    return EmbeddingNetwork(**options)
 
 
 @dataclasses.dataclass

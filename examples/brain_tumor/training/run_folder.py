@@ -3,10 +3,13 @@
 Training fills it, evaluation and the report read it, and nothing else has to be remembered.
 """
 
+import csv
 import hashlib
+import io
 import json
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import LOCK, PARTIAL, append_text, check_sum, replacing
+from ..files import LOCK, PARTIAL, append_text, readable, replacing
 from ..settings import (
     Settings,
     first_difference,
@@ -57,20 +60,14 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
     """Read a JSON file of a run folder."""
-    check_sum(path)
-    try:
+    with readable(path, "JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
 
 
 def read_array(path: Path) -> np.ndarray:
     """Read a .npy file of a run folder."""
-    check_sum(path)
-    try:
+    with readable(path, "an array"):
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not readable as an array: {error}") from None
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -80,11 +77,21 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the JSON lines of a log."""
-    check_sum(path)
-    try:
+    with readable(path, "JSON lines"):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON lines: {error}") from None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file with a header; the caller says what it is if that fails."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows, the header first, as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def keep_rows(path: Path, count: int) -> None:

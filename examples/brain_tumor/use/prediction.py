@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.crop import cut, find_box, put_back
+from ..data.crop import Box, cut, find_box, put_back
 from ..data.folders import FOLDS_NAME, tell_left_out, visible_files
 from ..data.matlab import read_unlabelled
 from ..data.pictures import PICTURES, read_picture
@@ -272,12 +272,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
         features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
         unknown = bool(calibration.unlike(features.numpy())[0])
-    direction = contrast(reference, cosines, nearest[0])
-    heat = grad_cam(
-        reference.network, pixels.float(), direction, (box.height, box.width), reference.views
-    )
+    heat = explain(reference, pixels, cosines, box, image.shape)
     check_finite(file, torch.from_numpy(heat))
-    heat = put_back(heat, box, image.shape)
     prediction = Prediction(
         file=str(file),
         synthetic=reference.slices.synthetic,
@@ -305,6 +301,16 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
         return read_picture(path), None, None
     image, mask, label = read_unlabelled(path)
     return image, mask, None if label is None else CLASS_NAMES[label]
+
+
+def explain(
+    reference: Reference, pixels: Tensor, cosines: Tensor, box: Box, shape: tuple[int, int]
+) -> np.ndarray:
+    """Return the Grad-CAM of an answer as a map of the slice's `shape`, 0 outside its box."""
+    direction = contrast(reference, cosines, cosines.argmax())
+    part = (box.height, box.width)
+    heat = grad_cam(reference.network, pixels.float(), direction, part, reference.views)
+    return put_back(heat, box, shape)
 
 
 def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
