@@ -108,13 +108,9 @@ def command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
+    """Run a command, given what follows the program's name, and return its exit code.
 
-    Args:
-        arguments: What follows the program's name; by default the process's own.
-
-    Returns:
-        0, 2 when the input is at fault, 130 when interrupted, 141 when no one reads the output.
+    It is 0, 2 when the input is at fault, 130 when interrupted, 141 when no one reads the output.
     """
     options = PARSER.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -151,16 +147,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None = None) -> None:
-    """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there.
-
-    Args:
-        folder: Where the phantoms and the run go.
-        count: Number of phantom slices.
-        overrides: Settings to change, by field name.
-
-    Raises:
-        UserError: The folder holds something else.
-    """
+    """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there."""
     data, run = folder / "phantoms", folder / "demo"
     if not is_whole(data, count):
         print(f"{data}: making {count} synthetic slices (phantoms)")

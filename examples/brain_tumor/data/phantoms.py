@@ -197,14 +197,8 @@ def make_phantoms(
     """Write 1.mat to count.mat, in the archive's format, SYNTHETIC.txt, and planes.csv.
 
     The same arguments write the same files. Phantoms that the folder already holds are removed
-    first, so that an interrupted run leaves no mixture of two sets.
-
-    Args:
-        folder: Where to; made if missing.
-        count: Number of slices, about four to a patient.
-        seed: Of all random numbers, 0 or more.
-        size: Side of the square slices in pixels, at least 64.
-        progress: Whether to show a progress bar.
+    first, so that an interrupted run leaves no mixture of two sets. There are about four slices to
+    a patient, `size` pixels a side.
 
     Raises:
         UserError: If the folder holds other .mat files, or an argument is out of range.

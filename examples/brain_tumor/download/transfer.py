@@ -55,14 +55,9 @@ def fetch(
 ) -> None:
     """Download a file, going on with a part that is there already; do nothing if it is whole.
 
-    Args:
-        url: Where it is: https, or http on this machine.
-        path: Where it goes.
-        limit: Bytes it has at most.
-        known: Its checksum, "md5:..." or "sha256:...".
-        room: Bytes to be free on the disk besides those of the file.
-        patience: How long to wait and how often to try.
-        check: Called with the finished file before it gets its name; may raise a UserError.
+    The URL is of https, or of http on this machine. `limit` is how many bytes the file has at most,
+    `known` its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the
+    disk besides. `check` is called with the finished file before it gets its name.
 
     Raises:
         UserError: The server refuses or cannot be reached, or the file is not the one expected.

@@ -34,14 +34,9 @@ def classify(
 ) -> list[Classification]:
     """Fit the classifiers of the paper's Table 2, and k-NN with a k chosen honestly.
 
-    Args:
-        train: (n, d) L2-normalised embeddings.
-        train_labels: (n,) of two classes or more.
-        test: (k, d) L2-normalised embeddings.
-        test_labels: (k,), looked at by "k-NN, best k" alone, which is the paper's way.
-        groups: (n,) the training slices' patients if no patient stands on both sides; the
-            validation part then holds whole patients. Otherwise None.
-        seed: Of the validation part and of the forest.
+    Embeddings (n, d) and (k, d) are L2-normalised. The test labels are looked at by "k-NN, best k"
+    alone, which is the paper's way. `groups` (n,) are the training slices' patients if no patient
+    stands on both sides; the validation part then holds whole patients.
 
     Raises:
         UserError: The training slices are of one class, or too few to set a part of them aside.

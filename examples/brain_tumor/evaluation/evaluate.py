@@ -79,16 +79,9 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
     """Classify a run's test slices by their nearest training slice; write the results beside it.
 
     The run's own number of views decides; beside it stand the answers of fewer views, of two at
-    least and, where the weights were averaged, of the weights as they were.
-
-    Args:
-        run: A run's folder, finished or not.
-        slices: The slices it was trained on and held out, at its image size and crop.
-
-    Returns:
-        The metrics, which `run` then holds too, with predictions, embeddings and angles. The
-        embeddings of slices that are on neither side are 0. With slices held out to calibrate on
-        it holds the calibration too.
+    least and, where the weights were averaged, of the weights as they were. Return the metrics,
+    which the run's folder then holds too, with predictions, embeddings and angles. The embeddings
+    of slices on neither side are 0. With slices held out to calibrate on it holds the calibration.
     """
     settings = read_settings(run / SETTINGS)
     with locked(run, EVALUATING):
@@ -195,24 +188,16 @@ def embed(
 
 
 def normalised(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
-    """Return L2-normalised embeddings (n, d) of images (n, 1, size, size), averaged over views.
+    """Return L2-normalised embeddings (n, d) of images (n, 1, size, size).
 
-    Args:
-        network: The network, or a part of it.
-        images: As it takes them.
-        views: How many of `VIEWS` are averaged, each L2-normalised before.
+    They are averaged over so many `VIEWS`, each L2-normalised before.
     """
     embeddings = [F.normalize(network(images.flip(axes)).float()) for axes in VIEWS[:views]]
     return embeddings[0] if views == 1 else F.normalize(torch.stack(embeddings).sum(0))
 
 
 def class_angles(embeddings: Tensor, centres: list[Tensor]) -> Tensor:
-    """Return the angle (n, C) in radians to the nearest of each class's centres.
-
-    Args:
-        embeddings: (n, d).
-        centres: For each class (k, d).
-    """
+    """Return the angle (n, C) in radians from embeddings (n, d) to each class's nearest centre."""
     angles = [
         torch.stack([angle_between(embeddings, one.expand_as(embeddings)) for one in own]).amin(0)
         for own in centres
@@ -223,13 +208,8 @@ def class_angles(embeddings: Tensor, centres: list[Tensor]) -> Tensor:
 def class_scores(train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
     """Return the cosine (n, num_classes) of each embedding to the nearest training one of a class.
 
-    The class of the largest is the answer of 1-NN. A class without training slices scores -1.
-
-    Args:
-        train: (k, d) L2-normalised.
-        train_labels: (k,).
-        test: (n, d) L2-normalised.
-        num_classes: C.
+    All embeddings, (k, d) and (n, d), are L2-normalised. The class of the largest is the answer of
+    1-NN. A class without training slices scores -1.
     """
     cosine = test @ train.T
     scores = [
@@ -256,11 +236,7 @@ def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read back a file of predictions.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
+    """Read back a file of predictions."""
     with readable(path, "predictions"):
         rows = read_table(path)
         columns = rows[0] if rows else {}

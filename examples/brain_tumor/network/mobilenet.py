@@ -138,13 +138,7 @@ class MobileNetV1(nn.Module):
 class EmbeddingNetwork(nn.Module):
     """The paper's network: MobileNet v1, global average pooling and the output network.
 
-    Args:
-        width: Multiplier of MobileNet's channel counts.
-        embedding_size: Length of an embedding.
-        dropout: Probability of dropping a hidden unit while training.
-        input_range: "imagenet" maps intensities to [-1, 1], on which the ImageNet weights were
-            trained; "unit" leaves them in [0, 1], the letter of the paper.
-        layout: Whose ImageNet weights fit MobileNet, "slim" or "timm".
+    The arguments are those of `NetworkSettings`.
     """
 
     def __init__(
@@ -188,12 +182,10 @@ def he_initialised(layer: nn.Linear) -> nn.Linear:
 
 
 def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
-    """Copy MobileNet v1's ImageNet weights into a network, all of them or none.
+    """Copy MobileNet v1's ImageNet weights into a network of width 1.0, all of them or none.
 
-    Args:
-        network: A network of width 1.0, of the weights' layout.
-        path: A safetensors file with TF-slim's weights (keys `stem`, `blocks`, `classifier`) or
-            timm's `mobilenetv1_100` (keys `conv_stem`, `bn1`, `blocks`, `classifier`).
+    The safetensors file holds TF-slim's weights (keys `stem`, `blocks`, `classifier`) or timm's
+    `mobilenetv1_100` (keys `conv_stem`, `bn1`, `blocks`, `classifier`).
 
     Raises:
         UserError: The file is missing or damaged, or holds another network's weights.

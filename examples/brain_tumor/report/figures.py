@@ -51,11 +51,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @saved
 def plot_loss(epochs: list[dict[str, Any]]) -> Figure:
-    """Draw loss and training accuracy against the epoch.
-
-    Args:
-        epochs: The rows of a run's log.
-    """
+    """Draw loss and training accuracy against the epoch, from the rows of a run's log."""
     figure, (loss, accuracy) = make_panels()
     x = [row["epoch"] for row in epochs]
     # One epoch alone has no line to draw, only a point.
@@ -69,12 +65,7 @@ def plot_loss(epochs: list[dict[str, Any]]) -> Figure:
 
 @saved
 def plot_confusion(confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES) -> Figure:
-    """Draw a confusion matrix: counts as text, the share of each true class as shade.
-
-    Args:
-        confusion: Counts, rows are the truth.
-        classes: Their names.
-    """
+    """Draw a confusion matrix, rows are the truth: counts as text, shares of each row as shade."""
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.add_subplot()
     picture = draw_confusion(axes, confusion, classes)
@@ -113,11 +104,7 @@ def draw_shares(
 
 @saved
 def plot_early(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Draw target angle and gradient norm over the first steps, one line per run.
-
-    Args:
-        runs: For each run's name the rows of its step log.
-    """
+    """Draw target angle and gradient norm over the first steps, from the rows of each run's log."""
     figure, (angles, norms) = make_panels()
     for (name, steps), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
         _plot_smoothed(angles, _column(steps, "mean_target_angle"), colour, name)
@@ -133,13 +120,7 @@ def plot_early(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 def make_panels(
     count: int = 2, columns: int = 2, size: tuple[float, float] = (4.5, 3.6)
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side, in rows of at most `columns`.
-
-    Args:
-        count: Number of panels.
-        columns: Number of panels in a full row.
-        size: Width and height of one panel in inches.
-    """
+    """Return a figure with `count` panels of a size in inches, in rows of at most `columns`."""
     rows = math.ceil(count / columns)
     columns = math.ceil(count / rows)  # four in rows of three would leave one alone
     width = max(columns * size[0], 4.0)  # a title needs some room

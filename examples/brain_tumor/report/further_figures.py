@@ -44,9 +44,7 @@ class Angles(NamedTuple):
 def plot_roc(truth: np.ndarray, scores: np.ndarray) -> Figure:
     """Draw each class's ROC curve against the rest, and its upper left corner enlarged.
 
-    Args:
-        truth: (n,) labels.
-        scores: (n, 3), the higher the surer of that class.
+    Of labels (n,) and scores (n, 3), the higher the surer of that class.
     """
     figure, (whole, corner) = make_panels(2, 2, (4.2, 4.1))
     for label, name in enumerate(CLASS_NAMES):
@@ -74,14 +72,7 @@ def plot_roc(truth: np.ndarray, scores: np.ndarray) -> Figure:
 def plot_reliability(
     confidence: np.ndarray, accuracy: np.ndarray, count: np.ndarray, error: float
 ) -> Figure:
-    """Draw accuracy against confidence, and how many slices are how sure.
-
-    Args:
-        confidence: (bins,) mean confidence in each of bins of equal width.
-        accuracy: (bins,) share of right answers.
-        count: (bins,) number of slices; the other values of empty bins are not read.
-        error: The expected calibration error, from 0 to 1.
-    """
+    """Draw accuracy against confidence, and how many slices are how sure; see `Reliability`."""
     figure, (upper, lower) = make_panels(2, 1, (5, 2.9))
     upper.get_gridspec().set_height_ratios([2.2, 1])
     count = np.asarray(count)
@@ -108,13 +99,8 @@ def plot_angles(
     """Draw for each class the angle to its centre against that to the nearest other centre.
 
     Above the diagonal the own centre is the nearest. `boundary` is where the loss begins to call an
-    embedding its own: for SphereFace at m times the target angle.
-
-    Args:
-        test: The embeddings of the test slices; misclassified ones are crossed out.
-        train: Those of the training slices, drawn faintly.
-        boundary: From target angles to the other angles at which both logits are equal, radians;
-            where it is beyond pi nothing is drawn.
+    embedding its own, for SphereFace at m times the target angle; beyond pi nothing is drawn.
+    Training slices are faint, misclassified test slices crossed out.
     """
     figure, panels = make_panels(len(CLASS_NAMES), 3, (3.3, 3.4))
     sides = [train, test]
@@ -147,11 +133,9 @@ def plot_angles(
 def plot_slice_and_patient(
     losses: Mapping[str, Mapping[str, tuple[float, float, float]]],
 ) -> Figure:
-    """Draw each loss's accuracies by slice and by patient below each other.
+    """Draw each loss's accuracies by slice and by patient, with their intervals, below each other.
 
-    Args:
-        losses: For each loss, and each way to split and to count, the accuracy and its interval's
-            ends. At most four ways, which some losses may lack.
+    There are at most four ways to split and to count, which some losses may lack.
     """
     ways = list(dict.fromkeys(way for scores in losses.values() for way in scores))
     figure, axes = make_rows(list(losses), lines=len(ways))
@@ -179,14 +163,7 @@ def plot_slice_and_patient(
 def plot_budget(
     runs: Mapping[float, Sequence[float]], budget: float, paper: float, aim: float
 ) -> Figure:
-    """Draw accuracy against the length of training: where a budget stands against its own limit.
-
-    Args:
-        runs: For each length of training, in epochs, the accuracies of its seeds.
-        budget: The length that the budget takes, one of those in `runs`.
-        paper: The paper's accuracy.
-        aim: The accuracy to reach.
-    """
+    """Draw the accuracies of seeds against the epochs of training, `budget` of which are usual."""
     figure, (axes,) = make_panels(1, 1, (6.5, 4.6))
     lengths = sorted(runs)
     means = [100 * float(np.mean(runs[length])) for length in lengths]
@@ -212,11 +189,7 @@ def plot_budget(
 
 @saved
 def plot_errors(confusions: Mapping[str, np.ndarray]) -> Figure:
-    """Draw which errors there are: the share of each kind in all errors, and how many.
-
-    Args:
-        confusions: For each way to split the counts (3, 3), rows are the truth.
-    """
+    """Draw which errors there are, from counts (3, 3): how many of each kind, and their share."""
     kinds = [(i, j) for i in range(len(CLASS_NAMES)) for j in range(len(CLASS_NAMES)) if i != j]
     counts = np.array([[matrix[i][j] for matrix in confusions.values()] for i, j in kinds])
     totals = counts.sum(0)

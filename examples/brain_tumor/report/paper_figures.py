@@ -59,10 +59,9 @@ SOURCES = {
 
 @saved
 def plot_samples(slices: Mapping[tuple[str, str], np.ndarray]) -> Figure:
-    """Draw figure 1: a slice for each class (rows) and plane (columns).
+    """Draw figure 1: a slice (h, w) in [0, 1] for each class (rows) and plane (columns).
 
-    Args:
-        slices: For (class, plane) a picture (h, w) in [0, 1]; what is missing becomes a dash.
+    What is missing becomes a dash.
     """
     cells = [(name, plane) for name in CLASS_NAMES for plane in PLANES]
     figure, panels = make_panels(len(cells), len(PLANES), (2.3, 2.35))
@@ -87,9 +86,6 @@ def plot_losses(runs: Mapping[str, Sequence[float]]) -> Figure:
 
     The losses are not of one kind, so each run has a panel with a scale of its own, from zero: a
     common scale would only compare what cannot be compared.
-
-    Args:
-        runs: For each run's name its loss in each epoch.
     """
     figure, panels = make_panels(len(runs), 3, (3.2, 2.5))
     for (name, losses), axes in zip(runs.items(), panels, strict=True):
@@ -107,11 +103,7 @@ def plot_losses(runs: Mapping[str, Sequence[float]]) -> Figure:
 
 @saved
 def plot_confusions(confusions: Mapping[str, np.ndarray]) -> Figure:
-    """Draw figure 4: confusion matrices side by side, counts and the shares of each true class.
-
-    Args:
-        confusions: For each name the counts (3, 3), rows are the truth.
-    """
+    """Draw figure 4: confusion matrices (3, 3) side by side, rows are the truth."""
     figure, panels = make_panels(len(confusions), 3, (3.2, 3.3))
     for (name, confusion), axes in zip(confusions.items(), panels, strict=True):
         axes.grid(visible=False)
@@ -131,12 +123,8 @@ def compute_tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
     else scikit-learn's defaults. t-SNE keeps neighbours together; the distances between groups
     and their sizes are not to be read as angles.
 
-    Args:
-        embeddings: (n, d), of any length, at least two of each.
-        seed: Of the little that is random.
-
     Returns:
-        (n, 2) points, without units.
+        (n, 2) points of embeddings (n, d) of any length, without units.
 
     Raises:
         UserError: There are too few embeddings, or some are not finite.
@@ -156,10 +144,8 @@ def compute_tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
 def plot_tsne(panels: Mapping[str, Embedded]) -> Figure:
     """Draw figures 5 and 6: t-SNE of the embeddings, one panel per loss or margin.
 
-    t-SNE's distances are not to be read as angles: see `compute_tsne` and `plot_angles`.
-
-    Args:
-        panels: For each name its points; those misclassified are ringed.
+    Points that are misclassified are ringed. Distances are not to be read as angles: see
+    `compute_tsne` and `plot_angles`.
     """
     figure, all_axes = make_panels(len(panels), 3, (3.2, 3.2))
     for (name, (points, labels, wrong)), axes in zip(panels.items(), all_axes, strict=True):
@@ -191,11 +177,7 @@ def add_class_legend(figure: Figure, further: Mapping[str, Mapping[str, object]]
 
 @saved
 def plot_scores(scores: Sequence[Score]) -> Figure:
-    """Draw figure 7: accuracies beside each other, as points, since their axis starts above zero.
-
-    Args:
-        scores: From top to bottom.
-    """
+    """Draw figure 7: accuracies, from top to bottom, as points: their axis starts above zero."""
     figure, axes = make_rows([score.label for score in scores])
     for row, score in enumerate(scores):
         draw_score(axes, row, score.accuracy, score.interval, SOURCES[score.source], score.verified)
@@ -219,12 +201,7 @@ def plot_scores(scores: Sequence[Score]) -> Figure:
 
 
 def make_rows(labels: Sequence[str], lines: int = 1) -> tuple[Figure, Axes]:
-    """Return axes with one labelled row for each label, the first on top.
-
-    Args:
-        labels: Of the rows; long ones take several lines.
-        lines: The least height of a row in lines of text.
-    """
+    """Return axes with one labelled row for each label, the first on top, of so many lines each."""
     wrapped = [textwrap.fill(label, 38) for label in labels]
     lines = max([lines, *(label.count("\n") + 1 for label in wrapped)])
     height = 1.7 + len(labels) * (0.18 + 0.15 * lines)

@@ -25,17 +25,7 @@ TOGETHER = {
 
 
 def write_reproduction_report(folder: Path) -> Path:
-    """Draw all figures and write the report of what is finished so far.
-
-    Args:
-        folder: A reproduction's folder.
-
-    Returns:
-        The HTML report's path; report.md lies beside it.
-
-    Raises:
-        UserError: The folder is no reproduction, or a file of it is damaged.
-    """
+    """Draw all figures and write the report of what is finished; return the HTML page's path."""
     reproduction = read_reproduction(folder)
     (folder / FIGURES).mkdir(exist_ok=True)
     text = to_markdown(

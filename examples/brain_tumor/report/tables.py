@@ -85,13 +85,7 @@ def paper_table(
     trainings: Sequence[str],
     cited: Mapping[str, Sequence[str]],
 ) -> Table:
-    """Return a table of the paper's form: per training our row, and the paper's beneath it.
-
-    Args:
-        reproduction: The finished runs.
-        trainings: Names of trainings of the group "slice".
-        cited: The paper's cells by training; left out for phantoms.
-    """
+    """Return a table of the paper's form: per training our row, and beneath it what is cited."""
     rows = []
     for training in trainings:
         results = reproduction.select("slice", training)
@@ -165,10 +159,7 @@ def classifier_table(
 ) -> Table:
     """Return table 2: classifiers on the proposed training's embeddings, means over its seeds.
 
-    Args:
-        results: The proposed training by slice, a run a seed.
-        every: For each of them the answers of the classifiers.
-        synthetic: Whether the slices are phantoms, beside which the paper's rows do not stand.
+    `every` has for each of the results the answers of the classifiers.
     """
     truths = [one.predictions.truth for one in results]
     rows = []
@@ -298,12 +289,10 @@ def answer_table(
     every: Sequence[Sequence[Classification]],
     together: Mapping[str, np.ndarray],
 ) -> Table:
-    """Return what other answers from trained networks are worth.
+    """Return what other answers from networks of disjoint test sides are worth.
 
-    Args:
-        results: Runs of the proposed training with disjoint test sides.
-        every: For each of them the answers of the classifiers.
-        together: For each way to join several networks, which of all test slices it gets right.
+    `every` has for each of the results the answers of the classifiers, `together` for each way to
+    join several networks which of all test slices it gets right.
     """
     truth = np.concatenate([one.predictions.truth for one in results])
     reference = pooled(one.predictions for one in results).right

@@ -29,12 +29,7 @@ def plane_of(number: int) -> str:
 
 
 def wrong_table(reproduction: Reproduction, group: str) -> Table:
-    """Return the slices that every finished run of the proposed training which tested them misses.
-
-    Args:
-        reproduction: The finished runs.
-        group: "slice" or "patient".
-    """
+    """Return the slices that every run of the proposed training which tested them misses."""
     every = pooled(one.predictions for one in reproduction.select(group, PROPOSED))
     table, areas, rows = reproduction.slices, _areas(reproduction), []
     truth = dict(zip(table.numbers.tolist(), table.labels.tolist(), strict=True))

@@ -43,15 +43,9 @@ SAME = ("synthetic", "slices_sha256", "images_sha256", "weights_sha256")  # or n
 
 
 def collect(out: Path, folder: Path) -> list[str]:
-    """Copy the results of finished runs, without checkpoints, out of a reproduction.
+    """Copy the results of finished runs, without checkpoints, out of a reproduction into a folder.
 
-    Args:
-        out: The reproduction's folder.
-        folder: Where the results go; new, or of the same data and weights. Runs that are there are
-            left as they are.
-
-    Returns:
-        The names of the runs that were copied.
+    Runs that are there are left as they are. Return the names of those that were copied.
 
     Raises:
         UserError: The folder holds results of other data or weights, or cannot be written.
@@ -75,13 +69,7 @@ def collect(out: Path, folder: Path) -> list[str]:
 def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
     """Take the planned runs that another folder holds finished into a reproduction.
 
-    Args:
-        folder: As `collect` left it, or a reproduction's.
-        out: The reproduction's folder. Runs that it has finished are left as they are.
-        runs: Those that are planned.
-
-    Returns:
-        The names of the runs that were taken.
+    Runs that the reproduction has finished are left as they are. Return the names of those taken.
 
     Raises:
         UserError: The other folder is of other data or weights, or a run has other settings.

@@ -121,12 +121,7 @@ class Run:
 
 
 def plan_runs(budget: Budget, weights: Path | None) -> list[Run]:
-    """Return the runs of a reproduction, those first that say most.
-
-    Args:
-        budget: How much is spent.
-        weights: ImageNet weights, or None to train from scratch.
-    """
+    """Return the runs of a reproduction, those first that say most."""
     base = budget.settings(weights)
     parts = (
         _proposed(budget, base),

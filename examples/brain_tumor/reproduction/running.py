@@ -72,19 +72,11 @@ def run_plan(
     chosen: str = "*",
     take: Callable[[Sequence[Run]], object] | None = None,
 ) -> list[str]:
-    """Train and evaluate what a reproduction lacks; finished runs are left as they are.
+    """Train and evaluate what a reproduction lacks; return a line for each run that failed.
 
-    Args:
-        data: Folder of .mat slices.
-        weights: ImageNet weights, or None to train from scratch.
-        out: The reproduction's folder; new, or of the same data, weights and budget.
-        budget: How much is spent.
-        jobs: Runs side by side. Each has its share of the cores or, if there are GPUs, one of them.
-        chosen: Only runs with names like this, as file names are matched, are trained.
-        take: Called with the plan before anything is trained, to take finished runs in.
-
-    Returns:
-        A line for each run that failed.
+    Finished runs are left as they are. Each of the `jobs` runs side by side has its share of the
+    cores or, if there are GPUs, one of them. Only runs with names like `chosen`, as file names are
+    matched, are trained. `take` is called with the plan before, to take finished runs in.
 
     Raises:
         UserError: The folder holds another reproduction, or the data are at fault.
@@ -112,14 +104,7 @@ def run_plan(
 
 
 def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None:
-    """Write what else the report needs, once: sample slices and the speed.
-
-    Args:
-        data: Folder of .mat slices.
-        weights: ImageNet weights, or None.
-        out: The reproduction's folder.
-        budget: How much is spent.
-    """
+    """Write what else the report needs, once: sample slices and the speed."""
     slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
     if not (out / SAMPLES).is_file():
         index = {number: place for place, number in enumerate(slices.numbers)}

@@ -102,10 +102,7 @@ def load_network(
 ) -> tuple[EmbeddingNetwork, int]:
     """Return a run's network, in eval mode, and how many epochs it was trained for.
 
-    Args:
-        folder: The run's.
-        settings: The network's.
-        averaged: Where there is a moving average of the weights, return that.
+    Where there is a moving average of the weights they are those, if `averaged`.
     """
     path = folder / CHECKPOINT
     contents = read_checkpoint(path)

@@ -44,14 +44,7 @@ BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done
 def train(
     settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool = False
 ) -> None:
-    """Train on one side of a split and leave the run in a folder.
-
-    Args:
-        settings: What to train and how.
-        slices: Images and labels.
-        split: The two sides; only its training side is looked at.
-        out: The run's folder, new unless `resume`.
-        resume: Continue the run in `out`, which must have the same settings and split.
+    """Train on one side of a split and leave the run in a folder, or go on with the run in it.
 
     Raises:
         UserError: The folder holds another run, a file does not fit, or the loss diverged.

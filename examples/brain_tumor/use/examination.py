@@ -33,13 +33,7 @@ PATCHES = 4  # a side, for shuffling
 def examine(run: Path, slices: SliceSet, data: Path) -> None:
     """Write into a run's folder how it does on strange pictures, and where its Grad-CAM points.
 
-    Args:
-        run: The run's folder.
-        slices: The slices that it was trained on and held out.
-        data: Their folder, for the outlines of the tumours.
-
-    Raises:
-        UserError: The run or a slice is at fault.
+    The folder of its slices has the outlines of the tumours.
     """
     reference = read_reference(run, slices)
     write_json(run / STRANGE, judge_strange(reference))

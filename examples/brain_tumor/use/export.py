@@ -50,9 +50,6 @@ CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has t
 class Classifier(nn.Module):
     """A network and the training slices that it answers from, as one module.
 
-    Args:
-        reference: The run's.
-
     Raises:
         UserError: A class has no training slice.
     """
@@ -84,15 +81,8 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     Both map `images` (n, 1, size, size), float32 in [0, 1], any n, to `embedding` (n, d),
     L2-normalised, and `probabilities` (n, C) of the classes. On the held-out slices they are
     compared with the network before anything is written; model.json describes them and holds their
-    SHA-256. None of the three takes its place before all are stored, and model.json is the last.
-
-    Args:
-        run: A run's folder, finished or not.
-        slices: The slices that the run was trained on and held out, at its image size.
-        out: The folder for the three files; made if missing.
-
-    Returns:
-        What model.json holds.
+    SHA-256, and is returned. None of the three takes its place before all are stored, and
+    model.json is the last.
 
     Raises:
         UserError: The run is at fault, a package is missing, or an exported file answers otherwise

@@ -99,14 +99,9 @@ def predict(
 ) -> tuple[list[Prediction], list[str]]:
     """Classify files by their nearest training slice; write a figure of each, and the answers.
 
-    The answers are written as they come: an interrupted call leaves those that it has.
-
-    Args:
-        run: A run's folder, finished or not.
-        files: Slices of the archive's format (.mat), of which the image is enough, PNG, JPEG, TIFF,
-            BMP or DICOM pictures, or folders that hold such files.
-        slices: The slices that the run was trained on and held out, at its image size.
-        out: The folder for the figures and `predictions.json`; made if missing.
+    The files are slices of the archive's format (.mat), of which the image is enough, PNG, JPEG,
+    TIFF, BMP or DICOM pictures, or folders of them. The answers are written as they come: an
+    interrupted call leaves those that it has.
 
     Returns:
         The answers, and for each file without one the fault, in a line that names the file.
