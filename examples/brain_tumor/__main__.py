@@ -15,7 +15,7 @@ from .data.splits import make_split
 from .download.sources import download_slices, download_weights
 from .errors import UserError
 from .evaluation.evaluate import evaluate
-from .files import printable
+from .files import printable, read_json, read_rows
 from .report.figures import plot_early
 from .report.reproduction_report import write_reproduction_report
 from .report.run_report import describe_examination, describe_result, write_report
@@ -32,7 +32,7 @@ from .settings import (
 )
 from .training.checkpoint import epochs_done
 from .training.loop import train
-from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows, refuse_existing
+from .training.run_folder import SETTINGS, SPLIT, STEPS, refuse_existing
 from .use.examination import examine
 from .use.export import describe_export, export
 from .use.prediction import describe_prediction, predict

@@ -15,7 +15,17 @@ from angular_losses import angle_between
 
 from ..data.slices import SliceSet
 from ..data.splits import Split
-from ..files import check_sum, locked, readable, replacing, write_sums
+from ..files import (
+    check_sum,
+    locked,
+    read_table,
+    readable,
+    write_array,
+    write_json,
+    write_sums,
+    write_table,
+    write_text,
+)
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import class_centres
 from ..settings import Settings, read_settings
@@ -32,10 +42,6 @@ from ..training.run_folder import (
     VIEW_PREDICTIONS,
     read_precision,
     read_split,
-    read_table,
-    write_json,
-    write_table,
-    write_text,
 )
 from .calibration import (
     BLOCKS,
@@ -102,8 +108,8 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
         slices.labels[split.train],
         len(slices.classes),
     )
-    _write_array(run / EMBEDDINGS, embeddings[own])
-    _write_array(run / ANGLES, class_angles(embeddings[own], centres))
+    write_array(run / EMBEDDINGS, embeddings[own].float().numpy())
+    write_array(run / ANGLES, class_angles(embeddings[own], centres).float().numpy())
     by_views = {}
     for views, averaged in embeddings.items():
         table, by_views[views] = _classify(slices, split, averaged)
@@ -300,8 +306,3 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
         )
     truth = labels[split.test].numpy()
     return write_table(rows), measure(truth, predicted.numpy(), len(slices.classes))
-
-
-def _write_array(path: Path, values: Tensor) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, values.float().numpy(), allow_pickle=False)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.metrics import wilson_interval
-from ..files import readable
-from ..training.run_folder import read_table
+from ..files import read_table, readable
 from .page import Table
 
 SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour

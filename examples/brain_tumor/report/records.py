@@ -7,19 +7,12 @@ from typing import Any
 
 from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
+from ..files import read_json, read_rows
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
 from ..reproduction.results import Reproduction, Result
 from ..reproduction.running import SESSIONS
 from ..settings import load_settings, override_settings, setting_fields, write_settings
-from ..training.run_folder import (
-    ENVIRONMENT,
-    METRICS,
-    POINTING,
-    SPLIT,
-    STRANGE,
-    read_json,
-    read_rows,
-)
+from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
 from .examination_tables import pointing_table, strange_table
 from .page import Table

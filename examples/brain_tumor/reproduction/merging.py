@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import PARTIAL, check_sum, replacing, write_sums
+from ..files import PARTIAL, check_sum, read_array, read_json, write_array, write_sums, write_text
 from ..settings import (
     Settings,
     first_difference,
@@ -19,22 +19,7 @@ from ..settings import (
     read_settings,
     write_settings,
 )
-from ..training.run_folder import (
-    ANGLES,
-    EMBEDDINGS,
-    ENVIRONMENT,
-    EPOCHS,
-    METRICS,
-    POINTING,
-    PREDICTIONS,
-    SETTINGS,
-    SPLIT,
-    STRANGE,
-    VIEW_PREDICTIONS,
-    read_array,
-    read_json,
-    write_text,
-)
+from ..training import run_folder
 from .plan import PROPOSED, Run
 from .results import Result, read_reproduction
 from .running import REPRODUCTION, RUNS, SESSIONS, SLICES, is_finished
@@ -81,11 +66,11 @@ def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
         if not is_finished(source, run) or is_finished(target, run):
             continue
         key = first_difference(
-            _placeless(read_settings(source / SETTINGS)), _placeless(run.settings)
+            _placeless(read_settings(source / run_folder.SETTINGS)), _placeless(run.settings)
         )
         if key is not None:
             raise UserError(
-                f"{source / SETTINGS}: {key} differs from the plan's; was it another's?"
+                f"{source / run_folder.SETTINGS}: {key} differs from the plan's; was it another's?"
             )
         partial = target.with_name(target.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,18 +100,24 @@ def _copy_run(result: Result, target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    names = [SPLIT, ENVIRONMENT, EPOCHS, PREDICTIONS, METRICS, POINTING, STRANGE]
+    names = [
+        run_folder.SPLIT,
+        run_folder.ENVIRONMENT,
+        run_folder.EPOCHS,
+        run_folder.PREDICTIONS,
+        run_folder.METRICS,
+        run_folder.POINTING,
+        run_folder.STRANGE,
+    ]
     if result.run.training == PROPOSED:
-        names += [VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
+        names += [run_folder.VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
     for name in names:
         if (result.folder / name).is_file():
             check_sum(result.folder / name)
             shutil.copyfile(result.folder / name, partial / name)
-    write_text(partial / SETTINGS, write_settings(_placeless(result.run.settings)))
+    write_text(partial / run_folder.SETTINGS, write_settings(_placeless(result.run.settings)))
     if (result.run.group, result.run.settings.training.seed) == ("slice", 0):  # t-SNE, angles
-        for name in (EMBEDDINGS, ANGLES):
-            halved = read_array(result.folder / name).astype(np.float16)
-            with replacing(partial / name) as temporary, temporary.open("wb") as file:
-                np.save(file, halved, allow_pickle=False)
+        for name in (run_folder.EMBEDDINGS, run_folder.ANGLES):
+            write_array(partial / name, read_array(result.folder / name).astype(np.float16))
     write_sums(partial, sorted(path.name for path in partial.iterdir()))
     partial.rename(target)

@@ -11,19 +11,9 @@ import numpy as np
 from ..data.slices import CLASS_NAMES
 from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics
-from ..files import readable
+from ..files import read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
-from ..training.run_folder import (
-    EMBEDDINGS,
-    EPOCHS,
-    PREDICTIONS,
-    SETTINGS,
-    VIEW_PREDICTIONS,
-    read_array,
-    read_json,
-    read_rows,
-    read_table,
-)
+from ..training.run_folder import EMBEDDINGS, EPOCHS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS
 from .plan import PROPOSED, Budget, Run, plan_runs
 from .running import REPRODUCTION, RUNS, SLICES, is_finished
 

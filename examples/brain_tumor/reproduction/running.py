@@ -36,22 +36,22 @@ from ..data.slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS, SliceSet, load_sl
 from ..data.splits import make_split
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate
-from ..files import LOCK, PARTIAL, locked, replacing
-from ..settings import Settings
-from ..training.checkpoint import epochs_done
-from ..training.loop import train
-from ..training.run_folder import (
-    METRICS,
-    SETTINGS,
+from ..files import (
+    LOCK,
+    PARTIAL,
     append_rows,
-    choose_precision,
-    describe_environment,
+    locked,
     read_json,
     read_table,
+    replacing,
     write_json,
     write_table,
     write_text,
 )
+from ..settings import Settings
+from ..training.checkpoint import epochs_done
+from ..training.loop import train
+from ..training.run_folder import METRICS, SETTINGS, choose_precision, describe_environment
 from .plan import Budget, Run, plan_runs
 from .speed import measure_speed
 

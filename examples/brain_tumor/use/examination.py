@@ -20,7 +20,8 @@ from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH, embed
-from ..training.run_folder import POINTING, STRANGE, write_json, write_table, write_text
+from ..files import write_json, write_table, write_text
+from ..training.run_folder import POINTING, STRANGE
 from .gradcam import measure_overlap
 from .prediction import Reference, explain, read_reference
 

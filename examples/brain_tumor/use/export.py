@@ -33,8 +33,8 @@ from ..evaluation.evaluate import (
     normalised,
     probabilities,
 )
-from ..files import locked, replacing
-from ..training.run_folder import SETTINGS, SPLIT, read_json, read_split
+from ..files import locked, read_json, replacing
+from ..training.run_folder import SETTINGS, SPLIT, read_split
 from .prediction import NOTICE, Reference, check_finite, read_reference
 
 TORCH_FILE = "model.pt2"

@@ -19,21 +19,12 @@ from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calibration
 from ..evaluation.evaluate import class_scores, embed, probabilities
-from ..files import check_sum, locked, printable
+from ..files import check_sum, locked, printable, read_json, write_json
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures import plot_prediction
 from ..settings import read_settings
+from ..training import run_folder
 from ..training.checkpoint import load_network
-from ..training.run_folder import (
-    CALIBRATION,
-    EMBEDDINGS,
-    METRICS,
-    SETTINGS,
-    read_json,
-    read_precision,
-    read_split,
-    write_json,
-)
 from .gradcam import Overlap, grad_cam, measure_overlap
 
 NOTICE = "Not a medical device: for research and teaching, never for diagnosis."
@@ -181,10 +172,10 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
     Raises:
         UserError: A file of the run is missing or damaged, or the slices are not its own.
     """
-    settings = read_settings(run / SETTINGS)
-    split = read_split(run, slices)
+    settings = read_settings(run / run_folder.SETTINGS)
+    split = run_folder.read_split(run, slices)
     network, epoch = load_network(run, settings.network)
-    precision = read_precision(run)
+    precision = run_folder.read_precision(run)
     views = settings.evaluation.views
     shape = (len(slices.labels), settings.network.embedding_size)
     embeddings = _stored_embeddings(run, epoch, shape, split.train)
@@ -221,11 +212,11 @@ def _stored_embeddings(
 ) -> Tensor | None:
     """Return what evaluation kept of the training slices, or None if absent, damaged or older."""
     try:
-        check_sum(run / EMBEDDINGS)
+        check_sum(run / run_folder.EMBEDDINGS)
         # Mapped, because a header may promise more than the file holds.
-        stored = np.load(run / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+        stored = np.load(run / run_folder.EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         sound = stored.shape == shape and stored.dtype == np.float32
-        if not sound or read_json(run / METRICS)["epoch"] != epoch:
+        if not sound or read_json(run / run_folder.METRICS)["epoch"] != epoch:
             return None
         embeddings = torch.from_numpy(np.array(stored))[train]
     except Exception:  # it only saves time, and damage shows in a dozen ways
@@ -239,12 +230,12 @@ def _stored_calibration(run: Path, epoch: int, network: EmbeddingNetwork) -> Cal
     Raises:
         UserError: The file is damaged, or belongs to another network.
     """
-    calibration = read_calibration(run / CALIBRATION)
+    calibration = read_calibration(run / run_folder.CALIBRATION)
     channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
     if calibration and (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
         raise UserError(
-            f"{run / CALIBRATION}: belongs to epoch {calibration.epoch}, but the network is "
-            f"of epoch {epoch}; evaluate the run again"
+            f"{run / run_folder.CALIBRATION}: belongs to epoch {calibration.epoch}, but the "
+            f"network is of epoch {epoch}; evaluate the run again"
         )
     return calibration
 

@@ -19,11 +19,11 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.calibration import BLOCKS, calibrated, read_calibration
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
 from examples.brain_tumor.evaluation.metrics import reliability
+from examples.brain_tumor.files import read_json
 from examples.brain_tumor.report.examination_tables import pointing_table, strange_table
 from examples.brain_tumor.report.run_report import write_report
 from examples.brain_tumor.settings import load_settings, override_settings
 from examples.brain_tumor.training.loop import train
-from examples.brain_tumor.training.run_folder import read_json
 from examples.brain_tumor.use import examination, prediction
 from examples.brain_tumor.use.examination import judge_strange, point, strange_pictures
 from examples.brain_tumor.use.prediction import describe_prediction, predict, read_reference
