@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.phantoms import is_whole, make_phantoms
-from .data.slices import SliceSet, load_slices
+from .data.slices import SliceSet
 from .data.splits import make_split
 from .download.sources import download_slices, download_weights
 from .errors import UserError
@@ -21,7 +21,7 @@ from .report.reproduction_report import write_reproduction_report
 from .report.run_report import describe_examination, describe_result, write_report
 from .reproduction.merging import collect, merge
 from .reproduction.plan import BUDGETS, Run
-from .reproduction.running import decoded_as, default_jobs, measure, run_plan
+from .reproduction.running import default_jobs, load, measure, run_plan
 from .settings import (
     PRESETS,
     Settings,
@@ -401,8 +401,7 @@ def _load(folder: Path, settings: Settings) -> SliceSet:
             f"{folder}: no such folder; the real slices are at {ARCHIVE} (CC BY 4.0, Jun Cheng), "
             f"synthetic ones come from: {_command('make-phantoms', folder)}"
         )
-    image_size, crop = decoded_as(settings)
-    return load_slices(folder, image_size, progress=sys.stderr.isatty(), crop=crop)
+    return load(folder, settings)
 
 
 def _command(*arguments: str | Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -304,16 +303,6 @@ def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np
         ("tumorMask", _fill(border, len(picture)).T, "logical", 1),
     )
     buffer = io.BytesIO()  # libhdf5 itself may crash on a full disk
-    _write_fields(buffer, fields)
-    buffer.seek(0)
-    buffer.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-def _write_fields(
-    buffer: io.BytesIO, fields: Iterable[tuple[str, np.ndarray, str, int | None]]
-) -> None:
     with h5py.File(buffer, "w", userblock_size=512) as file:
         group = file.create_group("cjdata")
         group.attrs["MATLAB_class"] = np.bytes_("struct")
@@ -323,3 +312,7 @@ def _write_fields(
             group[name].attrs["MATLAB_class"] = np.bytes_(matlab_class)
             if decode is not None:
                 group[name].attrs["MATLAB_int_decode"] = np.int32(decode)
+    buffer.seek(0)
+    buffer.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())

@@ -82,7 +82,7 @@ def run_plan(
         UserError: The folder holds another reproduction, or the data are at fault.
     """
     with locked(out):
-        slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
+        slices = load(data, budget.settings(None))
         _begin(out, _describe(slices, weights, budget), slices)
         runs = plan_runs(budget, weights)
         if take is not None:
@@ -92,7 +92,7 @@ def run_plan(
         done = len(runs) - len(unfinished)
         print(f"{out}: {len(runs)} runs, {done} of them finished, {len(left)} to do", flush=True)
         for run in {decoded_as(run.settings): run for run in left}.values():
-            _load(data, run.settings, progress=sys.stderr.isatty())  # once, not in every process
+            load(data, run.settings)  # once, not in every process
         failures: list[str] = []
         append_rows(out / SESSIONS, [_session(jobs, len(left))])
         try:
@@ -105,7 +105,7 @@ def run_plan(
 
 def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None:
     """Write what else the report needs, once: sample slices and the speed."""
-    slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
+    slices = load(data, budget.settings(None))
     if not (out / SAMPLES).is_file():
         index = {number: place for place, number in enumerate(slices.numbers)}
         pictures = {
@@ -217,9 +217,10 @@ def decoded_as(settings: Settings) -> tuple[int, str]:
     return settings.data.image_size, settings.data.crop
 
 
-def _load(data: Path, settings: Settings, progress: bool) -> SliceSet:
+def load(data: Path, settings: Settings) -> SliceSet:
+    """Load slices as the settings want them."""
     image_size, crop = decoded_as(settings)
-    return load_slices(data, image_size, progress=progress, crop=crop)
+    return load_slices(data, image_size, progress=sys.stderr.isatty(), crop=crop)
 
 
 @lru_cache(maxsize=2)

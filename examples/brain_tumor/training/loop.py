@@ -42,38 +42,37 @@ def train(
         UserError: The folder holds another run, a file does not fit, or the loss diverged.
     """
     with locked(out):
-        _train(settings, slices, split, out, resume)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = run_folder.choose_precision(settings.training.precision, device)
+        images, labels = (
+            slices.images[split.train].to(device),
+            slices.labels[split.train].to(device),
+        )
+        batches = batch_bounds(len(labels), settings.training.batch_size)
+        state = start(settings, device, len(slices.classes))
+        if resume:
+            run_folder.check_resumable(out, settings, slices, split)
+            restore(state, out, len(batches))
+        else:
+            run_folder.start_run(out, settings, slices, split)
+        write_sums(out, run_folder.FIXED)  # of the other files, which grow, `evaluate` keeps them
+        write_json(out / run_folder.ENVIRONMENT, run_folder.describe_environment(device, precision))
 
-
-def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = run_folder.choose_precision(settings.training.precision, device)
-    images, labels = slices.images[split.train].to(device), slices.labels[split.train].to(device)
-    batches = batch_bounds(len(labels), settings.training.batch_size)
-    state = start(settings, device, len(slices.classes))
-    if resume:
-        run_folder.check_resumable(out, settings, slices, split)
-        restore(state, out, len(batches))
-    else:
-        run_folder.start_run(out, settings, slices, split)
-    write_sums(out, run_folder.FIXED)  # of the other files, which grow, `evaluate` keeps them
-    write_json(out / run_folder.ENVIRONMENT, run_folder.describe_environment(device, precision))
-
-    if settings.training.compile:
-        state.network.compile()
-    epochs, save = settings.training.epochs, Saver(state, out)
-    done, steps_in_all = state.epoch * len(batches), epochs * len(batches)
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
-        while state.epoch < epochs:
-            started = time.perf_counter()
-            epoch = shuffled(images, labels, batches)
-            steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
-            seconds = time.perf_counter() - started
-            summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
-            save(last=state.epoch == epochs)
-            if hidden:
-                print(progress_line(summary, epochs), file=sys.stderr, flush=True)
+        if settings.training.compile:
+            state.network.compile()
+        epochs, save = settings.training.epochs, Saver(state, out)
+        done, steps_in_all = state.epoch * len(batches), epochs * len(batches)
+        hidden = not sys.stderr.isatty()
+        with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
+            while state.epoch < epochs:
+                started = time.perf_counter()
+                epoch = shuffled(images, labels, batches)
+                steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
+                seconds = time.perf_counter() - started
+                summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
+                save(last=state.epoch == epochs)
+                if hidden:
+                    print(progress_line(summary, epochs), file=sys.stderr, flush=True)
 
 
 def start(

@@ -99,7 +99,12 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     reference = _in_float32(run, reference)
     checks = [(part, _expected(reference, part)) for part in _batches(slices.images[test])]
     of_model = _answers(reference, torch.cat([embedding for _, (embedding, _) in checks]))
-    description["held_out"] = _compare_answers(slices.labels[test], of_run, of_model)
+    truth = slices.labels[test]
+    description["held_out"] = {
+        "slices": len(truth),
+        "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
+        "answered_otherwise": int((of_model != of_run).sum()),
+    }
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
@@ -187,10 +192,7 @@ def _in_float32(run: Path, reference: Reference) -> Reference:
     network = reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
     images = reference.slices.images[reference.train]
     with torch.no_grad():
-        parts = [
-            normalised(network, part.float(), reference.views)
-            for part in images.split(EMBEDDING_BATCH)
-        ]
+        parts = [normalised(network, part, reference.views) for part in _batches(images)]
     embeddings = torch.cat(parts)
     check_finite(run, embeddings)
     return dataclasses.replace(
@@ -202,14 +204,6 @@ def _answers(reference: Reference, embeddings: Tensor) -> Tensor:
     """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
     nearest, _ = nearest_neighbour(reference.embeddings, embeddings)
     return reference.labels[nearest]
-
-
-def _compare_answers(truth: Tensor, of_run: Tensor, of_model: Tensor) -> dict[str, Any]:
-    return {
-        "slices": len(truth),
-        "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
-        "answered_otherwise": int((of_model != of_run).sum()),
-    }
 
 
 @contextmanager

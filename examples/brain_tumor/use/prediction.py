@@ -133,14 +133,14 @@ def expand(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
             continue
         inside = list(visible_files(path))
-        slices = [one for one in inside if _may_be_slice(one)]
+        slices = [
+            one
+            for one in inside
+            if one.suffix.lower() in READABLE and one.name.lower() != FOLDS_NAME
+        ]
         tell_left_out(path, [f"{one}: no slice by its name" for one in inside if one not in slices])
         files += slices or [path]
     return files
-
-
-def _may_be_slice(path: Path) -> bool:
-    return path.suffix.lower() in READABLE and path.name.lower() != FOLDS_NAME
 
 
 def describe_prediction(prediction: Prediction) -> str:
