@@ -174,11 +174,7 @@ def write_sums(folder: Path, names: Sequence[str]) -> None:
 
 
 def check_sum(path: Path) -> None:
-    """Raise a UserError if a file is not what `write_sums` found; what it did not look at passes.
-
-    Raises:
-        UserError: The file is damaged, or cannot be read.
-    """
+    """Raise a UserError unless a file is what `write_sums` found; what it did not see passes."""
     sums = path.with_name(SUMS)
     if not sums.is_file():
         return  # of a version that kept none
@@ -193,11 +189,7 @@ def check_sum(path: Path) -> None:
 
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Check a file's sum; a fault met while it is read becomes a UserError that says `what` it is.
-
-    Raises:
-        UserError: The file is damaged, cannot be read or is no such file.
-    """
+    """Check a file's sum; a fault met in reading it becomes a UserError that says `what` it is."""
     check_sum(path)
     try:
         yield

@@ -7,12 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import (
-    confusion_matrix,
-    matthews_corrcoef,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from ..data.slices import CLASS_NAMES
 
@@ -81,9 +76,17 @@ def compute_metrics(confusion: np.ndarray) -> Metrics:
         f1=f1.tolist(),
         f1_macro=float(f1.mean()),
         f1_micro=hits / total,
-        mcc=float(matthews_corrcoef(truth, predicted)),
+        mcc=_matthews(confusion),
         label_auc=[_label_auc(confusion, label) for label in classes],
     )
+
+
+def _matthews(confusion: np.ndarray) -> float:
+    """Return R_K (Gorodkin, 2004); 0, without a warning, where either side has one class alone."""
+    total, hits = confusion.sum(), confusion.trace()
+    truth, called = confusion.sum(1), confusion.sum(0)
+    spread = float(total**2 - truth @ truth) * float(total**2 - called @ called)
+    return float(hits * total - truth @ called) / math.sqrt(spread) if spread else 0.0
 
 
 def _label_auc(confusion: np.ndarray, label: int) -> float:

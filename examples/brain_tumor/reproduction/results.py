@@ -120,11 +120,7 @@ class Reproduction:
 
 
 def read_reproduction(folder: Path) -> Reproduction:
-    """Read a reproduction's folder.
-
-    Raises:
-        UserError: It is none, or a file of it is damaged.
-    """
+    """Read a reproduction's folder."""
     description = read_json(folder / REPRODUCTION)
     empty = Reproduction(folder, description, [], [])
     results, missing = [], []

@@ -48,11 +48,7 @@ CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has t
 
 
 class Classifier(nn.Module):
-    """A network and the training slices that it answers from, as one module.
-
-    Raises:
-        UserError: A class has no training slice.
-    """
+    """A network and the training slices that it answers from, as one module."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
