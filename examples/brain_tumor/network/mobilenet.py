@@ -90,12 +90,12 @@ def separable_block(
 
     It maps (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride)).
     """
+    depthwise = DepthwiseConvolution(in_channels, stride, layout)
     mixture = {
         "conv": nn.Conv2d(in_channels, out_channels, 1, bias=False),
         "bn": nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPSILON[layout]),
         "relu6": nn.ReLU6(),
     }
-    depthwise = DepthwiseConvolution(in_channels, stride, layout)
     pointwise = nn.Sequential(OrderedDict(mixture))
     return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
 

@@ -198,7 +198,7 @@ def test_hottest_points_are_counted_against_the_outline(run, scaled, tmp_path, m
     reference = read_reference(run, scaled)
     heat = np.zeros((32, 32))
     heat[8, 8] = 1.0  # within the blobs of the first class alone
-    monkeypatch.setattr(examination, "grad_cam", lambda *given: heat)
+    monkeypatch.setattr(prediction, "grad_cam", lambda *given: heat)
     for number in scaled.numbers:
         (tmp_path / f"{number}.mat").touch()
 
