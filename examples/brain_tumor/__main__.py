@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .files import printable
+from .files import printable, read_json, read_rows
 from .reproduction.plan import BUDGETS, Run
 from .settings import (
     PRESETS,
@@ -97,13 +97,9 @@ def command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
+    """Run a command, given what follows the program's name, and return its exit code.
 
-    Args:
-        arguments: What follows the program's name; by default the process's own.
-
-    Returns:
-        0, 2 when the input is at fault, 130 when interrupted, 141 when no one reads the output.
+    It is 0, 2 when the input is at fault, 130 when interrupted, 141 when no one reads the output.
     """
     options = PARSER.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -140,16 +136,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None = None) -> None:
-    """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there.
-
-    Args:
-        folder: Where the phantoms and the run go.
-        count: Number of phantom slices.
-        overrides: Settings to change, by field name.
-
-    Raises:
-        UserError: The folder holds something else.
-    """
+    """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there."""
     from .data.phantoms import is_whole, make_phantoms
     from .data.splits import make_split
     from .evaluation.evaluate import evaluate
@@ -297,7 +284,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation.evaluate import evaluate
     from .report.figures import plot_early
     from .report.run_report import describe_result, write_report
-    from .training.run_folder import SETTINGS, SPLIT, STEPS, read_json, read_rows
+    from .training.run_folder import SETTINGS, SPLIT, STEPS
 
     for run in options.runs:
         evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
@@ -437,16 +424,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _load(folder: Path, settings: Settings) -> "SliceSet":
-    from .data.slices import load_slices
-    from .reproduction.running import decoded_as
+    from .reproduction.running import load
 
     if not folder.exists():
         raise UserError(
             f"{folder}: no such folder; the real slices are at {ARCHIVE} (CC BY 4.0, Jun Cheng), "
             f"synthetic ones come from: {_command('make-phantoms', folder)}"
         )
-    image_size, crop = decoded_as(settings)
-    return load_slices(folder, image_size, progress=sys.stderr.isatty(), crop=crop)
+    return load(folder, settings)
 
 
 def _command(*arguments: str | Path) -> str:

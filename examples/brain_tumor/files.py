@@ -1,10 +1,16 @@
 """Writing files whole or not at all, by one process at a time, and finding damage to them."""
 
+import csv
 import hashlib
+import io
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 try:
     import fcntl
@@ -99,6 +105,67 @@ def append_text(path: Path, text: str) -> None:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write all of `text`, or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON; NaN is refused because JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Read a JSON file."""
+    with readable(path, "JSON"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Read a .npy file."""
+    with readable(path, "an array"):
+        return np.load(path, allow_pickle=False)
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write a .npy file, all of it or nothing."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append one JSON line per row, all of them or none."""
+    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON lines of a log."""
+    with readable(path, "JSON lines"):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file with a header; the caller says what it is if that fails."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows, the header first, as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def keep_rows(path: Path, count: int) -> None:
+    """Drop the lines after the first `count`: what an interrupted epoch left in a log."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if len(lines) < count:
+        raise UserError(f"{path}: holds {len(lines)} lines where the checkpoint needs {count}")
+    write_text(path, "".join(lines[:count]))
+
+
 def write_sums(folder: Path, names: Sequence[str]) -> None:
     """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again."""
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
@@ -107,11 +174,7 @@ def write_sums(folder: Path, names: Sequence[str]) -> None:
 
 
 def check_sum(path: Path) -> None:
-    """Raise a UserError if a file is not what `write_sums` found; what it did not look at passes.
-
-    Raises:
-        UserError: The file is damaged, or cannot be read.
-    """
+    """Raise a UserError unless a file is what `write_sums` found; what it did not see passes."""
     sums = path.with_name(SUMS)
     if not sums.is_file():
         return  # of a version that kept none
@@ -122,6 +185,16 @@ def check_sum(path: Path) -> None:
             raise UserError(f"{path}: is damaged: it differs from its sum in {SUMS}")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable, or {sums} is not: {error}") from None
+
+
+@contextmanager
+def readable(path: Path, what: str) -> Iterator[None]:
+    """Check a file's sum; a fault met in reading it becomes a UserError that says `what` it is."""
+    check_sum(path)
+    try:
+        yield
+    except (OSError, EOFError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not readable as {what}: {error}") from None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 from .errors import UserError
-from .files import check_sum
+from .files import readable
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("quick", "standard", "paper")
@@ -203,11 +203,8 @@ def override_settings(settings: Settings, overrides: Mapping[str, object]) -> Se
 
 def read_settings(path: Path) -> Settings:
     """Read a TOML file of settings; keys it leaves out keep their defaults (the paper's)."""
-    check_sum(path)
-    try:
+    with readable(path, "settings"):
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not readable as settings: {error}") from None
     known = {table.name: table.type for table in dataclasses.fields(Settings)}
     for name, table in tables.items():
         if name not in known:
@@ -231,9 +228,8 @@ def write_settings(settings: Settings) -> str:
 def first_difference(settings: Settings, other: Settings) -> str | None:
     """Return `table.key` of the first setting that differs, or None."""
     for table, field in setting_fields():
-        if getattr(getattr(settings, table), field.name) != getattr(
-            getattr(other, table), field.name
-        ):
+        ours, theirs = (getattr(getattr(one, table), field.name) for one in (settings, other))
+        if ours != theirs:
             return f"{table}.{field.name}"
     return None
 

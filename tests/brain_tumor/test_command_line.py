@@ -19,12 +19,12 @@ from examples.brain_tumor.data.phantoms import make_phantoms
 from examples.brain_tumor.data.slices import default_cache_folder
 from examples.brain_tumor.download import sources
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import read_rows
 from examples.brain_tumor.report import reproduction_report
 from examples.brain_tumor.reproduction import running
 from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
 from examples.brain_tumor.training import loop as training
-from examples.brain_tumor.training.run_folder import read_rows
 from tests.brain_tumor.report.made_results import BUDGET, LATE, reproduction
 
 RUNS = plan_runs(BUDGET, None)

@@ -58,11 +58,7 @@ class Volume:
     spacing: float  # distance between neighbouring voxels, in mm
 
     def at(self, points: torch.Tensor) -> torch.Tensor:
-        """Interpolate at points (..., 3); outside the grid its faces go on.
-
-        Returns:
-            (channels, ...).
-        """
+        """Interpolate at points (..., 3) to (channels, ...); outside the grid its faces go on."""
         last = torch.tensor(self.values.shape[1:]) - 1
         grid = (points - self.corner) * (2 / (self.spacing * last)) - 1
         values = functional.grid_sample(
@@ -77,13 +73,9 @@ class Volume:
 def smooth_noise(
     generator: np.random.Generator, cells: Sequence[int], reach: float, voxels: int = 48
 ) -> Volume:
-    """Draw smooth random fields of unit variance on the cube [-reach, reach]^3.
+    """Draw smooth random fields of unit variance on the cube [-reach, reach]^3, in mm.
 
-    Args:
-        generator: Source of the random numbers.
-        cells: One channel each: how many independent values lie along a side.
-        reach: Half the side of the cube, in mm.
-        voxels: Side of the stored grid.
+    `cells` says for each channel how many independent values lie along a side.
     """
     channels = []
     for count in cells:

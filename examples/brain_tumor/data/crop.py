@@ -44,10 +44,8 @@ def put_back(part: np.ndarray, box: Box, shape: tuple[int, int]) -> np.ndarray:
 def head_box(image: np.ndarray) -> Box:
     """Return the square around the head in a slice, or the whole slice where there is none.
 
-    Pixels above a threshold, smoothed, make regions; the largest is the head.
-
-    Args:
-        image: (h, w) intensities, of any range that starts near the background's.
+    Pixels above a threshold, smoothed, make regions; the largest is the head. Intensities (h, w)
+    are of any range that starts near the background's.
     """
     height, width = image.shape
     whole = Box(0, 0, height, width)

@@ -37,11 +37,7 @@ class Slice:
 
 
 def read_slice(path: Path) -> Slice:
-    """Read one slice of the archive.
-
-    Raises:
-        UserError: The file is missing, damaged or not a slice.
-    """
+    """Read one slice of the archive."""
     found = _read(path, FIELDS)
     border = found["tumorBorder"]
     if border.size % 2 or min(border.shape) != 1 or not np.isfinite(border).all():
@@ -60,9 +56,6 @@ def read_unlabelled(path: Path) -> tuple[np.ndarray, np.ndarray | None, int | No
 
     Returns:
         The image (h, w) float32 and, where the file has them, tumour mask (h, w) and label.
-
-    Raises:
-        UserError: The file is missing, damaged or not a slice.
     """
     names = ("image", "tumorMask", "label")
     found = _read(path, {name: FIELDS[name] for name in names}, optional=names[1:])
@@ -106,11 +99,7 @@ def _mask(path: Path, mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def read_folds(path: Path) -> np.ndarray:
-    """Read the archive's cvind.mat: the fold, 1 to 5, of each slice from 1 to 3064.
-
-    Raises:
-        UserError: The file is missing, damaged or not the archive's.
-    """
+    """Read the archive's cvind.mat: the fold, 1 to 5, of each slice from 1 to 3064."""
     check_file(path)
     folds = READER.read(path, "hdf5", "", {"cvind": LARGEST_SIDE})["cvind"].ravel()
     if len(folds) != ARCHIVE_SIZE:

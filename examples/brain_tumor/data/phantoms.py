@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,14 +196,8 @@ def make_phantoms(
     """Write 1.mat to count.mat, in the archive's format, SYNTHETIC.txt, and planes.csv.
 
     The same arguments write the same files. Phantoms that the folder already holds are removed
-    first, so that an interrupted run leaves no mixture of two sets.
-
-    Args:
-        folder: Where to; made if missing.
-        count: Number of slices, about four to a patient.
-        seed: Of all random numbers, 0 or more.
-        size: Side of the square slices in pixels, at least 64.
-        progress: Whether to show a progress bar.
+    first, so that an interrupted run leaves no mixture of two sets. There are about four slices to
+    a patient, `size` pixels a side.
 
     Raises:
         UserError: If the folder holds other .mat files, or an argument is out of range.
@@ -310,16 +303,6 @@ def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np
         ("tumorMask", _fill(border, len(picture)).T, "logical", 1),
     )
     buffer = io.BytesIO()  # libhdf5 itself may crash on a full disk
-    _write_fields(buffer, fields)
-    buffer.seek(0)
-    buffer.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-def _write_fields(
-    buffer: io.BytesIO, fields: Iterable[tuple[str, np.ndarray, str, int | None]]
-) -> None:
     with h5py.File(buffer, "w", userblock_size=512) as file:
         group = file.create_group("cjdata")
         group.attrs["MATLAB_class"] = np.bytes_("struct")
@@ -329,3 +312,7 @@ def _write_fields(
             group[name].attrs["MATLAB_class"] = np.bytes_(matlab_class)
             if decode is not None:
                 group[name].attrs["MATLAB_int_decode"] = np.int32(decode)
+    buffer.seek(0)
+    buffer.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())

@@ -36,12 +36,9 @@ class Reader:
         self._lock = Lock()
 
     def read(self, path: Path, reader: str, *arguments: object) -> dict[str, np.ndarray]:
-        """Read matrices from a file.
+        """Read matrices from a file with one of serving.py's READERS.
 
-        Args:
-            path: The file.
-            reader: Which of serving.py's READERS reads it.
-            arguments: What the reader is told besides the path; of JSON's types.
+        The arguments are what it is told besides the path, of JSON's types.
 
         Raises:
             UserError: The file is damaged, or a matrix is missing or not as it should be.

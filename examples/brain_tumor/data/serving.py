@@ -45,12 +45,10 @@ def serve() -> None:
 
 
 def answer(request: bytes, answers: BinaryIO) -> None:
-    """Answer one request.
+    """Answer one request, a line of JSON: which of the READERS, and its arguments, a path first.
 
-    Args:
-        request: A line of JSON: which of the READERS, and its arguments, a path first.
-        answers: Gets a line of JSON, a list of the matrices' names, dtypes and shapes, then their
-            bytes; or a line with the reason why the file is refused.
+    The answer is a line of JSON, a list of the matrices' names, dtypes and shapes, then their
+    bytes; or a line with the reason why the file is refused.
     """
     try:
         name, *arguments = json.loads(request)

@@ -72,15 +72,9 @@ def load_slices(
 
     Decoding takes a minute or two for the whole archive, so its result is kept, in one file for
     each image size and crop. That file is rebuilt when a slice's name, size or time of change
-    differs, and when it is damaged.
-
-    Args:
-        folder: Where the slices lie.
-        image_size: Side in pixels to which the images are resized.
-        cache_folder: Where the decoded images are kept; by default `.cache` in the folder or,
-            if that cannot be written, a folder of its own in `~/.cache/angular_losses`.
-        progress: Whether to show a progress bar while decoding.
-        crop: What is cut out of each slice before that, see `find_box`.
+    differs, and when it is damaged. By default it lies in `.cache` in the folder or, if that cannot
+    be written, in a folder of its own in `~/.cache/angular_losses`. `crop` is what is cut out of
+    each slice, see `find_box`, before it is resized to `image_size` pixels a side.
 
     Raises:
         UserError: The folder is missing or holds no slices, or slices of the archive are faulty:

@@ -31,11 +31,7 @@ class Split:
 
 
 def make_split(settings: DataSettings, slices: SliceSet) -> Split:
-    """Return the split that the settings ask for.
-
-    Raises:
-        UserError: The slices do not allow it.
-    """
+    """Return the split that the settings ask for."""
     name, _, swapped = settings.split.partition("-")
     if name == "validation":
         split = validation_split(slices, settings.split_seed)

@@ -23,14 +23,7 @@ def unpack(path: Path, folder: Path) -> list[str]:
 
     The folders inside the archive are ignored, and so are files that are neither `1.mat` ...
     `3064.mat` nor `cvind.mat`. Every member is read to its end, where its checksum stands, before
-    the first one is written.
-
-    Args:
-        path: A zip archive.
-        folder: Where the files are written; those of the same names are replaced.
-
-    Returns:
-        The names of the files written.
+    the first one is written. Return the names of the files written.
 
     Raises:
         UserError: The archive is damaged, or holds what no honest archive does: a path that leads

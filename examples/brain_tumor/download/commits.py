@@ -24,13 +24,8 @@ def sum_in_commit(repository: str, commit: str, name: str, seconds: float) -> st
     """Return the checksum of a large file, "sha256:...", as a commit has it.
 
     In place of the file git holds a pointer, its sum; a commit's hash is a hash of all it holds.
-    git computes it from what it receives, so that the server is not taken at its word.
-
-    Args:
-        repository: The URL, of a scheme that is trusted.
-        commit: The commit's hash, all 40 digits.
-        name: The file's.
-        seconds: How long git may take.
+    git computes it from what it receives, so that the server is not taken at its word. The
+    repository's URL is of a scheme that is trusted; git may take so many seconds.
 
     Raises:
         UserError: git is missing, the repository cannot be had or does not hold the commit, or the

@@ -57,13 +57,8 @@ def download_slices(
 ) -> None:
     """Download the data set's archives and unpack them: 1.mat to 3064.mat, and cvind.mat.
 
-    What a former call left behind is used: whole files, parts of files, unpacked archives.
-
-    Args:
-        folder: Where the files go; it is made if need be.
-        base_url: The URL of the files without their ids, https.
-        files: What to download; those that end in .zip are unpacked and removed.
-        patience: How long to wait for the server and how often to try.
+    What a former call left behind is used: whole files, parts of files, unpacked archives. Files
+    that end in .zip are unpacked and removed.
 
     Raises:
         UserError: The folder is not fit for it or the disk is too full, the server refuses or
@@ -93,17 +88,9 @@ def download_weights(
 ) -> str:
     """Download timm's ImageNet weights of MobileNet v1, for a network of the layout "timm".
 
-    The file's SHA-256 is what the commit says, see `sum_in_commit`; besides, its tensors are
-    checked for names, shapes and finite values.
-
-    Args:
-        path: The safetensors file to write. If it is there, its tensors are checked, no more.
-        repository: The URL of a git repository at Hugging Face, https.
-        commit: Its commit, all 40 digits.
-        patience: How long to wait for the server and how often to try.
-
-    Returns:
-        The file's sha256 sum, for the record.
+    The file's SHA-256, which is returned, is what the commit says, see `sum_in_commit`; besides,
+    its tensors are checked for names, shapes and finite values. If the file is there, its tensors
+    are checked, no more.
 
     Raises:
         UserError: The file cannot be downloaded or written, or is not what it should be.

@@ -30,7 +30,6 @@ SLOWEST = 1000  # bytes a second, on the average of a connection
 LONGEST_HEAD = 4  # times the timeout, which counts from byte to byte, for an answer to begin
 USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
-STRONG_TAG = re.compile(r'"[!#-~]*"')  # an ETag that stands for the same bytes
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,9 @@ def fetch(
 ) -> None:
     """Download a file, going on with a part that is there already; do nothing if it is whole.
 
-    Args:
-        url: Where it is: https, or http on this machine.
-        path: Where it goes.
-        limit: Bytes it has at most.
-        known: Its checksum, "md5:..." or "sha256:...".
-        room: Bytes to be free on the disk besides those of the file.
-        patience: How long to wait and how often to try.
-        check: Called with the finished file before it gets its name; may raise a UserError.
+    The URL is of https, or of http on this machine. `limit` is how many bytes the file has at most,
+    `known` its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the
+    disk besides. `check` is called with the finished file before it gets its name.
 
     Raises:
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
@@ -76,7 +70,6 @@ def fetch(
     # What was stopped between its last byte and its name is whole, and no server would go on.
     if not (partial.is_file() and checksum(partial, algorithm) == expected):
         _receive(url, partial, limit, room, patience)
-    _tag_of(partial).unlink(missing_ok=True)
     try:
         found = checksum(partial, algorithm)
         if found != expected:
@@ -117,7 +110,6 @@ def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) ->
         if total is not None and total > limit:
             raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
         _check_room(partial.parent, (limit if total is None else total) - offset + room)
-        _keep_tag(_tag_of(partial), response.headers.get("ETag", ""))
         offset = _append(response, partial, offset, total, limit, timeout)
         if offset > limit:
             partial.unlink()
@@ -169,7 +161,10 @@ def _open(url: str, partial: Path, timeout: float) -> HTTPResponse:
     try:
         if not is_safe(url, url):
             raise UserError(f"{url}: not a URL of https")
-        request, opener = _request(url, partial), build_opener(_CarefulRedirects())
+        request = Request(url, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        if offset := _size(partial):  # parts of two versions would not have the sum
+            request.add_header("Range", f"bytes={offset}-")
+        opener = build_opener(_CarefulRedirects())
         response = _in_time(lambda: opener.open(request, timeout=timeout), LONGEST_HEAD * timeout)
     except HTTPError as error:
         error.close()
@@ -197,17 +192,6 @@ def _in_time(call: Callable[[], HTTPResponse], seconds: float) -> HTTPResponse:
         return future.result(seconds)
     except FutureTimeout:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
-
-
-def _request(url: str, partial: Path) -> Request:
-    """Return the request for what is missing of a file, if it is still the same file."""
-    request = Request(url, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-    tag = _tag_of(partial)
-    if offset := _size(partial):
-        request.add_header("Range", f"bytes={offset}-")
-        if tag.is_file() and STRONG_TAG.fullmatch(kept := tag.read_text("ascii", "replace")):
-            request.add_header("If-Range", kept)
-    return request
 
 
 def _refusal(url: str, error: HTTPError, partial: Path) -> Exception:
@@ -267,19 +251,6 @@ def _is_local(url: str) -> bool:
         return parts.scheme == "http" and ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:  # a name
         return False
-
-
-def _tag_of(partial: Path) -> Path:
-    """Return where the server's name for this version of a file is kept while it is incomplete."""
-    return partial.with_name(partial.name + ".etag")
-
-
-def _keep_tag(path: Path, tag: str) -> None:
-    """Write down which version of a file is being received, so that no two are spliced."""
-    if STRONG_TAG.fullmatch(tag):
-        path.write_text(tag, "ascii")
-    else:
-        path.unlink(missing_ok=True)
 
 
 def checksum(path: Path, algorithm: str) -> str:

@@ -101,11 +101,7 @@ def calibrated(scores: np.ndarray, exponent: float) -> np.ndarray:
 
 
 def read_calibration(path: Path) -> Calibration | None:
-    """Return what `Calibration.write` kept, or None without the file.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Return what `Calibration.write` kept, or None without the file."""
     if not path.exists():
         return None
     try:

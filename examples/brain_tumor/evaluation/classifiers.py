@@ -11,7 +11,6 @@ from ..errors import UserError
 
 LARGEST_K = 30
 VALIDATION = 0.2  # of the training side
-PAPER_DEGREE = 256
 TREES = 400  # of the random forest
 
 
@@ -32,19 +31,12 @@ def classify(
     test_labels: np.ndarray,
     groups: np.ndarray | None,
     seed: int,
-    paper_degree: bool = False,
 ) -> list[Classification]:
     """Fit the classifiers of the paper's Table 2, and k-NN with a k chosen honestly.
 
-    Args:
-        train: (n, d) L2-normalised embeddings.
-        train_labels: (n,) of two classes or more.
-        test: (k, d) L2-normalised embeddings.
-        test_labels: (k,), looked at by "k-NN, best k" alone, which is the paper's way.
-        groups: (n,) the training slices' patients if no patient stands on both sides; the
-            validation part then holds whole patients. Otherwise None.
-        seed: Of the validation part and of the forest.
-        paper_degree: Add the polynomial kernel of degree 256 that the paper names.
+    Embeddings (n, d) and (k, d) are L2-normalised. The test labels are looked at by "k-NN, best k"
+    alone, which is the paper's way. `groups` (n,) are the training slices' patients if no patient
+    stands on both sides; the validation part then holds whole patients.
 
     Raises:
         UserError: The training slices are of one class, or too few to set a part of them aside.
@@ -73,14 +65,13 @@ def classify(
     ]
     features = min(32, train.shape[1])
     forest = RandomForestClassifier(n_estimators=TREES, max_features=features, random_state=seed)
+    # Between unit vectors ((1 + cos) / 2)^3; the paper's degree of 256 would be degenerate.
+    polynomial = SVC(kernel="poly", degree=3, C=1.0, gamma=0.5, coef0=0.5)
     models = {
         "SVM Gaussian": (SVC(kernel="rbf", C=1.0, gamma="scale"), "C = 1, gamma 1 / (d variance)"),
-        "SVM polynomial": (_polynomial(3), "((1 + cos) / 2)^3, C = 1"),
+        "SVM polynomial": (polynomial, "((1 + cos) / 2)^3, C = 1"),
         "random forest": (forest, f"{TREES} trees, max_features {features}, seed {seed}"),
     }
-    if paper_degree:
-        text = f"((1 + cos) / 2)^{PAPER_DEGREE}, C = 1"
-        models["SVM polynomial, degree 256"] = (_polynomial(PAPER_DEGREE), text)
     for name, (model, text) in models.items():
         predicted = model.fit(train, train_labels).predict(test)
         results.append(Classification(name, text, predicted))
@@ -120,8 +111,3 @@ def _validated_k(
     neighbours = nearest_labels(train[fitted], labels[fitted], train[held])
     accuracies = [(vote(neighbours, k) == labels[held]).mean() for k in _ks(neighbours)]
     return int(np.argmax(accuracies)) + 1
-
-
-def _polynomial(degree: int) -> SVC:
-    # Between unit vectors ((1 + cos) / 2)^degree, which stays in [0, 1] at any degree.
-    return SVC(kernel="poly", degree=degree, C=1.0, gamma=0.5, coef0=0.5)

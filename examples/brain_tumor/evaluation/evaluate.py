@@ -1,8 +1,6 @@
 """From a trained network to answers: embeddings, the nearest neighbour's class, scores, angles."""
 
-import csv
 import dataclasses
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,14 +8,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from torch import Tensor
 
 from angular_losses import angle_between
 
 from ..data.slices import SliceSet
 from ..data.splits import Split
-from ..errors import UserError
-from ..files import check_sum, locked, replacing, write_sums
+from ..files import (
+    check_sum,
+    locked,
+    read_table,
+    readable,
+    write_array,
+    write_json,
+    write_sums,
+    write_table,
+    write_text,
+)
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import class_centres
 from ..settings import Settings, read_settings
@@ -34,8 +42,6 @@ from ..training.run_folder import (
     VIEW_PREDICTIONS,
     read_precision,
     read_split,
-    write_json,
-    write_text,
 )
 from .calibration import (
     BLOCKS,
@@ -60,24 +66,28 @@ class Predictions:
     patients: np.ndarray  # (n,) the patients' ids
     truth: np.ndarray  # (n,) labels
     predicted: np.ndarray  # (n,) labels: the class of the nearest training slice
+    nearest: np.ndarray  # (n,) the number of that slice
     # (n, C) for each class the cosine to its nearest training slice; the largest wins
     scores: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which answers (n,) are right."""
+        return self.predicted == self.truth
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the answers are worth, slice by slice."""
+        return measure(self.truth, self.predicted)
 
 
 def evaluate(run: Path, slices: SliceSet) -> Metrics:
     """Classify a run's test slices by their nearest training slice; write the results beside it.
 
     The run's own number of views decides; beside it stand the answers of fewer views, of two at
-    least and, where the weights were averaged, of the weights as they were.
-
-    Args:
-        run: A run's folder, finished or not.
-        slices: The slices it was trained on and held out, at its image size and crop.
-
-    Returns:
-        The metrics, which `run` then holds too, with predictions, embeddings and angles. The
-        embeddings of slices that are on neither side are 0. With slices held out to calibrate on
-        it holds the calibration too.
+    least and, where the weights were averaged, of the weights as they were. Return the metrics,
+    which the run's folder then holds too, with predictions, embeddings and angles. The embeddings
+    of slices on neither side are 0. With slices held out to calibrate on it holds the calibration.
     """
     settings = read_settings(run / SETTINGS)
     with locked(run, EVALUATING):
@@ -98,8 +108,8 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
         slices.labels[split.train],
         len(slices.classes),
     )
-    _write_array(run / EMBEDDINGS, embeddings[own])
-    _write_array(run / ANGLES, class_angles(embeddings[own], centres))
+    write_array(run / EMBEDDINGS, embeddings[own].float().numpy())
+    write_array(run / ANGLES, class_angles(embeddings[own], centres).float().numpy())
     by_views = {}
     for views, averaged in embeddings.items():
         table, by_views[views] = _classify(slices, split, averaged)
@@ -184,24 +194,16 @@ def embed(
 
 
 def normalised(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
-    """Return L2-normalised embeddings (n, d) of images (n, 1, size, size), averaged over views.
+    """Return L2-normalised embeddings (n, d) of images (n, 1, size, size).
 
-    Args:
-        network: The network, or a part of it.
-        images: As it takes them.
-        views: How many of `VIEWS` are averaged, each L2-normalised before.
+    They are averaged over so many `VIEWS`, each L2-normalised before.
     """
     embeddings = [F.normalize(network(images.flip(axes)).float()) for axes in VIEWS[:views]]
     return embeddings[0] if views == 1 else F.normalize(torch.stack(embeddings).sum(0))
 
 
 def class_angles(embeddings: Tensor, centres: list[Tensor]) -> Tensor:
-    """Return the angle (n, C) in radians to the nearest of each class's centres.
-
-    Args:
-        embeddings: (n, d).
-        centres: For each class (k, d).
-    """
+    """Return the angle (n, C) in radians from embeddings (n, d) to each class's nearest centre."""
     angles = [
         torch.stack([angle_between(embeddings, one.expand_as(embeddings)) for one in own]).amin(0)
         for own in centres
@@ -212,13 +214,8 @@ def class_angles(embeddings: Tensor, centres: list[Tensor]) -> Tensor:
 def class_scores(train: Tensor, train_labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
     """Return the cosine (n, num_classes) of each embedding to the nearest training one of a class.
 
-    The class of the largest is the answer of 1-NN. A class without training slices scores -1.
-
-    Args:
-        train: (k, d) L2-normalised.
-        train_labels: (k,).
-        test: (n, d) L2-normalised.
-        num_classes: C.
+    All embeddings, (k, d) and (n, d), are L2-normalised. The class of the largest is the answer of
+    1-NN. A class without training slices scores -1.
     """
     cosine = test @ train.T
     scores = [
@@ -232,8 +229,7 @@ def class_scores(train: Tensor, train_labels: Tensor, test: Tensor, num_classes:
 
 def probabilities(scores: np.ndarray, scale: float) -> np.ndarray:
     """Return softmax(scale * scores): the classes' scores (n, C) read as logits of cosines."""
-    logits = scale * (scores - scores.max(1, keepdims=True))
-    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return softmax(scale * scores, axis=1)
 
 
 def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,15 +242,9 @@ def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read back a file of predictions.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    check_sum(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    """Read back a file of predictions."""
+    with readable(path, "predictions"):
+        rows = read_table(path)
         columns = rows[0] if rows else {}
         classes = [name.removeprefix("score_") for name in columns if name.startswith("score_")]
         truth, predicted = (
@@ -262,15 +252,17 @@ def read_predictions(path: Path) -> Predictions:
             for column in ("truth", "predicted")
         )
         scores = [[float(row[f"score_{name}"]) for name in classes] for row in rows]
-        numbers = [int(row["slice"]) for row in rows]
+        numbers, nearest = (
+            np.array([int(row[column]) for row in rows])
+            for column in ("slice", "nearest_training_slice")
+        )
         patients = [row["patient"] for row in rows]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as predictions: {error}") from None
     return Predictions(
-        np.array(numbers),
+        numbers,
         np.array(patients),
         truth,
         predicted,
+        nearest,
         np.array(scores).reshape(len(rows), -1),
     )
 
@@ -297,12 +289,10 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
     nearest, cosine = nearest_neighbour(train, test)
     predicted = labels[split.train][nearest]
     scores = class_scores(train, labels[split.train], test, len(slices.classes))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
     columns = ["slice", "patient", "fold", "truth", "predicted", "nearest_training_slice", "cosine"]
-    writer.writerow([*columns, *(f"score_{name}" for name in slices.classes)])
+    rows = [[*columns, *(f"score_{name}" for name in slices.classes)]]
     for row, index in enumerate(split.test.tolist()):
-        writer.writerow(
+        rows.append(
             [
                 slices.numbers[index],
                 slices.patients[index],
@@ -315,9 +305,4 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
             ]
         )
     truth = labels[split.test].numpy()
-    return table.getvalue(), measure(truth, predicted.numpy(), len(slices.classes))
-
-
-def _write_array(path: Path, values: Tensor) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, values.float().numpy(), allow_pickle=False)
+    return write_table(rows), measure(truth, predicted.numpy(), len(slices.classes))

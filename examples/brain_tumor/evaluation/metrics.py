@@ -82,7 +82,7 @@ def compute_metrics(confusion: np.ndarray) -> Metrics:
 
 
 def _matthews(confusion: np.ndarray) -> float:
-    """Return R_K (Gorodkin, 2004); 0 where either side has one class alone."""
+    """Return R_K (Gorodkin, 2004); 0, without a warning, where either side has one class alone."""
     total, hits = confusion.sum(), confusion.trace()
     truth, called = confusion.sum(1), confusion.sum(0)
     spread = float(total**2 - truth @ truth) * float(total**2 - called @ called)
@@ -110,9 +110,9 @@ def score_auc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return areas
 
 
-def wilson_interval(hits: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of a proportion, which behaves near 0 and 1."""
-    interval = stats.binomtest(hits, total).proportion_ci(confidence, method="wilson")
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion, which behaves near 0 and 1."""
+    interval = stats.binomtest(hits, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 

@@ -1,6 +1,7 @@
 """MobileNet v1 in TF-slim's or timm's layout, ImageNet weights, and the paper's output network."""
 
-from collections.abc import Container, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -82,30 +83,21 @@ class DepthwiseConvolution(nn.Module):
         return F.relu6(self.bn(features))
 
 
-class PointwiseConvolution(nn.Module):
-    """A 1 x 1 convolution: it mixes the channels of each pixel."""
+def separable_block(
+    in_channels: int, out_channels: int, stride: int, layout: Layout
+) -> nn.Sequential:
+    """Return MobileNet's cheap 3 x 3 convolution: each channel apart, then a mixture of them.
 
-    def __init__(self, in_channels: int, out_channels: int, layout: Layout) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPSILON[layout])
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map (n, in_channels, h, w) to (n, out_channels, h, w)."""
-        return F.relu6(self.bn(self.conv(features)))
-
-
-class SeparableBlock(nn.Module):
-    """A depthwise convolution followed by a pointwise one: MobileNet's cheap 3 x 3 convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, layout: Layout) -> None:
-        super().__init__()
-        self.depthwise = DepthwiseConvolution(in_channels, stride, layout)
-        self.pointwise = PointwiseConvolution(in_channels, out_channels, layout)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride))."""
-        return self.pointwise(self.depthwise(features))
+    It maps (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride)).
+    """
+    depthwise = DepthwiseConvolution(in_channels, stride, layout)
+    mixture = {
+        "conv": nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        "bn": nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPSILON[layout]),
+        "relu6": nn.ReLU6(),
+    }
+    pointwise = nn.Sequential(OrderedDict(mixture))
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
 
 
 class MobileNetV1(nn.Module):
@@ -129,7 +121,7 @@ class MobileNetV1(nn.Module):
         self.blocks = nn.Sequential()
         for base_channels, stride in BLOCKS:
             in_channels, channels = channels, int(base_channels * width)
-            self.blocks.append(SeparableBlock(in_channels, channels, stride, layout))
+            self.blocks.append(separable_block(in_channels, channels, stride, layout))
         self.out_channels = channels
 
     def forward(self, images: Tensor, blocks: int | None = None) -> Tensor:
@@ -146,13 +138,7 @@ class MobileNetV1(nn.Module):
 class EmbeddingNetwork(nn.Module):
     """The paper's network: MobileNet v1, global average pooling and the output network.
 
-    Args:
-        width: Multiplier of MobileNet's channel counts.
-        embedding_size: Length of an embedding.
-        dropout: Probability of dropping a hidden unit while training.
-        input_range: "imagenet" maps intensities to [-1, 1], on which the ImageNet weights were
-            trained; "unit" leaves them in [0, 1], the letter of the paper.
-        layout: Whose ImageNet weights fit MobileNet, "slim" or "timm".
+    The arguments are those of `NetworkSettings`.
     """
 
     def __init__(
@@ -196,12 +182,10 @@ def he_initialised(layer: nn.Linear) -> nn.Linear:
 
 
 def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
-    """Copy MobileNet v1's ImageNet weights into a network, all of them or none.
+    """Copy MobileNet v1's ImageNet weights into a network of width 1.0, all of them or none.
 
-    Args:
-        network: A network of width 1.0, of the weights' layout.
-        path: A safetensors file with TF-slim's weights (keys `stem`, `blocks`, `classifier`) or
-            timm's `mobilenetv1_100` (keys `conv_stem`, `bn1`, `blocks`, `classifier`).
+    The safetensors file holds TF-slim's weights (keys `stem`, `blocks`, `classifier`) or timm's
+    `mobilenetv1_100` (keys `conv_stem`, `bn1`, `blocks`, `classifier`).
 
     Raises:
         UserError: The file is missing or damaged, or holds another network's weights.
@@ -210,19 +194,13 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
         raise UserError(
             f"{path}: these weights are for width 1.0, but the network has {network.width}"
         )
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file") from error
-    layout = _layout(path, weights)
+    layout = weights_layout(path)
     if layout != network.layout:
         raise UserError(
             f"{path}: these weights have {layout}'s layout, but the network has {network.layout}'s;"
             f" set --layout {layout} to use them"
         )
-    state = network.state_dict()
+    weights, state = load_file(path), network.state_dict()
     for name, own in state.items():
         if name.endswith("num_batches_tracked"):  # torch's counter: unused, and unknown elsewhere
             continue
@@ -244,12 +222,9 @@ def weights_layout(path: Path) -> Layout:
         raise UserError(f"{path}: no such weights file")
     try:
         with safe_open(path, "pt") as file:
-            return _layout(path, file.keys())
+            names = file.keys()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file") from error
-
-
-def _layout(path: Path, names: Container[str]) -> Layout:
     for layout, first in FIRST_TENSOR.items():
         if first in names:
             return layout

@@ -24,11 +24,6 @@ from ..settings import LossSettings
 class SoftmaxLoss(nn.Module):
     """Equation (1): softmax and cross-entropy of plain products, lengths included, without bias.
 
-    Args:
-        num_classes: C.
-        embedding_size: d.
-        label_smoothing: Share of a label that is spread over all classes.
-
     Attributes:
         weight: (C, d), a row per class.
     """
@@ -145,17 +140,10 @@ def _annealing(settings: LossSettings) -> LambdaAnnealing:
 def class_centres(
     loss: nn.Module, embeddings: Tensor, labels: Tensor, num_classes: int = len(CLASS_NAMES)
 ) -> list[Tensor]:
-    """Return the directions that stand for each class.
+    """Return the directions (k, d) that stand for each class; k is 1 except with sub-centres.
 
-    Args:
-        loss: The loss trained with.
-        embeddings: (n, d) of the training slices, for a loss without centres: there a class's
-            centre is the mean direction of its embeddings.
-        labels: (n,) their classes.
-        num_classes: C.
-
-    Returns:
-        For each class (k, d); k is 1 except with sub-centres.
+    For a loss without centres a class's is the mean direction of its embeddings, of those (n, d) of
+    the training slices with their labels (n,).
     """
     weight: Any = loss.weight
     if weight is None:

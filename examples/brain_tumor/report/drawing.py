@@ -10,10 +10,11 @@ from ..data.matlab import FOLDS
 from ..evaluation.calibration import calibrated, fit_exponent
 from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import reliability, seed_interval, wilson_interval
+from ..files import read_array, read_rows
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
-from ..reproduction.results import Result, metrics_of, pooled
+from ..reproduction.results import Reproduction, Result, pooled
 from ..reproduction.running import SAMPLES
-from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT, read_array, read_rows
+from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
 from . import paper, tables
 from .further_figures import (
     Angles,
@@ -35,42 +36,36 @@ from .paper_figures import (
     plot_tsne,
 )
 from .pipeline_figure import plot_pipeline
-from .reproduction_report import Report
 
 TSNE = "tsne.npy"
 
 
-def samples(report: Report) -> bool:
+def samples(reproduction: Reproduction) -> bool:
     """Figure 1."""
-    path = report.folder / SAMPLES
+    path = reproduction.folder / SAMPLES
     if path.is_file():
         with np.load(path, allow_pickle=False) as stored:
             pictures = {tuple(key.split()): stored[key] for key in stored.files}
-        plot_samples(*report.drawn("figure1", "slices by class and plane"), pictures)
+        plot_samples(*reproduction.figure("figure1", "slices by class and plane"), pictures)
     return path.is_file()
 
 
-def pipeline(report: Report) -> bool:
+def pipeline(reproduction: Reproduction) -> bool:
     """Figure 2."""
-    if report.proposed:
-        settings = report.proposed.run.settings
-        plot_pipeline(
-            *report.drawn("figure2", "HSADML, as it was run"),
-            image_size=settings.data.image_size,
-            # A run that was merged no longer says where its weights lay.
-            pretrained=bool(report.reproduction.description.get("weights")),
-            margin=settings.loss.margin,
-            scale=settings.loss.scale,
-        )
-    return report.proposed is not None
+    if reproduction.proposed:
+        drawn = reproduction.figure("figure2", "HSADML, as it was run")
+        # A run that was merged no longer says where its weights lay.
+        pretrained = bool(reproduction.description.get("weights"))
+        plot_pipeline(*drawn, reproduction.proposed.run.settings, pretrained)
+    return reproduction.proposed is not None
 
 
-def curves(report: Report) -> bool:
+def curves(reproduction: Reproduction) -> bool:
     """Figures 3 and 4."""
     firsts = {
         tables.TITLES[name]: first
         for name in tables.TRAININGS
-        if (first := report.first(name)) is not None
+        if (first := reproduction.first(name)) is not None
     }
     if firsts:
         losses = {
@@ -78,66 +73,69 @@ def curves(report: Report) -> bool:
             for title, first in firsts.items()
         }
         confusions = {title: np.array(one.metrics.confusion) for title, one in firsts.items()}
-        plot_losses(*report.drawn("figure3", "training loss, seed 0"), losses)
+        plot_losses(*reproduction.figure("figure3", "training loss, seed 0"), losses)
         title = "test slices by slice, seed 0, 1-NN"
-        plot_confusions(*report.drawn("figure4", title), confusions)
+        plot_confusions(*reproduction.figure("figure4", title), confusions)
     return bool(firsts)
 
 
-def tsne(report: Report, name: str) -> bool:
+def tsne(reproduction: Reproduction, name: str) -> bool:
     """Figure 5 or 6: by loss or by margin."""
     trainings = {"figure5": tables.LOSSES, "figure6": tables.MARGINS}[name]
     panels = {
-        tables.TITLES[training]: _embedded(report, first)
+        tables.TITLES[training]: _embedded(reproduction, first)
         for training in trainings
-        if (first := report.first(training)) is not None and first.has_embeddings
+        if (first := reproduction.first(training)) is not None and first.has_embeddings
     }
     if panels:
-        plot_tsne(*report.drawn(name, "t-SNE, test slices"), panels)
+        plot_tsne(*reproduction.figure(name, "t-SNE, test slices"), panels)
     return bool(panels)
 
 
-def _embedded(report: Report, result: Result) -> Embedded:
-    _, test = report.slices.sides(result.folder / SPLIT)
+def _embedded(reproduction: Reproduction, result: Result) -> Embedded:
+    _, test = reproduction.slices.sides(result.folder / SPLIT)
     path = result.folder / TSNE
     if path.is_file() and path.stat().st_mtime >= (result.folder / EMBEDDINGS).stat().st_mtime:
         points = np.load(path, allow_pickle=False)
     else:
         points = compute_tsne(result.embeddings()[test], seed=0)
         np.save(path, points, allow_pickle=False)
-    return Embedded(points, result.predictions.truth, ~tables.right(result.predictions))
+    return Embedded(points, result.predictions.truth, ~result.predictions.right)
 
 
-def angles(report: Report) -> bool:
+def angles(reproduction: Reproduction) -> bool:
     """The proposed training's embeddings by angle."""
-    proposed = report.proposed
+    proposed = reproduction.proposed
     if proposed is None or not proposed.has_embeddings:
         return False
-    train, test = report.slices.sides(proposed.folder / SPLIT)
+    train, test = reproduction.slices.sides(proposed.folder / SPLIT)
     margin = proposed.run.settings.loss.margin
     plot_angles(
-        *report.drawn("angles", f"angles to the class centres, {tables.TITLES[PROPOSED]}, seed 0"),
-        _angles(report, proposed, test),
-        train=_angles(report, proposed, train),
+        *reproduction.figure(
+            "angles",
+            f"angles to the class centres, {tables.TITLES[PROPOSED]}, seed 0",
+        ),
+        _angles(reproduction, proposed, test),
+        train=_angles(reproduction, proposed, train),
         boundary=lambda theta: margin * theta,
     )
     return True
 
 
-def _angles(report: Report, result: Result, indices: np.ndarray) -> Angles:
+def _angles(reproduction: Reproduction, result: Result, indices: np.ndarray) -> Angles:
     angles = read_array(result.folder / ANGLES)[indices]
-    labels, rows = report.slices.labels[indices], np.arange(len(indices))
+    labels, rows = reproduction.slices.labels[indices], np.arange(len(indices))
     others = angles.copy()
     others[rows, labels] = np.inf
-    wrong = result.predictions.numbers[~tables.right(result.predictions)]
-    wrong = np.isin(report.slices.numbers[indices], wrong)
+    wrong = result.predictions.numbers[~result.predictions.right]
+    wrong = np.isin(reproduction.slices.numbers[indices], wrong)
     return Angles(target=angles[rows, labels], other=others.min(1), labels=labels, wrong=wrong)
 
 
-def scores(report: Report, scale: float) -> list[dict[str, Any]]:
+def scores(reproduction: Reproduction, scale: float) -> list[dict[str, Any]]:
     """ROC and reliability of the proposed training: name, file and calibration error of each."""
-    folds = report.reproduction.select("patient", PROPOSED)
-    sides = {"slice": ("by slice, seed 0", [report.proposed])}
+    folds = reproduction.select("patient", PROPOSED)
+    sides = {"slice": ("by slice, seed 0", [reproduction.proposed])}
     if folds:
         sides["patient"] = (_of_folds(folds), folds)
     drawn = []
@@ -145,17 +143,19 @@ def scores(report: Report, scale: float) -> list[dict[str, Any]]:
         predictions = pooled(one.predictions for one in results)
         title = f"{tables.TITLES[PROPOSED]}, {name}"
         sure = probabilities(predictions.scores, scale)
-        plot_roc(*report.drawn(f"roc-{file}", title), predictions.truth, sure)
-        bins = reliability(sure.max(1), tables.right(predictions))
-        plot_reliability(*report.drawn(f"reliability-{file}", title), *bins)
+        plot_roc(*reproduction.figure(f"roc-{file}", title), predictions.truth, sure)
+        bins = reliability(sure.max(1), predictions.right)
+        plot_reliability(*reproduction.figure(f"reliability-{file}", title), *bins)
         drawn.append({"file": file, "name": name, "error": bins.error})
-        parts = [(one, held_out(report, one)) for one in results]
+        parts = [(one, held_out(reproduction, one)) for one in results]
         if all(held for _, held in parts):
-            drawn[-1]["calibrated"] = _plot_calibrated(report, f"calibrated-{file}", title, parts)
+            drawn[-1]["calibrated"] = _plot_calibrated(
+                reproduction, f"calibrated-{file}", title, parts
+            )
     return drawn
 
 
-def held_out(report: Report, result: Result) -> list[Predictions]:
+def held_out(reproduction: Reproduction, result: Result) -> list[Predictions]:
     """Return what other runs of a run's kind answered to slices that neither was tested on before.
 
     These are other seeds or folds, and the search's run of the same recipe: their test slices, but
@@ -163,8 +163,8 @@ def held_out(report: Report, result: Result) -> list[Predictions]:
     """
     group = result.run.group
     others = [
-        *(one for one in report.reproduction.select(group, PROPOSED) if one is not result),
-        *report.reproduction.select(f"search-{group}", "search-as-chosen"),
+        *(one for one in reproduction.select(group, PROPOSED) if one is not result),
+        *reproduction.select(f"search-{group}", "search-as-chosen"),
     ]
     parts = []
     for other in others:
@@ -176,7 +176,10 @@ def held_out(report: Report, result: Result) -> list[Predictions]:
 
 
 def _plot_calibrated(
-    report: Report, file: str, title: str, parts: Sequence[tuple[Result, list[Predictions]]]
+    reproduction: Reproduction,
+    file: str,
+    title: str,
+    parts: Sequence[tuple[Result, list[Predictions]]],
 ) -> dict[str, Any]:
     """Draw the reliability of runs, each calibrated on what others held out; describe it."""
     sure, right, exponents = [], [], []
@@ -184,31 +187,31 @@ def _plot_calibrated(
         known = pooled(held)
         exponents.append(fit_exponent(known.scores, known.truth))
         sure.append(calibrated(result.predictions.scores, exponents[-1]).max(1))
-        right.append(tables.right(result.predictions))
+        right.append(result.predictions.right)
     bins = reliability(np.concatenate(sure), np.concatenate(right))
-    plot_reliability(*report.drawn(file, f"calibrated: {title}"), *bins)
+    plot_reliability(*reproduction.figure(file, f"calibrated: {title}"), *bins)
     slices = [sum(len(one.truth) for one in held) for _, held in parts]
     return {"file": file, "error": bins.error, "exponents": exponents, "slices": slices}
 
 
-def by_patient(report: Report) -> dict[str, Any]:
+def by_patient(reproduction: Reproduction) -> dict[str, Any]:
     """By slice and by patient, and the kinds of errors; where they lie, if that is known."""
-    names = [name for name in PAPER_LOSSES if report.reproduction.select("patient", name)]
+    names = [name for name in PAPER_LOSSES if reproduction.select("patient", name)]
     if not names:
         return {}
-    losses = {tables.TITLES[name]: _ways(report, name) for name in names}
-    drawn = report.drawn("slice-and-patient", "by slice and by patient, 1-NN")
+    losses = {tables.TITLES[name]: _ways(reproduction, name) for name in names}
+    drawn = reproduction.figure("slice-and-patient", "by slice and by patient, 1-NN")
     plot_slice_and_patient(*drawn, losses)
-    folds = report.reproduction.select("patient", PROPOSED)
-    if not report.proposed or not folds:
+    folds = reproduction.select("patient", PROPOSED)
+    if not reproduction.proposed or not folds:
         return {"errors": None}
     together = pooled(one.predictions for one in folds)
     confusions = {
-        "by slice, seed 0": np.array(report.proposed.metrics.confusion),
-        _of_folds(folds): np.array(metrics_of(together).confusion),
+        "by slice, seed 0": np.array(reproduction.proposed.metrics.confusion),
+        _of_folds(folds): np.array(together.metrics.confusion),
     }
     title = f"kinds of errors, {tables.TITLES[PROPOSED]}"
-    plot_errors(*report.drawn("errors", title), confusions)
+    plot_errors(*reproduction.figure("errors", title), confusions)
     return {"errors": _clusters(together)}
 
 
@@ -216,14 +219,14 @@ def _of_folds(folds: Sequence[Result]) -> str:
     return f"by patient, {len(folds)} of {FOLDS} folds"
 
 
-def _ways(report: Report, training: str) -> dict[str, tuple[float, float, float]]:
+def _ways(reproduction: Reproduction, training: str) -> dict[str, tuple[float, float, float]]:
     ways = {}
-    first = report.first(training)
+    first = reproduction.first(training)
     if first:
         ways["by slice"] = (first.metrics.accuracy, *first.metrics.accuracy_interval)
-    folds = report.reproduction.select("patient", training)
+    folds = reproduction.select("patient", training)
     together = pooled(one.predictions for one in folds)
-    accuracy = float(tables.right(together).mean())
+    accuracy = float(together.right.mean())
     ways["by patient, slices"] = (accuracy, *tables.patient_interval(together))
     hits, total = tables.votes(folds)
     ways["by patient, votes"] = (hits / total, *wilson_interval(hits, total))
@@ -235,7 +238,7 @@ def _clusters(predictions: Predictions) -> dict[str, float]:
 
     And that share if as many of the slices, drawn at random, were wrong.
     """
-    wrong = ~tables.right(predictions)
+    wrong = ~predictions.right
     _, group = np.unique(predictions.patients, return_inverse=True)
     every = group.max() + 1
 
@@ -252,9 +255,8 @@ def _clusters(predictions: Predictions) -> dict[str, float]:
     }
 
 
-def lengths(report: Report) -> dict[float, Sequence[float]]:
+def lengths(reproduction: Reproduction) -> dict[float, Sequence[float]]:
     """Accuracy against the length of training; return the accuracies by epochs."""
-    reproduction = report.reproduction
     own = reproduction.budget.settings(None).training.epochs
     runs = {own: [one.metrics.accuracy for one in reproduction.select("slice", PROPOSED)]}
     for one in reproduction.results:
@@ -264,15 +266,15 @@ def lengths(report: Report) -> dict[float, Sequence[float]]:
     if not runs[own] or reproduction.synthetic:
         return {}
     runs = dict(sorted(runs.items()))
-    drawn = report.drawn("length", "accuracy by slice against the length of training")
+    drawn = reproduction.figure("length", "accuracy by slice against the length of training")
     plot_budget(*drawn, runs, own, paper.ACCURACY, paper.ACCURACY)
     return runs
 
 
-def bars(report: Report) -> None:
+def bars(reproduction: Reproduction) -> None:
     """Figure 7."""
     scores = []
-    select = report.reproduction.select
+    select = reproduction.select
     by_slice, folds = (select(group, PROPOSED) for group in ("slice", "patient"))
     for name, results in (("by slice, 70-30", by_slice), (_of_folds(folds), folds)):
         if results:
@@ -286,5 +288,6 @@ def bars(report: Report) -> None:
         label = f"{cited.name}, {cited.protocol}"
         scores.append(Score(label, cited.accuracy, None, "cited", cited.verified))
     plot_scores(
-        *report.drawn("figure7", "accuracies on this data set: ours, and as published"), scores
+        *reproduction.figure("figure7", "accuracies on this data set: ours, and as published"),
+        scores,
     )

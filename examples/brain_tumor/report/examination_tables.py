@@ -1,14 +1,13 @@
 """Tables of what `examine` finds: strange pictures, and where Grad-CAM points."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from ..evaluation.metrics import wilson_interval
+from ..files import read_table, readable
 from .page import Table
 
 SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour
@@ -53,15 +52,8 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
         for size, chosen in {"all": np.full(len(area), True), **every}.items():
             if not chosen.any():
                 continue
-            hits, total = int(inside[chosen].sum()), int(chosen.sum())
-            low, high = wilson_interval(hits, total)
-            rows.append(
-                [
-                    *(name, size, str(total), f"{100 * hits / total:.1f} %"),
-                    f"{100 * low:.1f} to {100 * high:.1f}",
-                    f"{100 * share[chosen].mean():.1f} %",
-                ]
-            )
+            chance = f"{100 * share[chosen].mean():.1f} %"
+            rows.append([name, size, str(chosen.sum()), *rate(inside[chosen]), chance])
     return Table(
         ["training", "tumour", "test slices", "hottest point inside", "Wilson 95 %", "by chance"],
         rows,
@@ -71,15 +63,18 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
     )
 
 
+def rate(hits: np.ndarray) -> list[str]:
+    """Return the share of what is true (n,), and Wilson's interval, in per cent."""
+    low, high = wilson_interval(int(hits.sum()), len(hits))
+    return [f"{100 * hits.mean():.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"]
+
+
 def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return numbers (n,), areas of tumour and head (n,), whether the hottest point lies inside."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    with readable(path, "a table of hottest points"):
+        rows = read_table(path)
         number, area, head = (
             np.array([int(row[name]) for row in rows])
             for name in ("slice", "tumour_area", "head_area")
         )
         return number, area, head, np.array([row["inside"] == "1" for row in rows])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as a table of hottest points: {error}") from None

@@ -1,7 +1,7 @@
 """The figures of a run, and what all figures share.
 
-Each function takes the path of the PNG file to write and a title, which says SYNTHETIC for
-phantoms, before what it draws, and returns the figure.
+What is `saved` takes first the path of the PNG file to write and a title, which says SYNTHETIC for
+phantoms.
 """
 
 import functools
@@ -27,28 +27,32 @@ SMOOTHING = 10  # steps; a single batch says little
 LARGEST_DRAWN = 1024  # pixels a side; more cost memory and are not seen
 
 
-def saved(draw: Callable[Arguments, Figure]) -> Callable[Concatenate[Path, Arguments], Figure]:
-    """Let what draws a figure take first the PNG file that it is then written to, whole or not."""
+def saved(draw: Callable[Arguments, Figure]) -> Callable[Concatenate[Path, str, Arguments], Figure]:
+    """Let what draws a figure take first the PNG file that it is written to, and its title."""
 
     @functools.wraps(draw)
-    def plot(path: Path, *arguments: Arguments.args, **options: Arguments.kwargs) -> Figure:
+    def plot(
+        path: Path, title: str, *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Figure:
         figure = draw(*arguments, **options)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        width = figure.get_figwidth()
+        figure.suptitle(wrap_title(title, width), fontsize=11, parse_math=False)
+        save(figure, path)
         return figure
 
     return plot
 
 
-@saved
-def plot_loss(title: str, epochs: list[dict[str, Any]]) -> Figure:
-    """Draw loss and training accuracy against the epoch.
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
-    Args:
-        title: Stands above it.
-        epochs: The rows of a run's log.
-    """
-    figure, (loss, accuracy) = make_panels(title)
+
+@saved
+def plot_loss(epochs: list[dict[str, Any]]) -> Figure:
+    """Draw loss and training accuracy against the epoch, from the rows of a run's log."""
+    figure, (loss, accuracy) = make_panels()
     x = [row["epoch"] for row in epochs]
     # One epoch alone has no line to draw, only a point.
     style = {"color": COLOURS[0], "marker": "o" if len(x) == 1 else ""}
@@ -60,21 +64,12 @@ def plot_loss(title: str, epochs: list[dict[str, Any]]) -> Figure:
 
 
 @saved
-def plot_confusion(
-    title: str, confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES
-) -> Figure:
-    """Draw a confusion matrix: counts as text, the share of each true class as shade.
-
-    Args:
-        title: Stands above it.
-        confusion: Counts, rows are the truth.
-        classes: Their names.
-    """
+def plot_confusion(confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES) -> Figure:
+    """Draw a confusion matrix, rows are the truth: counts as text, shares of each row as shade."""
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.add_subplot()
     picture = draw_confusion(axes, confusion, classes)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -89,36 +84,31 @@ def draw_confusion(
     """Draw a confusion matrix into axes; return the picture that a colour bar explains."""
     counts = np.asarray(confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
     axes.set_xticks(ticks, classes)
     axes.set_yticks(ticks, classes, rotation=90, va="center")
     axes.set(xlabel="predicted", ylabel="truth")
-    for (row, column), share in np.ndenumerate(shares):
-        text = f"{counts[row, column]}\n{100 * share:.1f} %"
-        axes.text(column, row, text, ha="center", va="center", color=choose_ink(share))
+    return draw_shares(axes, shares, lambda cell: f"{counts[cell]}\n{100 * shares[cell]:.1f} %")
+
+
+def draw_shares(
+    axes: Axes, shares: np.ndarray, text: Callable[[tuple[int, ...]], str], **options: str
+) -> AxesImage:
+    """Draw shares (rows, columns) as shades of blue, with the text of each cell on it."""
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, **options)
+    for cell, share in np.ndenumerate(shares):
+        ink = "white" if share > 0.72 else "black"
+        axes.text(*cell[::-1], text(cell), ha="center", va="center", color=ink)
     return picture
 
 
-def choose_ink(share: float) -> str:
-    """Return the colour of text that is readable on a share's shade of blue."""
-    return "white" if share > 0.72 else "black"
-
-
 @saved
-def plot_early(title: str, runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Draw target angle and gradient norm over the first steps, one line per run.
-
-    Args:
-        title: Stands above it.
-        runs: For each run's name the rows of its step log.
-    """
-    figure, (angles, norms) = make_panels(title)
+def plot_early(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Draw target angle and gradient norm over the first steps, from the rows of each run's log."""
+    figure, (angles, norms) = make_panels()
     for (name, steps), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
-        angle = _column(steps, "mean_target_angle")
-        norm = _column(steps, "gradient_norm")
-        _plot_smoothed(angles, angle, colour, name)
-        _plot_smoothed(norms, norm, colour, name)
+        _plot_smoothed(angles, _column(steps, "mean_target_angle"), colour, name)
+        _plot_smoothed(norms, _column(steps, "gradient_norm"), colour, name)
     angles.axhline(math.pi / 2, color="grey", linewidth=0.8, linestyle=":")  # a right angle
     angles.set(xlabel="step", ylabel="mean target angle (radians)", ylim=(0, None))
     norms.set(xlabel="step", ylabel="gradient norm of the network", yscale="log")
@@ -128,16 +118,9 @@ def plot_early(title: str, runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def make_panels(
-    title: str, count: int = 2, columns: int = 2, size: tuple[float, float] = (4.5, 3.6)
+    count: int = 2, columns: int = 2, size: tuple[float, float] = (4.5, 3.6)
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side, in rows of at most `columns`.
-
-    Args:
-        title: Stands above the figure, on as many lines as it takes.
-        count: Number of panels.
-        columns: Number of panels in a full row.
-        size: Width and height of one panel in inches.
-    """
+    """Return a figure with `count` panels of a size in inches, in rows of at most `columns`."""
     rows = math.ceil(count / columns)
     columns = math.ceil(count / rows)  # four in rows of three would leave one alone
     width = max(columns * size[0], 4.0)  # a title needs some room
@@ -149,7 +132,6 @@ def make_panels(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-    figure.suptitle(wrap_title(title, width), fontsize=11)
     return figure, panels[:count]
 
 
@@ -169,7 +151,6 @@ def _plot_smoothed(axes: Axes, values: list[float], colour: str, label: str) -> 
 
 @saved
 def plot_prediction(
-    title: str,
     image: np.ndarray,
     heat: np.ndarray,
     mask: np.ndarray | None,
@@ -181,7 +162,6 @@ def plot_prediction(
     """Draw a slice, what its class is drawn from, and the training slices nearest to it.
 
     Args:
-        title: Stands above it.
         image: (h, w) the slice.
         heat: (h, w) its Grad-CAM, at least 0.
         mask: (h, w) the tumour, outlined on the heat, if known.
@@ -226,5 +206,4 @@ def plot_prediction(
     for axes in (slice_axes, heat_axes, *beside):
         axes.set(xticks=[], yticks=[])
     lower.supxlabel(notes, fontsize=9)
-    figure.suptitle(wrap_title(title, 10), fontsize=11, parse_math=False)
     return figure

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc, roc_curve
 
 from ..data.slices import CLASS_NAMES
-from .figures import COLOURS, choose_ink, make_panels, saved
+from .figures import COLOURS, draw_shares, make_panels, saved
 from .paper_figures import (
     CLASS_STYLES,
     add_class_legend,
@@ -41,15 +41,12 @@ class Angles(NamedTuple):
 
 
 @saved
-def plot_roc(title: str, truth: np.ndarray, scores: np.ndarray) -> Figure:
+def plot_roc(truth: np.ndarray, scores: np.ndarray) -> Figure:
     """Draw each class's ROC curve against the rest, and its upper left corner enlarged.
 
-    Args:
-        title: Stands above it.
-        truth: (n,) labels.
-        scores: (n, 3), the higher the surer of that class.
+    Of labels (n,) and scores (n, 3), the higher the surer of that class.
     """
-    figure, (whole, corner) = make_panels(title, 2, 2, (4.2, 4.1))
+    figure, (whole, corner) = make_panels(2, 2, (4.2, 4.1))
     for label, name in enumerate(CLASS_NAMES):
         own = truth == label
         if own.all() or not own.any():
@@ -73,18 +70,10 @@ def plot_roc(title: str, truth: np.ndarray, scores: np.ndarray) -> Figure:
 
 @saved
 def plot_reliability(
-    title: str, confidence: np.ndarray, accuracy: np.ndarray, count: np.ndarray, error: float
+    confidence: np.ndarray, accuracy: np.ndarray, count: np.ndarray, error: float
 ) -> Figure:
-    """Draw accuracy against confidence, and how many slices are how sure.
-
-    Args:
-        title: Stands above it.
-        confidence: (bins,) mean confidence in each of bins of equal width.
-        accuracy: (bins,) share of right answers.
-        count: (bins,) number of slices; the other values of empty bins are not read.
-        error: The expected calibration error, from 0 to 1.
-    """
-    figure, (upper, lower) = make_panels(title, 2, 1, (5, 2.9))
+    """Draw accuracy against confidence, and how many slices are how sure; see `Reliability`."""
+    figure, (upper, lower) = make_panels(2, 1, (5, 2.9))
     upper.get_gridspec().set_height_ratios([2.2, 1])
     count = np.asarray(count)
     full = count > 0
@@ -105,25 +94,16 @@ def plot_reliability(
 
 @saved
 def plot_angles(
-    title: str,
-    test: Angles,
-    train: Angles | None = None,
-    boundary: Callable[[np.ndarray], np.ndarray] | None = None,
+    test: Angles, train: Angles, boundary: Callable[[np.ndarray], np.ndarray]
 ) -> Figure:
     """Draw for each class the angle to its centre against that to the nearest other centre.
 
-    Above the diagonal the own centre is the nearest. `boundary` adds where the loss begins to call
-    an embedding its own: for SphereFace at m times the target angle.
-
-    Args:
-        title: Stands above it.
-        test: The embeddings of the test slices; misclassified ones are crossed out.
-        train: Those of the training slices, drawn faintly.
-        boundary: From target angles to the other angles at which both logits are equal, radians;
-            where it is beyond pi nothing is drawn.
+    Above the diagonal the own centre is the nearest. `boundary` is where the loss begins to call an
+    embedding its own, for SphereFace at m times the target angle; beyond pi nothing is drawn.
+    Training slices are faint, misclassified test slices crossed out.
     """
-    figure, panels = make_panels(title, len(CLASS_NAMES), 3, (3.3, 3.4))
-    sides = [test] if train is None else [train, test]
+    figure, panels = make_panels(len(CLASS_NAMES), 3, (3.3, 3.4))
+    sides = [train, test]
     largest = max((angles.max() for side in sides for angles in side[:2] if angles.size), default=1)
     reach = min(1.05 * largest + 0.05, math.pi)
     line = np.linspace(0, reach, 500)
@@ -136,33 +116,29 @@ def plot_angles(
         wrong = (test.labels == label) & test.wrong
         axes.scatter(test.target[wrong], test.other[wrong], s=60, linewidths=1.2, **CROSS)
         axes.plot(line, line, **BOUNDARY)
-        if boundary is not None:
-            bound = np.asarray(boundary(line))
-            axes.plot(line, np.where(bound <= math.pi, bound, np.nan), **MARGIN)
+        bound = np.asarray(boundary(line))
+        axes.plot(line, np.where(bound <= math.pi, bound, np.nan), **MARGIN)
         axes.set(xlim=(0, reach), ylim=(0, reach), box_aspect=1)
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("to nearest other centre (rad)")
     panels[1].set_xlabel("angle to own class centre (rad)")
     degrees = panels[-1].secondary_yaxis("right", functions=(np.degrees, np.radians))
     degrees.set_ylabel("degrees")
-    marks = {"misclassified": CROSS, "equal angles": BOUNDARY}
-    add_class_legend(figure, marks if boundary is None else marks | {"with the margin": MARGIN})
+    marks = {"misclassified": CROSS, "equal angles": BOUNDARY, "with the margin": MARGIN}
+    add_class_legend(figure, marks)
     return figure
 
 
 @saved
 def plot_slice_and_patient(
-    title: str, losses: Mapping[str, Mapping[str, tuple[float, float, float]]]
+    losses: Mapping[str, Mapping[str, tuple[float, float, float]]],
 ) -> Figure:
-    """Draw each loss's accuracies by slice and by patient below each other.
+    """Draw each loss's accuracies by slice and by patient, with their intervals, below each other.
 
-    Args:
-        title: Stands above it.
-        losses: For each loss, and each way to split and to count, the accuracy and its interval's
-            ends. At most four ways, which some losses may lack.
+    There are at most four ways to split and to count, which some losses may lack.
     """
     ways = list(dict.fromkeys(way for scores in losses.values() for way in scores))
-    figure, axes = make_rows(title, list(losses), lines=len(ways))
+    figure, axes = make_rows(list(losses), lines=len(ways))
     styles = [
         {"color": COLOURS[index], "marker": marker}
         for index, marker in enumerate(("o", "D", "s", "^")[: len(ways)])
@@ -185,24 +161,10 @@ def plot_slice_and_patient(
 
 @saved
 def plot_budget(
-    title: str,
-    runs: Mapping[float, Sequence[float]],
-    budget: float,
-    paper: float,
-    aim: float,
-    unit: str = "epochs",
+    runs: Mapping[float, Sequence[float]], budget: float, paper: float, aim: float
 ) -> Figure:
-    """Draw accuracy against the length of training: where a budget stands against its own limit.
-
-    Args:
-        title: Stands above it.
-        runs: For each length of training the accuracies of its seeds.
-        budget: The length that the budget takes, one of those in `runs`.
-        paper: The paper's accuracy.
-        aim: The accuracy to reach.
-        unit: What the lengths count.
-    """
-    figure, (axes,) = make_panels(title, 1, 1, (6.5, 4.6))
+    """Draw the accuracies of seeds against the epochs of training, `budget` of which are usual."""
+    figure, (axes,) = make_panels(1, 1, (6.5, 4.6))
     lengths = sorted(runs)
     means = [100 * float(np.mean(runs[length])) for length in lengths]
     x = [length for length in lengths for _ in runs[length]]
@@ -214,10 +176,10 @@ def plot_budget(
     axes.plot(x, y, linestyle="", marker="o", **dots, label="one seed")
     star = {"marker": "*", "markersize": 15, "color": COLOURS[4], "markeredgecolor": "black"}
     mean = means[lengths.index(budget)]
-    label = f"this budget: {budget:,} {unit}, {mean:.2f} %"
+    label = f"this budget: {budget:,} epochs, {mean:.2f} %"
     axes.plot(budget, mean, linestyle="", **star, label=label)
     axes.set_xlim(0, 1.05 * lengths[-1])
-    axes.set_xlabel(unit)
+    axes.set_xlabel("epochs")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     start_accuracy_axis(axes, upright=True)
@@ -226,13 +188,8 @@ def plot_budget(
 
 
 @saved
-def plot_errors(title: str, confusions: Mapping[str, np.ndarray]) -> Figure:
-    """Draw which errors there are: the share of each kind in all errors, and how many.
-
-    Args:
-        title: Stands above it.
-        confusions: For each way to split the counts (3, 3), rows are the truth.
-    """
+def plot_errors(confusions: Mapping[str, np.ndarray]) -> Figure:
+    """Draw which errors there are, from counts (3, 3): how many of each kind, and their share."""
     kinds = [(i, j) for i in range(len(CLASS_NAMES)) for j in range(len(CLASS_NAMES)) if i != j]
     counts = np.array([[matrix[i][j] for matrix in confusions.values()] for i, j in kinds])
     totals = counts.sum(0)
@@ -243,12 +200,12 @@ def plot_errors(title: str, confusions: Mapping[str, np.ndarray]) -> Figure:
     ]
     lines = max(name.count("\n") + 1 for name in columns)
     size = (2.4 + 1.4 * len(columns), 3.6 + 0.15 * lines)
-    figure, (axes,) = make_panels(title, 1, 1, size)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (row, column), count in np.ndenumerate(counts):
-        share = shares[row, column]
-        text = f"{count}  ({100 * share:.0f} %)" if count else "0"
-        axes.text(column, row, text, ha="center", va="center", color=choose_ink(share))
+    figure, (axes,) = make_panels(1, 1, size)
+
+    def describe(cell: tuple[int, ...]) -> str:
+        return f"{counts[cell]}  ({100 * shares[cell]:.0f} %)" if counts[cell] else "0"
+
+    draw_shares(axes, shares, describe, aspect="auto")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()

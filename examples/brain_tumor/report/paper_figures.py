@@ -32,11 +32,11 @@ PERPLEXITY = 30.0
 
 
 class Embedded(NamedTuple):
-    """One panel of t-SNE: points (n, 2), labels (n,) and which (n,) are misclassified, if known."""
+    """One panel of t-SNE: points (n, 2), labels (n,) and which (n,) are misclassified."""
 
     points: np.ndarray
     labels: np.ndarray
-    wrong: np.ndarray | None = None
+    wrong: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,13 @@ SOURCES = {
 
 
 @saved
-def plot_samples(title: str, slices: Mapping[tuple[str, str], np.ndarray]) -> Figure:
-    """Draw figure 1: a slice for each class (rows) and plane (columns).
+def plot_samples(slices: Mapping[tuple[str, str], np.ndarray]) -> Figure:
+    """Draw figure 1: a slice (h, w) in [0, 1] for each class (rows) and plane (columns).
 
-    Args:
-        title: Stands above it.
-        slices: For (class, plane) a picture (h, w) in [0, 1]; what is missing becomes a dash.
+    What is missing becomes a dash.
     """
     cells = [(name, plane) for name in CLASS_NAMES for plane in PLANES]
-    figure, panels = make_panels(title, len(cells), len(PLANES), (2.3, 2.35))
+    figure, panels = make_panels(len(cells), len(PLANES), (2.3, 2.35))
     for (name, plane), axes in zip(cells, panels, strict=True):
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
@@ -83,17 +81,13 @@ def plot_samples(title: str, slices: Mapping[tuple[str, str], np.ndarray]) -> Fi
 
 
 @saved
-def plot_losses(title: str, runs: Mapping[str, Sequence[float]]) -> Figure:
+def plot_losses(runs: Mapping[str, Sequence[float]]) -> Figure:
     """Draw figure 3: the training loss of every run against the epoch.
 
     The losses are not of one kind, so each run has a panel with a scale of its own, from zero: a
     common scale would only compare what cannot be compared.
-
-    Args:
-        title: Stands above it.
-        runs: For each run's name its loss in each epoch.
     """
-    figure, panels = make_panels(title, len(runs), 3, (3.2, 2.5))
+    figure, panels = make_panels(len(runs), 3, (3.2, 2.5))
     for (name, losses), axes in zip(runs.items(), panels, strict=True):
         # One epoch alone has no line to draw, only a point.
         marker = "o" if len(losses) == 1 else ""
@@ -108,14 +102,9 @@ def plot_losses(title: str, runs: Mapping[str, Sequence[float]]) -> Figure:
 
 
 @saved
-def plot_confusions(title: str, confusions: Mapping[str, np.ndarray]) -> Figure:
-    """Draw figure 4: confusion matrices side by side, counts and the shares of each true class.
-
-    Args:
-        title: Stands above it.
-        confusions: For each name the counts (3, 3), rows are the truth.
-    """
-    figure, panels = make_panels(title, len(confusions), 3, (3.2, 3.3))
+def plot_confusions(confusions: Mapping[str, np.ndarray]) -> Figure:
+    """Draw figure 4: confusion matrices (3, 3) side by side, rows are the truth."""
+    figure, panels = make_panels(len(confusions), 3, (3.2, 3.3))
     for (name, confusion), axes in zip(confusions.items(), panels, strict=True):
         axes.grid(visible=False)
         axes.spines[:].set_visible(True)
@@ -134,12 +123,8 @@ def compute_tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
     else scikit-learn's defaults. t-SNE keeps neighbours together; the distances between groups
     and their sizes are not to be read as angles.
 
-    Args:
-        embeddings: (n, d), of any length, at least two of each.
-        seed: Of the little that is random.
-
     Returns:
-        (n, 2) points, without units.
+        (n, 2) points of embeddings (n, d) of any length, without units.
 
     Raises:
         UserError: There are too few embeddings, or some are not finite.
@@ -156,37 +141,30 @@ def compute_tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
 
 
 @saved
-def plot_tsne(title: str, panels: Mapping[str, Embedded]) -> Figure:
+def plot_tsne(panels: Mapping[str, Embedded]) -> Figure:
     """Draw figures 5 and 6: t-SNE of the embeddings, one panel per loss or margin.
 
-    t-SNE's distances are not to be read as angles: see `compute_tsne` and `plot_angles`.
-
-    Args:
-        title: Stands above it.
-        panels: For each name its points; those misclassified are ringed.
+    Points that are misclassified are ringed. Distances are not to be read as angles: see
+    `compute_tsne` and `plot_angles`.
     """
-    figure, all_axes = make_panels(title, len(panels), 3, (3.2, 3.2))
+    figure, all_axes = make_panels(len(panels), 3, (3.2, 3.2))
     for (name, (points, labels, wrong)), axes in zip(panels.items(), all_axes, strict=True):
         for label, style in enumerate(CLASS_STYLES):
             x, y = points[labels == label].T
             axes.scatter(x, y, s=16, linewidths=0, alpha=0.8, **style)
-        if wrong is not None:
-            axes.scatter(*points[wrong].T, **RING)
+        axes.scatter(*points[wrong].T, **RING)
         axes.grid(visible=False)
         axes.spines[:].set_visible(True)
         axes.set(xticks=[], yticks=[], box_aspect=1)
         axes.set_title(textwrap.fill(name, 36), fontsize=10)
-    ringed = any(panel.wrong is not None for panel in panels.values())
-    add_class_legend(figure, {"misclassified": RING_IN_LEGEND} if ringed else {})
+    add_class_legend(figure, {"misclassified": RING_IN_LEGEND})
     return figure
 
 
 def add_class_legend(figure: Figure, further: Mapping[str, Mapping[str, object]]) -> None:
     """Explain the classes' marks, and further ones, in a row under the figure.
 
-    Args:
-        figure: What the legend belongs to.
-        further: For each label the properties of a `Line2D`; without a linestyle it is a mark.
+    `further` has for each label the properties of a `Line2D`; without a linestyle it is a mark.
     """
     entries = dict(zip(CLASS_NAMES, CLASS_STYLES, strict=True)) | dict(further)
     handles = [
@@ -198,14 +176,9 @@ def add_class_legend(figure: Figure, further: Mapping[str, Mapping[str, object]]
 
 
 @saved
-def plot_scores(title: str, scores: Sequence[Score]) -> Figure:
-    """Draw figure 7: accuracies beside each other, as points, since their axis starts above zero.
-
-    Args:
-        title: Stands above it.
-        scores: From top to bottom.
-    """
-    figure, axes = make_rows(title, [score.label for score in scores])
+def plot_scores(scores: Sequence[Score]) -> Figure:
+    """Draw figure 7: accuracies, from top to bottom, as points: their axis starts above zero."""
+    figure, axes = make_rows([score.label for score in scores])
     for row, score in enumerate(scores):
         draw_score(axes, row, score.accuracy, score.interval, SOURCES[score.source], score.verified)
         text = f"{100 * score.accuracy:.1f}"
@@ -227,18 +200,12 @@ def plot_scores(title: str, scores: Sequence[Score]) -> Figure:
     return figure
 
 
-def make_rows(title: str, labels: Sequence[str], lines: int = 1) -> tuple[Figure, Axes]:
-    """Return axes with one labelled row for each label, the first on top.
-
-    Args:
-        title: Stands above the figure.
-        labels: Of the rows; long ones take several lines.
-        lines: The least height of a row in lines of text.
-    """
+def make_rows(labels: Sequence[str], lines: int = 1) -> tuple[Figure, Axes]:
+    """Return axes with one labelled row for each label, the first on top, of so many lines each."""
     wrapped = [textwrap.fill(label, 38) for label in labels]
     lines = max([lines, *(label.count("\n") + 1 for label in wrapped)])
     height = 1.7 + len(labels) * (0.18 + 0.15 * lines)
-    figure, (axes,) = make_panels(title, 1, 1, (7.5, height))
+    figure, (axes,) = make_panels(1, 1, (7.5, height))
     axes.set_yticks(range(len(labels)), wrapped, fontsize=9)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)

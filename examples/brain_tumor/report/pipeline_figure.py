@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from .figures import COLOURS, saved, wrap_title
+from ..settings import Settings
+from .figures import COLOURS, save, wrap_title
 
 # All lengths in inches, from the upper left corner.
 WIDTH, TITLE = 9.2, 0.5
@@ -21,32 +23,13 @@ GAP = 0.12  # between bands
 FONT_SIZE = 8.5
 
 
-@saved
-def plot_pipeline(
-    title: str,
-    *,
-    image_size: int = 224,
-    pretrained: bool = True,
-    channels: int = 1024,
-    embedding_size: int = 256,
-    dropout: float = 0.2,
-    margin: float = 5,
-    scale: float = 30,
-    neighbours: int = 1,
-) -> Figure:
+def plot_pipeline(path: Path, title: str, settings: Settings, pretrained: bool) -> Figure:
     """Draw the training phase, the network and the testing phase with the numbers of a run.
 
-    Args:
-        title: Stands above it.
-        image_size: Side of the network's input in pixels.
-        pretrained: Whether the backbone started from ImageNet weights.
-        channels: Feature maps of the backbone.
-        embedding_size: Of both dense layers.
-        dropout: Rate after the first dense layer.
-        margin: SphereFace's m.
-        scale: SphereFace's s.
-        neighbours: The k of k-NN.
+    `pretrained` is whether the backbone started from ImageNet weights.
     """
+    image_size, network, loss = settings.data.image_size, settings.network, settings.loss
+    channels, embedding_size = int(1024 * network.width), network.embedding_size
     side = math.ceil(image_size / 32)  # the backbone halves it five times, rounding up
     picture = f"{image_size} x {image_size} x 3\nin [0, 1]"
     embedding = f"embedding\n{embedding_size} numbers\nof length 1"
@@ -56,12 +39,12 @@ def plot_pipeline(
         "augmentation\nrotation, zoom,\nflips, brightness",
         "network",
         embedding,
-        f"SphereFace loss\nm = {margin:g}, s = {scale:g}\nangles to the\nclass centres",
+        f"SphereFace loss\nm = {loss.margin:g}, s = {loss.scale:g}\nangles to the\nclass centres",
     )
     network = (
         f"MobileNet v1\n{weights}\n{channels} x {side} x {side}",
         f"global average\npooling\n{channels}",
-        f"dense {embedding_size}, ReLU\ndropout {dropout:g}",
+        f"dense {embedding_size}, ReLU\ndropout {network.dropout:g}",
         f"dense {embedding_size}\nlinear, He\ninitialised",
         "BatchNorm",
         "L2-normalise\nonto the sphere",
@@ -70,7 +53,7 @@ def plot_pipeline(
         f"test slice\n{picture}",
         "network\nas trained",
         embedding,
-        f"k-NN, k = {neighbours}\namong the\ntraining slices'\nembeddings",
+        "k-NN, k = 1\namong the\ntraining slices'\nembeddings",
         "class\nmeningioma,\nglioma or\npituitary",
     )
     bands = (
@@ -91,6 +74,7 @@ def plot_pipeline(
         _draw_band(axes, top, name, steps, colour)
         top += band_height + GAP
     _draw_gradient(axes, _lefts(len(training)), TITLE)
+    save(figure, path)
     return figure
 
 

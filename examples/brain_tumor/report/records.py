@@ -7,20 +7,12 @@ from typing import Any
 
 from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
+from ..files import read_json, read_rows
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
 from ..reproduction.results import Reproduction, Result
 from ..reproduction.running import SESSIONS
-from ..settings import load_settings, setting_fields
-from ..training.run_folder import (
-    ENVIRONMENT,
-    EPOCHS,
-    METRICS,
-    POINTING,
-    SPLIT,
-    STRANGE,
-    read_json,
-    read_rows,
-)
+from ..settings import load_settings, override_settings, setting_fields, write_settings
+from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
 from .examination_tables import pointing_table, strange_table
 from .page import Table
@@ -49,13 +41,7 @@ def aims_table(reproduction: Reproduction) -> Table:
             cells += [", then ".join(map(percent, aims)), _reached(accuracies, planned, aims)]
         rows.append([name, *cells])
     header = ["SphereFace, m = 5, 1-NN", "runs", "accuracy", "95 %", "each"]
-    if reproduction.synthetic:
-        return Table(header, rows)
-    caption = (
-        "Targets: the paper's figures by slice; 96 % by patient, then 98 %. Intervals: Student's "
-        "over the runs or, of one run, Wilson's."
-    )
-    return Table([*header, "target", ""], rows, caption)
+    return Table(header if reproduction.synthetic else [*header, "target", ""], rows)
 
 
 def mean_cells(results: Sequence[Result]) -> list[str]:
@@ -99,12 +85,7 @@ def own_recipe_table(reproduction: Reproduction) -> Table:
         for name, result in named.items():
             epochs = str(result.run.settings.training.epochs) if result else "not run yet"
             rows.append([name, where, epochs, *accuracy([result] if result else [])])
-    return Table(
-        ["SphereFace, m = 5, 1-NN", "", "epochs", "accuracy", "Wilson 95 %"],
-        rows,
-        "The paper's recipe is run for as many epochs as the others, its steps of the learning "
-        "rate at the same shares of the training; the paper has 275 epochs. One run each.",
-    )
+    return Table(["SphereFace, m = 5, 1-NN", "", "epochs", "accuracy", "Wilson 95 %"], rows)
 
 
 def search_table(reproduction: Reproduction) -> Table:
@@ -177,12 +158,19 @@ def sessions_table(reproduction: Reproduction) -> Table:
     """Return when and on what it was run."""
     path = reproduction.folder / SESSIONS
     rows = read_rows(path) if path.is_file() else []
-    return _of_rows(rows, "Sessions of `reproduce` on this folder.")
+    return _of_rows(rows)
 
 
-def _of_rows(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Table:
+def _of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
     header = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(header, [[str(row.get(key, "-")) for key in header] for row in rows], caption)
+    return Table(header, [[str(row.get(key, "-")) for key in header] for row in rows])
+
+
+def settings_text(result: Result) -> str:
+    """Return a run's settings, but for where the weights lay: that is nobody's."""
+    settings = result.run.settings
+    name = Path(settings.network.weights).name
+    return write_settings(override_settings(settings, {"weights": name})).strip()
 
 
 def run_table(reproduction: Reproduction) -> Table:
@@ -192,6 +180,5 @@ def run_table(reproduction: Reproduction) -> Table:
         split, made = read_json(one.folder / SPLIT), one.folder / ENVIRONMENT
         sides = f"{len(split['train'])} / {len(split['test'])}"
         commit = read_json(made).get("commit", "-") if made.is_file() else "-"
-        hours = sum(row["seconds"] for row in read_rows(one.folder / EPOCHS)) / 3600
-        rows.append([one.run.name, sides, split["sha256"][:16], commit, f"{hours:.2f}"])
+        rows.append([one.run.name, sides, split["sha256"][:16], commit, f"{one.hours:.2f}"])
     return Table(["run", "train / test", "SHA-256 of the split", "commit", "hours"], rows)

@@ -7,23 +7,9 @@ from ..data.slices import CLASS_NAMES
 from ..evaluation.calibration import calibrated
 from ..evaluation.evaluate import read_predictions
 from ..evaluation.metrics import COLUMNS, metrics_row, reliability
-from ..files import printable
+from ..files import printable, read_json, read_rows, write_text
 from ..settings import read_settings
-from ..training.run_folder import (
-    CLASSES,
-    ENVIRONMENT,
-    EPOCHS,
-    METRICS,
-    POINTING,
-    PREDICTIONS,
-    SETTINGS,
-    SPLIT,
-    STEPS,
-    STRANGE,
-    read_json,
-    read_rows,
-    write_text,
-)
+from ..training import run_folder
 from .examination_tables import pointing_table, strange_table
 from .figures import plot_confusion, plot_early, plot_loss
 from .further_figures import plot_reliability
@@ -42,8 +28,8 @@ EARLY_STEPS = (1, 10, 50, 100, 200, 500)
 
 def write_report(run: Path) -> Path:
     """Draw an evaluated run's figures, write its report and return the report's path."""
-    split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
-    epochs, steps = read_rows(run / EPOCHS), read_rows(run / STEPS)
+    split, metrics = read_json(run / run_folder.SPLIT), read_json(run / run_folder.METRICS)
+    epochs, steps = read_rows(run / run_folder.EPOCHS), read_rows(run / run_folder.STEPS)
     mark = "SYNTHETIC: " if split["synthetic"] else ""
     name = printable(run.name)
     plot_loss(run / "loss.png", f"{mark}training of {name}", epochs)
@@ -64,7 +50,7 @@ def write_report(run: Path) -> Path:
         calibration=_plot_calibration(run, mark),
         examination=describe_examination(run),
         environment=_environment(run, epochs),
-        settings=(run / SETTINGS).read_text(encoding="utf-8").strip(),
+        settings=(run / run_folder.SETTINGS).read_text(encoding="utf-8").strip(),
     )
     write_text(run / REPORT, text)
     return run / REPORT
@@ -72,8 +58,8 @@ def write_report(run: Path) -> Path:
 
 def describe_result(run: Path) -> str:
     """Return an evaluated run's accuracy in a sentence and its metrics as a table."""
-    split, metrics = read_json(run / SPLIT), read_json(run / METRICS)
-    settings = read_settings(run / SETTINGS)
+    split, metrics = read_json(run / run_folder.SPLIT), read_json(run / run_folder.METRICS)
+    settings = read_settings(run / run_folder.SETTINGS)
     low, high = (100 * bound for bound in metrics["accuracy_interval"])
     ours = metrics_row(metrics)
     rows, columns = [["this run", *ours]], COLUMNS
@@ -96,14 +82,14 @@ def describe_result(run: Path) -> str:
 
 def classes_of(split: dict[str, Any]) -> tuple[str, ...]:
     """Return the names of a run's classes; an older run's are the archive's."""
-    return tuple(split.get(CLASSES, CLASS_NAMES))
+    return tuple(split.get(run_folder.CLASSES, CLASS_NAMES))
 
 
 def _plot_calibration(run: Path, mark: str) -> dict[str, Any] | None:
     """Draw how often answers of each confidence are right; return how the calibration does."""
-    found = read_json(run / METRICS).get("calibration")
+    found = read_json(run / run_folder.METRICS).get("calibration")
     if found is not None:
-        predictions = read_predictions(run / PREDICTIONS)
+        predictions = read_predictions(run / run_folder.PREDICTIONS)
         sure = calibrated(predictions.scores, found["exponent"]).max(1)
         bins = reliability(sure, predictions.truth == predictions.predicted)
         plot_reliability(run / "reliability.png", f"{mark}calibrated, {run.name}", *bins)
@@ -113,10 +99,10 @@ def _plot_calibration(run: Path, mark: str) -> dict[str, Any] | None:
 def describe_examination(run: Path) -> str:
     """Return what `examine` found of a run, as tables; nothing if it never was examined."""
     tables = []
-    if (run / STRANGE).is_file():
-        tables.append(strange_table(read_json(run / STRANGE)))
-    if (run / POINTING).is_file():
-        tables.append(pointing_table({"this run": [run / POINTING]}))
+    if (run / run_folder.STRANGE).is_file():
+        tables.append(strange_table(read_json(run / run_folder.STRANGE)))
+    if (run / run_folder.POINTING).is_file():
+        tables.append(pointing_table({"this run": [run / run_folder.POINTING]}))
     return "\n\n".join(map(str, tables))
 
 
@@ -137,6 +123,6 @@ def _environment(run: Path, epochs: list[dict[str, Any]]) -> Table:
     time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     facts = {
         "trained for": f"{time}, {len(epochs)} epochs, {speed:.0f} images/s",
-        **{name: str(value) for name, value in read_json(run / ENVIRONMENT).items()},
+        **{name: str(value) for name, value in read_json(run / run_folder.ENVIRONMENT).items()},
     }
     return Table(["", ""], [[name, value] for name, value in facts.items()])

@@ -8,6 +8,7 @@ from ..evaluation.classifiers import Classification
 from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import (
     COLUMNS,
+    majority_vote,
     mcnemar,
     measure,
     metrics_row,
@@ -18,7 +19,7 @@ from ..evaluation.metrics import (
     wilson_interval,
 )
 from ..reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
-from ..reproduction.results import Reproduction, Result, mean_metrics, metrics_of, pooled, voted
+from ..reproduction.results import Reproduction, Result, mean_metrics, pooled
 from . import paper
 from .page import Table
 
@@ -43,10 +44,6 @@ SPLITS = (PROPOSED, SWAPPED)  # table 1
 LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
 MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
 INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
-CORRELATED_SLICES = (
-    "Wilson's interval and McNemar's p assume independent slices; those of one patient are "
-    "correlated, so the interval is too narrow and p too small."
-)
 COMPARED = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
 SHORT = ("Me", "Gl", "Pt")
 VIEWS = {
@@ -78,41 +75,31 @@ def p_text(p: float) -> str:
     return f"{p:.3f}".removeprefix("0") if p >= 0.001 else "<.001"
 
 
-def right(predictions: Predictions) -> np.ndarray:
-    """Return which answers are right."""
-    return predictions.predicted == predictions.truth
-
-
 def patient_interval(predictions: Predictions) -> tuple[float, float]:
     """Return the 95 % interval of the accuracy when patients are drawn anew."""
-    return patient_bootstrap(right(predictions), predictions.patients, seed=0)
+    return patient_bootstrap(predictions.right, predictions.patients, seed=0)
 
 
 def paper_table(
     reproduction: Reproduction,
     trainings: Sequence[str],
     cited: Mapping[str, Sequence[str]],
-    caption: str,
 ) -> Table:
-    """Return a table of the paper's form: per training our row, and the paper's beneath it.
-
-    Args:
-        reproduction: The finished runs.
-        trainings: Names of trainings of the group "slice".
-        cited: The paper's cells by training; left out for phantoms.
-        caption: Stands under the table.
-    """
+    """Return a table of the paper's form: per training our row, and beneath it what is cited."""
     rows = []
     for training in trainings:
         results = reproduction.select("slice", training)
         if results:
-            cells = [*metrics_row(mean_metrics(results)), *_intervals(results)]
+            cells = [
+                *metrics_row(mean_metrics([one.metrics for one in results])),
+                *_intervals(results),
+            ]
             rows.append([TITLES[training], *cells])
         elif training in cited:
             rows.append([TITLES[training], *["-"] * len(COLUMNS), "0", *["-"] * 3])
         if training in cited and not reproduction.synthetic:
             rows.append(["the paper", *cited[training], "1", *["-"] * (len(INTERVALS) - 1)])
-    return Table(["", *COLUMNS, *INTERVALS], rows, caption)
+    return Table(["", *COLUMNS, *INTERVALS], rows)
 
 
 def _intervals(results: Sequence[Result]) -> list[str]:
@@ -142,14 +129,7 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
         if training in paper.AUCS and not reproduction.synthetic:
             rows.append(["the paper", *paper.AUCS[training], *["-"] * 4, "1"])
     columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]
-    return Table(
-        ["", *columns, "seeds"],
-        rows,
-        "Hard: (TPR + TNR) / 2 of the predicted classes, one against the rest, which is what the "
-        "paper calls AUC. Score: the area under the ROC curve of the class's probability, "
-        "softmax(s x cosine to the nearest training slice of each class). Means over the seeds, "
-        "cut off after the last digit like the paper's.",
-    )
+    return Table(["", *columns, "seeds"], rows)
 
 
 def _score_auc(result: Result) -> np.ndarray:
@@ -167,17 +147,11 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
         for other in reproduction.select("slice", training) if training != PROPOSED else []:
             seed = other.run.settings.training.seed
             if seed in proposed:
-                ours, theirs = right(proposed[seed].predictions), right(other.predictions)
+                ours, theirs = proposed[seed].predictions.right, other.predictions.right
                 test = mcnemar(ours, theirs)
                 only = [str(test.only_first), str(test.only_second)]
                 rows.append([TITLES[training], str(seed), *only, p_text(test.p)])
-    return Table(
-        ["against", "seed", "only m = 5 right", "only the other right", "p"],
-        rows,
-        "McNemar's exact test on the same test slices assumes independent slices; those of one "
-        f"patient are correlated, so p is too small. With {len(rows)} comparisons some p below .05 "
-        "are expected by chance.",
-    )
+    return Table(["against", "seed", "only m = 5 right", "only the other right", "p"], rows)
 
 
 def classifier_table(
@@ -185,25 +159,15 @@ def classifier_table(
 ) -> Table:
     """Return table 2: classifiers on the proposed training's embeddings, means over its seeds.
 
-    Args:
-        results: The proposed training by slice, a run a seed.
-        every: For each of them the answers of the classifiers.
-        synthetic: Whether the slices are phantoms, beside which the paper's rows do not stand.
+    `every` has for each of the results the answers of the classifiers.
     """
     truths = [one.predictions.truth for one in results]
     rows = []
     for same in zip(*every, strict=True):
         metrics = [measure(truth, one.predicted) for truth, one in zip(truths, same, strict=True)]
-        accuracies = [one.accuracy for one in metrics]
-        mean = {
-            name: np.mean([vars(one)[name] for one in metrics], axis=0) for name in vars(metrics[0])
-        }
-        _, interval = seed_interval(accuracies)
-        hits = round(accuracies[0] * len(truths[0]))
-        wilson = wilson_interval(hits, len(truths[0]))
-        rows.append(
-            [same[0].name, *metrics_row(mean), str(len(metrics)), bounds(interval), bounds(wilson)]
-        )
+        _, interval = seed_interval([one.accuracy for one in metrics])
+        cells = [str(len(metrics)), bounds(interval), bounds(metrics[0].accuracy_interval)]
+        rows.append([same[0].name, *metrics_row(mean_metrics(metrics)), *cells])
         if same[0].name in paper.CLASSIFIERS and not synthetic:
             rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
     return Table(["", *COLUMNS, *INTERVALS[:3]], rows)
@@ -232,10 +196,6 @@ def patient_table(reproduction: Reproduction) -> Table:
             "Wilson 95 %",
         ],
         rows,
-        "Accuracy in per cent. By slice: slices of one patient in training and test set, mean "
-        "over the seeds. By patient: no patient in both. Vote: the majority of a patient's slices. "
-        "With the sides exchanged each fold is trained on alone and tested on the four others, so "
-        "a slice is answered four times.",
     )
 
 
@@ -248,13 +208,13 @@ def _by_patient(folds: Sequence[Result]) -> list[str]:
     accuracies = [fold.metrics.accuracy for fold in folds]
     mean, interval = seed_interval(accuracies)
     together = pooled(fold.predictions for fold in folds)
-    mirrored = [metrics_of(fold.by_views(2)).accuracy for fold in folds if fold.has_views(2)]
+    mirrored = [fold.by_views(2).metrics.accuracy for fold in folds if fold.has_views(2)]
     hits, patients = votes(folds)
     return [
         percent(mean),
         str(len(folds)),
         bounds(interval),
-        percent(metrics_of(together).accuracy),
+        percent(together.metrics.accuracy),
         bounds(patient_interval(together)),
         percent(np.mean(mirrored)) if len(mirrored) == len(folds) else "-",
         f"{percent(hits / patients)} ({hits} of {patients})",
@@ -264,7 +224,10 @@ def _by_patient(folds: Sequence[Result]) -> list[str]:
 
 def votes(folds: Sequence[Result]) -> tuple[int, int]:
     """Return how many patients the majority of their slices gets right, and how many there are."""
-    answers = [voted(fold.predictions) for fold in folds]
+    answers = [
+        majority_vote(one.patients, one.predicted, one.scores, one.truth)
+        for one in (fold.predictions for fold in folds)
+    ]
     hits = sum(int((truth == vote).sum()) for truth, vote in answers)
     return hits, sum(len(truth) for truth, _ in answers)
 
@@ -275,10 +238,10 @@ def fold_table(reproduction: Reproduction) -> Table:
     for training in TRAININGS:
         folds = reproduction.select("patient", training)
         if folds:
-            metrics = metrics_of(pooled(fold.predictions for fold in folds))
+            metrics = pooled(fold.predictions for fold in folds).metrics
             each = " ".join(percent(fold.metrics.accuracy) for fold in folds)
             rows.append([TITLES[training], *metrics_row(vars(metrics)), each])
-    return Table(["", *COLUMNS, "accuracy, fold by fold"], rows, "All folds' test slices together.")
+    return Table(["", *COLUMNS, "accuracy, fold by fold"], rows)
 
 
 def beyond_table(reproduction: Reproduction) -> Table:
@@ -293,11 +256,7 @@ def beyond_table(reproduction: Reproduction) -> Table:
         folds = _tried(reproduction, groups[1], training)
         if by_slice or folds:
             rows.append([TITLES[training], *accuracy(by_slice), *accuracy(folds)])
-    return Table(
-        ["", "by slice, seed 0", "Wilson 95 %", "by patient", "Wilson 95 %"],
-        rows,
-        f"Accuracy in per cent; by patient on {reproduction.budget.folds} of 5 folds.",
-    )
+    return Table(["", "by slice, seed 0", "Wilson 95 %", "by patient", "Wilson 95 %"], rows)
 
 
 def _tried(reproduction: Reproduction, group: str, training: str) -> list[Result]:
@@ -315,41 +274,32 @@ def variant_table(reproduction: Reproduction) -> Table:
     names = dict.fromkeys(one.run.training for one in every)
     rows = []
     if proposed:
-        reference = right(pooled(one.predictions for one in proposed))
+        reference = pooled(one.predictions for one in proposed).right
         rows.append(_beside("as proposed", reference, None))
         for name in names:
             results = reproduction.select("variant", name)
             if len(results) == len(proposed):
-                own = right(pooled(one.predictions for one in results))
+                own = pooled(one.predictions for one in results).right
                 rows.append(_beside(name, own, reference))
-    return Table(
-        ["trained", *COMPARED],
-        rows,
-        f"By patient, on {reproduction.budget.folds} of 5 folds. Each differs from the "
-        f"proposed training in one thing. {CORRELATED_SLICES}",
-    )
+    return Table(["trained", *COMPARED], rows)
 
 
 def answer_table(
     results: Sequence[Result],
     every: Sequence[Sequence[Classification]],
     together: Mapping[str, np.ndarray],
-    caption: str,
 ) -> Table:
-    """Return what other answers from trained networks are worth.
+    """Return what other answers from networks of disjoint test sides are worth.
 
-    Args:
-        results: Runs of the proposed training with disjoint test sides.
-        every: For each of them the answers of the classifiers.
-        together: For each way to join several networks, which of all test slices it gets right.
-        caption: Stands under the table.
+    `every` has for each of the results the answers of the classifiers, `together` for each way to
+    join several networks which of all test slices it gets right.
     """
     truth = np.concatenate([one.predictions.truth for one in results])
-    reference = right(pooled(one.predictions for one in results))
+    reference = pooled(one.predictions for one in results).right
     rows = [
         _beside("k-NN, k = 1, as proposed", reference, None),
         *(
-            _beside(f"k-NN, k = 1, {text}", right(pooled(answers)), reference)
+            _beside(f"k-NN, k = 1, {text}", pooled(answers).right, reference)
             for views, text in VIEWS.items()
             if (answers := _other_views(results, views))
         ),
@@ -358,7 +308,7 @@ def answer_table(
         own = np.concatenate([one.predicted for one in same]) == truth
         rows.append(_beside(same[0].name, own, reference))
     rows += [_beside(name, own, reference) for name, own in together.items()]
-    return Table(["answered", *COMPARED], rows, f"{caption} {CORRELATED_SLICES}")
+    return Table(["answered", *COMPARED], rows)
 
 
 def _other_views(results: Sequence[Result], views: int) -> list[Predictions]:
@@ -376,7 +326,7 @@ def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[st
 
 def accuracy(results: Sequence[Result]) -> list[str]:
     """Return the accuracy of runs with disjoint test sides, and its interval; dashes of none."""
-    return share(right(pooled(one.predictions for one in results))) if results else ["-", "-"]
+    return share(pooled(one.predictions for one in results).right) if results else ["-", "-"]
 
 
 def share(own: np.ndarray) -> list[str]:

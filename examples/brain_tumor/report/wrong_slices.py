@@ -1,19 +1,15 @@
 """The slices that a training gets wrong in every run, and whether plane, size or class tell why."""
 
-import csv
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
 
 import numpy as np
 
 from ..data.slices import CLASS_NAMES, PLANES
-from ..evaluation.metrics import wilson_interval
-from ..files import check_sum
 from ..reproduction.plan import PROPOSED
-from ..reproduction.results import Reproduction, Result, read_slice_table
-from ..training.run_folder import POINTING, PREDICTIONS
-from .examination_tables import SIZES, read_pointing
+from ..reproduction.results import Reproduction, pooled
+from ..training.run_folder import POINTING
+from .examination_tables import SIZES, rate, read_pointing
 from .page import Table
 
 GROUPS = {"slice": "by slice", "patient": "by patient"}
@@ -25,8 +21,6 @@ FIRST = (
 )
 OF_FIRST = "acacsacscscacsacsacacscsac"
 
-Row = Mapping[str, str]
-
 
 def plane_of(number: int) -> str:
     """Return in which plane a slice of the archive is, by its number."""
@@ -35,34 +29,25 @@ def plane_of(number: int) -> str:
 
 
 def wrong_table(reproduction: Reproduction, group: str) -> Table:
-    """Return the slices that every finished run of the proposed training which tested them misses.
-
-    Args:
-        reproduction: The finished runs.
-        group: "slice" or "patient".
-    """
-    results = reproduction.select(group, PROPOSED)
-    table = read_slice_table(reproduction.folder)
+    """Return the slices that every run of the proposed training which tested them misses."""
+    every = pooled(one.predictions for one in reproduction.select(group, PROPOSED))
+    table, areas, rows = reproduction.slices, _areas(reproduction), []
     truth = dict(zip(table.numbers.tolist(), table.labels.tolist(), strict=True))
-    areas = _areas(reproduction)
-    rows = []
-    for number, answers in sorted(_answers(results).items()):
-        if not any(_right(one) for one in answers):
-            given = Counter(one["predicted"] for one in answers)
-            near = (int(one["nearest_training_slice"]) for one in answers)
+    for number in np.unique(every.numbers).tolist():
+        own = every.numbers == number
+        if not every.right[own].any():
+            given = Counter(CLASS_NAMES[label] for label in every.predicted[own])
             rows.append(
                 [
-                    *(str(number), answers[0]["patient"], plane_of(number)),
-                    *(str(areas.get(number, "-")), answers[0]["truth"]),
+                    *(str(number), every.patients[own][0], plane_of(number)),
+                    *(str(areas.get(number, "-")), CLASS_NAMES[every.truth[own][0]]),
                     ", ".join(f"{name} ({count})" for name, count in given.items()),
-                    ", ".join(f"{one} {CLASS_NAMES[truth[one]]}" for one in near),
+                    ", ".join(f"{one} {CLASS_NAMES[truth[one]]}" for one in every.nearest[own]),
                 ]
             )
     return Table(
         ["slice", "patient", "plane", "tumour", "truth", "answers (runs)", "nearest in each run"],
         rows,
-        f"From {len(results)} finished runs. Tumour: its area in pixels, where `examine` measured "
-        "it.",
     )
 
 
@@ -72,53 +57,24 @@ def kinds_table(reproduction: Reproduction) -> Table:
     limits = np.quantile(list(areas.values()), [1 / 3, 2 / 3]) if areas else []
     rows = []
     for group, title in GROUPS.items():
-        every = _answers(reproduction.select(group, PROPOSED))
-        kinds: dict[str, dict[str, list[bool]]] = {
-            "class": {name: [] for name in CLASS_NAMES},
-            "plane": {name: [] for name in PLANES},
-            "tumour": {name: [] for name in SIZES},
+        results = reproduction.select(group, PROPOSED)
+        if not results:
+            continue
+        every = pooled(one.predictions for one in results)
+        planes = np.array([plane_of(number) for number in every.numbers])
+        area = np.array([areas.get(number, -1) for number in every.numbers])
+        third = np.where(area < 0, -1, np.searchsorted(limits, area))
+        kinds = {
+            **{("class", name): every.truth == i for i, name in enumerate(CLASS_NAMES)},
+            **{("plane", name): planes == name for name in PLANES},
+            **{("tumour", name): third == i for i, name in enumerate(SIZES)},
         }
-        for number, answers in every.items():
-            wrong = [not _right(one) for one in answers]
-            kinds["class"][answers[0]["truth"]] += wrong
-            kinds["plane"][plane_of(number)] += wrong
-            if number in areas:
-                kinds["tumour"][SIZES[np.searchsorted(limits, areas[number])]] += wrong
-        rows += [
-            [title, kind, name, *_rate(wrong)]
-            for kind, parts in kinds.items()
-            for name, wrong in parts.items()
-            if wrong
-        ]
-    return Table(
-        ["split", "", "", "answers", "wrong", "share", "Wilson 95 %"],
-        rows,
-        "All finished runs of the proposed training. Tumours by thirds of their area, where "
-        "`examine` measured it. Slices of one patient are correlated, so the intervals are too "
-        "narrow.",
-    )
-
-
-def _rate(wrong: Sequence[bool]) -> list[str]:
-    low, high = (100 * bound for bound in wilson_interval(sum(wrong), len(wrong)))
-    share = f"{100 * sum(wrong) / len(wrong):.1f} %"
-    return [str(len(wrong)), str(sum(wrong)), share, f"{low:.1f} to {high:.1f}"]
-
-
-def _right(row: Row) -> bool:
-    return row["predicted"] == row["truth"]
-
-
-def _answers(results: Iterable[Result]) -> dict[int, list[Row]]:
-    """Return by the slices' numbers their rows in the predictions of the runs that tested them."""
-    found = defaultdict(list)
-    for result in results:
-        path = result.folder / PREDICTIONS
-        check_sum(path)
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found[int(row["slice"])].append(row)
-    return found
+        for kind, chosen in kinds.items():
+            if chosen.any():
+                wrong = ~every.right[chosen]
+                counts = [str(len(wrong)), str(wrong.sum())]
+                rows.append([title, *kind, *counts, *rate(wrong)])
+    return Table(["split", "", "", "answers", "wrong", "share", "Wilson 95 %"], rows)
 
 
 def _areas(reproduction: Reproduction) -> dict[int, int]:

@@ -24,14 +24,7 @@ LOWEST = 19
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command at the lowest priority, stopped while another process pauses it.
-
-    Args:
-        command: The command and its arguments.
-
-    Returns:
-        Its exit code.
-    """
+    """Run a command at the lowest priority, stopped while `pause` is busy; return its exit code."""
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     # A group of its own: a signal to it reaches the trainings that the command starts.
     child = subprocess.Popen(["nice", "-n", str(LOWEST), *command], start_new_session=True)

@@ -4,7 +4,6 @@ What is left behind is what no table needs: checkpoints, logs of single steps, a
 most runs.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import PARTIAL, check_sum, replacing, write_sums
-from ..settings import Settings, first_difference, read_settings, write_settings
-from ..training.run_folder import (
-    ANGLES,
-    EMBEDDINGS,
-    ENVIRONMENT,
-    EPOCHS,
-    METRICS,
-    POINTING,
-    PREDICTIONS,
-    SETTINGS,
-    SPLIT,
-    STRANGE,
-    VIEW_PREDICTIONS,
-    read_array,
-    read_json,
-    write_text,
+from ..files import PARTIAL, check_sum, read_array, read_json, write_array, write_sums, write_text
+from ..settings import (
+    Settings,
+    first_difference,
+    override_settings,
+    read_settings,
+    write_settings,
 )
+from ..training import run_folder
 from .plan import PROPOSED, Run
 from .results import Result, read_reproduction
 from .running import REPRODUCTION, RUNS, SESSIONS, SLICES, is_finished
@@ -38,15 +28,9 @@ SAME = ("synthetic", "slices_sha256", "images_sha256", "weights_sha256")  # or n
 
 
 def collect(out: Path, folder: Path) -> list[str]:
-    """Copy the results of finished runs, without checkpoints, out of a reproduction.
+    """Copy the results of finished runs, without checkpoints, out of a reproduction into a folder.
 
-    Args:
-        out: The reproduction's folder.
-        folder: Where the results go; new, or of the same data and weights. Runs that are there are
-            left as they are.
-
-    Returns:
-        The names of the runs that were copied.
+    Runs that are there are left as they are. Return the names of those that were copied.
 
     Raises:
         UserError: The folder holds results of other data or weights, or cannot be written.
@@ -70,13 +54,7 @@ def collect(out: Path, folder: Path) -> list[str]:
 def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
     """Take the planned runs that another folder holds finished into a reproduction.
 
-    Args:
-        folder: As `collect` left it, or a reproduction's.
-        out: The reproduction's folder. Runs that it has finished are left as they are.
-        runs: Those that are planned.
-
-    Returns:
-        The names of the runs that were taken.
+    Runs that the reproduction has finished are left as they are. Return the names of those taken.
 
     Raises:
         UserError: The other folder is of other data or weights, or a run has other settings.
@@ -88,11 +66,11 @@ def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
         if not is_finished(source, run) or is_finished(target, run):
             continue
         key = first_difference(
-            _placeless(read_settings(source / SETTINGS)), _placeless(run.settings)
+            _placeless(read_settings(source / run_folder.SETTINGS)), _placeless(run.settings)
         )
         if key is not None:
             raise UserError(
-                f"{source / SETTINGS}: {key} differs from the plan's; was it another's?"
+                f"{source / run_folder.SETTINGS}: {key} differs from the plan's; was it another's?"
             )
         partial = target.with_name(target.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,26 +93,31 @@ def _check_same(folder: Path, out: Path) -> None:
 
 def _placeless(settings: Settings) -> Settings:
     """Return settings without where the weights lie, whose sum is checked instead."""
-    network = dataclasses.replace(settings.network, weights="")
-    return dataclasses.replace(settings, network=network)
+    return override_settings(settings, {"weights": ""})
 
 
 def _copy_run(result: Result, target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    names = [SPLIT, ENVIRONMENT, EPOCHS, PREDICTIONS, METRICS, POINTING, STRANGE]
+    names = [
+        run_folder.SPLIT,
+        run_folder.ENVIRONMENT,
+        run_folder.EPOCHS,
+        run_folder.PREDICTIONS,
+        run_folder.METRICS,
+        run_folder.POINTING,
+        run_folder.STRANGE,
+    ]
     if result.run.training == PROPOSED:
-        names += [VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
+        names += [run_folder.VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
     for name in names:
         if (result.folder / name).is_file():
             check_sum(result.folder / name)
             shutil.copyfile(result.folder / name, partial / name)
-    write_text(partial / SETTINGS, write_settings(_placeless(result.run.settings)))
+    write_text(partial / run_folder.SETTINGS, write_settings(_placeless(result.run.settings)))
     if (result.run.group, result.run.settings.training.seed) == ("slice", 0):  # t-SNE, angles
-        for name in (EMBEDDINGS, ANGLES):
-            halved = read_array(result.folder / name).astype(np.float16)
-            with replacing(partial / name) as temporary, temporary.open("wb") as file:
-                np.save(file, halved, allow_pickle=False)
+        for name in (run_folder.EMBEDDINGS, run_folder.ANGLES):
+            write_array(partial / name, read_array(result.folder / name).astype(np.float16))
     write_sums(partial, sorted(path.name for path in partial.iterdir()))
     partial.rename(target)

@@ -1,15 +1,16 @@
 """What a reproduction trains: which runs, in which order, with which settings."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..data.matlab import FOLDS
 from ..settings import Settings, load_settings, override_settings
 
+Trainings = Mapping[str, Mapping[str, object]]  # names, and the settings that make each
 # What the tables call a training, and the settings that make it. The paper's six losses first;
 # triplet's margin is FaceNet's, for the paper gives none.
-PAPER_LOSSES: Mapping[str, Mapping[str, object]] = {
+PAPER_LOSSES: Trainings = {
     "sphereface-m5": {"loss": "sphereface", "margin": 5.0},
     "softmax": {"loss": "softmax"},
     "modified-softmax": {"loss": "modified-softmax"},
@@ -19,22 +20,18 @@ PAPER_LOSSES: Mapping[str, Mapping[str, object]] = {
 }
 PROPOSED = "sphereface-m5"
 SWAPPED = f"{PROPOSED}-swapped"  # the seventh training: the same split, its sides exchanged
-BEYOND: Mapping[str, Mapping[str, object]] = {
+BEYOND: Trainings = {
     "sphereface-m5-bare": {"loss": "sphereface", "margin": 5.0, "annealing": False},
     "cosface": {"loss": "cosface", "margin": 0.35},
     "cosface-bare": {"loss": "cosface", "margin": 0.35, "annealing": False},
     "arcface": {"loss": "arcface", "margin": 0.5},
     "arcface-bare": {"loss": "arcface", "margin": 0.5, "annealing": False},
     "subcenter-arcface": {"loss": "subcenter-arcface", "margin": 0.5},
-    "subcenter-arcface-bare": {
-        "loss": "subcenter-arcface",
-        "margin": 0.5,
-        "annealing": False,
-    },
+    "subcenter-arcface-bare": {"loss": "subcenter-arcface", "margin": 0.5, "annealing": False},
 }
 # What may help on unknown patients; each differs from the proposed training in this alone.
 STRONGER = {"rotation_degrees": 30.0, "brightness": 0.4, "zoom": 1.5}
-VARIANTS: Mapping[str, Mapping[str, object]] = {
+VARIANTS: Trainings = {
     "whole-margin": {"annealing_minimum": 0.0},
     "stronger-augmentation": STRONGER,
     "no-upside-down": {"flip_up_down": False},
@@ -45,7 +42,7 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 # the paper split's training side, by patient on fold 5. Each differs from the recipe in this alone,
 # and all are shorter and smaller, or the search would take longer than what it is for.
 SEARCH_PACE = {"image_size": 112, "epochs": 8, "annealing_gamma": 0.85, "ema": 0.983}
-SEARCH: Mapping[str, Mapping[str, object]] = {
+SEARCH: Trainings = {
     "as-chosen": {},
     "whole-slice": {"crop": "none"},
     "dropout-0.5": {"dropout": 0.5},
@@ -85,14 +82,9 @@ class Budget:
         from ..network.mobilenet import weights_layout  # torch takes seconds, --help needs none
 
         layout = weights_layout(weights) if weights else "slim"
+        own = {"weights": str(weights or ""), "layout": layout}
         # Calibrated on what other seeds and folds hold out, so that all can be trained on.
-        changes = {
-            "calibration": 0.0,
-            **self.changes,
-            "weights": str(weights or ""),
-            "layout": layout,
-        }
-        return load_settings(self.preset, changes)
+        return load_settings(self.preset, {"calibration": 0.0, **self.changes, **own})
 
 
 # SphereFace's own pace of annealing, gamma = 0.12, has lambda at its minimum after 1658 steps. A
@@ -122,102 +114,68 @@ class Run:
 
 
 def plan_runs(budget: Budget, weights: Path | None) -> list[Run]:
-    """Return the runs of a reproduction, those first that say most.
-
-    Args:
-        budget: How much is spent.
-        weights: ImageNet weights, or None to train from scratch.
-    """
-    base = budget.settings(weights)
-    parts = (
-        _proposed(budget, base),
-        _others(base, seed=0),
-        _swapped(budget, base),
-        _papers_own(budget, base) if budget.comparisons else (),
-        _by_patient_too(base),
-        *(_others(base, seed) for seed in range(1, budget.other_seeds)),
-        _beyond_the_paper(budget, base),
-        _lengths(budget, base),
-        _search(base) if budget.comparisons else (),
+    """Return the runs of a reproduction, those first that say most."""
+    base, every, tried = budget.settings(weights), range(1, FOLDS + 1), range(1, budget.folds + 1)
+    proposed, others = {PROPOSED: PAPER_LOSSES[PROPOSED]}, dict(PAPER_LOSSES)
+    del others[PROPOSED]
+    swapped, swapped_patients = (
+        {SWAPPED: {**PAPER_LOSSES[PROPOSED], "split": f"{split}-swapped"}}
+        for split in ("paper", "patient")
     )
-    return [run for part in parts for run in part]
+    larger = {f"{budget.larger_size}-pixels": {"image_size": budget.larger_size}}
+    return [
+        *_by_slice("slice", proposed, base, range(budget.seeds)),
+        *_by_patient("patient", proposed, base, every),
+        *_by_slice("slice", others, base, [0]),
+        *_by_slice("slice", swapped, base, range(budget.swapped_seeds)),
+        *(_papers_own(base, tried) if budget.comparisons else ()),
+        *_by_patient("patient", {**others, **swapped_patients}, base, every),
+        *_by_slice("slice", others, base, range(1, budget.other_seeds)),
+        *_by_slice("beyond-slice", BEYOND, base, [0]),
+        *_by_patient("beyond-patient", BEYOND, base, tried),
+        *_by_patient("variant", {**VARIANTS, **larger}, base, tried),
+        *_by_slice("length", dict(_length(base, share) for share in budget.lengths), base, [0]),
+        *(_search(base) if budget.comparisons else ()),
+    ]
 
 
-def _proposed(budget: Budget, base: Settings) -> Iterator[Run]:
-    changes = PAPER_LOSSES[PROPOSED]
-    for seed in range(budget.seeds):
-        yield _by_slice("slice", PROPOSED, base, changes, seed)
-    for fold in range(1, FOLDS + 1):
-        yield _by_patient("patient", PROPOSED, base, changes, fold)
-
-
-def _others(base: Settings, seed: int) -> Iterator[Run]:
-    for training, changes in PAPER_LOSSES.items():
-        if training != PROPOSED:
-            yield _by_slice("slice", training, base, changes, seed)
-
-
-def _swapped(budget: Budget, base: Settings) -> Iterator[Run]:
-    for seed in range(budget.swapped_seeds):
-        changes = {**PAPER_LOSSES[PROPOSED], "split": "paper-swapped"}
-        yield _by_slice("slice", SWAPPED, base, changes, seed)
-
-
-def _papers_own(budget: Budget, base: Settings) -> Iterator[Run]:
+def _papers_own(base: Settings, folds: Iterable[int]) -> Iterator[Run]:
     """The paper's own recipe, its learning rate's steps at the same shares of fewer epochs."""
     own = load_settings("paper", {"epochs": base.training.epochs, "annealing": False})
     own = dataclasses.replace(own, network=base.network)
-    yield _by_slice("paper-slice", "papers-own", own, {}, seed=0)
-    for fold in range(1, budget.folds + 1):
-        yield _by_patient("paper-patient", "papers-own", own, {}, fold)
+    yield from _by_slice("paper-slice", {"papers-own": {}}, own, [0])
+    yield from _by_patient("paper-patient", {"papers-own": {}}, own, folds)
 
 
-def _by_patient_too(base: Settings) -> Iterator[Run]:
-    for training, changes in PAPER_LOSSES.items():
-        if training != PROPOSED:
-            for fold in range(1, FOLDS + 1):
-                yield _by_patient("patient", training, base, changes, fold)
-    for fold in range(1, FOLDS + 1):
-        swapped = {**PAPER_LOSSES[PROPOSED], "split": "patient-swapped"}
-        yield _by_patient("patient", SWAPPED, base, swapped, fold)
-
-
-def _beyond_the_paper(budget: Budget, base: Settings) -> Iterator[Run]:
-    larger = {f"{budget.larger_size}-pixels": {"image_size": budget.larger_size}}
-    for training, changes in BEYOND.items():
-        yield _by_slice("beyond-slice", training, base, changes, seed=0)
-    for group, trainings in ("beyond-patient", BEYOND), ("variant", {**VARIANTS, **larger}):
-        for training, changes in trainings.items():
-            for fold in range(1, budget.folds + 1):
-                yield _by_patient(group, training, base, changes, fold)
-
-
-def _lengths(budget: Budget, base: Settings) -> Iterator[Run]:
-    for length in budget.lengths:
-        epochs = max(1, round(length * base.training.epochs))
-        # The paper's pace of annealing belongs to 275 epochs; a shorter run needs its own.
-        pace = {"annealing_gamma": base.loss.annealing_gamma * base.training.epochs / epochs}
-        changes = {"epochs": epochs, "schedule": "cosine", **pace}
-        yield _by_slice("length", f"{epochs}-epochs", base, changes, seed=0)
+def _length(base: Settings, share: float) -> tuple[str, Mapping[str, object]]:
+    """A training of another length: its name, and the settings that make it."""
+    epochs = max(1, round(share * base.training.epochs))
+    # The paper's pace of annealing belongs to 275 epochs; a shorter run needs its own.
+    gamma = base.loss.annealing_gamma * base.training.epochs / epochs
+    return f"{epochs}-epochs", {"epochs": epochs, "schedule": "cosine", "annealing_gamma": gamma}
 
 
 def _search(base: Settings) -> Iterator[Run]:
     for training, changes in SEARCH.items():
-        changes = {**SEARCH_PACE, **changes}
-        by_slice = {**changes, "split": "validation"}
-        yield _by_slice("search-slice", f"search-{training}", base, by_slice, seed=0)
-        yield _by_patient("search-patient", f"search-{training}", base, changes, DEVELOPMENT_FOLD)
+        trained = {f"search-{training}": {**SEARCH_PACE, **changes}}
+        validated = override_settings(base, {"split": "validation"})
+        yield from _by_slice("search-slice", trained, validated, [0])
+        yield from _by_patient("search-patient", trained, base, [DEVELOPMENT_FOLD])
 
 
 def _by_slice(
-    group: str, training: str, base: Settings, changes: Mapping[str, object], seed: int
-) -> Run:
-    settings = override_settings(base, {"seed": seed, "split_seed": seed, **changes})
-    return Run(f"slice-{training}-seed{seed}", group, training, settings)
+    group: str, trainings: Trainings, base: Settings, seeds: Iterable[int]
+) -> Iterator[Run]:
+    for seed in seeds:
+        for training, changes in trainings.items():
+            settings = override_settings(base, {"seed": seed, "split_seed": seed, **changes})
+            yield Run(f"slice-{training}-seed{seed}", group, training, settings)
 
 
 def _by_patient(
-    group: str, training: str, base: Settings, changes: Mapping[str, object], fold: int
-) -> Run:
-    settings = override_settings(base, {"split": "patient", "fold": fold, **changes})
-    return Run(f"patient-{training}-fold{fold}", group, training, settings)
+    group: str, trainings: Trainings, base: Settings, folds: Iterable[int]
+) -> Iterator[Run]:
+    for training, changes in trainings.items():
+        for fold in folds:
+            settings = override_settings(base, {"split": "patient", "fold": fold, **changes})
+            yield Run(f"patient-{training}-fold{fold}", group, training, settings)

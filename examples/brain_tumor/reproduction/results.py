@@ -1,6 +1,5 @@
 """Reading back a reproduction's finished runs, and what several of them say together."""
 
-import csv
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -10,20 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..data.slices import CLASS_NAMES
-from ..errors import UserError
 from ..evaluation.evaluate import Predictions, read_predictions
-from ..evaluation.metrics import Metrics, majority_vote, measure
+from ..evaluation.metrics import Metrics
+from ..files import read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
-from ..training.run_folder import (
-    EMBEDDINGS,
-    PREDICTIONS,
-    SETTINGS,
-    VIEW_PREDICTIONS,
-    read_array,
-    read_json,
-)
-from .plan import Budget, Run, plan_runs
+from ..training.run_folder import EMBEDDINGS, EPOCHS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS
+from .plan import PROPOSED, Budget, Run, plan_runs
 from .running import REPRODUCTION, RUNS, SLICES, is_finished
+
+FIGURES = "figures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +55,12 @@ class Result:
     @cached_property
     def metrics(self) -> Metrics:
         """What the answers are worth."""
-        return metrics_of(self.predictions)
+        return self.predictions.metrics
+
+    @property
+    def hours(self) -> float:
+        """How long the training took."""
+        return sum(row["seconds"] for row in read_rows(self.folder / EPOCHS)) / 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +77,25 @@ class Reproduction:
         """Whether the slices are phantoms."""
         return self.description["synthetic"]
 
+    def figure(self, name: str, title: str) -> tuple[Path, str]:
+        """Return where a figure goes, and its title, which says if it is of phantoms."""
+        return self.folder / FIGURES / f"{name}.png", f"{self.mark}{title}"
+
+    @property
+    def mark(self) -> str:
+        """What stands before titles and headings."""
+        return "SYNTHETIC: " if self.synthetic else ""
+
+    @cached_property
+    def slices(self) -> "SliceTable":
+        """What is known of every slice."""
+        return read_slice_table(self.folder)
+
+    @cached_property
+    def proposed(self) -> Result | None:
+        """The proposed training's run by slice of seed 0, if it is finished."""
+        return self.first(PROPOSED)
+
     @property
     def budget(self) -> Budget:
         """How much was to be spent."""
@@ -92,17 +110,17 @@ class Reproduction:
             if result.run.group == group and result.run.training == training
         ]
 
-    def first(self, training: str, group: str) -> Result | None:
+    def first(self, training: str, group: str = "slice") -> Result | None:
         """Return a training's first run of a group, that of seed 0 or of fold 1, if finished."""
         return next(iter(self.select(group, training)), None)
 
+    def with_embeddings(self, group: str) -> list[Result]:
+        """Return the proposed training's finished runs of a group whose embeddings are there."""
+        return [one for one in self.select(group, PROPOSED) if one.has_embeddings]
+
 
 def read_reproduction(folder: Path) -> Reproduction:
-    """Read a reproduction's folder.
-
-    Raises:
-        UserError: It is none, or a file of it is damaged.
-    """
+    """Read a reproduction's folder."""
     description = read_json(folder / REPRODUCTION)
     empty = Reproduction(folder, description, [], [])
     results, missing = [], []
@@ -140,21 +158,13 @@ class SliceTable:
 def read_slice_table(folder: Path) -> SliceTable:
     """Read the slices.csv of a reproduction's folder."""
     path = folder / SLICES
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    with readable(path, "the table of slices"):
+        rows = read_table(path)
         return SliceTable(
             numbers=np.array([int(row["slice"]) for row in rows]),
             labels=np.array([CLASS_NAMES.index(row["class"]) for row in rows]),
             patients=np.array([row["patient"] for row in rows]),
         )
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not readable as the table of slices: {error}") from None
-
-
-def metrics_of(predictions: Predictions) -> Metrics:
-    """Return what answers are worth, slice by slice."""
-    return measure(predictions.truth, predictions.predicted)
 
 
 def pooled(parts: Iterable[Predictions]) -> Predictions:
@@ -168,14 +178,6 @@ def pooled(parts: Iterable[Predictions]) -> Predictions:
     )
 
 
-def mean_metrics(results: Sequence[Result]) -> dict[str, Any]:
+def mean_metrics(every: Sequence[Metrics]) -> dict[str, Any]:
     """Return each number of the metrics averaged over runs."""
-    every = [dataclasses.asdict(result.metrics) for result in results]
-    return {name: np.mean([one[name] for one in every], axis=0) for name in every[0]}
-
-
-def voted(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """Return truth and majority vote for each patient."""
-    return majority_vote(
-        predictions.patients, predictions.predicted, predictions.scores, predictions.truth
-    )
+    return {name: np.mean([vars(one)[name] for one in every], axis=0) for name in vars(every[0])}

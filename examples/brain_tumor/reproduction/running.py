@@ -10,10 +10,8 @@ A reproduction's folder holds all that its report is made of:
     runs/NAME/          a run's folder, see run_folder.py
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import signal
 import sys
@@ -38,20 +36,22 @@ from ..data.slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS, SliceSet, load_sl
 from ..data.splits import make_split
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate
-from ..files import LOCK, PARTIAL, locked, replacing
+from ..files import (
+    LOCK,
+    PARTIAL,
+    append_rows,
+    locked,
+    read_json,
+    read_table,
+    replacing,
+    write_json,
+    write_table,
+    write_text,
+)
 from ..settings import Settings
 from ..training.checkpoint import epochs_done
 from ..training.loop import train
-from ..training.run_folder import (
-    METRICS,
-    SETTINGS,
-    append_rows,
-    choose_precision,
-    describe_environment,
-    read_json,
-    write_json,
-    write_text,
-)
+from ..training.run_folder import METRICS, SETTINGS, choose_precision, describe_environment
 from .plan import Budget, Run, plan_runs
 from .speed import measure_speed
 
@@ -72,25 +72,17 @@ def run_plan(
     chosen: str = "*",
     take: Callable[[Sequence[Run]], object] | None = None,
 ) -> list[str]:
-    """Train and evaluate what a reproduction lacks; finished runs are left as they are.
+    """Train and evaluate what a reproduction lacks; return a line for each run that failed.
 
-    Args:
-        data: Folder of .mat slices.
-        weights: ImageNet weights, or None to train from scratch.
-        out: The reproduction's folder; new, or of the same data, weights and budget.
-        budget: How much is spent.
-        jobs: Runs side by side. Each has its share of the cores or, if there are GPUs, one of them.
-        chosen: Only runs with names like this, as file names are matched, are trained.
-        take: Called with the plan before anything is trained, to take finished runs in.
-
-    Returns:
-        A line for each run that failed.
+    Finished runs are left as they are. Each of the `jobs` runs side by side has its share of the
+    cores or, if there are GPUs, one of them. Only runs with names like `chosen`, as file names are
+    matched, are trained. `take` is called with the plan before, to take finished runs in.
 
     Raises:
         UserError: The folder holds another reproduction, or the data are at fault.
     """
     with locked(out):
-        slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
+        slices = load(data, budget.settings(None))
         _begin(out, _describe(slices, weights, budget), slices)
         runs = plan_runs(budget, weights)
         if take is not None:
@@ -100,7 +92,7 @@ def run_plan(
         done = len(runs) - len(unfinished)
         print(f"{out}: {len(runs)} runs, {done} of them finished, {len(left)} to do", flush=True)
         for run in {decoded_as(run.settings): run for run in left}.values():
-            _load(data, run.settings, progress=sys.stderr.isatty())  # once, not in every process
+            load(data, run.settings)  # once, not in every process
         failures: list[str] = []
         append_rows(out / SESSIONS, [_session(jobs, len(left))])
         try:
@@ -112,15 +104,8 @@ def run_plan(
 
 
 def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None:
-    """Write what else the report needs, once: sample slices and the speed.
-
-    Args:
-        data: Folder of .mat slices.
-        weights: ImageNet weights, or None.
-        out: The reproduction's folder.
-        budget: How much is spent.
-    """
-    slices = _load(data, budget.settings(None), progress=sys.stderr.isatty())
+    """Write what else the report needs, once: sample slices and the speed."""
+    slices = load(data, budget.settings(None))
     if not (out / SAMPLES).is_file():
         index = {number: place for place, number in enumerate(slices.numbers)}
         pictures = {
@@ -232,9 +217,10 @@ def decoded_as(settings: Settings) -> tuple[int, str]:
     return settings.data.image_size, settings.data.crop
 
 
-def _load(data: Path, settings: Settings, progress: bool) -> SliceSet:
+def load(data: Path, settings: Settings) -> SliceSet:
+    """Load slices as the settings want them."""
     image_size, crop = decoded_as(settings)
-    return load_slices(data, image_size, progress=progress, crop=crop)
+    return load_slices(data, image_size, progress=sys.stderr.isatty(), crop=crop)
 
 
 @lru_cache(maxsize=2)
@@ -247,8 +233,7 @@ def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:
     if not slices.synthetic:
         return SAMPLE_NUMBERS if len(slices.numbers) == ARCHIVE_SIZE else {}
     try:
-        with (data / PLANES_NAME).open(newline="", encoding="utf-8") as file:
-            planes = {int(row["slice"]): row["plane"] for row in csv.DictReader(file)}
+        planes = {int(row["slice"]): row["plane"] for row in read_table(data / PLANES_NAME)}
     except (OSError, KeyError, ValueError):
         return {}  # phantoms of an older version: figure 1 is left out
     cells: dict[tuple[str, str], int] = {}
@@ -296,15 +281,10 @@ def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[st
 
 
 def _slice_table(slices: SliceSet) -> str:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["slice", "class", "patient", "fold"])
     folds = [""] * len(slices.numbers) if slices.folds is None else slices.folds.tolist()
-    for number, label, patient, fold in zip(
-        slices.numbers, slices.labels.tolist(), slices.patients, folds, strict=True
-    ):
-        writer.writerow([number, CLASS_NAMES[label], patient, fold])
-    return table.getvalue()
+    names = [CLASS_NAMES[label] for label in slices.labels.tolist()]
+    rows = zip(slices.numbers, names, slices.patients, folds, strict=True)
+    return write_table([("slice", "class", "patient", "fold"), *rows])
 
 
 def _session(jobs: int, left: int) -> dict[str, Any]:

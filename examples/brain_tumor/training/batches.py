@@ -33,15 +33,9 @@ def shuffled(
 def augment(images: Tensor, settings: AugmentationSettings, generator: torch.Generator) -> Tensor:
     """Rotate, zoom into, flip and brighten each image of a batch at random.
 
-    The random numbers are drawn on the CPU, so that a seed means the same on every device.
-
-    Args:
-        images: (n, 1, size, size) in [0, 1], of any floating-point type.
-        settings: The ranges.
-        generator: A generator on the CPU.
-
-    Returns:
-        (n, 1, size, size) float32 in [0, 1]; what a rotation brings in from outside is 0.
+    The random numbers are drawn on the CPU, so that a seed means the same on every device. Images
+    are (n, 1, size, size) in [0, 1], of any floating-point type, and become float32; what a
+    rotation brings in from outside is 0.
     """
     angles, zooms, flips_x, flips_y, brightness = torch.rand(5, len(images), generator=generator)
     maps = affine_maps(
@@ -59,11 +53,7 @@ def augment(images: Tensor, settings: AugmentationSettings, generator: torch.Gen
 def affine_maps(angles: Tensor, zooms: Tensor, flips_x: Tensor, flips_y: Tensor) -> Tensor:
     """Return the (n, 2, 3) maps from a pixel's place in the result to its place in the image.
 
-    Args:
-        angles: (n,) rotations in radians.
-        zooms: (n,) magnifications, at least 1.
-        flips_x: (n,) booleans, true where left and right are exchanged.
-        flips_y: (n,) booleans, true where top and bottom are exchanged.
+    Of angles (n,) in radians, zooms (n,) of at least 1, and where (n,) sides are exchanged.
     """
     cosines, sines = angles.cos() / zooms, angles.sin() / zooms
     signs_x, signs_y = 1 - 2.0 * flips_x, 1 - 2.0 * flips_y

@@ -21,13 +21,9 @@ from .run_folder import CHECKPOINT
 
 def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
     """Return the network, untrained."""
-    return EmbeddingNetwork(
-        width=settings.width,
-        embedding_size=settings.embedding_size,
-        dropout=settings.dropout,
-        input_range=settings.input_range,
-        layout=settings.layout,
-    )
+    options = dataclasses.asdict(settings)
+    del options["weights"]
+    return EmbeddingNetwork(**options)
 
 
 @dataclasses.dataclass
@@ -106,10 +102,7 @@ def load_network(
 ) -> tuple[EmbeddingNetwork, int]:
     """Return a run's network, in eval mode, and how many epochs it was trained for.
 
-    Args:
-        folder: The run's.
-        settings: The network's.
-        averaged: Where there is a moving average of the weights, return that.
+    Where there is a moving average of the weights they are those, if `averaged`.
     """
     path = folder / CHECKPOINT
     contents = read_checkpoint(path)

@@ -20,22 +20,14 @@ from tqdm import tqdm
 from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import locked, write_sums
+from ..files import locked, write_json, write_sums
 from ..network.mobilenet import load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
+from . import run_folder
 from .batches import augment, batch_bounds, shuffled
 from .checkpoint import TrainingState, make_network
 from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
-from .run_folder import (
-    ENVIRONMENT,
-    FIXED,
-    check_resumable,
-    choose_precision,
-    describe_environment,
-    start_run,
-    write_json,
-)
 
 PAPER_EPOCHS = 275  # to which the paper's steps of the learning rate belong
 BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done rarely
@@ -44,51 +36,43 @@ BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done
 def train(
     settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool = False
 ) -> None:
-    """Train on one side of a split and leave the run in a folder.
-
-    Args:
-        settings: What to train and how.
-        slices: Images and labels.
-        split: The two sides; only its training side is looked at.
-        out: The run's folder, new unless `resume`.
-        resume: Continue the run in `out`, which must have the same settings and split.
+    """Train on one side of a split and leave the run in a folder, or go on with the run in it.
 
     Raises:
         UserError: The folder holds another run, a file does not fit, or the loss diverged.
     """
     with locked(out):
-        _train(settings, slices, split, out, resume)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = run_folder.choose_precision(settings.training.precision, device)
+        images, labels = (
+            slices.images[split.train].to(device),
+            slices.labels[split.train].to(device),
+        )
+        batches = batch_bounds(len(labels), settings.training.batch_size)
+        state = start(settings, device, len(slices.classes))
+        if resume:
+            run_folder.check_resumable(out, settings, slices, split)
+            restore(state, out, len(batches))
+        else:
+            run_folder.start_run(out, settings, slices, split)
+        write_sums(out, run_folder.FIXED)  # of the other files, which grow, `evaluate` keeps them
+        write_json(out / run_folder.ENVIRONMENT, run_folder.describe_environment(device, precision))
 
-
-def _train(settings: Settings, slices: SliceSet, split: Split, out: Path, resume: bool) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(settings.training.precision, device)
-    images, labels = slices.images[split.train].to(device), slices.labels[split.train].to(device)
-    batches = batch_bounds(len(labels), settings.training.batch_size)
-    state = start(settings, device, len(slices.classes))
-    if resume:
-        check_resumable(out, settings, slices, split)
-        restore(state, out, len(batches))
-    else:
-        start_run(out, settings, slices, split)
-    write_sums(out, FIXED)  # of the other files, which grow, `evaluate` keeps them
-    write_json(out / ENVIRONMENT, describe_environment(device, precision))
-
-    if settings.training.compile:
-        state.network.compile()
-    epochs, save = settings.training.epochs, Saver(state, out)
-    done, steps_in_all = state.epoch * len(batches), epochs * len(batches)
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
-        while state.epoch < epochs:
-            started = time.perf_counter()
-            epoch = shuffled(images, labels, batches)
-            steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
-            seconds = time.perf_counter() - started
-            summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
-            save(last=state.epoch == epochs)
-            if hidden:
-                print(progress_line(summary, epochs), file=sys.stderr, flush=True)
+        if settings.training.compile:
+            state.network.compile()
+        epochs, save = settings.training.epochs, Saver(state, out)
+        done, steps_in_all = state.epoch * len(batches), epochs * len(batches)
+        hidden = not sys.stderr.isatty()
+        with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
+            while state.epoch < epochs:
+                started = time.perf_counter()
+                epoch = shuffled(images, labels, batches)
+                steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
+                seconds = time.perf_counter() - started
+                summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
+                save(last=state.epoch == epochs)
+                if hidden:
+                    print(progress_line(summary, epochs), file=sys.stderr, flush=True)
 
 
 def start(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from angular_losses import target_angle
 
 from ..errors import UserError
+from ..files import append_rows, keep_rows
 from .checkpoint import TrainingState
-from .run_folder import CHECKPOINT, EPOCHS, STEPS, append_rows, keep_rows
+from .run_folder import CHECKPOINT, EPOCHS, STEPS
 
 LOGGED_STEPS = 500  # enough to show how the angles settle, with and without annealing
 SAVING_SHARE = 0.1  # of the time at most goes into checkpoints: an epoch may take half a second

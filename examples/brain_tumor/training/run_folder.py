@@ -1,10 +1,9 @@
-"""A run's folder: the files of a training and how they are written, so that no crash halves one.
+"""A run's folder: the files of a training.
 
 Training fills it, evaluation and the report read it, and nothing else has to be remembered.
 """
 
 import hashlib
-import json
 import platform
 import subprocess
 from importlib.metadata import version
@@ -17,13 +16,8 @@ import torch
 from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import LOCK, PARTIAL, append_text, check_sum, replacing
-from ..settings import (
-    Settings,
-    first_difference,
-    read_settings,
-    write_settings,
-)
+from ..files import LOCK, PARTIAL, read_json, write_json, write_text
+from ..settings import Settings, first_difference, read_settings, write_settings
 
 SETTINGS = "settings.toml"
 SPLIT = "split.json"
@@ -42,57 +36,6 @@ STRANGE = "strange.json"
 CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
 FIXED = (SPLIT, SETTINGS)  # what a training that goes on leaves as it is
 RECORDS = (*FIXED, EPOCHS, STEPS)  # and what one that has ended does
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write all of `text`, or nothing."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON; NaN is refused because JSON has none."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:  # noqa: ANN401
-    """Read a JSON file of a run folder."""
-    check_sum(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-
-
-def read_array(path: Path) -> np.ndarray:
-    """Read a .npy file of a run folder."""
-    check_sum(path)
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not readable as an array: {error}") from None
-
-
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one JSON line per row, all of them or none."""
-    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines of a log."""
-    check_sum(path)
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON lines: {error}") from None
-
-
-def keep_rows(path: Path, count: int) -> None:
-    """Drop the lines after the first `count`: what an interrupted epoch left in a log."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if len(lines) < count:
-        raise UserError(f"{path}: holds {len(lines)} lines where the checkpoint needs {count}")
-    write_text(path, "".join(lines[:count]))
 
 
 def refuse_existing(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """What a network makes of pictures that are no slices, and whether it looks at the tumour."""
 
-import csv
-import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from sklearn.datasets import load_sample_images
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from ..data.crop import BRIGHT, THRESHOLD, cut, find_box, put_back
+from ..data.crop import BRIGHT, THRESHOLD, cut, find_box
 from ..data.folders import find_slices
 from ..data.matlab import read_slice
 from ..data.phantoms import make_phantoms
@@ -22,9 +20,10 @@ from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH, embed
-from ..training.run_folder import POINTING, STRANGE, write_json, write_text
-from .gradcam import grad_cam, measure_overlap
-from .prediction import Reference, contrast, read_reference
+from ..files import write_json, write_table, write_text
+from ..training.run_folder import POINTING, STRANGE
+from .gradcam import measure_overlap
+from .prediction import Reference, explain, read_reference
 
 MADE = 60  # pictures of each kind that is made
 CHANGED = 200  # test slices, at most, that are changed in each way
@@ -35,13 +34,7 @@ PATCHES = 4  # a side, for shuffling
 def examine(run: Path, slices: SliceSet, data: Path) -> None:
     """Write into a run's folder how it does on strange pictures, and where its Grad-CAM points.
 
-    Args:
-        run: The run's folder.
-        slices: The slices that it was trained on and held out.
-        data: Their folder, for the outlines of the tumours.
-
-    Raises:
-        UserError: The run or a slice is at fault.
+    The folder of its slices has the outlines of the tumours.
     """
     reference = read_reference(run, slices)
     write_json(run / STRANGE, judge_strange(reference))
@@ -131,31 +124,26 @@ def point(reference: Reference, data: Path) -> str:
     if sources[0].label is not None:
         raise UserError(f"{data}: pictures have no outlines of tumours, expected .mat slices")
     paths = {source.number: source.path for source in sources}
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["slice", "truth", "predicted", "tumour_area", "head_area", "inside"])
+    rows = [["slice", "truth", "predicted", "tumour_area", "head_area", "inside"]]
     for index in reference.test.tolist():
         number = reference.slices.numbers[index]
         found = read_slice(paths[number])
         pixels = reference.slices.images[[index]]
         cosines = (_embeddings(reference, pixels) @ reference.embeddings.T)[0]
-        nearest = cosines.argmax()
         box = find_box(found.image, reference.crop)
-        direction = contrast(reference, cosines, nearest)
-        shape = (box.height, box.width)
-        heat = grad_cam(reference.network, pixels.float(), direction, shape, reference.views)
-        overlap = measure_overlap(put_back(heat, box, found.image.shape), found.mask)
-        writer.writerow(
+        heat = explain(reference, pixels, cosines, box, found.image.shape)
+        overlap = measure_overlap(heat, found.mask)
+        rows.append(
             [
                 number,
                 CLASS_NAMES[found.label],
-                CLASS_NAMES[reference.labels[nearest]],
+                CLASS_NAMES[reference.labels[cosines.argmax()]],
                 int(found.mask.sum()),
                 int(_head(found.image).sum()),
                 "" if overlap is None else int(overlap.hottest_inside),
             ]
         )
-    return table.getvalue()
+    return write_table(rows)
 
 
 def _head(image: np.ndarray) -> np.ndarray:

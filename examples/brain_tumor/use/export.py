@@ -33,8 +33,8 @@ from ..evaluation.evaluate import (
     normalised,
     probabilities,
 )
-from ..files import locked, replacing
-from ..training.run_folder import SETTINGS, SPLIT, read_json, read_split
+from ..files import locked, read_json, replacing
+from ..training.run_folder import SETTINGS, SPLIT, read_split
 from .prediction import NOTICE, Reference, check_finite, read_reference
 
 TORCH_FILE = "model.pt2"
@@ -48,14 +48,7 @@ CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has t
 
 
 class Classifier(nn.Module):
-    """A network and the training slices that it answers from, as one module.
-
-    Args:
-        reference: The run's.
-
-    Raises:
-        UserError: A class has no training slice.
-    """
+    """A network and the training slices that it answers from, as one module."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -84,15 +77,8 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     Both map `images` (n, 1, size, size), float32 in [0, 1], any n, to `embedding` (n, d),
     L2-normalised, and `probabilities` (n, C) of the classes. On the held-out slices they are
     compared with the network before anything is written; model.json describes them and holds their
-    SHA-256. None of the three takes its place before all are stored, and model.json is the last.
-
-    Args:
-        run: A run's folder, finished or not.
-        slices: The slices that the run was trained on and held out, at its image size.
-        out: The folder for the three files; made if missing.
-
-    Returns:
-        What model.json holds.
+    SHA-256, and is returned. None of the three takes its place before all are stored, and
+    model.json is the last.
 
     Raises:
         UserError: The run is at fault, a package is missing, or an exported file answers otherwise
@@ -109,7 +95,12 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     reference = _in_float32(run, reference)
     checks = [(part, _expected(reference, part)) for part in _batches(slices.images[test])]
     of_model = _answers(reference, torch.cat([embedding for _, (embedding, _) in checks]))
-    description["held_out"] = _compare_answers(slices.labels[test], of_run, of_model)
+    truth = slices.labels[test]
+    description["held_out"] = {
+        "slices": len(truth),
+        "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
+        "answered_otherwise": int((of_model != of_run).sum()),
+    }
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
@@ -197,10 +188,7 @@ def _in_float32(run: Path, reference: Reference) -> Reference:
     network = reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
     images = reference.slices.images[reference.train]
     with torch.no_grad():
-        parts = [
-            normalised(network, part.float(), reference.views)
-            for part in images.split(EMBEDDING_BATCH)
-        ]
+        parts = [normalised(network, part, reference.views) for part in _batches(images)]
     embeddings = torch.cat(parts)
     check_finite(run, embeddings)
     return dataclasses.replace(
@@ -212,14 +200,6 @@ def _answers(reference: Reference, embeddings: Tensor) -> Tensor:
     """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
     nearest, _ = nearest_neighbour(reference.embeddings, embeddings)
     return reference.labels[nearest]
-
-
-def _compare_answers(truth: Tensor, of_run: Tensor, of_model: Tensor) -> dict[str, Any]:
-    return {
-        "slices": len(truth),
-        "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
-        "answered_otherwise": int((of_model != of_run).sum()),
-    }
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.crop import cut, find_box, put_back
+from ..data.crop import Box, cut, find_box, put_back
 from ..data.folders import FOLDS_NAME, tell_left_out, visible_files
 from ..data.matlab import read_unlabelled
 from ..data.pictures import PICTURES, read_picture
@@ -19,21 +19,12 @@ from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calibration
 from ..evaluation.evaluate import class_scores, embed, probabilities
-from ..files import check_sum, locked, printable
+from ..files import check_sum, locked, printable, read_json, write_json
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures import plot_prediction
 from ..settings import read_settings
+from ..training import run_folder
 from ..training.checkpoint import load_network
-from ..training.run_folder import (
-    CALIBRATION,
-    EMBEDDINGS,
-    METRICS,
-    SETTINGS,
-    read_json,
-    read_precision,
-    read_split,
-    write_json,
-)
 from .gradcam import Overlap, grad_cam, measure_overlap
 
 NOTICE = "Not a medical device: for research and teaching, never for diagnosis."
@@ -99,14 +90,9 @@ def predict(
 ) -> tuple[list[Prediction], list[str]]:
     """Classify files by their nearest training slice; write a figure of each, and the answers.
 
-    The answers are written as they come: an interrupted call leaves those that it has.
-
-    Args:
-        run: A run's folder, finished or not.
-        files: Slices of the archive's format (.mat), of which the image is enough, PNG, JPEG, TIFF,
-            BMP or DICOM pictures, or folders that hold such files.
-        slices: The slices that the run was trained on and held out, at its image size.
-        out: The folder for the figures and `predictions.json`; made if missing.
+    The files are slices of the archive's format (.mat), of which the image is enough, PNG, JPEG,
+    TIFF, BMP or DICOM pictures, or folders of them. The answers are written as they come: an
+    interrupted call leaves those that it has.
 
     Returns:
         The answers, and for each file without one the fault, in a line that names the file.
@@ -147,14 +133,14 @@ def expand(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
             continue
         inside = list(visible_files(path))
-        slices = [one for one in inside if _may_be_slice(one)]
+        slices = [
+            one
+            for one in inside
+            if one.suffix.lower() in READABLE and one.name.lower() != FOLDS_NAME
+        ]
         tell_left_out(path, [f"{one}: no slice by its name" for one in inside if one not in slices])
         files += slices or [path]
     return files
-
-
-def _may_be_slice(path: Path) -> bool:
-    return path.suffix.lower() in READABLE and path.name.lower() != FOLDS_NAME
 
 
 def describe_prediction(prediction: Prediction) -> str:
@@ -186,10 +172,10 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
     Raises:
         UserError: A file of the run is missing or damaged, or the slices are not its own.
     """
-    settings = read_settings(run / SETTINGS)
-    split = read_split(run, slices)
+    settings = read_settings(run / run_folder.SETTINGS)
+    split = run_folder.read_split(run, slices)
     network, epoch = load_network(run, settings.network)
-    precision = read_precision(run)
+    precision = run_folder.read_precision(run)
     views = settings.evaluation.views
     shape = (len(slices.labels), settings.network.embedding_size)
     embeddings = _stored_embeddings(run, epoch, shape, split.train)
@@ -226,11 +212,11 @@ def _stored_embeddings(
 ) -> Tensor | None:
     """Return what evaluation kept of the training slices, or None if absent, damaged or older."""
     try:
-        check_sum(run / EMBEDDINGS)
+        check_sum(run / run_folder.EMBEDDINGS)
         # Mapped, because a header may promise more than the file holds.
-        stored = np.load(run / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+        stored = np.load(run / run_folder.EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         sound = stored.shape == shape and stored.dtype == np.float32
-        if not sound or read_json(run / METRICS)["epoch"] != epoch:
+        if not sound or read_json(run / run_folder.METRICS)["epoch"] != epoch:
             return None
         embeddings = torch.from_numpy(np.array(stored))[train]
     except Exception:  # it only saves time, and damage shows in a dozen ways
@@ -244,12 +230,12 @@ def _stored_calibration(run: Path, epoch: int, network: EmbeddingNetwork) -> Cal
     Raises:
         UserError: The file is damaged, or belongs to another network.
     """
-    calibration = read_calibration(run / CALIBRATION)
+    calibration = read_calibration(run / run_folder.CALIBRATION)
     channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
     if calibration and (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
         raise UserError(
-            f"{run / CALIBRATION}: belongs to epoch {calibration.epoch}, but the network is "
-            f"of epoch {epoch}; evaluate the run again"
+            f"{run / run_folder.CALIBRATION}: belongs to epoch {calibration.epoch}, but the "
+            f"network is of epoch {epoch}; evaluate the run again"
         )
     return calibration
 
@@ -272,12 +258,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
         features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
         unknown = bool(calibration.unlike(features.numpy())[0])
-    direction = contrast(reference, cosines, nearest[0])
-    heat = grad_cam(
-        reference.network, pixels.float(), direction, (box.height, box.width), reference.views
-    )
+    heat = explain(reference, pixels, cosines, box, image.shape)
     check_finite(file, torch.from_numpy(heat))
-    heat = put_back(heat, box, image.shape)
     prediction = Prediction(
         file=str(file),
         synthetic=reference.slices.synthetic,
@@ -305,6 +287,16 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
         return read_picture(path), None, None
     image, mask, label = read_unlabelled(path)
     return image, mask, None if label is None else CLASS_NAMES[label]
+
+
+def explain(
+    reference: Reference, pixels: Tensor, cosines: Tensor, box: Box, shape: tuple[int, int]
+) -> np.ndarray:
+    """Return the Grad-CAM of an answer as a map of the slice's `shape`, 0 outside its box."""
+    direction = contrast(reference, cosines, cosines.argmax())
+    part = (box.height, box.width)
+    heat = grad_cam(reference.network, pixels.float(), direction, part, reference.views)
+    return put_back(heat, box, shape)
 
 
 def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:

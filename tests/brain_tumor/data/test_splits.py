@@ -7,8 +7,9 @@ import torch
 from examples.brain_tumor.data.slices import SliceSet
 from examples.brain_tumor.data.splits import make_split
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import read_json
 from examples.brain_tumor.settings import DataSettings, Settings
-from examples.brain_tumor.training.run_folder import read_json, read_split, start_run
+from examples.brain_tumor.training.run_folder import read_split, start_run
 
 
 def people(count=300, each=5):

@@ -122,22 +122,18 @@ def server(monkeypatch):
         thread.join()
 
 
-def whole(content=CONTENT, tag='"one"', stop=None, pause=False, length=None):
+def whole(content=CONTENT, stop=None, pause=False, length=None):
     """Answer as a good server does; `stop` cuts the body off there, `pause` then holds the line."""
 
     def answer(request):
-        wanted, condition = request.headers["Range"], request.headers["If-Range"]
-        start = 0
-        if wanted and (condition is None or condition == tag):
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        wanted = request.headers["Range"]
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
         if start >= len(content):
             request.head(416, Content_Range=f"bytes */{len(content)}")
             return
         headers = {"Content_Length": length or len(content) - start}
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if tag:
-            headers["ETag"] = tag
         request.head(206 if start else 200, **headers)
         request.wfile.write(content[start:stop])
         if pause:
@@ -242,7 +238,6 @@ def test_a_file_of_other_content_is_replaced(server, tmp_path):
 
 FAULTS = {
     "cut": (whole(stop=CUT), f"bytes={CUT}-"),
-    "cut without an ETag": (whole(stop=CUT, tag=None), f"bytes={CUT}-"),
     "cut in a chunk": (chunked_and_cut, f"bytes={CUT}-"),
     "stalled": (whole(stop=CUT, pause=True), f"bytes={CUT}-"),
     "silent": (silent, None),
@@ -280,18 +275,13 @@ def test_a_lasting_fault_says_how_to_go_on_and_keeps_what_came(server, tmp_path,
     assert server.ranges() == [f"bytes={here}-" if here else None]
 
 
-def test_a_cut_download_goes_on_only_in_the_same_version(server, tmp_path):
-    changed = CONTENT[::-1]
-    get(server, tmp_path / "file", whole(stop=CUT), whole(changed, tag='"two"'), content=changed)
-    assert (tmp_path / "file").read_bytes() == changed
-    assert server.requests[1].headers["If-Range"] == '"one"'
-
-
-@pytest.mark.parametrize("tag", ['W/"weak"', "bare", None, '"a"\r\n b'])
-def test_only_a_strong_tag_is_a_condition(server, tmp_path, tag):
-    get(server, tmp_path / "file", whole(stop=CUT, tag=tag), whole(tag=tag))
-    assert server.requests[1].headers["If-Range"] is None
-    assert (tmp_path / "file").read_bytes() == CONTENT
+def test_parts_of_two_versions_do_not_make_a_file(server, tmp_path):
+    path, changed = tmp_path / "file", CONTENT[::-1]
+    message = refused(get, server, path, whole(stop=CUT), whole(changed), content=changed)
+    assert f"expected {md5_of(changed)}" in message
+    assert names(tmp_path) == []
+    get(server, path, whole(changed), content=changed)
+    assert path.read_bytes() == changed
 
 
 def test_a_server_that_ignores_the_range_starts_again(server, tmp_path):
@@ -723,7 +713,7 @@ class Hub:
         self.url, self.folder = f"{server.url}/repository", folder
         git(folder.parent, "init", "--quiet", str(folder))
         self.commit = self.write(pointer or pointer_to(content))
-        self.whole = whole(content, tag='"elsewhere"')
+        self.whole = whole(content)
         server.answers[:] = [self.answer]
 
     def write(self, pointer):

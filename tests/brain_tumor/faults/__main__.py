@@ -3,8 +3,8 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from examples.brain_tumor.files import write_json
 from examples.brain_tumor.report.records import DRILLS
-from examples.brain_tumor.training.run_folder import write_json
 
 from .drills import run_drills
 

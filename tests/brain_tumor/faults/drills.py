@@ -27,7 +27,7 @@ from examples.brain_tumor.data.slices import SliceSet, write_cache
 from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import evaluate
-from examples.brain_tumor.files import PARTIAL
+from examples.brain_tumor.files import PARTIAL, append_rows, read_rows, write_text
 from examples.brain_tumor.settings import load_settings
 from examples.brain_tumor.training.checkpoint import read_checkpoint
 from examples.brain_tumor.training.loop import start, train
@@ -39,9 +39,6 @@ from examples.brain_tumor.training.run_folder import (
     METRICS,
     PREDICTIONS,
     SETTINGS,
-    append_rows,
-    read_rows,
-    write_text,
 )
 
 from .hostile_files import (

@@ -13,18 +13,12 @@ from examples.brain_tumor.data.slices import load_slices
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation import evaluate as evaluate_module
 from examples.brain_tumor.evaluation.evaluate import evaluate, read_predictions
-from examples.brain_tumor.files import locked
+from examples.brain_tumor.files import append_rows, locked, read_array, read_json, read_rows
 from examples.brain_tumor.reproduction.merging import collect
 from examples.brain_tumor.settings import read_settings
 from examples.brain_tumor.training.checkpoint import TrainingState
 from examples.brain_tumor.training.loop import train
-from examples.brain_tumor.training.run_folder import (
-    RECORDS,
-    append_rows,
-    read_array,
-    read_json,
-    read_rows,
-)
+from examples.brain_tumor.training.run_folder import RECORDS
 from examples.brain_tumor.use.export import export
 from examples.brain_tumor.use.prediction import predict
 from tests.brain_tumor.data.test_slices import fields, write_mat

@@ -9,9 +9,10 @@ from scipy import stats
 
 from examples.brain_tumor.evaluation.classifiers import Classification
 from examples.brain_tumor.report import drawing, paper, records, reproduction_report, tables
-from examples.brain_tumor.report.reproduction_report import Report, write_reproduction_report
+from examples.brain_tumor.report.reproduction_report import write_reproduction_report
 from examples.brain_tumor.report.tables import TITLES
 from examples.brain_tumor.reproduction.plan import PAPER_LOSSES, PROPOSED, SWAPPED
+from examples.brain_tumor.reproduction.results import read_reproduction
 from tests.brain_tumor.report.made_results import (
     FOLDS,
     LABELS,
@@ -31,12 +32,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def report(folder):
-    return Report(folder)
+    return read_reproduction(folder)
 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
-    return Report(write_reproduction(tmp_path_factory.mktemp("made") / "out", synthetic=True))
+    return read_reproduction(
+        write_reproduction(tmp_path_factory.mktemp("made") / "out", synthetic=True)
+    )
 
 
 @pytest.fixture
@@ -88,14 +91,16 @@ def sides_of(report, training):
 
 def test_pictures_come_from_the_file_of_samples(tmp_path, drawn):
     folder = write_reproduction(tmp_path / "out", synthetic=True)
-    assert not drawing.samples(Report(folder))
+    assert not drawing.samples(read_reproduction(folder))
     np.savez(folder / "samples.npz", **{"glioma axial": np.full((2, 2), 0.5)})
-    assert drawing.samples(Report(folder))
-    assert drawing.pipeline(Report(folder))
+    assert drawing.samples(read_reproduction(folder))
+    assert drawing.pipeline(read_reproduction(folder))
     title, pictures = drawn["figure1"]
     assert list(pictures) == [("glioma", "axial")]
     assert title.startswith("SYNTHETIC: ")
-    assert drawn["figure2"] == ("SYNTHETIC: HSADML, as it was run", 32, False, 5.0, 30.0)
+    title, settings, pretrained = drawn["figure2"]
+    assert (title, pretrained) == ("SYNTHETIC: HSADML, as it was run", False)
+    assert (settings.data.image_size, settings.loss.margin) == (32, 5.0)
 
 
 def test_sections_about_the_paper_are_left_out_for_phantoms(phantoms, drawn, written):
@@ -124,6 +129,8 @@ def test_the_report_of_real_slices_holds_every_section(folder, drawn, written):
         if "](figures/" in one
     }
     assert "no patient identifiers" not in text
+    differences = tables.mcnemar_table(read_reproduction(folder)).rows
+    assert f"With {len(differences)} comparisons some p below .05" in text
     for file in ("slice", "patient"):
         error = drawn[f"reliability-{file}"][-1]
         plain, calibrated = re.findall(rf"^Reliability by {file}.*", text, re.MULTILINE)
@@ -134,12 +141,12 @@ def test_the_report_of_real_slices_holds_every_section(folder, drawn, written):
 
 
 def test_each_of_the_papers_tables_has_its_rows(report):
-    r, rows = report.reproduction, paper.BY_TRAINING
+    r, rows = report, paper.BY_TRAINING
     made = [
-        tables.paper_table(r, tables.SPLITS, rows, ""),
-        tables.paper_table(r, tables.LOSSES, rows, ""),
+        tables.paper_table(r, tables.SPLITS, rows),
+        tables.paper_table(r, tables.LOSSES, rows),
         tables.auc_table(r, tables.LOSSES),
-        tables.paper_table(r, tables.MARGINS, rows, ""),
+        tables.paper_table(r, tables.MARGINS, rows),
         tables.auc_table(r, tables.MARGINS),
     ]
     names = [[row[0] for row in table.rows[::2]] for table in made]
@@ -153,13 +160,16 @@ def test_each_of_the_papers_tables_has_its_rows(report):
 def test_classifiers_of_every_seed_are_averaged(report, written, monkeypatch):
     asked = []
 
-    def classify(report, result):
-        asked.append(result.run.name)
-        truth = result.predictions.truth
-        note = "Too good." if len(asked) == 1 else "another seed's"
-        return [Classification("ours", f"k = {len(asked)}", truth, note)]
+    def classify(report, results):
+        every = []
+        for result in results:
+            asked.append(result.run.name)
+            note = "Too good." if len(asked) == 1 else "another seed's"
+            answers = result.predictions.truth
+            every.append([Classification("ours", f"k = {len(asked)}", answers, note)])
+        return every
 
-    monkeypatch.setattr(reproduction_report, "classifications", classify)
+    monkeypatch.setattr(reproduction_report, "classified", classify)
     text = written(report.folder)
     assert asked[:3] == [f"slice-{PROPOSED}-seed{seed}" for seed in range(3)]
     (row,) = re.findall(r"^\| ours (?:.*\|){14}$", text, re.MULTILINE)
@@ -181,7 +191,7 @@ def test_answers_of_classifiers_are_made_once_and_from_the_runs_sides(
     result = report.first(PROPOSED, split)
     kept = result.folder / reproduction_report.CLASSIFICATIONS
     kept.unlink(missing_ok=True)
-    first, again = (reproduction_report.classifications(report, result) for _ in range(2))
+    (first,), (again,) = (reproduction_report.classified(report, [result]) for _ in range(2))
     (((train, labels, test, truth), options),) = calls
     own, held = sides(result.run.settings.data)
     embeddings = np.load(result.folder / "embeddings.npy")
@@ -290,7 +300,7 @@ def test_by_patient_every_way_has_its_own_counts(report, folder, drawn):
     assert [ways[name][0] for name in ("by slice", "by patient, slices")] == pytest.approx(
         [*shares, 1 - wrong.mean()]
     )
-    hits, total = tables.votes(report.reproduction.select("patient", PROPOSED))
+    hits, total = tables.votes(report.select("patient", PROPOSED))
     wilson = stats.binomtest(hits, total).proportion_ci(method="wilson")
     assert ways["by patient, votes"] == pytest.approx((hits / total, *wilson))
     wilson = stats.binomtest(int(30 * shares[0] + 0.5), 30).proportion_ci(method="wilson")
@@ -314,7 +324,7 @@ def test_slices_without_patient_ids_are_reported(tmp_path, written):
 
 
 def test_networks_together_answer_by_the_nearest_in_all_their_embeddings(report, folder):
-    joined = report.together("patient", report.with_embeddings("patient"))
+    joined = reproduction_report.together(report, "patient", report.with_embeddings("patient"))
     losses = {
         "together: m = 4, 5 and 6": ("sphereface-m4", PROPOSED, "sphereface-m6"),
         "together: the paper's six losses": tuple(PAPER_LOSSES),
@@ -336,9 +346,11 @@ def test_networks_together_answer_by_the_nearest_in_all_their_embeddings(report,
 
 def test_networks_answer_together_only_where_all_of_them_are_finished(tmp_path):
     lacking = "patient-sphereface-m4-fold3"
-    report = Report(write_reproduction(tmp_path / "out", unfinished=(lacking,)))
-    assert report.together("patient", report.with_embeddings("patient")) == {}
-    assert len(report.together("slice", report.with_embeddings("slice")[:1])) == 2
+    report = read_reproduction(write_reproduction(tmp_path / "out", unfinished=(lacking,)))
+    assert reproduction_report.together(report, "patient", report.with_embeddings("patient")) == {}
+    assert (
+        len(reproduction_report.together(report, "slice", report.with_embeddings("slice")[:1])) == 2
+    )
 
 
 def test_lengths_are_of_seed_0_and_the_own_one_of_all_seeds(report, folder, drawn):
@@ -373,7 +385,7 @@ def test_speed_is_in_images_and_faults_in_a_table(tmp_path, written, monkeypatch
     assert "a training step 40 images/s" in text
     assert "alone 50 images/s, a ratio of 1.250" in text
     assert "takes 10.0 % of a step" in text
-    results = Report(folder).reproduction.results
+    results = read_reproduction(folder).results
     epochs = sum(one.run.settings.training.epochs for one in results)
     assert f"{1.5 * epochs / 3600:.2f} hours" in text
     table = records.drill_table()

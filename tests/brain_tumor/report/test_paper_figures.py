@@ -39,6 +39,7 @@ from examples.brain_tumor.report.paper_figures import (
     plot_tsne,
 )
 from examples.brain_tumor.report.pipeline_figure import plot_pipeline
+from examples.brain_tumor.settings import load_settings
 
 SLICES_TABLE = Path(__file__).parents[4] / "shared/data/figshare/slices.csv"
 TITLE = "SYNTHETIC: a title that is much too long for one line of a narrow figure, " * 2
@@ -145,15 +146,14 @@ def test_every_cell_has_a_sample_in_the_archive():
 
 
 def test_the_pipeline_says_what_was_run_and_its_text_stays_in_its_boxes(path):
-    numbers = {"image_size": 100, "channels": 256, "embedding_size": 4096, "dropout": 0.35}
-    figure = plot_pipeline(
-        path, TITLE, pretrained=False, margin=3.5, scale=64, neighbours=29, **numbers
-    )
+    numbers = {"image_size": 100, "width": 0.25, "embedding_size": 4096, "dropout": 0.35}
+    settings = load_settings("paper", {**numbers, "margin": 3.5, "scale": 64})
+    figure = plot_pipeline(path, TITLE, settings, pretrained=False)
     assert_readable(figure, path)
     texts = "\n".join(text.get_text() for text in texts_of(figure))
     for words in ("100 x 100 x 3", "256 x 4 x 4", "random weights", "dropout 0.35", "dense 4096"):
         assert words in texts
-    for words in ("m = 3.5, s = 64", "k = 29", "4096 numbers", "Training phase", "Testing phase"):
+    for words in ("m = 3.5, s = 64", "k = 1\n", "4096 numbers", "Training phase", "Testing phase"):
         assert words in texts
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [patch.get_window_extent(renderer) for patch in figure.findobj(FancyBboxPatch)]
@@ -167,9 +167,9 @@ def test_the_pipeline_says_what_was_run_and_its_text_stays_in_its_boxes(path):
                 assert box.x0 + 2 <= extent.x0 < extent.x1 <= box.x1 - 2, text
                 assert box.y0 + 2 <= extent.y0 < extent.y1 <= box.y1 - 2, text
     assert inside == 16
-    defaults = plot_pipeline(path, "HSADML")
-    texts = "\n".join(text.get_text() for text in texts_of(defaults))
-    for words in ("224 x 224 x 3", "1024 x 7 x 7", "ImageNet", "m = 5, s = 30", "k = 1\n"):
+    papers = plot_pipeline(path, "HSADML", load_settings("paper"), pretrained=True)
+    texts = "\n".join(text.get_text() for text in texts_of(papers))
+    for words in ("224 x 224 x 3", "1024 x 7 x 7", "ImageNet", "m = 5, s = 30"):
         assert words in texts
 
 
@@ -279,7 +279,6 @@ def test_tsne_panels_show_every_point_in_its_classs_colour_and_ring_errors(path,
     labels = np.array([0] * 7 + [2] * 5)  # no glioma
     wrong = np.arange(12) < 2
     panels = {name: Embedded(generator.normal(size=(12, 2)), labels, wrong) for name in names}
-    panels[names[-1]] = panels[names[-1]]._replace(wrong=None)
     figure = plot_tsne(path, TITLE, panels)
     assert_readable(figure, path)
     for axes, panel in zip(figure.axes, panels.values(), strict=True):
@@ -287,11 +286,9 @@ def test_tsne_panels_show_every_point_in_its_classs_colour_and_ring_errors(path,
         np.testing.assert_array_equal(axes.collections[2].get_offsets(), panel.points[7:])
         assert to_rgb(axes.collections[2].get_facecolor()[0, :3]) == to_rgb("#009E73")
         assert_inside(axes, panel.points)
-        if panel.wrong is not None:
-            np.testing.assert_array_equal(axes.collections[3].get_offsets(), panel.points[:2])
-            assert len(axes.collections[3].get_facecolor()) == 0
-    expected = [*CLASS_NAMES, "misclassified"] if len(names) > 1 else list(CLASS_NAMES)
-    assert legend_texts(figure.legends[0]) == expected
+        np.testing.assert_array_equal(axes.collections[3].get_offsets(), panel.points[:2])
+        assert len(axes.collections[3].get_facecolor()) == 0
+    assert legend_texts(figure.legends[0]) == [*CLASS_NAMES, "misclassified"]
 
 
 def test_classes_differ_in_shape_and_have_the_papers_colours():
@@ -418,9 +415,8 @@ def make_angles(count, labels=(0, 1, 2)):
     return Angles(target, other, generator.choice(labels, count), target > other)
 
 
-@pytest.mark.parametrize("train", [None, make_angles(60)])
-def test_angles(path, train):
-    test = make_angles(40, labels=(0, 2))  # no glioma
+def test_angles(path):
+    train, test = make_angles(60), make_angles(40, labels=(0, 2))  # no glioma is tested
     figure = plot_angles(path, TITLE, test, train, lambda angles: 3 * angles)
     assert_readable(figure, path)
     for label, axes in enumerate(figure.axes):
@@ -430,10 +426,9 @@ def test_angles(path, train):
         np.testing.assert_array_equal(
             sides[-1].get_offsets(), np.c_[test.target[own], test.other[own]]
         )
-        assert len(sides) == (1 if train is None else 2)
-        if train is not None:
-            assert len(sides[0].get_offsets()) == (train.labels == label).sum()
-            assert sides[0].get_alpha() < sides[1].get_alpha()
+        assert len(sides) == 2
+        assert len(sides[0].get_offsets()) == (train.labels == label).sum()
+        assert sides[0].get_alpha() < sides[1].get_alpha()
         wrong = own & test.wrong
         np.testing.assert_array_equal(
             crosses.get_offsets(), np.c_[test.target[wrong], test.other[wrong]]
@@ -456,13 +451,11 @@ def test_angles(path, train):
     assert test.wrong.any()
 
 
-def test_angles_up_to_pi_and_without_a_margin(path):
+def test_angles_up_to_pi(path):
     far = Angles(np.array([math.pi]), np.array([0.0]), np.array([1]), np.array([True]))
-    figure = plot_angles(path, "Angles", far)
+    figure = plot_angles(path, "Angles", far, far, lambda angles: angles)
     assert_readable(figure, path)
     assert figure.axes[1].get_xlim() == (0, math.pi)
-    assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1]
-    assert "with the margin" not in legend_texts(figure.legends[0])
 
 
 @pytest.mark.parametrize("names", [["one"], LONG_NAMES])
@@ -501,13 +494,13 @@ def test_budget_marks_its_own_point_between_its_limits(path):
     assert axes.get_ylabel() == "accuracy (%), from 90 on"
 
 
-def test_budget_of_one_run_in_steps_far_below_the_aim(path):
-    figure = plot_budget(path, "A", {589_600: [0.4]}, 589_600, 0.9869, 0.9869, unit="image steps")
+def test_budget_of_one_long_run_far_below_the_aim(path):
+    figure = plot_budget(path, "A", {589_600: [0.4]}, 589_600, 0.9869, 0.9869)
     assert_readable(figure, path)
     (axes,) = figure.axes
-    assert axes.get_xlabel() == "image steps"
+    assert axes.get_xlabel() == "epochs"
     assert axes.get_ylim()[0] == 35
-    assert "this budget: 589,600 image steps, 40.00 %" in legend_texts(figure.legends[0])
+    assert "this budget: 589,600 epochs, 40.00 %" in legend_texts(figure.legends[0])
 
 
 @pytest.mark.parametrize("names", [["by slice"], ["by slice", "perfect"], LONG_NAMES[:6]])

@@ -16,7 +16,6 @@ from examples.brain_tumor.reproduction.results import (
     pooled,
     read_reproduction,
     read_slice_table,
-    voted,
 )
 from tests.brain_tumor.report.made_results import (
     LABELS,
@@ -129,7 +128,7 @@ def test_rows_of_the_papers_form_are_means_over_the_seeds(reproduction, folder, 
     names = [f"slice-{training}-seed{seed}" for seed in range(3 if training == PROPOSED else 2)]
     every = [read_answers(folder, name)[:2] for name in names]
     expected = np.mean([row_of(*one) for one in every], axis=0)
-    table = tables.paper_table(reproduction, ("triplet", training), paper.BY_TRAINING, "caption")
+    table = tables.paper_table(reproduction, ("triplet", training), paper.BY_TRAINING)
     name, *cells = table.rows[2]
     assert name == tables.TITLES[training]
     np.testing.assert_allclose(as_numbers(cells[:4]), expected[:4], rtol=0, atol=0.01)
@@ -145,7 +144,7 @@ def test_rows_of_the_papers_form_are_means_over_the_seeds(reproduction, folder, 
     ]
     assert table.rows[3] == ["the paper", *paper.BY_TRAINING[training], "1", "-", "-", "-"]
     assert table.rows[0][11:13] == ["1", "-"]  # one seed of Triplet alone is finished
-    assert (len(table.header), table.caption) == (15, "caption")
+    assert len(table.header) == 15
 
 
 def test_the_papers_numbers_do_not_stand_beside_phantoms(phantoms):
@@ -154,7 +153,7 @@ def test_the_papers_numbers_do_not_stand_beside_phantoms(phantoms):
         for one in phantoms.select("slice", PROPOSED)
     ]
     made = (
-        tables.paper_table(phantoms, tables.LOSSES, paper.BY_TRAINING, ""),
+        tables.paper_table(phantoms, tables.LOSSES, paper.BY_TRAINING),
         tables.auc_table(phantoms, tables.LOSSES),
         tables.classifier_table(phantoms.select("slice", PROPOSED), every, synthetic=True),
     )
@@ -186,7 +185,6 @@ def test_mcnemar_pairs_runs_of_one_seed(reproduction, folder):
         ours, theirs = (rights(folder, [f"slice-{one}-seed{seed}"]) for one in (PROPOSED, training))
         only, p = p_of(ours, theirs)
         assert cells == [*map(str, only), tables.p_text(p)]
-    assert "With 9 comparisons" in tables.mcnemar_table(reproduction).caption
 
 
 @pytest.mark.parametrize(
@@ -316,7 +314,7 @@ def test_other_answers_from_the_same_networks(reproduction, folder):
         for truth, answer in zip(truths, answers, strict=True)
     ]
     joined = np.arange(90) % 5 > 0
-    table = tables.answer_table(results, every, {"together": joined}, "A caption.")
+    table = tables.answer_table(results, every, {"together": joined})
     reference = rights(folder, names)
     others = {
         "k-NN, k = 1, mirror images averaged": rights(folder, names, "predictions_views2.csv"),
@@ -336,7 +334,6 @@ def test_other_answers_from_the_same_networks(reproduction, folder):
             for name, own in others.items()
         ),
     ]
-    assert table.caption.startswith("A caption. ")
 
 
 def test_answers_of_folds_are_pooled_in_order_and_patients_vote(reproduction, folder):
@@ -347,10 +344,7 @@ def test_answers_of_folds_are_pooled_in_order_and_patients_vote(reproduction, fo
     assert together.numbers.tolist() == numbers.tolist()
     assert together.truth.tolist() == LABELS[(numbers - 10) // 7].tolist()
     assert together.scores.shape == (90, 3)
-    truth, vote = voted(results[0].predictions)
-    assert truth.tolist() == [0, 1, 2]
-    hits, _ = majority_hits(folder, [results[0].run.name])
-    assert (truth == vote).sum() == hits
+    assert tables.votes(results[:1]) == (majority_hits(folder, [results[0].run.name])[0], 3)
 
 
 def test_the_golden_table_shows_what_differs_and_why():

@@ -19,6 +19,7 @@ import torch
 from examples.brain_tumor.data.phantoms import MARKER_NAME, _write
 from examples.brain_tumor.data.slices import load_slices
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import read_rows
 from examples.brain_tumor.report import reproduction_report
 from examples.brain_tumor.report.reproduction_report import write_reproduction_report
 from examples.brain_tumor.reproduction import running as reproduction
@@ -30,7 +31,6 @@ from examples.brain_tumor.reproduction.running import (
     measure,
     run_plan,
 )
-from examples.brain_tumor.training.run_folder import read_rows
 
 CHANGES = {
     **{"image_size": 32, "epochs": 1, "learning_rate": 1e-3, "schedule": "cosine"},

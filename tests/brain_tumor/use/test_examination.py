@@ -19,11 +19,11 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.calibration import BLOCKS, calibrated, read_calibration
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
 from examples.brain_tumor.evaluation.metrics import reliability
+from examples.brain_tumor.files import read_json
 from examples.brain_tumor.report.examination_tables import pointing_table, strange_table
 from examples.brain_tumor.report.run_report import write_report
 from examples.brain_tumor.settings import load_settings, override_settings
 from examples.brain_tumor.training.loop import train
-from examples.brain_tumor.training.run_folder import read_json
 from examples.brain_tumor.use import examination, prediction
 from examples.brain_tumor.use.examination import judge_strange, point, strange_pictures
 from examples.brain_tumor.use.prediction import describe_prediction, predict, read_reference
@@ -198,7 +198,7 @@ def test_hottest_points_are_counted_against_the_outline(run, scaled, tmp_path, m
     reference = read_reference(run, scaled)
     heat = np.zeros((32, 32))
     heat[8, 8] = 1.0  # within the blobs of the first class alone
-    monkeypatch.setattr(examination, "grad_cam", lambda *given: heat)
+    monkeypatch.setattr(prediction, "grad_cam", lambda *given: heat)
     for number in scaled.numbers:
         (tmp_path / f"{number}.mat").touch()
 
