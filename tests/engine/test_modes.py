@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from angular_losses import ArcFaceLoss, arcface, margin_softmax_loss
@@ -58,6 +58,8 @@ def test_modes_differ_by_rounding_alone(
     num_rows, num_classes, size, chunk, mode, dtype, scale, seed, options
 ):
     embeddings, weight, labels = batch(num_rows, num_classes, size, dtype, seed)
+    shortest = torch.finfo(dtype).tiny ** (7 / 8)  # what is shorter counts as without a direction
+    assume(all((x.double().norm(dim=1) > shortest).all() for x in (embeddings, weight)))
     labels[0] = -100 if seed % 3 == 0 else labels[0]
     scale = scale or torch.rand(num_rows, dtype=torch.float64) * 200 + 1
     for name, length in (("class_weight", num_classes), ("sample_weight", num_rows)):
