@@ -21,8 +21,3 @@ def compiler(monkeypatch):
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
         reason = "torch.compile of the losses needs torch 2.11"
         monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.skip(reason))
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the file that takes the longest, lest one worker ends alone with it."""
-    items.sort(key=lambda item: item.path.name != "test_compiled_steps.py")
