@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, by one process at a time, and finding damage to them."""
+"""Reading files and finding damage; writing them whole or not at all, by one process at a time."""
 
 import csv
 import hashlib
@@ -151,7 +151,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_table(rows: Iterable[Sequence[object]]) -> str:
+def as_csv(rows: Iterable[Sequence[object]]) -> str:
     """Return rows, the header first, as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)

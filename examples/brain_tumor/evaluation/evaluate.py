@@ -16,6 +16,7 @@ from angular_losses import angle_between
 from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..files import (
+    as_csv,
     check_sum,
     locked,
     read_table,
@@ -23,7 +24,6 @@ from ..files import (
     write_array,
     write_json,
     write_sums,
-    write_table,
     write_text,
 )
 from ..network.mobilenet import EmbeddingNetwork
@@ -305,4 +305,4 @@ def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, 
             ]
         )
     truth = labels[split.test].numpy()
-    return write_table(rows), measure(truth, predicted.numpy(), len(slices.classes))
+    return as_csv(rows), measure(truth, predicted.numpy(), len(slices.classes))

@@ -40,12 +40,12 @@ from ..files import (
     LOCK,
     PARTIAL,
     append_rows,
+    as_csv,
     locked,
     read_json,
     read_table,
     replacing,
     write_json,
-    write_table,
     write_text,
 )
 from ..settings import Settings
@@ -284,7 +284,7 @@ def _slice_table(slices: SliceSet) -> str:
     folds = [""] * len(slices.numbers) if slices.folds is None else slices.folds.tolist()
     names = [CLASS_NAMES[label] for label in slices.labels.tolist()]
     rows = zip(slices.numbers, names, slices.patients, folds, strict=True)
-    return write_table([("slice", "class", "patient", "fold"), *rows])
+    return as_csv([("slice", "class", "patient", "fold"), *rows])
 
 
 def _session(jobs: int, left: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH, embed
-from ..files import write_json, write_table, write_text
+from ..files import as_csv, write_json, write_text
 from ..training.run_folder import POINTING, STRANGE
 from .gradcam import measure_overlap
 from .prediction import Reference, explain, read_reference
@@ -143,7 +143,7 @@ def point(reference: Reference, data: Path) -> str:
                 "" if overlap is None else int(overlap.hottest_inside),
             ]
         )
-    return write_table(rows)
+    return as_csv(rows)
 
 
 def _head(image: np.ndarray) -> np.ndarray:
