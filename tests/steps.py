@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
@@ -101,7 +102,13 @@ UNCOMPILED = {
 }
 
 
+def compiled_graphs():
+    """How many graphs have been compiled so far."""
+    return counters["stats"]["unique_graphs"]
+
+
 def assert_steps_are_eager(name, schedule, execution, mode, kinds):
+    graphs = []
     loss, reference = (build(name, schedule, ignore_index=IGNORED) for _ in range(2))
     loss.mode = mode
     call = EXECUTIONS[execution](loss, mode)
@@ -124,6 +131,9 @@ def assert_steps_are_eager(name, schedule, execution, mode, kinds):
         first = 1 if execution == "reentrant" and loss.statistics else 0
         assert_same(found[first:], expected[first:], **tolerance)
         assert_same_state(loss, reference, **tolerance)
+        graphs.append(compiled_graphs())
+    if "dynamic" in execution:
+        assert graphs[1] == graphs[0], "a batch of another size is compiled anew"
 
 
 def compiled(backend, dynamic):

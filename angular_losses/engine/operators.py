@@ -300,7 +300,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     embeddings, weight = arguments[3:5]
     nothing = embeddings.new_empty((), dtype=working_dtype(embeddings, weight))
-    like = embeddings, weight, nothing.new_empty(len(embeddings))
+    # Not len(), which would be a constant of the compiled graph.
+    like = embeddings, weight, nothing.new_empty(embeddings.shape[0])
     return tuple(
         each.new_empty(each.shape) if wanted else torch.empty_like(nothing)
         for each, wanted in zip(like, arguments[-1], strict=True)
