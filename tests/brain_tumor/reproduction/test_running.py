@@ -230,12 +230,14 @@ if __name__ == "__main__":  # the workers need none of it
     from tests.brain_tumor.reproduction.test_running import TINY, some_runs
 
     reproduction.plan_runs = lambda *given: some_runs(*given)[-2:]
-    reproduction.run_plan(Path(sys.argv[1]), None, Path(sys.argv[2]), TINY, int(sys.argv[3]))
+    reproduction.run_plan(Path(sys.argv[1]), None, Path(sys.argv[2]), TINY, jobs=2)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for processes as Linux does")
-def test_workers_die_with_their_parent_and_the_same_command_goes_on(data, finished, tmp_path):
+def test_workers_die_with_their_parent_and_the_same_plan_goes_on(
+    data, finished, tmp_path, monkeypatch
+):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     out = tmp_path / "out"
@@ -247,7 +249,7 @@ def test_workers_die_with_their_parent_and_the_same_command_goes_on(data, finish
     stand_still.parent.mkdir(parents=True)
     os.mkfifo(stand_still)  # who writes here waits for a reader: this run does not end
     process = subprocess.Popen(
-        [*command, "2"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while not is_finished(out / "runs" / first.name, first):
         assert process.poll() is None
@@ -262,7 +264,9 @@ def test_workers_die_with_their_parent_and_the_same_command_goes_on(data, finish
     assert len(children) >= 2
     assert not is_finished(stand_still.parent, last)
     stand_still.unlink()
-    subprocess.run([*command, "1"], env=environment, check=True, capture_output=True)
+    monkeypatch.setattr(reproduction, "plan_runs", lambda budget, weights: runs)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as the script has
+    assert run_plan(data, None, out, TINY, jobs=1) == []
     for run in runs:
         one, other = (
             json.loads((folder / "runs" / run.name / "metrics.json").read_text())
