@@ -22,7 +22,7 @@ from .engine.placement import WHOLE, Placement
 from .engine.planner import Plan
 from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction
-from .negatives import NegativeFunction
+from .negatives import KnownSlope, NegativeFunction
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -188,7 +188,8 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
     chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
     dtype = working_dtype(batch.embeddings, batch.weight)
     with without_autocast(batch.embeddings.device):
-        before = _target_before(batch, margin, dtype) if negatives else None
+        looks_at_target = not (negatives is None or isinstance(negatives, KnownSlope))
+        before = _target_before(batch, margin, dtype) if looks_at_target else None
         if _is_closed(batch, softmax, options, chosen.mode):
             others = Others(rule, before, ranking=options.ranking)
             return _closed_loss(batch, softmax, options, chosen, others)
@@ -286,8 +287,11 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
         return Rule(sub_centers=sub_centers, keep_lengths=keep_lengths)
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
-        assert target is not None
-        found = negatives(cosine, target)
+        if isinstance(negatives, KnownSlope):
+            found = negatives.function(cosine)
+        else:
+            assert target is not None
+            found = negatives(cosine, target)
         if not isinstance(found, Tensor) or found.shape != cosine.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
             raise ValueError(
@@ -295,7 +299,8 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
             )
         return found if bias is None else bias * found
 
-    return Rule(terms, sub_centers=sub_centers, keep_lengths=keep_lengths)
+    with_slopes = negatives.with_slope if isinstance(negatives, KnownSlope) else None
+    return Rule(terms, with_slopes, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 
 def _check_target(target: object, theta: Tensor) -> Tensor:

@@ -254,17 +254,18 @@ class KnownDescent:
     """A margin together with its derivative, which then is not autograd's work.
 
     Attributes:
-        function: The margin.
-        with_descent: A function of theta (N,) that returns the target logits before scaling, and
+        function: The margin: a function of theta (N,), or of theta and the share in force.
+        with_descent: A function of the same that returns the target logits before scaling, and
             minus their derivatives by theta, both (N,), without a graph.
     """
 
-    function: MarginFunction
-    with_descent: Callable[[Tensor], tuple[Tensor, Tensor]]
+    function: Callable[..., Tensor]
+    with_descent: Callable[..., tuple[Tensor, Tensor]]
+    has_descent = True
 
-    def __call__(self, theta: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, *share: float | Tensor) -> Tensor:
         """The target logits before scaling."""
-        return self.function(theta)
+        return self.function(theta, *share)
 
 
 @dataclass(frozen=True)

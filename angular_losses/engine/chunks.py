@@ -67,6 +67,8 @@ class Rule(NamedTuple):
         terms: A function of the cosines of some classes (K, N), elementwise, and of two numbers a
             row (N,), each or None: the target's logit before scaling, and a bias. It returns what
             takes the place of the cosines (K, N).
+        with_slopes: A function of the cosines alone that returns the same, in [-1, 1] then, and its
+            derivatives; None leaves those to autograd.
         summed: Whether the terms themselves are summed, and not exp(scale * term).
         sub_centers: The number of centres of a class; the largest of their cosines is its own.
             Sub-centre k of class c is row c * sub_centers + k of the weight.
@@ -74,6 +76,7 @@ class Rule(NamedTuple):
     """
 
     terms: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+    with_slopes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     summed: bool = False
     sub_centers: int = 1
     keep_lengths: bool = False
@@ -82,6 +85,12 @@ class Rule(NamedTuple):
     def is_linear(self) -> bool:
         """Whether each centre enters as its cosine, or its cosine times its length."""
         return self.terms is None and self.sub_centers == 1 and not self.summed
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether each centre enters as a number in [-1, 1], whose derivative is known."""
+        is_known = self.terms is None or self.with_slopes is not None
+        return is_known and self.sub_centers == 1 and not (self.summed or self.keep_lengths)
 
     def of_classes(self, cosines: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         """The terms of classes (K, N), from the cosines of their centres (K * sub_centers, N)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -222,9 +223,16 @@ class LiArcFaceLoss(MarginLoss):
         """The line through the angle and the share of the margin in force."""
         return margins.linear_angle(theta, share * self.margin)
 
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The same with its descent, the same everywhere."""
+        return margins.KnownDescent(
+            self.target,
+            lambda theta, share: (self.target(theta, share), torch.full_like(theta, 2 / math.pi)),
+        )
+
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The same line, without a margin."""
-        return lambda cosine, target: negatives.linear_angle(cosine)
+        return negatives.LINEAR_ANGLE
 
 
 class X2SoftmaxLoss(MarginLoss):
@@ -273,6 +281,16 @@ class X2SoftmaxLoss(MarginLoss):
         """From the cosine to the parabola, by the share of the margin in force."""
         cosine = torch.cos(theta)
         return cosine + share * (margins.x2_softmax(theta, self.a, self.h, self.k) - cosine)
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The same with its descent."""
+
+        def with_descent(theta: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
+            sine = torch.sin(theta)
+            descent = sine - share * (2 * self.a * (theta - self.h) + sine)
+            return self.target(theta, share), descent
+
+        return margins.KnownDescent(self.target, with_descent)
 
 
 class CombinedMarginLoss(MarginLoss):

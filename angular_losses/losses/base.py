@@ -461,14 +461,14 @@ class MarginLoss(ClassCentres, nn.Module):
             return margins.KnownDescent(
                 margins.detached(margin), lambda theta: (margin(theta), torch.sin(theta))
             )
-        if not isinstance(target, margins.Combined) or not target.has_descent:
+        if not isinstance(target, (margins.Combined, margins.KnownDescent)):
             return margin
-        if schedule is None:
-            return margins.KnownDescent(margin, target.with_descent)
-        if not schedule.is_linear:
+        if not target.has_descent or not (schedule is None or schedule.is_linear):
             return margin
 
         def with_descent(theta: Tensor) -> tuple[Tensor, Tensor]:
+            if schedule is None:
+                return target.with_descent(theta, 1.0)
             both: Tensor = schedule(lambda *at: torch.stack(target.with_descent(*at)), theta)
             value, descent = both
             return value, descent
