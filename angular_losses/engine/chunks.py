@@ -332,18 +332,11 @@ class Chunks:
 
     def _without_targets(self, span: slice | None, values: Tensor, instead: float) -> Tensor:
         """The values of a chunk's classes (K, N), with those of the targets replaced."""
-        each = self.rule.sub_centers
+        each, start = self.rule.sub_centers, 0 if span is None else span.start
+        own = self.own if each == 1 else self.own // each
         if self.has_all_targets:
-            own = self.own if each == 1 else self.own // each
             return values.scatter_(0, own[None], instead)
-        row, is_here = self.own_row(span)
-        if each > 1:
-            start = 0 if span is None else span.start
-            label = self.own // each - start // each
-            row = label.clamp(0, values.shape[0] - 1)
-            is_here = row == label
-        present = values.gather(0, row[None])
-        return values.scatter_(0, row[None], present.masked_fill_(is_here, instead))
+        return replaced(values, own - start // each, instead)
 
     def _to_multiply(self, name: str, values: Tensor, out: Tensor | None = None) -> Tensor:
         """The values in the dtype of the products, in ``out`` where they are kept."""
@@ -352,6 +345,13 @@ class Chunks:
         if out is None:
             out = self.workspace(name, values.shape, self.product_dtype)
         return values.to(self.product_dtype) if out is None else out.copy_(values)
+
+
+def replaced(values: Tensor, own: Tensor, instead: float) -> Tensor:
+    """Values (K, N) with another in row ``own`` (N,) of each column, where there is that row."""
+    row = own.clamp(0, values.shape[0] - 1)[None]
+    present = values.gather(0, row)
+    return values.scatter_(0, row, present.masked_fill_(row == own, instead))
 
 
 # On CUDA a product can be summed in a wider dtype than that of its factors, and since torch 2.10

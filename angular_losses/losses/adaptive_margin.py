@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .. import collectives, margins, validation
 from ..engine import modes
-from ..engine.chunks import Rule
+from ..engine.chunks import Others, Rule
 from ..geometry import directions, lengths, precise_dtype
 from .base import LossOptions, MarginLoss, Target
 
@@ -82,7 +82,7 @@ class AdaCosLoss(MarginLoss):
             return
         batch, rule = self._batch_of(embeddings, labels), Rule(sub_centers=self.sub_centers)
         chosen = modes.choose(batch, self.mode, self.memory_budget, rule)
-        parts = modes.parts(batch, chosen, rule, scale=self.scale)
+        parts = modes.parts(batch, chosen, Others(rule), scale=self.scale)
         each = torch.ones_like(parts.theta) if weights is None else weights.to(parts.theta.dtype)
         angle, has_any = _median(parts.theta, each)
         # The largest is taken out of the exponentials, the same one in every process.

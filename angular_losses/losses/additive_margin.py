@@ -29,7 +29,6 @@ class NormalizedSoftmaxLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -67,7 +66,6 @@ class CosFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -107,7 +105,6 @@ class ArcFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -154,7 +151,6 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss.weight.shape
         torch.Size([30, 64])
@@ -198,7 +194,6 @@ class LiArcFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -252,7 +247,6 @@ class X2SoftmaxLoss(MarginLoss):
             gradient of the cosine: ``gradient="detached"``.
 
     Example:
-        >>> import torch
         >>> loss = X2SoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -311,7 +305,6 @@ class CombinedMarginLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])

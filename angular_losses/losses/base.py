@@ -19,14 +19,7 @@ from ..engine.batch import Batch, checked, of_rows
 from ..engine.chunks import Ranking
 from ..engine.placement import WHOLE, Placement
 from ..engine.planner import MODES
-from ..functional import (
-    REDUCTIONS,
-    Options,
-    Softmax,
-    check_options,
-    check_softmax,
-    softmax_loss,
-)
+from ..functional import REDUCTIONS, Options, Softmax, softmax_loss
 from ..geometry import (
     angle_between,
     cosines,
@@ -357,7 +350,6 @@ class MarginLoss(ClassCentres, nn.Module):
                 self.memory_budget,
                 ranking,
             )
-            check_options(batch, options)
             loss = self._batch_loss(batch, options)
         if is_step:
             self.advance()
@@ -415,7 +407,6 @@ class MarginLoss(ClassCentres, nn.Module):
             self.normalize_weight,
             self.label_smoothing,
         )
-        check_softmax(batch, softmax)
         return softmax_loss(batch, softmax, options)
 
     def _batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
