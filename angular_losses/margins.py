@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -379,17 +379,13 @@ SPHEREFACE_BEYOND = ("decreasing", "plain")
 ARCFACE_BEYOND = tuple(PAST_PI)
 
 
-class Additive(NamedTuple):
-    """A margin added to the angle or subtracted from the cosine, and its validation."""
-
-    function: Callable[[float | Tensor], Combined]
-    check: Callable[[str, object], float]
+# The validation of a margin that is added to the angle or subtracted from the cosine.
+ADDITIVE = {"arc": validation.angular_margin, "cos": validation.cosine_margin}
 
 
-ADDITIVE = {
-    "arc": Additive(lambda m: Combined(m2=m), validation.angular_margin),
-    "cos": Additive(lambda m: Combined(m3=m), validation.cosine_margin),
-}
+def additive(kind: str, m: float | Tensor) -> Combined:
+    """The margin of one of these kinds."""
+    return Combined(m2=m) if kind == "arc" else Combined(m3=m)
 
 
 def _check(check: Callable[[str, object], float], **margin: float | Tensor) -> None:

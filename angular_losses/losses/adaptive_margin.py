@@ -311,20 +311,19 @@ class ElasticFaceLoss(MarginLoss):
         if deviation is None:
             deviation = {"arc": 0.0175, "cos": 0.02}[kind] if plus else 0.05
         self.kind, self.plus = kind, plus
-        self.margin = margins.ADDITIVE[kind].check("margin", margin)
+        self.margin = margins.ADDITIVE[kind]("margin", margin)
         self.deviation = validation.number("deviation", deviation, 0.0)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The margin of the kind, in training mode drawn anew for each row."""
-        function = margins.ADDITIVE[self.kind].function
         if not self.training:
-            return function(self.margin)
+            return margins.additive(self.kind, self.margin)
         drawn = torch.randn(len(labels), device=labels.device) * self.deviation + self.margin
         ascending = drawn.sort().values
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
             of_rows = ascending[theta.detach().argsort().argsort()] if self.plus else drawn
-            return function(of_rows)(theta, share)
+            return margins.additive(self.kind, of_rows)(theta, share)
 
         return target
 
