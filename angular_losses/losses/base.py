@@ -702,7 +702,7 @@ class MarginLoss(ClassCentres, nn.Module):
         """Take notice of a pass that a backward pass may have to recompute."""
         if self.training and not torch.is_grad_enabled():
             self._uncounted += 1
-        elif is_step:
+        elif is_step and self._uncounted:  # a module is slow to set what is as it was
             self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
     @contextmanager
