@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import collectives, validation
 from ..engine.shard import Shard
-from ..geometry import lengths
 from ..losses.base import MarginLoss
 from .gathering import Batch, Gathering
 
@@ -183,10 +182,6 @@ class ShardedLoss(MarginLoss):
             super().extend(num_new, init)
         self.shard = self.gathering.shard = Shard(self.shard.mesh, self.num_classes)
         self.own_weight = weakref.ref(self.weight)
-
-    def _mean_length(self) -> Tensor:
-        summed = lengths(self.weight).sum()
-        return self.shard.total(summed) / (self.num_classes * self.sub_centers)
 
     def _replicas(self) -> ProcessGroup | None:
         """The processes with the same classes that average their gradients by DDP, if any.

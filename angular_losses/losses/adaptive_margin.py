@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import collectives, margins, validation
 from ..engine import modes
+from ..engine.batch import of_rows
 from ..engine.chunks import Others, Rule
 from ..geometry import lengths
 from .base import LossOptions, MarginLoss, Target
@@ -78,7 +79,9 @@ class AdaCosLoss(MarginLoss):
         """Make the scale that of this batch."""
         if not self.dynamic:
             return
-        batch, rule = self._batch_of(embeddings, labels), Rule(sub_centers=self.sub_centers)
+        num_classes, sub_centers = self.num_classes, self.sub_centers
+        batch = of_rows(embeddings, self.weight, labels, None, num_classes, sub_centers, self.shard)
+        rule = Rule(sub_centers=sub_centers)
         chosen = modes.choose(batch, self.mode, self.memory_budget, rule)
         parts = modes.parts(batch, chosen, Others(rule), scale=self.scale)
         each = torch.ones_like(parts.theta) if weights is None else weights.to(parts.theta.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import margins, validation
-from ..engine.batch import Batch, checked, of_rows
+from ..engine.batch import Batch, checked
 from ..engine.chunks import Ranking
 from ..engine.placement import WHOLE, Placement
 from ..engine.planner import MODES
@@ -409,13 +409,6 @@ class MarginLoss(ClassCentres, nn.Module):
         )
         return softmax_loss(batch, softmax, options)
 
-    def _batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
-        """The batch of checked rows that are not ignored."""
-        num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
-        return of_rows(
-            embeddings, self.weight, labels, None, num_classes, self.sub_centers, self.shard
-        )
-
     def _centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The centres that this process holds, all as a rule, and the labels as they count them."""
         return self.shard.centres(self.weight, self.sub_centers), self.shard.local(labels)
@@ -538,7 +531,8 @@ class MarginLoss(ClassCentres, nn.Module):
         """
         num_new = validation.positive_integer("num_new", num_new)
         old, new = self.weight, self._first_directions(init, num_new)
-        new = new * self._mean_length().to(new.dtype)
+        mean_length = self.shard.total(lengths(old).sum()) / (self.num_classes * self.sub_centers)
+        new = new * mean_length.to(new.dtype)
         self._extend_buffers(num_new)
         weight = self.shard.appended(old, new, num_new)
         self.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
@@ -613,10 +607,6 @@ class MarginLoss(ClassCentres, nn.Module):
         self.sub_centers = 1
         watch(self)
         return angle.gather(1, dominant[row // each, None])[:, 0]
-
-    def _mean_length(self) -> Tensor:
-        """The mean length of all centres."""
-        return lengths(self.weight).mean()
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
