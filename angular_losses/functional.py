@@ -7,7 +7,7 @@ here, once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -282,11 +282,7 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
         return Rule(sub_centers=sub_centers, keep_lengths=keep_lengths)
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
-        if isinstance(negatives, KnownSlope):
-            found = negatives.function(cosine)
-        else:
-            assert target is not None
-            found = negatives(cosine, target)
+        found = negatives(cosine, cast(Tensor, target))  # None for one that does not look at it
         if not isinstance(found, Tensor) or found.shape != cosine.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
             raise ValueError(
