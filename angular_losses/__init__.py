@@ -13,35 +13,28 @@ radians.
 from .engine.planner import Plan, plan
 from .functional import margin_softmax_loss, one_vs_rest_loss
 from .geometry import angle_between, target_angle
-from .losses import (
-    AdaCosLoss,
-    AdaFaceLoss,
+from .losses.adaptive_margin import AdaCosLoss, AdaFaceLoss, ElasticFaceLoss, MagFaceLoss
+from .losses.additive_margin import (
     ArcFaceLoss,
-    CircleLoss,
     CombinedMarginLoss,
     CosFaceLoss,
-    CurricularFaceLoss,
-    ElasticFaceLoss,
-    InterTopKLoss,
-    KappaFaceLoss,
     LiArcFaceLoss,
-    LSoftmaxLoss,
-    MagFaceLoss,
-    MarginLoss,
-    MVSoftmaxLoss,
     NormalizedSoftmaxLoss,
-    NPCFaceLoss,
-    P2SGradLoss,
-    SphereFace2Loss,
-    SphereFaceLoss,
-    SphereFaceRLoss,
     SubCenterArcFaceLoss,
-    UniFaceLoss,
     X2SoftmaxLoss,
-    available,
-    ldam_margins,
-    power_law_margins,
 )
+from .losses.base import MarginLoss
+from .losses.catalogue import available
+from .losses.class_margins import KappaFaceLoss, ldam_margins, power_law_margins
+from .losses.hard_negatives import (
+    CircleLoss,
+    CurricularFaceLoss,
+    InterTopKLoss,
+    MVSoftmaxLoss,
+    NPCFaceLoss,
+)
+from .losses.multiplicative_margin import LSoftmaxLoss, SphereFaceLoss, SphereFaceRLoss
+from .losses.one_vs_rest import P2SGradLoss, SphereFace2Loss, UniFaceLoss
 from .margins import arcface, combined, cosface, detached, sphereface
 from .sampling import sample_classes, sample_optimizer
 from .schedules import LambdaAnnealing, MarginWarmup, Schedule

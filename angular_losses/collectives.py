@@ -30,20 +30,12 @@ def over(group: ProcessGroup | None) -> Iterator[None]:
 
 def total(values: Tensor) -> Tensor:
     """The sum of a tensor over the processes; the tensor itself with a single process."""
-    if not _is_distributed():
-        return values
-    values = values.clone()
-    dist.all_reduce(values, group=_group)
-    return values
+    return _reduced(values, "SUM")
 
 
 def largest(values: Tensor) -> Tensor:
     """The element-wise maximum over the processes."""
-    if not _is_distributed():
-        return values
-    values = values.clone()
-    dist.all_reduce(values, dist.ReduceOp.MAX, group=_group)
-    return values
+    return _reduced(values, "MAX")
 
 
 def spread(values: Tensor) -> Tensor:
@@ -73,7 +65,10 @@ def _weights_of(values: Tensor, weights: Tensor | None) -> Tensor:
     return torch.ones_like(values) if weights is None else weights.to(values.dtype)
 
 
-def _is_distributed() -> bool:
+def _reduced(values: Tensor, operation: str) -> Tensor:
     if _is_alone or not (dist.is_available() and dist.is_initialized()):
-        return False
-    return dist.get_world_size(_group) > 1
+        return values
+    if dist.get_world_size(_group) > 1:
+        values = values.clone()
+        dist.all_reduce(values, getattr(dist.ReduceOp, operation), group=_group)
+    return values

@@ -7,7 +7,7 @@ here, once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .engine.placement import WHOLE, Placement
 from .engine.planner import Plan
 from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction
-from .negatives import NegativeFunction
+from .negatives import KnownSlope, NegativeFunction
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -49,7 +49,7 @@ class Softmax(NamedTuple):
     label_smoothing: float = 0.0
 
 
-def check_options(batch: Batch, options: Options) -> None:
+def _check_options(batch: Batch, options: Options) -> None:
     """Raise unless these options fit the batch."""
     num_rows, device = batch.embeddings.shape[0], batch.embeddings.device
     validation.choice("reduction", options.reduction, REDUCTIONS)
@@ -62,7 +62,7 @@ def check_options(batch: Batch, options: Options) -> None:
             validation.floating(name, value, size, device=device)
 
 
-def check_softmax(batch: Batch, softmax: Softmax) -> None:
+def _check_softmax(batch: Batch, softmax: Softmax) -> None:
     """Raise unless this margin softmax fits the batch."""
     margin, scale, negatives = softmax.margin, softmax.scale, softmax.negatives
     if not callable(margin):
@@ -176,34 +176,32 @@ def margin_softmax_loss(
     batch = checked(embeddings, weight, labels, ignore_index, sub_centers, shard)
     softmax = Softmax(margin, scale, negatives, normalize_weight, label_smoothing)
     options = Options(penalty, reduction, class_weight, sample_weight, mode, memory_budget)
-    check_softmax(batch, softmax)
-    check_options(batch, options)
     return softmax_loss(batch, softmax, options)
 
 
 def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
-    """The margin softmax of what is checked."""
+    """The margin softmax of a checked batch."""
+    _check_softmax(batch, softmax)
+    _check_options(batch, options)
     margin, scale, negatives = softmax.margin, softmax.scale, softmax.negatives
     rule = _rule(softmax, batch.sub_centers)
     chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
     dtype = working_dtype(batch.embeddings, batch.weight)
     with without_autocast(batch.embeddings.device):
-        before = _target_before(batch, margin, dtype) if negatives else None
-        if _is_closed(batch, softmax, options, chosen.mode):
-            others = Others(rule, before, ranking=options.ranking)
-            return _closed_loss(batch, softmax, options, chosen, others)
+        looks_at_target = not (negatives is None or isinstance(negatives, KnownSlope))
+        before = _target_before(batch, margin, dtype) if looks_at_target else None
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
+        others = Others(rule, before, of_rows, ranking=options.ranking)
+        if _is_closed(batch, softmax, options, chosen.mode):
+            return _closed_loss(batch, softmax, options, chosen, others)
         share = _class_share(batch, softmax, options, dtype)
         parts = modes.parts(
             batch,
             chosen,
-            rule,
+            others,
             scale=scale if of_rows is None else 1.0,
             class_share=share if rule == PLAIN else None,
-            target=before,
-            bias=of_rows,
-            ranking=options.ranking,
         )
         target = scale * _check_target(margin(parts.theta), parts.theta)
         losses = F.softplus(parts.negatives - target, threshold=50)
@@ -214,10 +212,8 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
             if parts.mean_cosine is not None:
                 mean_of_others = parts.mean_cosine - share_of_own * parts.theta.cos()
             else:  # not a sum of cosines
-                summed = rule._replace(summed=True)
-                mean_of_others = modes.parts(
-                    batch, chosen, summed, class_share=share, target=before
-                ).negatives
+                summed = Others(rule._replace(summed=True), before)
+                mean_of_others = modes.parts(batch, chosen, summed, class_share=share).negatives
             mean_logit = scale * mean_of_others + share_of_own * target
             # The weights of the classes are in it already.
             smooth = share.sum() * (target + losses) - mean_logit
@@ -286,8 +282,7 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
         return Rule(sub_centers=sub_centers, keep_lengths=keep_lengths)
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
-        assert target is not None
-        found = negatives(cosine, target)
+        found = negatives(cosine, cast(Tensor, target))  # None for one that does not look at it
         if not isinstance(found, Tensor) or found.shape != cosine.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
             raise ValueError(
@@ -295,7 +290,8 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
             )
         return found if bias is None else bias * found
 
-    return Rule(terms, sub_centers=sub_centers, keep_lengths=keep_lengths)
+    with_slopes = negatives.with_slope if isinstance(negatives, KnownSlope) else None
+    return Rule(terms, with_slopes, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 
 def _check_target(target: object, theta: Tensor) -> Tensor:
@@ -366,7 +362,6 @@ def one_vs_rest_loss(
             "recompute".
 
     Example:
-        >>> import torch
         >>> loss = one_vs_rest_loss(
         ...     torch.tensor([[1.0, 0.0]]), torch.eye(2), torch.tensor([0]),
         ...     positive=lambda theta: (1 - theta.cos()) ** 2,
@@ -382,7 +377,6 @@ def one_vs_rest_loss(
         raise ValueError(f"bias: expected a tensor of one number, got {bias!r}")
     batch = checked(embeddings, weight, labels, ignore_index, sub_centers, shard)
     options = Options(penalty, reduction, class_weight, sample_weight, mode, memory_budget)
-    check_options(batch, options)
     return rest_loss(batch, positive, negative, bias, options)
 
 
@@ -393,7 +387,8 @@ def rest_loss(
     bias: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """One versus the rest of what is checked."""
+    """One versus the rest of a checked batch."""
+    _check_options(batch, options)
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         assert bias is not None
@@ -405,9 +400,8 @@ def rest_loss(
     with without_autocast(batch.embeddings.device):
         if bias is None:
             bias = batch.embeddings.new_zeros(())
-        parts = modes.parts(
-            batch, chosen, rule, bias=bias.to(dtype).reshape(()), ranking=options.ranking
-        )
+        others = Others(rule, bias=bias.to(dtype).reshape(()), ranking=options.ranking)
+        parts = modes.parts(batch, chosen, others)
         losses = positive(parts.theta) + parts.negatives
         of_class = _class_weights(batch, options, dtype)
         losses = losses if of_class is None else losses * of_class

@@ -128,7 +128,7 @@ def pairs(first: Tensor, second: Tensor, own: Tensor | None = None) -> Pairs:
     else:
         both = zip(_normalized(first), _normalized(second), strict=True)
         units, inverse = (torch.cat(each) for each in both)
-    u, v = units[: len(first)], units[len(first) :]
+    u, v = units.tensor_split((first.shape[0],))
     v = v if own is None else v.index_select(0, own)
     cosine = (u * v).sum(1, keepdim=True)
     residual = torch.addcmul(v, cosine, u, value=-1)

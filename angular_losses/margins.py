@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -254,17 +254,18 @@ class KnownDescent:
     """A margin together with its derivative, which then is not autograd's work.
 
     Attributes:
-        function: The margin.
-        with_descent: A function of theta (N,) that returns the target logits before scaling, and
+        function: The margin: a function of theta (N,), or of theta and the share in force.
+        with_descent: A function of the same that returns the target logits before scaling, and
             minus their derivatives by theta, both (N,), without a graph.
     """
 
-    function: MarginFunction
-    with_descent: Callable[[Tensor], tuple[Tensor, Tensor]]
+    function: Callable[..., Tensor]
+    with_descent: Callable[..., tuple[Tensor, Tensor]]
+    has_descent = True
 
-    def __call__(self, theta: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, *share: float | Tensor) -> Tensor:
         """The target logits before scaling."""
-        return self.function(theta)
+        return self.function(theta, *share)
 
 
 @dataclass(frozen=True)
@@ -378,17 +379,13 @@ SPHEREFACE_BEYOND = ("decreasing", "plain")
 ARCFACE_BEYOND = tuple(PAST_PI)
 
 
-class Additive(NamedTuple):
-    """A margin added to the angle or subtracted from the cosine, and its validation."""
-
-    function: Callable[[float | Tensor], Combined]
-    check: Callable[[str, object], float]
+# The validation of a margin that is added to the angle or subtracted from the cosine.
+ADDITIVE = {"arc": validation.angular_margin, "cos": validation.cosine_margin}
 
 
-ADDITIVE = {
-    "arc": Additive(lambda m: Combined(m2=m), validation.angular_margin),
-    "cos": Additive(lambda m: Combined(m3=m), validation.cosine_margin),
-}
+def additive(kind: str, m: float | Tensor) -> Combined:
+    """The margin of one of these kinds."""
+    return Combined(m2=m) if kind == "arc" else Combined(m3=m)
 
 
 def _check(check: Callable[[str, object], float], **margin: float | Tensor) -> None:

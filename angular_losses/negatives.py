@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -34,6 +35,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class KnownSlope:
+    """A function of the cosines alone together with its derivative, which then is not autograd's.
+
+    Attributes:
+        function: From cosines (K, N) to what takes their place, in [-1, 1] too.
+        with_slope: From cosines (K, N) to the same and its derivatives, without a graph.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    with_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def __call__(self, cosine: Tensor, target: Tensor) -> Tensor:
+        """What takes the place of the cosines."""
+        return self.function(cosine)
 
 
 def curricularface(cosine: Tensor, target: Tensor, t: float | Tensor) -> Tensor:
@@ -197,6 +215,16 @@ def linear_angle(cosine: Tensor) -> Tensor:
         workshops 2019, arXiv:1907.12256.
     """
     return 1 - 2 / math.pi * _angle(cosine)
+
+
+def _linear_angle_with_slope(cosine: Tensor) -> tuple[Tensor, Tensor]:
+    inside, beyond = _inside(cosine)
+    one = torch.ones_like(cosine)
+    value = torch.sub(one, torch.acos(inside).sub_(beyond), alpha=2 / math.pi)
+    return value, torch.addcmul(one, inside, inside, value=-1).rsqrt_().mul_(2 / math.pi)
+
+
+LINEAR_ANGLE = KnownSlope(linear_angle, _linear_angle_with_slope)
 
 
 def divided_angle(cosine: Tensor, m: float) -> Tensor:

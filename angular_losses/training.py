@@ -228,7 +228,6 @@ def parameter_groups(
         ValueError: If none of them has a loss of this package, or a number is negative.
 
     Example:
-        >>> import torch
         >>> from angular_losses import ArcFaceLoss
         >>> network, loss = torch.nn.Linear(8, 4), ArcFaceLoss(10, 4)
         >>> optimiser = torch.optim.SGD(

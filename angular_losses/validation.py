@@ -10,7 +10,7 @@ import difflib
 import inspect
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex, cast
 
@@ -84,6 +84,22 @@ def share(name: str, value: object) -> float:
     if not 0 <= found <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
     return found
+
+
+def bounds(
+    name: str, value: tuple[float, float], check: Callable[[str, object], float]
+) -> tuple[float, float]:
+    """Return two numbers, the lower first, each as ``check`` returns it, which raises for them.
+
+    Raises:
+        ValueError: If there are not two, or the first is not the lower.
+    """
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"{name}: expected two numbers, the lower first, got {value!r}")
+    low, high = (check(name, each) for each in value)
+    if low >= high:
+        raise ValueError(f"{name}: expected the lower first, got {value!r}")
+    return low, high
 
 
 def positive_integer(name: str, value: object) -> int:

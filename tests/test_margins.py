@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import angular_losses as al
 from angular_losses import angle_between, arcface, combined, cosface, detached, sphereface
 from angular_losses.margins import ARCFACE_BEYOND, Combined
+from angular_losses.negatives import LINEAR_ANGLE, linear_angle
 from tests import reference, strategies
 from tests.cases import CASES, NAMES
 from tests.strategies import ANGLES, kinks, pair_at
@@ -253,6 +255,41 @@ def test_the_known_descent_is_that_of_50_digits(beyond, margins, share):
         expected, derivative = reference_target(beyond, mp.mpf(at), *now)
         assert found == pytest.approx(float(expected), abs=1e-13)
         assert slope == pytest.approx(float(-derivative), abs=1e-13)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, torch.tensor(0.3, dtype=torch.float64)], ids=str)
+def test_the_known_descents_of_a_parabola_and_a_line_are_those_of_50_digits(share):
+    s = mp.mpf(float(share))
+    parabola = al.X2SoftmaxLoss(2, 3, a=-0.9, h=-0.2, k=0.65)
+    line = al.LiArcFaceLoss(2, 3, margin=0.45)
+    a, h, k, m = (mp.mpf(value) for value in (-0.9, -0.2, 0.65, 0.45))
+    formulas = {
+        parabola: lambda theta: (1 - s) * mp.cos(theta) + s * (a * (theta - h) ** 2 + k),
+        line: lambda theta: 1 - 2 / mp.pi * (theta + s * m),
+    }
+    theta = torch.cat([10.0 ** -torch.arange(1, 9), torch.linspace(0.5, math.pi, 9)]).double()
+    for loss, formula in formulas.items():
+        target = loss.row_target(torch.ones(1, 3), torch.zeros(1, dtype=torch.int64))
+        assert target.has_descent
+        found = target(theta, share), *target.with_descent(theta, share)
+        for at, *numbers in zip(theta.tolist(), *(each.tolist() for each in found), strict=True):
+            value, descent = formula(mp.mpf(at)), -mp.diff(formula, mp.mpf(at))
+            expected = float(value), float(value), float(descent)
+            assert numbers == pytest.approx(expected, rel=1e-14, abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_known_slope_of_a_linear_angle_is_that_of_autograd(dtype):
+    eps = torch.finfo(dtype).eps
+    ends = [1.0, 1 + 2 * eps, 1 - eps, 1 - 4 * eps, 1 - 8 * eps, 0.999]
+    cosine = torch.tensor([[-each for each in ends], ends, [0.0, 0.1, -0.1, 0.6, 1e-30, -0.9]])
+    cosine = cosine.to(dtype).requires_grad_()
+    value = linear_angle(cosine)
+    (expected,) = torch.autograd.grad(value.sum(), cosine)
+    found, slope = LINEAR_ANGLE.with_slope(cosine.detach())
+    assert torch.allclose(found, value, rtol=4 * eps, atol=2 * eps)
+    assert torch.allclose(slope, expected, rtol=64 * eps, atol=0)  # of 1 - c^2, near 1
+    assert found.abs().max() <= 1
 
 
 def test_a_descent_is_known_only_where_autograd_has_nothing_else_to_do():

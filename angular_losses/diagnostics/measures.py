@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import validation
+from ..engine.chunks import replaced
 from ..geometry import directions, target_angle, without_autocast, working_dtype
 from ..margins import MarginFunction
 from ..separation import separation_bound
@@ -350,11 +351,7 @@ def _nearest_other_class(rows: Tensor, weight: Tensor, classes: Tensor, sub_cent
             cosines = _cosines(unit, directions(centres, dtype))
             if sub_centers > 1:
                 cosines = cosines.view(len(rows), len(centres) // sub_centers, sub_centers).amax(2)
-            # A class outside of this chunk writes back the existing value.
-            column = (classes - start).clamp(0, cosines.shape[1] - 1)[:, None]
-            is_own = column + start == classes[:, None]
-            own = cosines.gather(1, column).masked_fill(is_own, -torch.inf)
-            largest, which = cosines.scatter_(1, column, own).max(1)
+            largest, which = replaced(cosines.T, classes - start, -torch.inf).max(0)
             found = torch.where(largest > best, which + start, found)
             best = torch.maximum(best, largest)
     return found

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#666666", "#000000"
+# From degrees, and back: of numpy's arrays, which torch's users may lack.
+RADIANS = (lambda degrees: degrees * (math.pi / 180), lambda radians: radians * (180 / math.pi))
 
 
 def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None) -> Figure:
@@ -153,7 +155,7 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
         title=f"Class centres: the closest two are {nearest[0]:.1f}° apart",
         ylim=(0, 1.08 * max(bound, nearest[-1])),
     )
-    side = axes.secondary_yaxis("right", functions=(_radians, _degrees))
+    side = axes.secondary_yaxis("right", functions=RADIANS)
     side.set_ylabel("radians")
     axes.legend(frameon=False, loc="center right")
     return figure
@@ -227,7 +229,7 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     upper.plot(steps, beyond, ":", color=GREY, label="own class + margin")
     upper.plot(steps, target, _line(steps), color=BLUE, label="own class")
     upper.set(ylabel="median angle (degrees)", ylim=(0, None), title="Angles over the training")
-    upper.secondary_yaxis("right", functions=(_radians, _degrees)).set_ylabel("radians")
+    upper.secondary_yaxis("right", functions=RADIANS).set_ylabel("radians")
     upper.legend(frameon=False, ncols=3)
     upper.tick_params(labelbottom=False)
     for name, label, colour in (
@@ -266,7 +268,7 @@ def _figure(rows: int = 1) -> tuple[Figure, Any]:
 def _angle_axis(axes: Axes, label: str, radians_on: Axes | None = None) -> None:
     """Degrees on the lower axis, radians on the upper one (of the upper panel if there are two)."""
     axes.set(xlabel=f"{label} (degrees)", xlim=(0, 180), xticks=range(0, 181, 30))
-    above = (radians_on or axes).secondary_xaxis("top", functions=(_radians, _degrees))
+    above = (radians_on or axes).secondary_xaxis("top", functions=RADIANS)
     above.set_xticks([k * math.pi / 6 for k in range(7)])
     above.set_xticklabels(["0", "π/6", "π/3", "π/2", "2π/3", "5π/6", "π"])
     above.set_xlabel("radians")
@@ -281,11 +283,3 @@ def _fill(axes: Axes, counts: Tensor, colour: str, label: str) -> None:
 def _line(points: Sequence[object]) -> str:
     """The line style, with markers for few points (a single point has no line)."""
     return ".-" if len(points) <= 50 else "-"
-
-
-def _radians(degrees: Any) -> Any:  # noqa: ANN401 - numpy's arrays, which torch's users may lack
-    return degrees * (math.pi / 180)
-
-
-def _degrees(radians: Any) -> Any:  # noqa: ANN401
-    return radians * (180 / math.pi)

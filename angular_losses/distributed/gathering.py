@@ -62,7 +62,7 @@ class Gathering:
             batch = checked()
             self._check_size(batch)
             columns = self._columns(batch)
-            header = _header(columns, _present(batch))
+            header = _header(columns, batch)
         except (ValueError, TypeError) as error:
             rejection, header = error, _rejection(error)
         while True:
@@ -155,9 +155,11 @@ class Gathering:
         return Batch(embeddings.to(dtype), labels, sample_weight, label_weight)
 
 
-def _header(columns: list[Tensor], present: int) -> list[int]:
+def _header(columns: list[Tensor], batch: Batch) -> list[int]:
     bytes_of_row = sum(column[:0].new_empty(1, *column.shape[1:]).nbytes for column in columns)
     dtype = DTYPES.index(columns[-1].dtype)
+    optional = batch.label_weight, batch.sample_weight
+    present = sum(2**i for i, column in enumerate(optional) if column is not None)
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]
 
 
@@ -165,11 +167,6 @@ def _rejection(error: Exception) -> list[int]:
     """The header of a rank that rejects its batch, with the error message after the numbers."""
     text = str(error).encode()[:TEXT].ljust(TEXT, b"\0")
     return [-1, *[0] * (NUMBERS - 1), *memoryview(text).cast("q").tolist()]
-
-
-def _present(batch: Batch) -> int:
-    optional = batch.label_weight, batch.sample_weight
-    return sum(2**i for i, column in enumerate(optional) if column is not None)
 
 
 def _fits(header: list[int], capacity: tuple[int, int]) -> bool:

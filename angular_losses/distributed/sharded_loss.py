@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import collectives, validation
 from ..engine.shard import Shard
-from ..geometry import lengths
 from ..losses.base import MarginLoss
 from .gathering import Batch, Gathering
 
@@ -55,21 +54,15 @@ class ShardedLoss(MarginLoss):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of the batches of all ranks; every rank has to call it, even without rows.
 
-        Args:
-            embeddings: (N, d), of this rank; N may differ between ranks, and be 0.
-            labels: (N,) integers in [0, C) for all C classes, or ``ignore_index``; or (N, K), with
-                the same K on all ranks.
-            sample_weight: (N,), on all ranks or none.
-            label_weight: (N, K), with such labels.
-            other_labels: (N,), on all ranks or none.
-            lam: A number or (N,), with ``other_labels``.
-            return_correct: Whether to return which of this rank's rows are classified correctly
-                too, among the classes that take part; on all ranks or none.
+        The arguments are those of :meth:`MarginLoss.forward`, for this rank's rows. Their number N
+        may differ between ranks, and be 0; K, the number of labels of a row, may not, and an
+        optional argument is given on all ranks or none.
 
         Returns:
             The loss of all rows, the same scalar on every rank; with reduction "none" (N,), the
             losses of this rank's rows. The gradients are those of the loss of all rows. With
-            ``return_correct`` a pair of it and (N,) booleans.
+            ``return_correct`` a pair of it and (N,) booleans: which of this rank's rows are
+            classified correctly, among the classes that take part.
 
         Raises:
             TypeError: If a dtype is wrong, on every rank.
@@ -189,10 +182,6 @@ class ShardedLoss(MarginLoss):
             super().extend(num_new, init)
         self.shard = self.gathering.shard = Shard(self.shard.mesh, self.num_classes)
         self.own_weight = weakref.ref(self.weight)
-
-    def _mean_length(self) -> Tensor:
-        summed = lengths(self.weight).sum()
-        return self.shard.total(summed) / (self.num_classes * self.sub_centers)
 
     def _replicas(self) -> ProcessGroup | None:
         """The processes with the same classes that average their gradients by DDP, if any.

@@ -67,6 +67,8 @@ class Rule(NamedTuple):
         terms: A function of the cosines of some classes (K, N), elementwise, and of two numbers a
             row (N,), each or None: the target's logit before scaling, and a bias. It returns what
             takes the place of the cosines (K, N).
+        with_slopes: A function of the cosines alone that returns the same, in [-1, 1] then, and its
+            derivatives; None leaves those to autograd.
         summed: Whether the terms themselves are summed, and not exp(scale * term).
         sub_centers: The number of centres of a class; the largest of their cosines is its own.
             Sub-centre k of class c is row c * sub_centers + k of the weight.
@@ -74,6 +76,7 @@ class Rule(NamedTuple):
     """
 
     terms: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+    with_slopes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     summed: bool = False
     sub_centers: int = 1
     keep_lengths: bool = False
@@ -82,6 +85,12 @@ class Rule(NamedTuple):
     def is_linear(self) -> bool:
         """Whether each centre enters as its cosine, or its cosine times its length."""
         return self.terms is None and self.sub_centers == 1 and not self.summed
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether each centre enters as a number in [-1, 1], whose derivative is known."""
+        is_known = self.terms is None or self.with_slopes is not None
+        return is_known and self.sub_centers == 1 and not (self.summed or self.keep_lengths)
 
     def of_classes(self, cosines: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         """The terms of classes (K, N), from the cosines of their centres (K * sub_centers, N)."""
@@ -323,18 +332,11 @@ class Chunks:
 
     def _without_targets(self, span: slice | None, values: Tensor, instead: float) -> Tensor:
         """The values of a chunk's classes (K, N), with those of the targets replaced."""
-        each = self.rule.sub_centers
+        each, start = self.rule.sub_centers, 0 if span is None else span.start
+        own = self.own if each == 1 else self.own // each
         if self.has_all_targets:
-            own = self.own if each == 1 else self.own // each
             return values.scatter_(0, own[None], instead)
-        row, is_here = self.own_row(span)
-        if each > 1:
-            start = 0 if span is None else span.start
-            label = self.own // each - start // each
-            row = label.clamp(0, values.shape[0] - 1)
-            is_here = row == label
-        present = values.gather(0, row[None])
-        return values.scatter_(0, row[None], present.masked_fill_(is_here, instead))
+        return replaced(values, own - start // each, instead)
 
     def _to_multiply(self, name: str, values: Tensor, out: Tensor | None = None) -> Tensor:
         """The values in the dtype of the products, in ``out`` where they are kept."""
@@ -343,6 +345,13 @@ class Chunks:
         if out is None:
             out = self.workspace(name, values.shape, self.product_dtype)
         return values.to(self.product_dtype) if out is None else out.copy_(values)
+
+
+def replaced(values: Tensor, own: Tensor, instead: float) -> Tensor:
+    """Values (K, N) with another in row ``own`` (N,) of each column, where there is that row."""
+    row = own.clamp(0, values.shape[0] - 1)[None]
+    present = values.gather(0, row)
+    return values.scatter_(0, row, present.masked_fill_(row == own, instead))
 
 
 # On CUDA a product can be summed in a wider dtype than that of its factors, and since torch 2.10

@@ -15,7 +15,7 @@ from ..geometry import (
     working_dtype,
 )
 from .batch import Batch
-from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Later, Others, Ranking, Rule, Settings
+from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Later, Others, Rule, Settings
 from .operators import margin_parts
 from .passes import Parts
 from .planner import MODES, Plan, cached_plan, plan
@@ -91,27 +91,21 @@ def inputs(batch: Batch, scale: float | Tensor, class_share: Tensor | None = Non
 def parts(
     batch: Batch,
     chosen: Plan,
-    rule: Rule = PLAIN,
+    others: Others,
     *,
     scale: float | Tensor = 1.0,
     class_share: Tensor | None = None,
-    target: Tensor | None = None,
-    bias: Tensor | None = None,
-    ranking: Ranking | None = None,
 ) -> Parts:
     """The angle, the negatives and the mean cosine, over all classes wherever they are.
 
     Args:
         batch: The batch.
         chosen: How to run it.
-        rule: How the other classes enter.
+        others: How the other classes enter, with a bias () or (N,).
         scale: A number or a tensor () or (N,).
         class_share: (C,) of all classes: see :class:`Inputs`.
-        target: (N,) the logit of the target before scaling, for a rule that looks at it.
-        bias: () or (N,), for a rule that has one.
-        ranking: What to fill, where it is asked for.
     """
-    shard = batch.shard
+    shard, rule, bias = batch.shard, others.rule, others.bias
     # Before the rows, whose gradients then are summed first, on every rank.
     scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
     bias = None if bias is None else shard.shared(bias)
@@ -120,18 +114,15 @@ def parts(
     if not batch.weight.shape[0]:
         here = _no_parts(batch, rule, scale, bias, has_mean=share is not None)
     elif chosen.mode == "dense":
-        here = _dense(batch, rule, scale, share, target, bias, ranking)
+        here = _dense(batch, others._replace(bias=bias), scale, share)
     else:
         here = margin_parts(
             inputs(batch, scale, share),
             settings(batch, chosen, scale, bias),
-            Others(
-                rule,
-                target,
-                None if bias is None else bias.expand(batch.own.shape[0]),
-                shard.begin_sum,
-                ranking,
-                meanwhile if shard.is_partial else None,
+            others._replace(
+                bias=None if bias is None else bias.expand(batch.own.shape[0]),
+                begin_sum=shard.begin_sum,
+                later=meanwhile if shard.is_partial else None,
             ),
         )
     is_bounded = (
@@ -157,14 +148,9 @@ def _no_parts(
 
 
 def _dense(
-    batch: Batch,
-    rule: Rule,
-    scale: float | Tensor,
-    class_share: Tensor | None,
-    target: Tensor | None,
-    bias: Tensor | None,
-    ranking: Ranking | None,
+    batch: Batch, others: Others, scale: float | Tensor, class_share: Tensor | None
 ) -> Parts:
+    rule, ranking = others.rule, others.ranking
     weight, own, partial = batch.weight, batch.own, batch.shard.is_partial
     embeddings = batch.shard.shared_rows(batch.embeddings)
     dtype, labels = working_dtype(embeddings, weight), own // rule.sub_centers
@@ -174,12 +160,12 @@ def _dense(
     if ranking is not None:
         of_class = cosine.detach().view(len(own), -1, rule.sub_centers).amax(2)
         of_own = of_class.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        others = _replaced(of_class, labels, -torch.inf, partial=partial).amax(1)
-        ranking.add(of_own.masked_fill(own < 0, -torch.inf), others)
+        of_others = _replaced(of_class, labels, -torch.inf, partial=partial).amax(1)
+        ranking.add(of_own.masked_fill(own < 0, -torch.inf), of_others)
     mean_cosine = None
     if rule == PLAIN and class_share is not None:
         mean_cosine = cosine @ class_share
-    terms = rule.of_classes(cosine.T, target, bias).T
+    terms = rule.of_classes(cosine.T, others.target, others.bias).T
     if not rule.summed:
         negatives = _log_sum(terms, labels, scale, theta.dtype, partial=partial)
         return Parts(theta, negatives, mean_cosine)

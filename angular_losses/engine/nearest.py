@@ -18,7 +18,7 @@ from ..geometry import (
     without_autocast,
     working_dtype,
 )
-from .chunks import multiply
+from .chunks import multiply, replaced
 
 # The number of centres in a chunk.
 CHUNK = 1024
@@ -88,7 +88,4 @@ def _others(
         with without_autocast(unit.device):
             cosine = multiply(centres.to(product_dtype), factors, dtype)
         cosine = cosine.view(len(centres) // sub_centers, sub_centers, len(labels)).amax(1)
-        own = labels - start
-        row = own.clamp(0, len(cosine) - 1)
-        present = cosine.gather(0, row[None]).masked_fill(row == own, -2.0)
-        yield cosine.scatter(0, row[None], present)
+        yield replaced(cosine, labels - start, -2.0)

@@ -106,8 +106,7 @@ class _Loss(torch.autograd.Function):
         (inputs, settings, others), ending = arguments[4:]
         ctx.is_done = ending.is_summed and _fits_whole_step(inputs, settings, others)
         if ctx.is_done:  # but for the factor to come
-            of_parts, ranking = ending.gradients, others.ranking
-            excess, *found = passes.whole_step(inputs, ending.scale, of_parts, ranking)
+            excess, *found = passes.whole_step(inputs, ending.scale, others, ending.gradients)
             ctx.save_for_backward(*found)
             ctx.variables = inputs[:2]  # never read, so not saved
         else:
@@ -142,7 +141,7 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
         and weight.requires_grad
         and settings.differentiate
         and settings.scale <= BOUNDED_SCALE
-        and others.rule == PLAIN
+        and others.rule.has_slopes
         and torch.float16 not in (embeddings.dtype, weight.dtype)
     )
 

@@ -40,7 +40,6 @@ from .chunks import (
     Inputs,
     Later,
     Others,
-    Ranking,
     Rule,
     Settings,
     Terms,
@@ -333,17 +332,17 @@ def _take_off_along(directions: Tensor, vectors: Tensor, scratch: Tensor | None 
 def whole_step(
     inputs: Inputs,
     scale: float,
+    others: Others,
     of_parts: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-    ranking: Ranking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both passes at once, over a few classes that enter by their cosines alone.
+    """Both passes at once, over a few classes of a rule that ``has_slopes``.
 
     Args:
         inputs: Embeddings, weight and own.
         scale: The scale, up to ``BOUNDED_SCALE``.
+        others: The rule, and the ranking to fill.
         of_parts: From the target angles and the negatives (N,) to what the loss is made of, (N,)
             too, and its gradients by both, that by the negatives times the scale.
-        ranking: What to fill, where it is asked for.
 
     Returns:
         What the loss is made of, and the gradients of the embeddings and of the weight.
@@ -353,13 +352,16 @@ def whole_step(
     found = pairs(embeddings, weight, own)
     both = found.directions.to(dtype)
     unit, centres = both[:num_rows], both[num_rows:]
-    logits = torch.mm(centres, unit.T).mul_(scale)
-    of_own = None if ranking is None else logits.gather(0, own[None])[0]
-    logits.scatter_(0, own[None], -math.inf)
-    if ranking is not None and of_own is not None:
-        ranking.add(of_own, logits.amax(0))
-    exponentials = logits.exp_()
+    terms, slopes = torch.mm(centres, unit.T), None
+    if others.ranking is not None:
+        of_others = terms.scatter(0, own[None], -math.inf).amax(0)
+        others.ranking.add(terms.gather(0, own[None])[0], of_others)
+    if others.rule.with_slopes is not None:
+        terms, slopes = others.rule.with_slopes(terms)
+    exponentials = terms.mul_(scale).scatter_(0, own[None], -math.inf).exp_()
     total = exponentials.sum(0)
+    if slopes is not None:
+        exponentials *= slopes
     excess, of_theta, pull = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
     of_theta = of_theta.to(dtype)[:, None]
     exponentials *= pull.to(dtype).div_(total)

@@ -96,17 +96,12 @@ class BaseOptions(TypedDict, total=False):
     collect_stats: bool | None
 
 
-class WeightOptions(BaseOptions, total=False):
-    """The keyword arguments of PML's classification losses."""
+class Options(BaseOptions, total=False):
+    """The keyword arguments of PML's classification losses, and two more."""
 
     weight_regularizer: nn.Module | None
     weight_reg_weight: float
     weight_init_func: Callable[[Tensor], object] | None
-
-
-class Options(WeightOptions, total=False):
-    """The keyword arguments of PML, and two more."""
-
     mode: str
     memory_budget: int | None
 
@@ -139,15 +134,13 @@ class _ClassificationLoss(
         num_classes: int,
         embedding_size: int,
         settings: dict[str, float],
-        *,
-        mode: str = "auto",
-        memory_budget: int | None = None,
-        **options: Unpack[WeightOptions],
+        **options: Unpack[Options],
     ) -> None:
+        self.mode = options.pop("mode", "auto")
+        self.memory_budget = options.pop("memory_budget", None)
         super().__init__(**options)
         self.num_classes = validation.positive_integer("num_classes", num_classes)
         self.embedding_size = validation.positive_integer("embedding_size", embedding_size)
-        self.mode, self.memory_budget = mode, memory_budget
         self.check_distance()
         for name, value in settings.items():
             setattr(self, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,6 @@ class NormalizedSoftmaxLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -66,7 +66,6 @@ class CosFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -106,7 +105,6 @@ class ArcFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -153,7 +151,6 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss.weight.shape
         torch.Size([30, 64])
@@ -197,7 +194,6 @@ class LiArcFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -222,9 +218,16 @@ class LiArcFaceLoss(MarginLoss):
         """The line through the angle and the share of the margin in force."""
         return margins.linear_angle(theta, share * self.margin)
 
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The same with its descent, the same everywhere."""
+        return margins.KnownDescent(
+            self.target,
+            lambda theta, share: (self.target(theta, share), torch.full_like(theta, 2 / math.pi)),
+        )
+
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The same line, without a margin."""
-        return lambda cosine, target: negatives.linear_angle(cosine)
+        return negatives.LINEAR_ANGLE
 
 
 class X2SoftmaxLoss(MarginLoss):
@@ -244,7 +247,6 @@ class X2SoftmaxLoss(MarginLoss):
             gradient of the cosine: ``gradient="detached"``.
 
     Example:
-        >>> import torch
         >>> loss = X2SoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -274,6 +276,16 @@ class X2SoftmaxLoss(MarginLoss):
         cosine = torch.cos(theta)
         return cosine + share * (margins.x2_softmax(theta, self.a, self.h, self.k) - cosine)
 
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The same with its descent."""
+
+        def with_descent(theta: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
+            sine = torch.sin(theta)
+            descent = sine - share * (2 * self.a * (theta - self.h) + sine)
+            return self.target(theta, share), descent
+
+        return margins.KnownDescent(self.target, with_descent)
+
 
 class CombinedMarginLoss(MarginLoss):
     r"""The combined margin cos(m1 theta + m2) - m3.
@@ -293,7 +305,6 @@ class CombinedMarginLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])

@@ -15,18 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import margins, validation
-from ..engine.batch import Batch, checked, of_rows
+from ..engine.batch import Batch, checked
 from ..engine.chunks import Ranking
 from ..engine.placement import WHOLE, Placement
 from ..engine.planner import MODES
-from ..functional import (
-    REDUCTIONS,
-    Options,
-    Softmax,
-    check_options,
-    check_softmax,
-    softmax_loss,
-)
+from ..functional import REDUCTIONS, Options, Softmax, softmax_loss
 from ..geometry import (
     angle_between,
     cosines,
@@ -357,7 +350,6 @@ class MarginLoss(ClassCentres, nn.Module):
                 self.memory_budget,
                 ranking,
             )
-            check_options(batch, options)
             loss = self._batch_loss(batch, options)
         if is_step:
             self.advance()
@@ -415,15 +407,7 @@ class MarginLoss(ClassCentres, nn.Module):
             self.normalize_weight,
             self.label_smoothing,
         )
-        check_softmax(batch, softmax)
         return softmax_loss(batch, softmax, options)
-
-    def _batch_of(self, embeddings: Tensor, labels: Tensor) -> Batch:
-        """The batch of checked rows that are not ignored."""
-        num_classes = self.shard.num_classes_of(self.weight, self.sub_centers)
-        return of_rows(
-            embeddings, self.weight, labels, None, num_classes, self.sub_centers, self.shard
-        )
 
     def _centres_here(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The centres that this process holds, all as a rule, and the labels as they count them."""
@@ -461,14 +445,14 @@ class MarginLoss(ClassCentres, nn.Module):
             return margins.KnownDescent(
                 margins.detached(margin), lambda theta: (margin(theta), torch.sin(theta))
             )
-        if not isinstance(target, margins.Combined) or not target.has_descent:
+        if not isinstance(target, (margins.Combined, margins.KnownDescent)):
             return margin
-        if schedule is None:
-            return margins.KnownDescent(margin, target.with_descent)
-        if not schedule.is_linear:
+        if not target.has_descent or not (schedule is None or schedule.is_linear):
             return margin
 
         def with_descent(theta: Tensor) -> tuple[Tensor, Tensor]:
+            if schedule is None:
+                return target.with_descent(theta, 1.0)
             both: Tensor = schedule(lambda *at: torch.stack(target.with_descent(*at)), theta)
             value, descent = both
             return value, descent
@@ -547,7 +531,8 @@ class MarginLoss(ClassCentres, nn.Module):
         """
         num_new = validation.positive_integer("num_new", num_new)
         old, new = self.weight, self._first_directions(init, num_new)
-        new = new * self._mean_length().to(new.dtype)
+        mean_length = self.shard.total(lengths(old).sum()) / (self.num_classes * self.sub_centers)
+        new = new * mean_length.to(new.dtype)
         self._extend_buffers(num_new)
         weight = self.shard.appended(old, new, num_new)
         self.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
@@ -622,10 +607,6 @@ class MarginLoss(ClassCentres, nn.Module):
         self.sub_centers = 1
         watch(self)
         return angle.gather(1, dominant[row // each, None])[:, 0]
-
-    def _mean_length(self) -> Tensor:
-        """The mean length of all centres."""
-        return lengths(self.weight).mean()
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
@@ -711,7 +692,7 @@ class MarginLoss(ClassCentres, nn.Module):
         """Take notice of a pass that a backward pass may have to recompute."""
         if self.training and not torch.is_grad_enabled():
             self._uncounted += 1
-        elif is_step:
+        elif is_step and self._uncounted:  # a module is slow to set what is as it was
             self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
     @contextmanager

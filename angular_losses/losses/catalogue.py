@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from . import adaptive_margin, additive_margin, hard_negatives, multiplicative_margin, one_vs_rest
+from . import (
+    adaptive_margin,
+    additive_margin,
+    class_margins,
+    hard_negatives,
+    multiplicative_margin,
+    one_vs_rest,
+)
 from .base import MarginLoss
 
-_MODULES = (adaptive_margin, additive_margin, hard_negatives, multiplicative_margin, one_vs_rest)
+_MODULES = (
+    adaptive_margin,
+    additive_margin,
+    class_margins,
+    hard_negatives,
+    multiplicative_margin,
+    one_vs_rest,
+)
 
 
 def available() -> dict[str, str]:

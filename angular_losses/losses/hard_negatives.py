@@ -122,12 +122,12 @@ class MVSoftmaxLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, scale, **options)
         validation.choice("kind", kind, tuple(margins.ADDITIVE))
         self.kind, self.adaptive = kind, adaptive
-        self.margin = margins.ADDITIVE[kind].check("margin", margin)
+        self.margin = margins.ADDITIVE[kind]("margin", margin)
         self.t = validation.number("t", t, 0.0)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The margin of the kind, with its share in force."""
-        return margins.ADDITIVE[self.kind].function(self.margin)
+        return margins.additive(self.kind, self.margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The hard negatives emphasised."""
@@ -311,15 +311,15 @@ class InterTopKLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, scale, **options)
         validation.choice("kind", kind, tuple(margins.ADDITIVE))
         self.kind = kind
-        self.margin = margins.ADDITIVE[kind].check("margin", margin)
-        self.nearest_penalty = margins.ADDITIVE[kind].check("penalty", penalty)
+        self.margin = margins.ADDITIVE[kind]("margin", margin)
+        self.nearest_penalty = margins.ADDITIVE[kind]("penalty", penalty)
         self.k = validation.positive_integer("k", k)
         if k >= num_classes:
             raise ValueError(f"k: expected fewer than num_classes {num_classes}, got {k}")
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The margin of the kind, with its share in force."""
-        return margins.ADDITIVE[self.kind].function(self.margin)
+        return margins.additive(self.kind, self.margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The k nearest brought nearer."""

@@ -13,16 +13,42 @@ from torch.nn import functional as F
 from .. import validation
 from ..engine.batch import Batch
 from ..functional import Options, rest_loss
+from ..margins import MarginFunction
+from ..negatives import NegativeFunction
 from .base import LossOptions, MarginLoss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class _WithBias(MarginLoss):
-    """One versus the rest with a bias that is learned, (1,): FSDP shards no scalars."""
+class _OneVsRest(MarginLoss):
+    """A sum over all classes, with a bias that is learned, if any, (1,): FSDP shards no scalars."""
 
+    _scale_decides = False
     bias: nn.Parameter
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale, **options)
+        if self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing: expected 0, as {type(self).__name__} has no softmax, "
+                f"got {self.label_smoothing}"
+            )
+
+    def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
+        """The loss of the target, a function of its angle, and of a negative: cosine and bias."""
+        raise NotImplementedError
+
+    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
+        target = self.margin_function(batch.embeddings, batch.labels)
+        positive, negative = self._functions(target)
+        return rest_loss(batch, positive, negative, getattr(self, "bias", None), options)
 
     def _load_from_state_dict(
         self,
@@ -36,7 +62,7 @@ class _WithBias(MarginLoss):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-class SphereFace2Loss(_WithBias):
+class SphereFace2Loss(_OneVsRest):
     r"""SphereFace2: C binary classifications with margins, in place of a softmax.
 
     .. math:: L = \frac{\lambda}{r}\log(1 + e^{-(r\,p + b)})
@@ -72,8 +98,6 @@ class SphereFace2Loss(_WithBias):
         ICLR 2022, arXiv:2108.01513; the defaults are those of OpenSphere, its authors' code.
     """
 
-    _scale_decides = False
-
     def __init__(
         self,
         num_classes: int,
@@ -87,7 +111,6 @@ class SphereFace2Loss(_WithBias):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        _refuse_smoothing(self)
         validation.choice("kind", kind, ("C", "A"))
         check = validation.cosine_margin if kind == "C" else validation.angular_margin
         self.kind, self.margin = kind, check("margin", margin)
@@ -127,25 +150,16 @@ class SphereFace2Loss(_WithBias):
 
         return negative
 
-    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
-        """One versus the rest, with the bias learned."""
-        target = self.margin_function(batch.embeddings, batch.labels)
+    def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
         n, bias = self._negative(), self.bias
         r, of_positive, of_negatives = self.scale, self.balance, 1 - self.balance
-        return rest_loss(
-            batch,
-            positive=lambda theta: (
-                of_positive / r * F.softplus(-(r * target(theta) + bias), threshold=50)
-            ),
-            negative=lambda cosine, bias: (
-                of_negatives / r * F.softplus(r * n(cosine) + bias, threshold=50)
-            ),
-            bias=bias,
-            options=options,
+        return (
+            lambda theta: of_positive / r * F.softplus(-(r * target(theta) + bias), threshold=50),
+            lambda cosine, bias: of_negatives / r * F.softplus(r * n(cosine) + bias, threshold=50),
         )
 
 
-class UniFaceLoss(_WithBias):
+class UniFaceLoss(_OneVsRest):
     r"""UniFace: one threshold, learned, that every positive is above and every negative below.
 
     .. math:: L = \log(1 + e^{-s(\cos\theta_y - m) + b})
@@ -172,8 +186,6 @@ class UniFaceLoss(_WithBias):
         Zhou et al., "UniFace: Unified Cross-Entropy Loss for Deep Face Recognition", ICCV 2023.
     """
 
-    _scale_decides = False
-
     def __init__(
         self,
         num_classes: int,
@@ -185,7 +197,6 @@ class UniFaceLoss(_WithBias):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, scale, **options)
-        _refuse_smoothing(self)
         self.margin = validation.cosine_margin("margin", margin)
         self.balance = validation.positive("balance", balance)
         self.bias = nn.Parameter(self.weight.new_full((1,), math.log(10 * self.num_classes)))
@@ -194,20 +205,15 @@ class UniFaceLoss(_WithBias):
         """cos(theta) less the share of the margin in force."""
         return torch.cos(theta) - share * self.margin
 
-    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
-        """One versus the rest, with the bias learned."""
-        target = self.margin_function(batch.embeddings, batch.labels)
+    def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
         scale, balance, bias = self.scale, self.balance, self.bias
-        return rest_loss(
-            batch,
-            positive=lambda theta: F.softplus(bias - scale * target(theta), threshold=50),
-            negative=lambda cosine, bias: balance * F.softplus(scale * cosine - bias, threshold=50),
-            bias=bias,
-            options=options,
+        return (
+            lambda theta: F.softplus(bias - scale * target(theta), threshold=50),
+            lambda cosine, bias: balance * F.softplus(scale * cosine - bias, threshold=50),
         )
 
 
-class P2SGradLoss(MarginLoss):
+class P2SGradLoss(_OneVsRest):
     r"""P2SGrad: the squared distance of the cosines from 1 and 0; no margin, no scale.
 
     .. math:: L = (1 - \cos\theta_y)^2 + \sum_{j \ne y}\cos^2\theta_j
@@ -230,37 +236,22 @@ class P2SGradLoss(MarginLoss):
         arXiv:1905.02479, eq. (11).
     """
 
-    _scale_decides = False
-
     def __init__(
         self, num_classes: int, embedding_size: int, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(num_classes, embedding_size, 1.0, **options)
-        _refuse_smoothing(self)
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta)."""
         return torch.cos(theta)
 
-    def _batch_loss(self, batch: Batch, options: Options) -> Tensor:
-        """One versus the rest, by squares."""
-        return rest_loss(
-            batch,
-            positive=lambda theta: 4 * torch.sin(theta / 2) ** 4,  # (1 - cos theta)^2
-            negative=lambda cosine, bias: cosine.square(),
-            bias=None,
-            options=options,
+    def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
+        return (
+            lambda theta: 4 * torch.sin(theta / 2) ** 4,  # (1 - cos theta)^2
+            lambda cosine, bias: cosine.square(),
         )
 
 
 def _adjusted(cosine: Tensor, t: float) -> Tensor:
     # Rounding may put a cosine below -1, where a fractional power is NaN.
     return 2 * ((cosine + 1) / 2).clamp(min=1e-7) ** t - 1
-
-
-def _refuse_smoothing(loss: MarginLoss) -> None:
-    if loss.label_smoothing:
-        raise ValueError(
-            f"label_smoothing: expected 0, as {type(loss).__name__} has no softmax, "
-            f"got {loss.label_smoothing}"
-        )

@@ -28,15 +28,8 @@ class SampledLoss(MarginLoss):
         super().extend(num_new, init)
         self.shard = Sampled(self.num_classes)
 
-    def _labels(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        label_weight: Tensor | None,
-        other_labels: Tensor | None,
-        lam: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        labels, label_weight = super()._labels(embeddings, labels, label_weight, other_labels, lam)
+    def _labels(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
+        labels, label_weight = super()._labels(*arguments)
         self.shard.sampled = None
         if self.training and isinstance(labels, Tensor):
             drawn = labels.long().flatten()

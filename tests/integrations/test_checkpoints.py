@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from angular_losses import CosFaceLoss
+from angular_losses import CosFaceLoss, SubCenterArcFaceLoss
 from angular_losses.integrations.checkpoints import (
     from_insightface,
     from_pml,
     to_insightface,
     to_pml,
 )
-from angular_losses.losses import SubCenterArcFaceLoss
 
 
 def batch():
