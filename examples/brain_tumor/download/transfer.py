@@ -8,10 +8,9 @@ import ipaddress
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
@@ -25,60 +24,42 @@ from tqdm import tqdm
 from ..errors import UserError, one_line
 from ..files import PARTIAL
 
-BLOCK_BYTES = 1 << 18
+TIMEOUT = 30.0  # seconds without a byte after which a connection is given up
+LONGEST_HEAD = 4 * TIMEOUT  # seconds for an answer to begin, of which each byte may come late
 SLOWEST = 1000  # bytes a second, on the average of a connection
-LONGEST_HEAD = 4  # times the timeout, which counts from byte to byte, for an answer to begin
+ATTEMPTS = 5  # connections in all
+PAUSE = 2.0  # seconds before the second one, doubled before each further one
+BLOCK_BYTES = 1 << 18
 USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a download waits and how often it tries."""
-
-    timeout: float = 30.0  # seconds without a byte after which a connection is given up
-    attempts: int = 5  # connections in all
-    pause: float = 2.0  # seconds before the second one, doubled before each further one
-
-
-PATIENCE = Patience()
-
-
-def fetch(
-    url: str,
-    path: Path,
-    limit: int,
-    known: str,
-    room: int = 0,
-    patience: Patience = PATIENCE,
-    check: Callable[[Path], None] | None = None,
-) -> None:
+def fetch(url: str, path: Path, limit: int, known: str, room: int = 0) -> None:
     """Download a file, going on with a part that is there already; do nothing if it is whole.
 
     The URL is of https, or of http on this machine. `limit` is how many bytes the file has at most,
     `known` its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the
-    disk besides. `check` is called with the finished file before it gets its name.
+    disk besides.
 
     Raises:
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
         OSError: The file cannot be written.
     """
     algorithm, _, expected = known.partition(":")
-    if path.is_file() and checksum(path, algorithm) == expected:
-        return
     partial = path.with_name(path.name + PARTIAL)
+
+    def is_whole(file: Path) -> bool:
+        return file.is_file() and checksum(file, algorithm) == expected
+
+    if is_whole(path):
+        return
     # What was stopped between its last byte and its name is whole, and no server would go on.
-    if not (partial.is_file() and checksum(partial, algorithm) == expected):
-        _receive(url, partial, limit, room, patience)
-    try:
+    if not is_whole(partial):
+        _receive(url, partial, limit, room)
         found = checksum(partial, algorithm)
         if found != expected:
+            partial.unlink()  # going on with it would not make it right
             raise UserError(f"{url}: what came has {algorithm} {found}, expected {expected}")
-        if check is not None:
-            check(partial)
-    except UserError:
-        partial.unlink()  # going on with it would not make it right
-        raise
     partial.replace(path)
 
 
@@ -86,86 +67,83 @@ class _BrokenError(Exception):
     """A transfer failed in a way that another attempt may mend."""
 
 
-def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> None:
+def _receive(url: str, partial: Path, limit: int, room: int) -> None:
     """Try to get the rest of a file until it is whole."""
     fault = None
-    for attempt in range(patience.attempts):
+    for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(patience.pause * 2 ** (attempt - 1))
+            time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            _transfer(url, partial, limit, room, patience.timeout)
+            _transfer(url, partial, limit, room)
             return
         except _BrokenError as error:
             fault = error
     raise UserError(
-        f"{url}: {fault} (attempt {patience.attempts} of {patience.attempts}); "
+        f"{url}: {fault} (attempt {ATTEMPTS} of {ATTEMPTS}); "
         f"the same command goes on from the {_in_words(_size(partial))} that are here"
     )
 
 
-def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> None:
+def _transfer(url: str, partial: Path, limit: int, room: int) -> None:
     """Get the rest of a file over one connection."""
-    with _open(url, partial, timeout) as response:
+    with _open(url, partial) as response:
         offset, total = _extent(response, partial)
         if total is not None and total > limit:
             raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
-        _check_room(partial.parent, (limit if total is None else total) - offset + room)
-        offset = _append(response, partial, offset, total, limit, timeout)
-        if offset > limit:
-            partial.unlink()
-            raise UserError(f"{url}: sends more than the {limit} bytes expected")
-        if total is not None and offset < total:
-            raise _BrokenError(f"the connection was cut at {offset} of {total} bytes")
+        needed = (limit if total is None else total) - offset + room
+        free = shutil.disk_usage(partial.parent).free
+        if free < needed:
+            raise UserError(
+                f"{partial.parent}: {_in_words(needed)} are needed, {_in_words(free)} are free"
+            )
+        with (
+            partial.open("ab" if offset else "wb") as file,
+            tqdm(
+                desc=partial.name.removesuffix(PARTIAL),
+                total=total,
+                initial=offset,
+                unit="B",
+                unit_scale=True,
+                disable=None,  # unless on a terminal
+            ) as bar,
+        ):
+            for block in _blocks(response, (limit + 1 if total is None else total) - offset):
+                file.write(block)
+                bar.update(len(block))
+    size = _size(partial)
+    if size > limit:
+        partial.unlink()
+        raise UserError(f"{url}: sends more than the {limit} bytes expected")
+    if total is not None and size < total:
+        raise _BrokenError(f"the connection was cut at {size} of {total} bytes")
 
 
-def _append(
-    response: HTTPResponse,
-    partial: Path,
-    offset: int,
-    total: int | None,
-    limit: int,
-    timeout: float,
-) -> int:
-    """Write what comes behind the first `offset` bytes, and return how many there are then."""
-    end = limit + 1 if total is None else total
-    begun, started = offset, time.monotonic()
-    with (
-        partial.open("ab" if offset else "wb") as file,
-        tqdm(
-            desc=partial.name.removesuffix(PARTIAL),
-            total=total,
-            initial=offset,
-            unit="B",
-            unit_scale=True,
-            disable=None,  # unless on a terminal
-        ) as bar,
-    ):
-        while offset < end:
-            try:
-                block = response.read1(min(BLOCK_BYTES, end - offset))
-            except NETWORK_ERRORS as error:
-                raise _broken(error) from None
-            if not block:
-                break
-            file.write(block)
-            offset += len(block)
-            bar.update(len(block))
-            seconds = time.monotonic() - started
-            if seconds > timeout and offset - begun < SLOWEST * seconds:
-                raise _BrokenError(f"the server sends less than {SLOWEST} bytes a second")
-    return offset
+def _blocks(response: HTTPResponse, most: int) -> Iterator[bytes]:
+    """Yield what comes, at most so many bytes, unless it comes too slowly."""
+    came, started = 0, time.monotonic()
+    while came < most:
+        try:
+            block = response.read1(min(BLOCK_BYTES, most - came))
+        except NETWORK_ERRORS as error:
+            raise _broken(error) from None
+        if not block:
+            return
+        yield block
+        came += len(block)
+        seconds = time.monotonic() - started
+        if seconds > TIMEOUT and came < SLOWEST * seconds:
+            raise _BrokenError(f"the server sends less than {SLOWEST} bytes a second")
 
 
-def _open(url: str, partial: Path, timeout: float) -> HTTPResponse:
+def _open(url: str, partial: Path) -> HTTPResponse:
     """Ask for the rest of a file and return the answer, which is all of it or a part."""
     try:
-        if not is_safe(url, url):
-            raise UserError(f"{url}: not a URL of https")
+        check_safe(url)
         request = Request(url, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         if offset := _size(partial):  # parts of two versions would not have the sum
             request.add_header("Range", f"bytes={offset}-")
         opener = build_opener(_CarefulRedirects())
-        response = _in_time(lambda: opener.open(request, timeout=timeout), LONGEST_HEAD * timeout)
+        response = _in_time(lambda: opener.open(request, timeout=TIMEOUT), LONGEST_HEAD)
     except HTTPError as error:
         error.close()
         raise _refusal(url, error, partial) from None
@@ -235,12 +213,18 @@ class _CarefulRedirects(HTTPRedirectHandler):
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         """Return the request to follow with, or None."""
-        if not is_safe(newurl, req.full_url):
+        if not _is_safe(newurl, req.full_url):
             return None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def is_safe(url: str, origin: str) -> bool:
+def check_safe(url: str) -> None:
+    """Raise a UserError unless a URL is of https, or of http on this machine."""
+    if not _is_safe(url, url):
+        raise UserError(f"{url}: not a URL of https")
+
+
+def _is_safe(url: str, origin: str) -> bool:
     """Tell whether a URL is https, or http on this machine as the one that led to it."""
     return urlsplit(url).scheme == "https" or (_is_local(url) and _is_local(origin))
 
@@ -260,12 +244,6 @@ def checksum(path: Path, algorithm: str) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder}: {_in_words(needed)} are needed, {_in_words(free)} are free")
 
 
 def _size(path: Path) -> int:
