@@ -20,7 +20,6 @@ FIGSHARE = "https://ndownloader.figshare.com/files"
 WEIGHTS = "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k"
 WEIGHTS_COMMIT = "dda9ab42e23f3061aa191630817df76e8fe9cace"
 WEIGHTS_NAME = "model.safetensors"
-MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
 UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
 
 
@@ -89,9 +88,9 @@ def download_weights(path: Path, repository: str = WEIGHTS, commit: str = WEIGHT
     with locked(path.parent, f".{path.name}.lock"), explained(path):
         if not path.exists():
             check_safe(repository)
-            known = sum_in_commit(repository, commit, WEIGHTS_NAME, LONGEST_HEAD)
+            known, size = sum_in_commit(repository, commit, WEIGHTS_NAME, LONGEST_HEAD)
             url = f"{repository}/resolve/{commit}/{WEIGHTS_NAME}"
-            fetch(url, path, MAX_WEIGHTS_BYTES, known)
+            fetch(url, path, size, known)
         load_imagenet_weights(MobileNetV1(layout="timm"), path)
         return checksum(path, "sha256")
 

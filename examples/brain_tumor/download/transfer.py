@@ -5,7 +5,6 @@ A file has its own name only then; until then it is called NAME.partial.
 
 import hashlib
 import ipaddress
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,12 +33,12 @@ USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
 
 
-def fetch(url: str, path: Path, limit: int, known: str, room: int = 0) -> None:
+def fetch(url: str, path: Path, size: int, known: str, room: int = 0) -> None:
     """Download a file, going on with a part that is there already; do nothing if it is whole.
 
-    The URL is of https, or of http on this machine. `limit` is how many bytes the file has at most,
-    `known` its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the
-    disk besides.
+    The URL is of https, or of http on this machine. `size` is how many bytes the file has, `known`
+    its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the disk
+    besides.
 
     Raises:
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
@@ -55,7 +54,7 @@ def fetch(url: str, path: Path, limit: int, known: str, room: int = 0) -> None:
         return
     # What was stopped between its last byte and its name is whole, and no server would go on.
     if not is_whole(partial):
-        _receive(url, partial, limit, room)
+        _receive(url, partial, size, room)
         found = checksum(partial, algorithm)
         if found != expected:
             partial.unlink()  # going on with it would not make it right
@@ -67,14 +66,14 @@ class _BrokenError(Exception):
     """A transfer failed in a way that another attempt may mend."""
 
 
-def _receive(url: str, partial: Path, limit: int, room: int) -> None:
+def _receive(url: str, partial: Path, size: int, room: int) -> None:
     """Try to get the rest of a file until it is whole."""
     fault = None
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            _transfer(url, partial, limit, room)
+            _transfer(url, partial, size, room)
             return
         except _BrokenError as error:
             fault = error
@@ -84,14 +83,14 @@ def _receive(url: str, partial: Path, limit: int, room: int) -> None:
     )
 
 
-def _transfer(url: str, partial: Path, limit: int, room: int) -> None:
+def _transfer(url: str, partial: Path, size: int, room: int) -> None:
     """Get the rest of a file over one connection."""
     with _open(url, partial) as response:
-        offset, total = _extent(response, partial)
-        if total is not None and total > limit:
-            raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
-        needed = (limit if total is None else total) - offset + room
-        free = shutil.disk_usage(partial.parent).free
+        offset = _offset(response, partial)
+        if response.length not in (None, size - offset):
+            total = offset + response.length
+            raise UserError(f"{url}: {total} bytes are announced, expected {size}")
+        needed, free = size - offset + room, shutil.disk_usage(partial.parent).free
         if free < needed:
             raise UserError(
                 f"{partial.parent}: {_in_words(needed)} are needed, {_in_words(free)} are free"
@@ -100,22 +99,22 @@ def _transfer(url: str, partial: Path, limit: int, room: int) -> None:
             partial.open("ab" if offset else "wb") as file,
             tqdm(
                 desc=partial.name.removesuffix(PARTIAL),
-                total=total,
+                total=size,
                 initial=offset,
                 unit="B",
                 unit_scale=True,
                 disable=None,  # unless on a terminal
             ) as bar,
         ):
-            for block in _blocks(response, (limit + 1 if total is None else total) - offset):
+            for block in _blocks(response, size + 1 - offset):
                 file.write(block)
                 bar.update(len(block))
-    size = _size(partial)
-    if size > limit:
+    here = _size(partial)
+    if here > size:
         partial.unlink()
-        raise UserError(f"{url}: sends more than the {limit} bytes expected")
-    if total is not None and size < total:
-        raise _BrokenError(f"the connection was cut at {size} of {total} bytes")
+        raise UserError(f"{url}: sends more than the {size} bytes expected")
+    if here < size:
+        raise _BrokenError(f"the connection was cut at {here} of {size} bytes")
 
 
 def _blocks(response: HTTPResponse, most: int) -> Iterator[bytes]:
@@ -184,17 +183,15 @@ def _refusal(url: str, error: HTTPError, partial: Path) -> Exception:
     return UserError(f"{url}: {_answer(error.code)}, expected the file")
 
 
-def _extent(response: HTTPResponse, partial: Path) -> tuple[int, int | None]:
-    """Return which byte an answer starts with and how many the whole file has, if it says so."""
+def _offset(response: HTTPResponse, partial: Path) -> int:
+    """Return which byte of the file an answer starts with: the first, or the one asked for."""
     if response.status == 200:
-        return 0, response.length
-    found = re.fullmatch(
-        r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", "")
-    )
-    if found is None or int(found[1]) != _size(partial):
+        return 0
+    offset = _size(partial)
+    if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
         partial.unlink(missing_ok=True)
         raise _BrokenError("the server sent another part than it was asked for")
-    return int(found[1]), int(found[2])
+    return offset
 
 
 class _CarefulRedirects(HTTPRedirectHandler):

@@ -203,7 +203,7 @@ def get(server, path, *answers, content=CONTENT, **arguments):
     """Fetch a file of which the md5 sum is known from a server with these answers."""
     server.answers[:] = answers
     known = f"md5:{md5_of(content)}"
-    arguments = {"limit": len(CONTENT), "known": known, **arguments}
+    arguments = {"size": len(CONTENT), "known": known, **arguments}
     fetch(f"{server.url}/file", path, **arguments)
 
 
@@ -414,13 +414,13 @@ def test_a_wrong_sum_names_both_and_leaves_nothing(server, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_a_length_too_large_is_a_cut_and_one_too_small_a_wrong_sum(server, tmp_path):
+def test_a_length_too_large_is_a_cut_and_one_too_small_is_refused(server, tmp_path):
     short = whole(CONTENT[:-1], length=len(CONTENT))
     message = refused(get, server, tmp_path / "file", short, status(503))
     assert "answered 503" in message
     assert (tmp_path / "file.partial").read_bytes() == CONTENT[:-1]
     message = refused(get, server, tmp_path / "new", whole(length=len(CONTENT) - 1))
-    assert f"md5 {md5_of(CONTENT[:-1])}, expected" in message
+    assert f"{len(CONTENT) - 1} bytes are announced, expected {len(CONTENT)}" in message
     assert not (tmp_path / "new.partial").exists()
 
 
