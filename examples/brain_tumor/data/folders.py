@@ -97,10 +97,15 @@ def visible_files(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def check_complete(folder: Path, count: int) -> None:
-    """Refuse phantoms whose making was cut off: `make_phantoms` lists them at its end."""
+def count_listed(folder: Path) -> int:
+    """Return how many phantoms were made in a folder: `make_phantoms` lists them at its end."""
     path = folder / PLANES_NAME
-    listed = len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+
+
+def check_complete(folder: Path, count: int) -> None:
+    """Refuse phantoms whose making was cut off."""
+    listed = count_listed(folder)
     if listed != count:
         raise UserError(
             f"{folder}: holds {count} phantoms, but {PLANES_NAME} lists {listed}: their making was "

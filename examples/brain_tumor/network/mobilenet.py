@@ -207,8 +207,16 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
         source = timm_name(name) if layout == "timm" else name
         if source not in weights:
             raise UserError(f"{path}: no tensor named {source}; not MobileNet v1's weights")
-        check_tensor(path, source, weights[source], own.shape)
-        state[name] = weights[source]
+        found = weights[source]
+        if found.shape != own.shape:
+            raise UserError(
+                f"{path}: {source} has shape {list(found.shape)}, expected {list(own.shape)}"
+            )
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise UserError(
+                f"{path}: {source} holds values that are not finite floating-point numbers"
+            )
+        state[name] = found
     network.load_state_dict(state)
 
 
@@ -243,12 +251,3 @@ def timm_block(index: int) -> str:
     strides = [stride for _, stride in BLOCKS[: index + 1]]
     since = strides[::-1].index(2) if 2 in strides else index
     return f"blocks.{strides.count(2)}.{since}"
-
-
-def check_tensor(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raise a UserError unless a tensor has the shape and holds finite floating-point numbers."""
-    if tensor.shape != shape:
-        found, expected = list(tensor.shape), list(shape)
-        raise UserError(f"{path}: {name} has shape {found}, expected {expected}")
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise UserError(f"{path}: {name} holds values that are not finite floating-point numbers")

@@ -122,18 +122,16 @@ def make_loss(
         "arcface": ArcFaceLoss,
         "subcenter-arcface": SubCenterArcFaceLoss,
     }
-    schedule = _annealing(settings) if settings.annealing else None
+    schedule = None
+    if settings.annealing:
+        schedule = LambdaAnnealing(
+            base=settings.annealing_base,
+            gamma=settings.annealing_gamma,
+            power=settings.annealing_power,
+            minimum=settings.annealing_minimum,
+        )
     return losses[settings.loss](
         **options, margin=settings.margin, scale=settings.scale, schedule=schedule
-    )
-
-
-def _annealing(settings: LossSettings) -> LambdaAnnealing:
-    return LambdaAnnealing(
-        base=settings.annealing_base,
-        gamma=settings.annealing_gamma,
-        power=settings.annealing_power,
-        minimum=settings.annealing_minimum,
     )
 
 
