@@ -11,10 +11,10 @@ from ..errors import UserError
 from .matlab import CLASS_NAMES
 from .pictures import PICTURES
 
-SLICE = re.compile(r"0*([1-9][0-9]{0,8})\.mat", re.IGNORECASE)
+SLICE = re.compile(r"(?:0*([1-9][0-9]{0,8})|cvind)\.mat", re.IGNORECASE)
 FOLDS_NAME, MARKER_NAME, PLANES_NAME = "cvind.mat", "SYNTHETIC.txt", "planes.csv"
 SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
-FOLDS = 0  # which is no slice's number
+FOLDS = 0  # the number that is cvind.mat's, for no slice has it
 MOST_SHOWN = 20  # files that are named one by one
 
 
@@ -54,10 +54,10 @@ def find_slices(folder: Path) -> Found:
         raise UserError(f"{folder}: no such folder")
     files, slices, rest = list(visible_files(folder)), {}, []
     for path in files:
-        number = _number(path)
-        if number is None:
+        match = SLICE.fullmatch(path.name)
+        if match is None:
             rest.append(path)
-        elif (other := slices.setdefault(number, path)) != path:
+        elif (other := slices.setdefault(int(match[1] or FOLDS), path)) != path:
             raise UserError(f"{path}: is the same slice as {other}; keep one of them")
     folds = slices.pop(FOLDS, None)
     if slices:
@@ -74,14 +74,6 @@ def find_slices(folder: Path) -> Found:
     used = {source.path for source in sources} | {folder / MARKER_NAME, folder / PLANES_NAME}
     left_out = [f"{path}: {fault}" for path in rest if path not in used]
     return Found(sources, classes, folds, left_out)
-
-
-def _number(path: Path) -> int | None:
-    """Return the number that a slice's name gives it, `FOLDS` for cvind.mat, None for others."""
-    if path.name.lower() == FOLDS_NAME:
-        return FOLDS
-    match = SLICE.fullmatch(path.name)
-    return int(match[1]) if match else None
 
 
 def visible_files(folder: Path) -> Iterator[Path]:

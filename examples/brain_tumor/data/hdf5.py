@@ -90,22 +90,16 @@ def read_chunks(name: str, dataset: h5py.Dataset) -> np.ndarray:
     if math.prod(np.ceil(np.divide(dataset.shape, sides))) > MOST_CHUNKS:
         raise FormatError(f"{name} is cut into more than {MOST_CHUNKS} chunks")
     matrix = np.empty(dataset.shape, dataset.dtype)
+    size = math.prod(sides) * matrix.itemsize
     for place in dataset.iter_chunks():
-        skipped, stored = dataset.id.read_direct_chunk(tuple(side.start for side in place))
+        skipped, chunk = dataset.id.read_direct_chunk(tuple(side.start for side in place))
         used = [kind for i, kind in enumerate(packing) if not skipped >> i & 1]
-        chunk = unpack(stored, used, math.prod(sides), matrix.itemsize)
-        if len(chunk) != math.prod(sides) * matrix.itemsize:
+        if h5py.h5z.FILTER_DEFLATE in used:
+            chunk = zlib.decompressobj().decompress(chunk, size + 1)
+        if len(chunk) != size:
             raise FormatError(f"{name} holds a chunk that does not unpack to its size")
+        if h5py.h5z.FILTER_SHUFFLE in used:
+            chunk = np.frombuffer(chunk, np.uint8).reshape(matrix.itemsize, -1).T.tobytes()
         height, width = matrix[place].shape
         matrix[place] = np.frombuffer(chunk, matrix.dtype).reshape(sides)[:height, :width]
     return matrix
-
-
-def unpack(stored: bytes, packing: list[int], count: int, itemsize: int) -> bytes:
-    """Undo the packing of `count` numbers; a result of another length is not theirs."""
-    content = stored
-    if h5py.h5z.FILTER_DEFLATE in packing:
-        content = zlib.decompressobj().decompress(content, count * itemsize + 1)
-    if h5py.h5z.FILTER_SHUFFLE in packing and len(content) == count * itemsize:
-        content = np.frombuffer(content, np.uint8).reshape(itemsize, count).T.tobytes()
-    return content

@@ -234,18 +234,13 @@ def _prepare(folder: Path) -> None:
     """Make the folder, refuse foreign .mat files in it, remove old phantoms, set the marker."""
     present = sorted(folder.glob("*.mat"))
     for path in present:
-        if not (path.is_file() and _is_phantom(path)):
+        if not (path.is_file() and path.read_bytes().startswith(HEADER)):
             raise UserError(f"{path}: is not a phantom; choose another folder for the phantoms")
     with explained(folder):
         (folder / PLANES_NAME).unlink(missing_ok=True)
         (folder / MARKER_NAME).write_text(MARKER_TEXT)
         for path in present:
             path.unlink()
-
-
-def _is_phantom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(HEADER)) == HEADER
 
 
 def _deal(count: int, generator: Generator) -> list[tuple[int, int]]:

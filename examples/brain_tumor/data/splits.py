@@ -65,11 +65,10 @@ def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
             f"--calibration {share:g}: the training side is too small ({error}); a larger share "
             "takes fewer slices to divide, and 0 holds none out"
         ) from None
-    for label, title in enumerate(slices.classes):
-        if (labels == label).any() and not all(
-            (labels[part] == label).any() for part in (kept, held)
-        ):
-            raise UserError(f"--calibration {share:g}: too few {title} slices to hold some out")
+    lacking = np.setdiff1d(labels, np.intersect1d(labels[kept], labels[held]))
+    if len(lacking):
+        title = slices.classes[lacking[0]]
+        raise UserError(f"--calibration {share:g}: too few {title} slices to hold some out")
     return replace(
         split,
         train=split.train[kept],
@@ -122,14 +121,12 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
     sizes = slices.labels[side].bincount(minlength=len(slices.classes)).tolist()
     counts = [round(VALIDATION_FRACTION * size) for size in sizes]
     drawn = _draw("validation", slices, side, counts, seed)
-    return Split(
-        train=side[~drawn],
-        test=side[drawn],
-        name="validation",
-        description=(
-            f"To choose settings by: a tenth of the training slices of the paper's split from seed "
-            f"{seed}, whose own test slices are left out."
-        ),
+    return _split(
+        "validation",
+        drawn,
+        f"To choose settings by: a tenth of the training slices of the paper's split from seed "
+        f"{seed}, whose own test slices are left out.",
+        side,
     )
 
 
@@ -147,8 +144,10 @@ def _draw(name: str, slices: SliceSet, side: Tensor, counts: Sequence[int], seed
     return drawn
 
 
-def _split(name: str, test: Tensor, description: str) -> Split:
-    return Split((~test).nonzero()[:, 0], test.nonzero()[:, 0], name, description)
+def _split(name: str, test: Tensor, description: str, side: Tensor | None = None) -> Split:
+    """Return the split that a mask (n,) makes of a side (n,), or of all slices."""
+    side = torch.arange(len(test)) if side is None else side
+    return Split(side[~test], side[test], name, description)
 
 
 def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) -> Split:

@@ -144,13 +144,12 @@ def _open(url: str, partial: Path) -> HTTPResponse:
         opener = build_opener(_CarefulRedirects())
         response = _in_time(lambda: opener.open(request, timeout=TIMEOUT), LONGEST_HEAD)
     except HTTPError as error:
-        error.close()
-        raise _refusal(url, error, partial) from None
+        response = error  # an answer too, but neither the file nor a redirect to it
     except NETWORK_ERRORS as error:
         raise _broken(error) from None
     if response.status not in (200, 206):
         response.close()
-        raise UserError(f"{url}: {_answer(response.status)}, expected the file")
+        raise _refusal(url, response, partial)
     return response
 
 
@@ -171,16 +170,18 @@ def _in_time(call: Callable[[], HTTPResponse], seconds: float) -> HTTPResponse:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
-def _refusal(url: str, error: HTTPError, partial: Path) -> Exception:
-    """Return what to raise for an answer that is neither the file nor a redirect to it."""
-    if 300 <= error.code < 400:
-        target = error.headers.get("Location", "")[:200]
+def _refusal(url: str, response: HTTPResponse | HTTPError, partial: Path) -> Exception:
+    """Return what to raise for an answer that is not the file."""
+    code = response.status
+    answer = f"the server answered {code} {responses.get(code, '')}".rstrip()
+    if 300 <= code < 400:
+        target = response.headers.get("Location", "")[:200]
         return UserError(f"{url}: a redirect to {target!r} is not followed: https, 10 at most")
-    if error.code == 416:  # there is nothing behind what we have, so it is not a part of the file
+    if code == 416:  # there is nothing behind what we have, so it is not a part of the file
         partial.unlink(missing_ok=True)
-    if error.code in (408, 416, 429) or error.code >= 500:
-        return _BrokenError(_answer(error.code))
-    return UserError(f"{url}: {_answer(error.code)}, expected the file")
+    if code in (408, 416, 429) or code >= 500:
+        return _BrokenError(answer)
+    return UserError(f"{url}: {answer}, expected the file")
 
 
 def _offset(response: HTTPResponse, partial: Path) -> int:
@@ -249,10 +250,6 @@ def _size(path: Path) -> int:
 
 def _in_words(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _answer(code: int) -> str:
-    return f"the server answered {code} {responses.get(code, '')}".rstrip()
 
 
 def _broken(error: Exception) -> _BrokenError:

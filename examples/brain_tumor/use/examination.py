@@ -131,8 +131,7 @@ def point(reference: Reference, data: Path) -> str:
         found = read_slice(paths[number])
         pixels = reference.slices.images[[index]]
         cosines = (reference.embed(pixels) @ reference.embeddings.T)[0]
-        box = find_box(found.image, reference.crop)
-        heat = explain(reference, pixels, cosines, box, found.image.shape)
+        heat = explain(reference, found.image, pixels, cosines)
         overlap = measure_overlap(heat, found.mask)
         head = largest_region(above_background(found.image))
         rows.append(

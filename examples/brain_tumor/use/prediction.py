@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.crop import Box, find_box
+from ..data.crop import find_box
 from ..data.folders import FOLDS_NAME, tell_left_out, visible_files
 from ..data.matlab import read_unlabelled
 from ..data.pictures import PICTURES, read_picture
@@ -249,8 +249,8 @@ def _stored_calibration(run: Path, epoch: int, network: EmbeddingNetwork) -> Cal
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
     image, mask, truth = _read_file(file)
     images = reference.slices.images
-    box = find_box(image, reference.crop)
-    pixels = torch.from_numpy(resize(image[box], images.shape[-1])).to(images)[None, None]
+    part = image[find_box(image, reference.crop)]
+    pixels = torch.from_numpy(resize(part, images.shape[-1])).to(images)[None, None]
     embedding = reference.embed(pixels)
     check_finite(file, embedding)
     cosines = (embedding @ reference.embeddings.T)[0]
@@ -264,7 +264,7 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
         features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
         unknown = bool(calibration.unlike(features.numpy())[0])
-    heat = explain(reference, pixels, cosines, box, image.shape)
+    heat = explain(reference, image, pixels, cosines)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
         file=str(file),
@@ -302,14 +302,15 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
     return image, mask, None if label is None else CLASS_NAMES[label]
 
 
-def explain(
-    reference: Reference, pixels: Tensor, cosines: Tensor, box: Box, shape: tuple[int, int]
-) -> np.ndarray:
-    """Return the Grad-CAM of an answer as a map of the slice's `shape`, 0 outside its box."""
+def explain(reference: Reference, image: np.ndarray, pixels: Tensor, cosines: Tensor) -> np.ndarray:
+    """Return the Grad-CAM (h, w) of the answer for a slice (h, w), 0 where it was cut off.
+
+    The network was given `pixels`, and the slice's cosines to the training slices are (k,).
+    """
     direction = contrast(reference, cosines, cosines.argmax())
-    heat = np.zeros(shape)
-    part = heat[box].shape
-    heat[box] = grad_cam(reference.network, pixels.float(), direction, part, reference.views)
+    heat = np.zeros(image.shape)
+    part = heat[find_box(image, reference.crop)]
+    part[:] = grad_cam(reference.network, pixels.float(), direction, part.shape, reference.views)
     return heat
 
 
