@@ -4,7 +4,6 @@ A file has its own name only then; until then it is called NAME.partial.
 """
 
 import hashlib
-import ipaddress
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -36,9 +35,8 @@ NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malforme
 def fetch(url: str, path: Path, size: int, known: str, room: int = 0) -> None:
     """Download a file, going on with a part that is there already; do nothing if it is whole.
 
-    The URL is of https, or of http on this machine. `size` is how many bytes the file has, `known`
-    its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the disk
-    besides.
+    The URL is of https. `size` is how many bytes the file has, `known` its checksum, "md5:..." or
+    "sha256:...", and `room` how many bytes are to be free on the disk besides.
 
     Raises:
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
@@ -196,7 +194,7 @@ def _offset(response: HTTPResponse, partial: Path) -> int:
 
 
 class _CarefulRedirects(HTTPRedirectHandler):
-    """Follows redirects to safe URLs only."""
+    """Follows redirects to URLs of https only."""
 
     def http_error_302(
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message
@@ -211,28 +209,20 @@ class _CarefulRedirects(HTTPRedirectHandler):
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         """Return the request to follow with, or None."""
-        if not _is_safe(newurl, req.full_url):
+        if not is_safe(newurl):
             return None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def check_safe(url: str) -> None:
-    """Raise a UserError unless a URL is of https, or of http on this machine."""
-    if not _is_safe(url, url):
+    """Raise a UserError unless a URL is of https."""
+    if not is_safe(url):
         raise UserError(f"{url}: not a URL of https")
 
 
-def _is_safe(url: str, origin: str) -> bool:
-    """Tell whether a URL is https, or http on this machine as the one that led to it."""
-    return urlsplit(url).scheme == "https" or (_is_local(url) and _is_local(origin))
-
-
-def _is_local(url: str) -> bool:
-    parts = urlsplit(url)
-    try:
-        return parts.scheme == "http" and ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:  # a name
-        return False
+def is_safe(url: str) -> bool:
+    """Return whether a URL is of https."""
+    return urlsplit(url).scheme == "https"
 
 
 def checksum(path: Path, algorithm: str) -> str:
