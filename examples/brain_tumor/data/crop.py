@@ -3,8 +3,6 @@
 How much background a slice has differs; cut out, all heads are of one size, and as large as can be.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy import ndimage
 
@@ -15,30 +13,13 @@ LEAST = 64  # pixels; a smaller head is no head
 BRIGHT = 0.995  # the share of pixels that are darker than the "brightest": marks may be brighter
 
 
-class Box(NamedTuple):
-    """A part of an image in the image's own pixels: rows from `top`, columns from `left`."""
-
-    top: int
-    left: int
-    height: int
-    width: int
+Box = tuple[slice, slice]  # rows and columns of a part of an image: image[box] is the part
+WHOLE: Box = np.s_[:, :]
 
 
 def find_box(image: np.ndarray, crop: str) -> Box:
     """Return the part of a slice (h, w) that `crop` keeps: "none" all, "head" the head."""
-    return head_box(image) if crop == "head" else Box(0, 0, *image.shape)
-
-
-def cut(image: np.ndarray, box: Box) -> np.ndarray:
-    """Return the part of an image (h, w) that lies in a box."""
-    return image[box.top : box.top + box.height, box.left : box.left + box.width]
-
-
-def put_back(part: np.ndarray, box: Box, shape: tuple[int, int]) -> np.ndarray:
-    """Return an image (h, w) of `shape` that holds `part` in its box and 0 around it."""
-    image = np.zeros(shape, part.dtype)
-    cut(image, box)[:] = part
-    return image
+    return head_box(image) if crop == "head" else WHOLE
 
 
 def head_box(image: np.ndarray) -> Box:
@@ -48,19 +29,26 @@ def head_box(image: np.ndarray) -> Box:
     are of any range that starts near the background's.
     """
     height, width = image.shape
-    whole = Box(0, 0, height, width)
-    least = float(image.min())
-    bright = image > least + THRESHOLD * (np.quantile(image, BRIGHT) - least)
-    solid = ndimage.uniform_filter(bright.astype(np.float32), WINDOW, mode="constant") > 0.5
-    regions, count = ndimage.label(solid)
-    if not count:
-        return whole
-    largest = np.bincount(regions.ravel())[1:].argmax()
-    rows, columns = ndimage.find_objects(regions)[largest]
-    tall, wide = rows.stop - rows.start, columns.stop - columns.start
-    side = round(max(tall, wide) * (1 + SPARE))
+    bright = above_background(image).astype(np.float32)
+    head = largest_region(ndimage.uniform_filter(bright, WINDOW, mode="constant") > 0.5)
+    if not head.any():
+        return WHOLE
+    rows, columns = ndimage.find_objects(head.astype(np.uint8))[0]
+    side = round(max(rows.stop - rows.start, columns.stop - columns.start) * (1 + SPARE))
     if not LEAST <= side <= min(height, width):
-        return whole
-    top = round((rows.start + rows.stop - side) / 2)
-    left = round((columns.start + columns.stop - side) / 2)
-    return Box(min(max(top, 0), height - side), min(max(left, 0), width - side), side, side)
+        return WHOLE
+    top = min(max(round((rows.start + rows.stop - side) / 2), 0), height - side)
+    left = min(max(round((columns.start + columns.stop - side) / 2), 0), width - side)
+    return np.s_[top : top + side, left : left + side]
+
+
+def above_background(image: np.ndarray) -> np.ndarray:
+    """Return a mask (h, w) of the pixels of a slice that are not background."""
+    least = float(image.min())
+    return image > least + THRESHOLD * (np.quantile(image, BRIGHT) - least)
+
+
+def largest_region(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (h, w) of the largest connected region in a mask (h, w)."""
+    regions, _ = ndimage.label(mask)
+    return regions == np.bincount(regions.ravel(), minlength=2)[1:].argmax() + 1

@@ -11,10 +11,10 @@ from ..errors import UserError
 from .matlab import CLASS_NAMES
 from .pictures import PICTURES
 
-SLICE = re.compile(r"0*([1-9][0-9]{0,8})\.mat", re.IGNORECASE)
+SLICE = re.compile(r"(?:0*([1-9][0-9]{0,8})|cvind)\.mat", re.IGNORECASE)
 FOLDS_NAME, MARKER_NAME, PLANES_NAME = "cvind.mat", "SYNTHETIC.txt", "planes.csv"
 SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
-FOLDS = 0  # which is no slice's number
+FOLDS = 0  # the number that is cvind.mat's, for no slice has it
 MOST_SHOWN = 20  # files that are named one by one
 
 
@@ -54,10 +54,10 @@ def find_slices(folder: Path) -> Found:
         raise UserError(f"{folder}: no such folder")
     files, slices, rest = list(visible_files(folder)), {}, []
     for path in files:
-        number = _number(path)
-        if number is None:
+        match = SLICE.fullmatch(path.name)
+        if match is None:
             rest.append(path)
-        elif (other := slices.setdefault(number, path)) != path:
+        elif (other := slices.setdefault(int(match[1] or FOLDS), path)) != path:
             raise UserError(f"{path}: is the same slice as {other}; keep one of them")
     folds = slices.pop(FOLDS, None)
     if slices:
@@ -76,14 +76,6 @@ def find_slices(folder: Path) -> Found:
     return Found(sources, classes, folds, left_out)
 
 
-def _number(path: Path) -> int | None:
-    """Return the number that a slice's name gives it, `FOLDS` for cvind.mat, None for others."""
-    if path.name.lower() == FOLDS_NAME:
-        return FOLDS
-    match = SLICE.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
 def visible_files(folder: Path) -> Iterator[Path]:
     """Yield the files in a folder and below it, sorted, without those whose names hide them.
 
@@ -97,10 +89,15 @@ def visible_files(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def check_complete(folder: Path, count: int) -> None:
-    """Refuse phantoms whose making was cut off: `make_phantoms` lists them at its end."""
+def count_listed(folder: Path) -> int:
+    """Return how many phantoms were made in a folder: `make_phantoms` lists them at its end."""
     path = folder / PLANES_NAME
-    listed = len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+
+
+def check_complete(folder: Path, count: int) -> None:
+    """Refuse phantoms whose making was cut off."""
+    listed = count_listed(folder)
     if listed != count:
         raise UserError(
             f"{folder}: holds {count} phantoms, but {PLANES_NAME} lists {listed}: their making was "

@@ -8,9 +8,7 @@ size than its matrix needs.
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import product
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
@@ -26,23 +24,16 @@ def read_matrices(
     path: str, group: str, limits: dict[str, int], optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
     """Read the named matrices of a group of a file, each of at most so many numbers."""
-    with open_hdf5(path) as file:
-        members = member(file, group, h5py.Group) if group else file
-        return {
-            name: read_matrix(members, name, most)
-            for name, most in limits.items()
-            if name not in optional or members.get(name, getlink=True) is not None
-        }
-
-
-@contextmanager
-def open_hdf5(path: str) -> Iterator[h5py.File]:
-    """Open a file; whatever h5py raises meanwhile becomes a `FormatError`."""
     try:
         if not h5py.is_hdf5(path):
             raise FormatError("not a MATLAB v7.3 (HDF5) file")
         with h5py.File(path, "r") as file:
-            yield file
+            members = member(file, group, h5py.Group) if group else file
+            return {
+                name: read_matrix(members, name, most)
+                for name, most in limits.items()
+                if name not in optional or members.get(name, getlink=True) is not None
+            }
     except PermissionError as error:
         raise FormatError("no permission to read it") from error
     # h5py reports damage through any of these, according to where it meets it.
@@ -96,26 +87,19 @@ def read_chunks(name: str, dataset: h5py.Dataset) -> np.ndarray:
     if packing not in PACKINGS:
         raise FormatError(f"{name} is packed in a way that MATLAB does not use")
     sides = dataset.chunks
-    places = [range(0, *ends) for ends in zip(dataset.shape, sides, strict=True)]
-    if math.prod(map(len, places)) > MOST_CHUNKS:
+    if math.prod(np.ceil(np.divide(dataset.shape, sides))) > MOST_CHUNKS:
         raise FormatError(f"{name} is cut into more than {MOST_CHUNKS} chunks")
     matrix = np.empty(dataset.shape, dataset.dtype)
-    for row, column in product(*places):
-        skipped, stored = dataset.id.read_direct_chunk((row, column))
+    size = math.prod(sides) * matrix.itemsize
+    for place in dataset.iter_chunks():
+        skipped, chunk = dataset.id.read_direct_chunk(tuple(side.start for side in place))
         used = [kind for i, kind in enumerate(packing) if not skipped >> i & 1]
-        chunk = unpack(stored, used, math.prod(sides), matrix.itemsize)
-        if len(chunk) != math.prod(sides) * matrix.itemsize:
+        if h5py.h5z.FILTER_DEFLATE in used:
+            chunk = zlib.decompressobj().decompress(chunk, size + 1)
+        if len(chunk) != size:
             raise FormatError(f"{name} holds a chunk that does not unpack to its size")
-        part = matrix[row : row + sides[0], column : column + sides[1]]
-        part[...] = np.frombuffer(chunk, matrix.dtype).reshape(sides)[: len(part), : part.shape[1]]
+        if h5py.h5z.FILTER_SHUFFLE in used:
+            chunk = np.frombuffer(chunk, np.uint8).reshape(matrix.itemsize, -1).T.tobytes()
+        height, width = matrix[place].shape
+        matrix[place] = np.frombuffer(chunk, matrix.dtype).reshape(sides)[:height, :width]
     return matrix
-
-
-def unpack(stored: bytes, packing: list[int], count: int, itemsize: int) -> bytes:
-    """Undo the packing of `count` numbers; a result of another length is not theirs."""
-    content = stored
-    if h5py.h5z.FILTER_DEFLATE in packing:
-        content = zlib.decompressobj().decompress(content, count * itemsize + 1)
-    if h5py.h5z.FILTER_SHUFFLE in packing and len(content) == count * itemsize:
-        content = np.frombuffer(content, np.uint8).reshape(itemsize, count).T.tobytes()
-    return content

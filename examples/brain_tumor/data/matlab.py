@@ -5,6 +5,7 @@ is HDF5. Nothing in them is trusted: a process apart reads them (see reader.py),
 is checked here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +99,17 @@ def _mask(path: Path, mask: np.ndarray, image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(mask != 0)
 
 
-def read_folds(path: Path) -> np.ndarray:
-    """Read the archive's cvind.mat: the fold, 1 to 5, of each slice from 1 to 3064."""
+def read_folds(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Read the archive's cvind.mat: the folds, 1 to 5, of slices by their numbers, ascending."""
     check_file(path)
     folds = READER.read(path, "hdf5", "", {"cvind": LARGEST_SIDE})["cvind"].ravel()
     if len(folds) != ARCHIVE_SIZE:
         raise UserError(f"{path}: holds {len(folds)} folds, expected {ARCHIVE_SIZE}")
     if not np.isin(folds, range(1, FOLDS + 1)).all():
         raise UserError(f"{path}: holds a fold that is not a whole number from 1 to {FOLDS}")
-    return folds.astype(np.int64)
+    if numbers[-1] > ARCHIVE_SIZE:
+        raise UserError(f"{path}: has no fold for {numbers[-1]}.mat")
+    return folds[np.array(numbers) - 1].astype(np.int64)
 
 
 def check_file(path: Path) -> None:

@@ -20,9 +20,9 @@ from numpy.random import Generator, default_rng
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import explained, locked, replacing
+from ..files import explained, locked, replacing, write_text
 from .anatomy import PLANES, SELLA, Anatomy, Head, slice_points, smooth_noise
-from .folders import MARKER_NAME, PLANES_NAME, check_complete
+from .folders import MARKER_NAME, PLANES_NAME, count_listed
 
 MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing about patients.\n"
 # The text that opens a .mat file; its platform marks the file as a phantom.
@@ -212,11 +212,7 @@ def make_phantoms(
 
 def is_whole(folder: Path, count: int) -> bool:
     """Return whether a folder holds so many phantoms, all that were to be made."""
-    try:
-        check_complete(folder, len(list(folder.glob("*.mat"))))
-    except UserError:
-        return False
-    return (folder / f"{count}.mat").is_file() and not (folder / f"{count + 1}.mat").is_file()
+    return len(list(folder.glob("*.mat"))) == count_listed(folder) == count
 
 
 def _make(folder: Path, count: int, seed: int, size: int, progress: bool) -> None:
@@ -231,26 +227,20 @@ def _make(folder: Path, count: int, seed: int, size: int, progress: bool) -> Non
                 _write(folder / f"{number}.mat", label, str(100_000 + index), picture, border)
                 planes.append(f"{number},{patient.plane(turn)}")
                 bar.update()
-    with replacing(folder / PLANES_NAME) as temporary:
-        temporary.write_text("\n".join(planes) + "\n")
+    write_text(folder / PLANES_NAME, "\n".join(planes) + "\n")
 
 
 def _prepare(folder: Path) -> None:
     """Make the folder, refuse foreign .mat files in it, remove old phantoms, set the marker."""
     present = sorted(folder.glob("*.mat"))
     for path in present:
-        if not (path.is_file() and _is_phantom(path)):
+        if not (path.is_file() and path.read_bytes().startswith(HEADER)):
             raise UserError(f"{path}: is not a phantom; choose another folder for the phantoms")
     with explained(folder):
         (folder / PLANES_NAME).unlink(missing_ok=True)
         (folder / MARKER_NAME).write_text(MARKER_TEXT)
         for path in present:
             path.unlink()
-
-
-def _is_phantom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(HEADER)) == HEADER
 
 
 def _deal(count: int, generator: Generator) -> list[tuple[int, int]]:
@@ -286,11 +276,9 @@ def _fill(border: np.ndarray, size: int) -> np.ndarray:
     """The pixels (size, size) whose centres lie inside a polygon (n, 2)."""
     from matplotlib.path import Path as Polygon  # here because only this needs it
 
-    (left, top), (right, bottom) = border.min(0).astype(int), np.ceil(border.max(0)).astype(int)
-    y, x = np.mgrid[top : bottom + 1, left : right + 1]
-    mask = np.zeros((size, size), np.uint8)
-    mask[y, x] = Polygon(border).contains_points(np.c_[x.ravel(), y.ravel()]).reshape(x.shape)
-    return mask
+    y, x = np.mgrid[:size, :size]
+    inside = Polygon(border).contains_points(np.c_[x.ravel(), y.ravel()])
+    return inside.reshape(size, size).astype(np.uint8)
 
 
 def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np.ndarray) -> None:

@@ -34,7 +34,11 @@ def read_picture(path: Path) -> np.ndarray:
     Raises:
         UserError: The file is missing, damaged, too large, of another format or of one grey value.
     """
-    content = _read_bytes(path)
+    check_file(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:  # no permission, a disk at fault
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if is_dicom(content):
         return check_image(path, READER.read(path, "dicom")["image"])
     try:
@@ -51,14 +55,6 @@ def read_picture(path: Path) -> np.ndarray:
         raise UserError(
             f"{path}: not readable as {', '.join(FORMATS)} or DICOM, or damaged"
         ) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    check_file(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:  # no permission, a disk at fault
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _check_promises(path: Path, picture: Image.Image, content: bytes) -> None:

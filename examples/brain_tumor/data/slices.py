@@ -16,15 +16,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import locked, replacing
-from .crop import cut, find_box
-from .folders import (
-    MARKER_NAME,
-    Source,
-    check_complete,
-    find_slices,
-    shortened,
-    tell_left_out,
-)
+from .crop import find_box
+from .folders import MARKER_NAME, Source, check_complete, find_slices, shortened, tell_left_out
 from .matlab import CLASS_NAMES, no_formula, read_folds, read_slice
 from .pictures import read_picture
 
@@ -97,20 +90,12 @@ def load_slices(
         labels=torch.from_numpy(decoded["labels"]),
         numbers=numbers,
         patients=decoded["patients"].tolist(),
-        folds=None if found.folds is None else load_folds(found.folds, numbers),
+        folds=None if found.folds is None else torch.from_numpy(read_folds(found.folds, numbers)),
         synthetic=synthetic,
         digest=str(decoded["digest"]),
         classes=found.classes,
         patients_known=found.sources[0].label is None,
     )
-
-
-def load_folds(path: Path, numbers: list[int]) -> Tensor:
-    """Return the folds of the slices with the given numbers."""
-    folds = read_folds(path)
-    if numbers[-1] > len(folds):
-        raise UserError(f"{path}: has no fold for {numbers[-1]}.mat")
-    return torch.from_numpy(folds[np.array(numbers) - 1])
 
 
 def decode_slices(
@@ -130,7 +115,7 @@ def decode_slices(
         except UserError as error:
             faults.append(str(error))
             continue
-        images[len(kept)] = resize(cut(image, find_box(image, crop)), image_size)
+        images[len(kept)] = resize(image[find_box(image, crop)], image_size)
         digest.update(repr((source.name, image.shape, str(image.dtype))).encode())
         digest.update(np.ascontiguousarray(image))
         kept.append(source.number)

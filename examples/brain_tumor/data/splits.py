@@ -1,8 +1,9 @@
 """Splits of the slices into training and test sides."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
@@ -64,11 +65,10 @@ def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
             f"--calibration {share:g}: the training side is too small ({error}); a larger share "
             "takes fewer slices to divide, and 0 holds none out"
         ) from None
-    for label, title in enumerate(slices.classes):
-        if (labels == label).any() and not all(
-            (labels[part] == label).any() for part in (kept, held)
-        ):
-            raise UserError(f"--calibration {share:g}: too few {title} slices to hold some out")
+    lacking = np.setdiff1d(labels, np.intersect1d(labels[kept], labels[held]))
+    if len(lacking):
+        title = slices.classes[lacking[0]]
+        raise UserError(f"--calibration {share:g}: too few {title} slices to hold some out")
     return replace(
         split,
         train=split.train[kept],
@@ -90,17 +90,14 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
     Raises:
         UserError: A class is too small for both training and test set.
     """
-    of_archive = dict(zip(ARCHIVE_COUNTS, PAPER_TEST_COUNTS, strict=True))
     sizes = slices.labels.bincount(minlength=len(slices.classes)).tolist()
-    whole = tuple(sizes) == ARCHIVE_COUNTS
-    drawn = _draw(
-        *("paper", slices, torch.arange(len(slices.labels))),
-        lambda size: of_archive[size] if whole else round(TEST_FRACTION * size),
-        seed,
-    )
+    counts = [round(TEST_FRACTION * size) for size in sizes]
+    if tuple(sizes) == ARCHIVE_COUNTS:
+        counts = PAPER_TEST_COUNTS
+    drawn = _draw("paper", slices, torch.arange(len(slices.labels)), counts, seed)
     test = ~drawn if swap else drawn
     shared = (
-        f"{len(patients_on_both_sides(slices.patients, test))} of {len(set(slices.patients))} "
+        f"{len(_patients_on_both_sides(slices, test))} of {len(set(slices.patients))} "
         "patient ids have slices on both sides"
         if slices.patients_known
         else "no patient ids are known, and patients may well have slices on both sides"
@@ -121,36 +118,36 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
         UserError: A class is too small for both training and test set.
     """
     side = paper_split(slices, seed).train
-    drawn = _draw("validation", slices, side, lambda size: round(VALIDATION_FRACTION * size), seed)
-    return Split(
-        train=side[~drawn],
-        test=side[drawn],
-        name="validation",
-        description=(
-            f"To choose settings by: a tenth of the training slices of the paper's split from seed "
-            f"{seed}, whose own test slices are left out."
-        ),
+    sizes = slices.labels[side].bincount(minlength=len(slices.classes)).tolist()
+    counts = [round(VALIDATION_FRACTION * size) for size in sizes]
+    drawn = _draw("validation", slices, side, counts, seed)
+    return _split(
+        "validation",
+        drawn,
+        f"To choose settings by: a tenth of the training slices of the paper's split from seed "
+        f"{seed}, whose own test slices are left out.",
+        side,
     )
 
 
-def _draw(
-    name: str, slices: SliceSet, side: Tensor, count: Callable[[int], int], seed: int
-) -> Tensor:
-    """Return a mask (n,) of slices drawn from each class of a side (n,), `count` of its size."""
+def _draw(name: str, slices: SliceSet, side: Tensor, counts: Sequence[int], seed: int) -> Tensor:
+    """Return a mask (n,) of slices drawn from a side (n,), so many of each class."""
     generator = torch.Generator().manual_seed(seed)
     labels = slices.labels[side]
     drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label, title in enumerate(slices.classes):
+    for label, (title, count) in enumerate(zip(slices.classes, counts, strict=True)):
         members = (labels == label).nonzero()[:, 0]
-        if not 0 < count(len(members)) < len(members):
+        if not 0 < count < len(members):
             raise UserError(f"split {name}: {len(members)} {title} slices are too few to divide")
         order = torch.randperm(len(members), generator=generator)
-        drawn[members[order[: count(len(members))]]] = True
+        drawn[members[order[:count]]] = True
     return drawn
 
 
-def _split(name: str, test: Tensor, description: str) -> Split:
-    return Split((~test).nonzero()[:, 0], test.nonzero()[:, 0], name, description)
+def _split(name: str, test: Tensor, description: str, side: Tensor | None = None) -> Split:
+    """Return the split that a mask (n,) makes of a side (n,), or of all slices."""
+    side = torch.arange(len(test)) if side is None else side
+    return Split(side[~test], side[test], name, description)
 
 
 def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) -> Split:
@@ -178,9 +175,9 @@ def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) ->
     for label in slices.labels[test].unique().tolist():
         if label not in slices.labels[~test]:
             raise UserError(f"split patient: every {slices.classes[label]} slice is in fold {fold}")
-    shared = patients_on_both_sides(slices.patients, test)
-    if shared:
-        raise UserError(f"split patient: patient {min(shared)} is in fold {fold} and in another")
+    shared = _patients_on_both_sides(slices, test)
+    if len(shared):
+        raise UserError(f"split patient: patient {shared[0]} is in fold {fold} and in another")
     test = ~test if swap else test
     return _split(
         "patient-swapped" if swap else "patient",
@@ -202,8 +199,7 @@ def deal_patients(slices: SliceSet, seed: int) -> Tensor:
     return torch.tensor([dealt[patient] for patient in slices.patients])
 
 
-def patients_on_both_sides(patients: list[str], test: Tensor) -> set[str]:
-    """Return the patients who have slices inside a mask and outside it."""
-    sides = list(zip(patients, test.tolist(), strict=True))
-    inside = {patient for patient, tested in sides if tested}
-    return inside & {patient for patient, tested in sides if not tested}
+def _patients_on_both_sides(slices: SliceSet, test: Tensor) -> np.ndarray:
+    """Return the patients who have slices inside a mask (n,) and outside it, sorted."""
+    patients, inside = np.array(slices.patients), test.numpy()
+    return np.intersect1d(patients[inside], patients[~inside])

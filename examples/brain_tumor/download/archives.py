@@ -3,7 +3,6 @@
 import re
 import stat
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
@@ -15,7 +14,6 @@ LAST_SLICE = 3064
 MAX_MEMBER_BYTES = 64_000_000  # a slice has less than 1 MB
 MAX_TOTAL_BYTES = 2_000_000_000  # an archive has 766 slices
 ENCRYPTED = 0x1  # a zip member's flag
-BLOCK_BYTES = 1 << 20
 
 
 def unpack(path: Path, folder: Path) -> list[str]:
@@ -33,14 +31,13 @@ def unpack(path: Path, folder: Path) -> list[str]:
         with ZipFile(path) as archive:
             members = _find_slices(path, archive)
             for member in members.values():
-                for _ in _blocks(path, archive, member):
-                    pass
+                _content(archive, member)
     except (BadZipFile, EOFError, NotImplementedError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: not a readable zip archive: {error}") from None
     with ZipFile(path) as archive:
         for name, member in members.items():
-            with replacing(folder / name) as temporary, temporary.open("wb") as file:
-                file.writelines(_blocks(path, archive, member))
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(_content(archive, member))
     return list(members)
 
 
@@ -81,12 +78,7 @@ def _check_member(path: Path, member: ZipInfo) -> None:
     raise UserError(f"{path}: refused: its member {name!r} {fault}")
 
 
-def _blocks(path: Path, archive: ZipFile, member: ZipInfo) -> Iterator[bytes]:
-    """Yield a member's content, no more of it than was declared."""
-    written = 0
+def _content(archive: ZipFile, member: ZipInfo) -> bytes:
+    """Return what a member holds, no more of it than it declares."""
     with archive.open(member) as file:
-        while block := file.read(BLOCK_BYTES):
-            written += len(block)
-            if written > member.file_size:
-                raise UserError(f"{path}: refused: {member.filename!r} is larger than declared")
-            yield block
+        return file.read(MAX_MEMBER_BYTES)  # without a limit zipfile would unpack a bomb first

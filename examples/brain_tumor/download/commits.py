@@ -16,12 +16,12 @@ from ..errors import UserError, one_line
 MAX_BYTES = 8_000_000  # of a repository without its large files, which git leaves alone
 SLOWEST = "1000"  # bytes a second
 POINTER = re.compile(  # what git itself holds of a large file
-    r"version https://git-lfs\.github\.com/spec/v1\noid (sha256:[0-9a-f]{64})\nsize [0-9]+\n"
+    r"version https://git-lfs\.github\.com/spec/v1\noid (sha256:[0-9a-f]{64})\nsize ([0-9]{1,18})\n"
 )
 
 
-def sum_in_commit(repository: str, commit: str, name: str, seconds: float) -> str:
-    """Return the checksum of a large file, "sha256:...", as a commit has it.
+def sum_in_commit(repository: str, commit: str, name: str, seconds: float) -> tuple[str, int]:
+    """Return the checksum of a large file, "sha256:...", and its bytes, as a commit has them.
 
     In place of the file git holds a pointer, its sum; a commit's hash is a hash of all it holds.
     git computes it from what it receives, so that the server is not taken at its word. The
@@ -39,7 +39,7 @@ def sum_in_commit(repository: str, commit: str, name: str, seconds: float) -> st
     pointer = POINTER.fullmatch(held)
     if pointer is None:
         raise UserError(f"{repository}: {name} of commit {commit} is no pointer to a large file")
-    return pointer[1]
+    return pointer[1], int(pointer[2])
 
 
 def _git(repository: str, seconds: float, *arguments: str) -> str:

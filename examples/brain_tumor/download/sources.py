@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import explained, locked, replacing
+from ..files import explained, locked, write_text
 from ..network.mobilenet import MobileNetV1, load_imagenet_weights
 from .archives import unpack
 from .commits import sum_in_commit
-from .transfer import LONGEST_HEAD, PATIENCE, Patience, checksum, fetch, is_safe
+from .transfer import LONGEST_HEAD, check_safe, checksum, fetch
 
 # figshare.com/ndownloader, the same files under another name, answers programs with a riddle.
 FIGSHARE = "https://ndownloader.figshare.com/files"
 WEIGHTS = "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k"
 WEIGHTS_COMMIT = "dda9ab42e23f3061aa191630817df76e8fe9cace"
 WEIGHTS_NAME = "model.safetensors"
-MAX_WEIGHTS_BYTES = 64_000_000  # the file has 17 MB
 UNPACKED = 3  # a slice takes 0.28 MB in an archive, and at most 0.8 MB out of it
 
 
@@ -50,10 +49,7 @@ FILES = (
 
 
 def download_slices(
-    folder: Path,
-    base_url: str = FIGSHARE,
-    files: Sequence[FigshareFile] = FILES,
-    patience: Patience = PATIENCE,
+    folder: Path, base_url: str = FIGSHARE, files: Sequence[FigshareFile] = FILES
 ) -> None:
     """Download the data set's archives and unpack them: 1.mat to 3064.mat, and cvind.mat.
 
@@ -72,20 +68,14 @@ def download_slices(
             path = folder / file.name
             room = sum(UNPACKED * other.size for other in missing[index:])
             known = f"md5:{file.md5}"
-            fetch(f"{base_url}/{file.identifier}", path, file.size, known, room, patience)
+            fetch(f"{base_url}/{file.identifier}", path, file.size, known, room)
             if path.suffix == ".zip":
                 names = unpack(path, folder)
-                with replacing(_record(folder, file)) as temporary:
-                    temporary.write_text("\n".join([file.md5, *names]), encoding="utf-8")
+                write_text(_record(folder, file), "\n".join([file.md5, *names]))
                 path.unlink()
 
 
-def download_weights(
-    path: Path,
-    repository: str = WEIGHTS,
-    commit: str = WEIGHTS_COMMIT,
-    patience: Patience = PATIENCE,
-) -> str:
+def download_weights(path: Path, repository: str = WEIGHTS, commit: str = WEIGHTS_COMMIT) -> str:
     """Download timm's ImageNet weights of MobileNet v1, for a network of the layout "timm".
 
     The file's SHA-256, which is returned, is what the commit says, see `sum_in_commit`; besides,
@@ -96,19 +86,13 @@ def download_weights(
         UserError: The file cannot be downloaded or written, or is not what it should be.
     """
     with locked(path.parent, f".{path.name}.lock"), explained(path):
-        if path.exists():
-            _check_weights(path)
-        else:
-            if not is_safe(repository, repository):
-                raise UserError(f"{repository}: not a URL of https")
-            known = sum_in_commit(repository, commit, WEIGHTS_NAME, LONGEST_HEAD * patience.timeout)
+        if not path.exists():
+            check_safe(repository)
+            known, size = sum_in_commit(repository, commit, WEIGHTS_NAME, LONGEST_HEAD)
             url = f"{repository}/resolve/{commit}/{WEIGHTS_NAME}"
-            fetch(url, path, MAX_WEIGHTS_BYTES, known, patience=patience, check=_check_weights)
+            fetch(url, path, size, known)
+        load_imagenet_weights(MobileNetV1(layout="timm"), path)
         return checksum(path, "sha256")
-
-
-def _check_weights(path: Path) -> None:
-    load_imagenet_weights(MobileNetV1(layout="timm"), path)
 
 
 def _record(folder: Path, file: FigshareFile) -> Path:

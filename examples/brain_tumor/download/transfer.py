@@ -4,14 +4,11 @@ A file has its own name only then; until then it is called NAME.partial.
 """
 
 import hashlib
-import ipaddress
-import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
@@ -25,60 +22,41 @@ from tqdm import tqdm
 from ..errors import UserError, one_line
 from ..files import PARTIAL
 
-BLOCK_BYTES = 1 << 18
+TIMEOUT = 30.0  # seconds without a byte after which a connection is given up
+LONGEST_HEAD = 4 * TIMEOUT  # seconds for an answer to begin, of which each byte may come late
 SLOWEST = 1000  # bytes a second, on the average of a connection
-LONGEST_HEAD = 4  # times the timeout, which counts from byte to byte, for an answer to begin
+ATTEMPTS = 5  # connections in all
+PAUSE = 2.0  # seconds before the second one, doubled before each further one
+BLOCK_BYTES = 1 << 18
 USER_AGENT = "angular_losses-examples.brain_tumor"
 NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # the last for a malformed URL or number
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a download waits and how often it tries."""
-
-    timeout: float = 30.0  # seconds without a byte after which a connection is given up
-    attempts: int = 5  # connections in all
-    pause: float = 2.0  # seconds before the second one, doubled before each further one
-
-
-PATIENCE = Patience()
-
-
-def fetch(
-    url: str,
-    path: Path,
-    limit: int,
-    known: str,
-    room: int = 0,
-    patience: Patience = PATIENCE,
-    check: Callable[[Path], None] | None = None,
-) -> None:
+def fetch(url: str, path: Path, size: int, known: str, room: int = 0) -> None:
     """Download a file, going on with a part that is there already; do nothing if it is whole.
 
-    The URL is of https, or of http on this machine. `limit` is how many bytes the file has at most,
-    `known` its checksum, "md5:..." or "sha256:...", and `room` how many bytes are to be free on the
-    disk besides. `check` is called with the finished file before it gets its name.
+    The URL is of https. `size` is how many bytes the file has, `known` its checksum, "md5:..." or
+    "sha256:...", and `room` how many bytes are to be free on the disk besides.
 
     Raises:
         UserError: The server refuses or cannot be reached, or the file is not the one expected.
         OSError: The file cannot be written.
     """
     algorithm, _, expected = known.partition(":")
-    if path.is_file() and checksum(path, algorithm) == expected:
-        return
     partial = path.with_name(path.name + PARTIAL)
+
+    def is_whole(file: Path) -> bool:
+        return file.is_file() and checksum(file, algorithm) == expected
+
+    if is_whole(path):
+        return
     # What was stopped between its last byte and its name is whole, and no server would go on.
-    if not (partial.is_file() and checksum(partial, algorithm) == expected):
-        _receive(url, partial, limit, room, patience)
-    try:
+    if not is_whole(partial):
+        _receive(url, partial, size, room)
         found = checksum(partial, algorithm)
         if found != expected:
+            partial.unlink()  # going on with it would not make it right
             raise UserError(f"{url}: what came has {algorithm} {found}, expected {expected}")
-        if check is not None:
-            check(partial)
-    except UserError:
-        partial.unlink()  # going on with it would not make it right
-        raise
     partial.replace(path)
 
 
@@ -86,94 +64,90 @@ class _BrokenError(Exception):
     """A transfer failed in a way that another attempt may mend."""
 
 
-def _receive(url: str, partial: Path, limit: int, room: int, patience: Patience) -> None:
+def _receive(url: str, partial: Path, size: int, room: int) -> None:
     """Try to get the rest of a file until it is whole."""
     fault = None
-    for attempt in range(patience.attempts):
+    for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(patience.pause * 2 ** (attempt - 1))
+            time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            _transfer(url, partial, limit, room, patience.timeout)
+            _transfer(url, partial, size, room)
             return
         except _BrokenError as error:
             fault = error
     raise UserError(
-        f"{url}: {fault} (attempt {patience.attempts} of {patience.attempts}); "
+        f"{url}: {fault} (attempt {ATTEMPTS} of {ATTEMPTS}); "
         f"the same command goes on from the {_in_words(_size(partial))} that are here"
     )
 
 
-def _transfer(url: str, partial: Path, limit: int, room: int, timeout: float) -> None:
+def _transfer(url: str, partial: Path, size: int, room: int) -> None:
     """Get the rest of a file over one connection."""
-    with _open(url, partial, timeout) as response:
-        offset, total = _extent(response, partial)
-        if total is not None and total > limit:
-            raise UserError(f"{url}: {total} bytes are announced, expected at most {limit}")
-        _check_room(partial.parent, (limit if total is None else total) - offset + room)
-        offset = _append(response, partial, offset, total, limit, timeout)
-        if offset > limit:
-            partial.unlink()
-            raise UserError(f"{url}: sends more than the {limit} bytes expected")
-        if total is not None and offset < total:
-            raise _BrokenError(f"the connection was cut at {offset} of {total} bytes")
+    with _open(url, partial) as response:
+        offset = _offset(response, partial)
+        if response.length not in (None, size - offset):
+            total = offset + response.length
+            raise UserError(f"{url}: {total} bytes are announced, expected {size}")
+        needed, free = size - offset + room, shutil.disk_usage(partial.parent).free
+        if free < needed:
+            raise UserError(
+                f"{partial.parent}: {_in_words(needed)} are needed, {_in_words(free)} are free"
+            )
+        with (
+            partial.open("ab" if offset else "wb") as file,
+            tqdm(
+                desc=partial.name.removesuffix(PARTIAL),
+                total=size,
+                initial=offset,
+                unit="B",
+                unit_scale=True,
+                disable=None,  # unless on a terminal
+            ) as bar,
+        ):
+            for block in _blocks(response, size + 1 - offset):
+                file.write(block)
+                bar.update(len(block))
+    here = _size(partial)
+    if here > size:
+        partial.unlink()
+        raise UserError(f"{url}: sends more than the {size} bytes expected")
+    if here < size:
+        raise _BrokenError(f"the connection was cut at {here} of {size} bytes")
 
 
-def _append(
-    response: HTTPResponse,
-    partial: Path,
-    offset: int,
-    total: int | None,
-    limit: int,
-    timeout: float,
-) -> int:
-    """Write what comes behind the first `offset` bytes, and return how many there are then."""
-    end = limit + 1 if total is None else total
-    begun, started = offset, time.monotonic()
-    with (
-        partial.open("ab" if offset else "wb") as file,
-        tqdm(
-            desc=partial.name.removesuffix(PARTIAL),
-            total=total,
-            initial=offset,
-            unit="B",
-            unit_scale=True,
-            disable=None,  # unless on a terminal
-        ) as bar,
-    ):
-        while offset < end:
-            try:
-                block = response.read1(min(BLOCK_BYTES, end - offset))
-            except NETWORK_ERRORS as error:
-                raise _broken(error) from None
-            if not block:
-                break
-            file.write(block)
-            offset += len(block)
-            bar.update(len(block))
-            seconds = time.monotonic() - started
-            if seconds > timeout and offset - begun < SLOWEST * seconds:
-                raise _BrokenError(f"the server sends less than {SLOWEST} bytes a second")
-    return offset
+def _blocks(response: HTTPResponse, most: int) -> Iterator[bytes]:
+    """Yield what comes, at most so many bytes, unless it comes too slowly."""
+    came, started = 0, time.monotonic()
+    while came < most:
+        try:
+            block = response.read1(min(BLOCK_BYTES, most - came))
+        except NETWORK_ERRORS as error:
+            raise _broken(error) from None
+        if not block:
+            return
+        yield block
+        came += len(block)
+        seconds = time.monotonic() - started
+        if seconds > TIMEOUT and came < SLOWEST * seconds:
+            raise _BrokenError(f"the server sends less than {SLOWEST} bytes a second")
 
 
-def _open(url: str, partial: Path, timeout: float) -> HTTPResponse:
+def _open(url: str, partial: Path) -> HTTPResponse:
     """Ask for the rest of a file and return the answer, which is all of it or a part."""
     try:
-        if not is_safe(url, url):
-            raise UserError(f"{url}: not a URL of https")
+        check_safe(url)
         request = Request(url, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         if offset := _size(partial):  # parts of two versions would not have the sum
             request.add_header("Range", f"bytes={offset}-")
         opener = build_opener(_CarefulRedirects())
-        response = _in_time(lambda: opener.open(request, timeout=timeout), LONGEST_HEAD * timeout)
+        response = _in_time(lambda: opener.open(request, timeout=TIMEOUT), LONGEST_HEAD)
     except HTTPError as error:
-        error.close()
-        raise _refusal(url, error, partial) from None
+        response = error  # an answer too, but neither the file nor a redirect to it
     except NETWORK_ERRORS as error:
         raise _broken(error) from None
     if response.status not in (200, 206):
         response.close()
-        raise UserError(f"{url}: {_answer(response.status)}, expected the file")
+        raise _refusal(url, response, partial)
     return response
 
 
@@ -194,33 +168,33 @@ def _in_time(call: Callable[[], HTTPResponse], seconds: float) -> HTTPResponse:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
-def _refusal(url: str, error: HTTPError, partial: Path) -> Exception:
-    """Return what to raise for an answer that is neither the file nor a redirect to it."""
-    if 300 <= error.code < 400:
-        target = error.headers.get("Location", "")[:200]
+def _refusal(url: str, response: HTTPResponse | HTTPError, partial: Path) -> Exception:
+    """Return what to raise for an answer that is not the file."""
+    code = response.status
+    answer = f"the server answered {code} {responses.get(code, '')}".rstrip()
+    if 300 <= code < 400:
+        target = response.headers.get("Location", "")[:200]
         return UserError(f"{url}: a redirect to {target!r} is not followed: https, 10 at most")
-    if error.code == 416:  # there is nothing behind what we have, so it is not a part of the file
+    if code == 416:  # there is nothing behind what we have, so it is not a part of the file
         partial.unlink(missing_ok=True)
-    if error.code in (408, 416, 429) or error.code >= 500:
-        return _BrokenError(_answer(error.code))
-    return UserError(f"{url}: {_answer(error.code)}, expected the file")
+    if code in (408, 416, 429) or code >= 500:
+        return _BrokenError(answer)
+    return UserError(f"{url}: {answer}, expected the file")
 
 
-def _extent(response: HTTPResponse, partial: Path) -> tuple[int, int | None]:
-    """Return which byte an answer starts with and how many the whole file has, if it says so."""
+def _offset(response: HTTPResponse, partial: Path) -> int:
+    """Return which byte of the file an answer starts with: the first, or the one asked for."""
     if response.status == 200:
-        return 0, response.length
-    found = re.fullmatch(
-        r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", "")
-    )
-    if found is None or int(found[1]) != _size(partial):
+        return 0
+    offset = _size(partial)
+    if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
         partial.unlink(missing_ok=True)
         raise _BrokenError("the server sent another part than it was asked for")
-    return int(found[1]), int(found[2])
+    return offset
 
 
 class _CarefulRedirects(HTTPRedirectHandler):
-    """Follows redirects to safe URLs only."""
+    """Follows redirects to URLs of https only."""
 
     def http_error_302(
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message
@@ -235,22 +209,20 @@ class _CarefulRedirects(HTTPRedirectHandler):
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         """Return the request to follow with, or None."""
-        if not is_safe(newurl, req.full_url):
+        if not is_safe(newurl):
             return None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def is_safe(url: str, origin: str) -> bool:
-    """Tell whether a URL is https, or http on this machine as the one that led to it."""
-    return urlsplit(url).scheme == "https" or (_is_local(url) and _is_local(origin))
+def check_safe(url: str) -> None:
+    """Raise a UserError unless a URL is of https."""
+    if not is_safe(url):
+        raise UserError(f"{url}: not a URL of https")
 
 
-def _is_local(url: str) -> bool:
-    parts = urlsplit(url)
-    try:
-        return parts.scheme == "http" and ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:  # a name
-        return False
+def is_safe(url: str) -> bool:
+    """Return whether a URL is of https."""
+    return urlsplit(url).scheme == "https"
 
 
 def checksum(path: Path, algorithm: str) -> str:
@@ -262,22 +234,12 @@ def checksum(path: Path, algorithm: str) -> str:
     return digest.hexdigest()
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder}: {_in_words(needed)} are needed, {_in_words(free)} are free")
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
 def _in_words(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _answer(code: int) -> str:
-    return f"the server answered {code} {responses.get(code, '')}".rstrip()
 
 
 def _broken(error: Exception) -> _BrokenError:

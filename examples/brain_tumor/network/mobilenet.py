@@ -1,7 +1,6 @@
 """MobileNet v1 in TF-slim's or timm's layout, ImageNet weights, and the paper's output network."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..settings import NetworkSettings
 
-InputRange = Literal["imagenet", "unit"]
 Layout = Literal["slim", "timm"]  # whose weights fit: they differ in names, padding and epsilon
 
 # (output channels at width 1.0, stride) of the thirteen depthwise separable blocks.
@@ -23,7 +22,7 @@ BLOCKS = (
 )
 BATCH_NORM_EPSILON = {"slim": 1e-3, "timm": 1e-5}  # what the ImageNet weights were trained with
 
-FIRST_TENSOR: Mapping[Layout, str] = {"slim": "stem.conv.weight", "timm": "conv_stem.weight"}
+FIRST_TENSOR = {"slim": "stem.conv.weight", "timm": "conv_stem.weight"}
 TIMM_LAYERS = {
     ("stem", "conv"): "conv_stem",
     ("stem", "bn"): "bn1",
@@ -136,28 +135,19 @@ class MobileNetV1(nn.Module):
 
 
 class EmbeddingNetwork(nn.Module):
-    """The paper's network: MobileNet v1, global average pooling and the output network.
+    """The paper's network: MobileNet v1, global average pooling and the output network."""
 
-    The arguments are those of `NetworkSettings`.
-    """
-
-    def __init__(
-        self,
-        width: float = 1.0,
-        embedding_size: int = 256,
-        dropout: float = 0.2,
-        input_range: InputRange = "imagenet",
-        layout: Layout = "slim",
-    ) -> None:
+    def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
-        self.input_range = input_range
-        self.backbone = MobileNetV1(width, layout)
+        self.input_range = settings.input_range
+        self.backbone = MobileNetV1(settings.width, settings.layout)
+        size = settings.embedding_size
         self.output = nn.Sequential(
-            nn.Linear(self.backbone.out_channels, embedding_size),
+            nn.Linear(self.backbone.out_channels, size),
             nn.ReLU(),
-            nn.Dropout(dropout),
-            he_initialised(nn.Linear(embedding_size, embedding_size)),
-            nn.BatchNorm1d(embedding_size),
+            nn.Dropout(settings.dropout),
+            he_initialised(nn.Linear(size, size)),
+            nn.BatchNorm1d(size),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -207,8 +197,16 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
         source = timm_name(name) if layout == "timm" else name
         if source not in weights:
             raise UserError(f"{path}: no tensor named {source}; not MobileNet v1's weights")
-        check_tensor(path, source, weights[source], own.shape)
-        state[name] = weights[source]
+        found = weights[source]
+        if found.shape != own.shape:
+            raise UserError(
+                f"{path}: {source} has shape {list(found.shape)}, expected {list(own.shape)}"
+            )
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise UserError(
+                f"{path}: {source} holds values that are not finite floating-point numbers"
+            )
+        state[name] = found
     network.load_state_dict(state)
 
 
@@ -243,12 +241,3 @@ def timm_block(index: int) -> str:
     strides = [stride for _, stride in BLOCKS[: index + 1]]
     since = strides[::-1].index(2) if 2 in strides else index
     return f"blocks.{strides.count(2)}.{since}"
-
-
-def check_tensor(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raise a UserError unless a tensor has the shape and holds finite floating-point numbers."""
-    if tensor.shape != shape:
-        found, expected = list(tensor.shape), list(shape)
-        raise UserError(f"{path}: {name} has shape {found}, expected {expected}")
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise UserError(f"{path}: {name} holds values that are not finite floating-point numbers")

@@ -1,6 +1,5 @@
 """What is minimised: the paper's four losses, and others of the family beside them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,13 +77,13 @@ class TripletLoss(nn.Module):
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
-# name: the range of its margin, and what a user may expect it to be
-MARGINS = {
-    "sphereface": (1.0, 16.0, "a factor of the angle; the paper's is 5"),
-    "arcface": (0.0, 3.1, "an angle in radians; ArcFace's is 0.5"),
-    "subcenter-arcface": (0.0, 3.1, "an angle in radians; ArcFace's is 0.5"),
-    "cosface": (0.0, 2.0, "a difference of cosines; CosFace's is 0.35"),
-    "triplet": (0.0, 2.0, "a difference of squared distances; FaceNet's is 0.2"),
+# name: the loss, the range of its margin, and what a user may expect it to be
+MARGINS: dict[str, tuple[type[nn.Module], float, float, str]] = {
+    "sphereface": (SphereFaceLoss, 1.0, 16.0, "a factor of the angle; the paper's is 5"),
+    "arcface": (ArcFaceLoss, 0.0, 3.1, "an angle in radians; ArcFace's is 0.5"),
+    "subcenter-arcface": (SubCenterArcFaceLoss, 0.0, 3.1, "an angle in radians; ArcFace's is 0.5"),
+    "cosface": (CosFaceLoss, 0.0, 2.0, "a difference of cosines; CosFace's is 0.35"),
+    "triplet": (TripletLoss, 0.0, 2.0, "a difference of squared distances; FaceNet's is 0.2"),
 }
 
 
@@ -96,17 +95,6 @@ def make_loss(
     Raises:
         UserError: The margin does not suit the loss.
     """
-    if settings.loss in MARGINS:
-        least, most, meaning = MARGINS[settings.loss]
-        if not least <= settings.margin <= most:
-            raise UserError(
-                f"--margin {settings.margin}: the margin of --loss {settings.loss} is {meaning}; "
-                f"expected {least} to {most}"
-            )
-    if settings.loss == "triplet":
-        if settings.label_smoothing:
-            raise UserError("--label-smoothing: --loss triplet has no labels to smooth; expected 0")
-        return TripletLoss(settings.margin)
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "embedding_size": embedding_size,
@@ -116,25 +104,25 @@ def make_loss(
         return SoftmaxLoss(**options)
     if settings.loss == "modified-softmax":
         return NormalizedSoftmaxLoss(**options, scale=settings.scale)
-    losses: dict[str, Callable[..., nn.Module]] = {
-        "sphereface": SphereFaceLoss,
-        "cosface": CosFaceLoss,
-        "arcface": ArcFaceLoss,
-        "subcenter-arcface": SubCenterArcFaceLoss,
-    }
-    schedule = _annealing(settings) if settings.annealing else None
-    return losses[settings.loss](
-        **options, margin=settings.margin, scale=settings.scale, schedule=schedule
-    )
-
-
-def _annealing(settings: LossSettings) -> LambdaAnnealing:
-    return LambdaAnnealing(
-        base=settings.annealing_base,
-        gamma=settings.annealing_gamma,
-        power=settings.annealing_power,
-        minimum=settings.annealing_minimum,
-    )
+    loss, least, most, meaning = MARGINS[settings.loss]
+    if not least <= settings.margin <= most:
+        raise UserError(
+            f"--margin {settings.margin}: the margin of --loss {settings.loss} is {meaning}; "
+            f"expected {least} to {most}"
+        )
+    if loss is TripletLoss:
+        if settings.label_smoothing:
+            raise UserError("--label-smoothing: --loss triplet has no labels to smooth; expected 0")
+        return TripletLoss(settings.margin)
+    schedule = None
+    if settings.annealing:
+        schedule = LambdaAnnealing(
+            base=settings.annealing_base,
+            gamma=settings.annealing_gamma,
+            power=settings.annealing_power,
+            minimum=settings.annealing_minimum,
+        )
+    return loss(**options, margin=settings.margin, scale=settings.scale, schedule=schedule)
 
 
 def class_centres(

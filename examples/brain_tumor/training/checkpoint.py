@@ -21,9 +21,7 @@ from .run_folder import CHECKPOINT
 
 def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
     """Return the network, untrained."""
-    options = dataclasses.asdict(settings)
-    del options["weights"]
-    return EmbeddingNetwork(**options)
+    return EmbeddingNetwork(settings)
 
 
 @dataclasses.dataclass

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from ..data.crop import BRIGHT, THRESHOLD, cut, find_box
+from ..data.crop import above_background, find_box, largest_region
 from ..data.folders import find_slices
 from ..data.matlab import read_slice
 from ..data.phantoms import make_phantoms
 from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
-from ..evaluation.evaluate import EMBEDDING_BATCH, embed
+from ..evaluation.evaluate import EMBEDDING_BATCH
 from ..files import as_csv, write_json, write_text
 from ..training.run_folder import POINTING, STRANGE
 from .gradcam import measure_overlap
@@ -93,7 +94,7 @@ def strange_pictures(reference: Reference) -> Iterator[tuple[str, Tensor]]:
     slices, size = reference.slices, reference.slices.images.shape[-1]
 
     def prepared(pictures: list[np.ndarray]) -> Tensor:
-        parts = [resize(cut(one, find_box(one, reference.crop)), size) for one in pictures]
+        parts = [resize(one[find_box(one, reference.crop)], size) for one in pictures]
         return torch.from_numpy(np.stack(parts))[:, None].to(slices.images)
 
     yield "noise", prepared([random.random((SIDE, SIDE)) for _ in range(MADE)])
@@ -129,33 +130,21 @@ def point(reference: Reference, data: Path) -> str:
         number = reference.slices.numbers[index]
         found = read_slice(paths[number])
         pixels = reference.slices.images[[index]]
-        cosines = (_embeddings(reference, pixels) @ reference.embeddings.T)[0]
-        box = find_box(found.image, reference.crop)
-        heat = explain(reference, pixels, cosines, box, found.image.shape)
+        cosines = (reference.embed(pixels) @ reference.embeddings.T)[0]
+        heat = explain(reference, found.image, pixels, cosines)
         overlap = measure_overlap(heat, found.mask)
+        head = largest_region(above_background(found.image))
         rows.append(
             [
                 number,
                 CLASS_NAMES[found.label],
                 CLASS_NAMES[reference.labels[cosines.argmax()]],
                 int(found.mask.sum()),
-                int(_head(found.image).sum()),
+                int(ndimage.binary_fill_holes(head).sum()),
                 "" if overlap is None else int(overlap.hottest_inside),
             ]
         )
     return as_csv(rows)
-
-
-def _head(image: np.ndarray) -> np.ndarray:
-    """Return the mask (h, w) of the head in a slice."""
-    least = float(image.min())
-    bright = image > least + THRESHOLD * (np.quantile(image, BRIGHT) - least)
-    regions, _ = ndimage.label(bright)
-    return ndimage.binary_fill_holes(regions == np.bincount(regions.ravel())[1:].argmax() + 1)
-
-
-def _embeddings(reference: Reference, images: Tensor) -> Tensor:
-    return embed(reference.network, images, reference.precision, reference.views)
 
 
 def _answers(reference: Reference, images: Tensor) -> list[np.ndarray]:
@@ -197,10 +186,8 @@ def _text(random: np.random.Generator, dark: bool) -> np.ndarray:
 def _shuffled(image: Tensor, random: np.random.Generator) -> Tensor:
     """Return a picture (1, size, size) with its patches in another order."""
     side = image.shape[-1] // PATCHES
-    parts = image[:, : side * PATCHES, : side * PATCHES]
-    parts = parts.unfold(1, side, side).unfold(2, side, side).reshape(-1, side, side)
-    parts = parts[torch.from_numpy(random.permutation(len(parts)))]
-    rows = [torch.cat(list(row), dim=1) for row in parts.split(PATCHES)]
-    whole = image.clone()
-    whole[0, : side * PATCHES, : side * PATCHES] = torch.cat(rows)
-    return whole
+    shuffled, height = image.clone(), side * PATCHES
+    patches = F.unfold(image[None, :, :height, :height], side, stride=side)
+    patches = patches[..., torch.from_numpy(random.permutation(PATCHES**2))]
+    shuffled[:, :height, :height] = F.fold(patches, height, side, stride=side)[0]
+    return shuffled

@@ -16,7 +16,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ from torch import Tensor, nn
 
 from ..data.slices import SliceSet
 from ..errors import UserError
-from ..evaluation.evaluate import (
-    EMBEDDING_BATCH,
-    class_scores,
-    embed,
-    nearest_neighbour,
-    normalised,
-    probabilities,
-)
+from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, normalised, probabilities
 from ..files import locked, read_json, replacing
-from ..training.run_folder import SETTINGS, SPLIT, read_split
+from ..training.run_folder import SETTINGS, SPLIT
 from .prediction import NOTICE, Reference, check_finite, read_reference
 
 TORCH_FILE = "model.pt2"
@@ -86,21 +78,19 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     """
     _require_packages()
     reference = read_reference(run, slices)
-    test = read_split(run, slices).test
-    of_run = _answers(
-        reference,
-        embed(reference.network, slices.images[test], reference.precision, reference.views),
-    )
+    images, truth = slices.images[reference.test], slices.labels[reference.test]
+    of_run = reference.answers(reference.embed(images))
     description = _describe(run, reference)
     reference = _in_float32(run, reference)
-    checks = [(part, _expected(reference, part)) for part in _batches(slices.images[test])]
-    of_model = _answers(reference, torch.cat([embedding for _, (embedding, _) in checks]))
-    truth = slices.labels[test]
+    embeddings = _embed(reference, images)
+    of_model = reference.answers(embeddings)
     description["held_out"] = {
         "slices": len(truth),
         "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
         "answered_otherwise": int((of_model != of_run).sum()),
     }
+    scores = class_scores(reference.embeddings, reference.labels, embeddings, len(slices.classes))
+    expected = embeddings, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
@@ -109,7 +99,7 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
         }
         answerers = {TORCH_FILE: _run_torch, ONNX_FILE: _run_onnx}
         description["largest_difference"] = {
-            name: _largest_difference(name, answerers[name](content), checks)
+            name: _largest_difference(name, answerers[name](content), images, expected)
             for name, content in files.items()
         }
     description["sha256"] = {
@@ -137,9 +127,9 @@ def _require_packages() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
+            needed = " ".join(ONNX_PACKAGES)
             raise UserError(
-                f"{name}: cannot be imported, but export needs it: "
-                f"pip install {' '.join(ONNX_PACKAGES)}"
+                f"{name}: cannot be imported, but export needs it: pip install {needed}"
             ) from error
 
 
@@ -185,21 +175,17 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
 
 def _in_float32(run: Path, reference: Reference) -> Reference:
     """Return the reference with the training slices embedded as the exported model embeds."""
-    network = reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
-    images = reference.slices.images[reference.train]
-    with torch.no_grad():
-        parts = [normalised(network, part, reference.views) for part in _batches(images)]
-    embeddings = torch.cat(parts)
+    reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
+    embeddings = _embed(reference, reference.slices.images[reference.train])
     check_finite(run, embeddings)
-    return dataclasses.replace(
-        reference, network=network, precision=torch.float32, embeddings=embeddings
-    )
+    return dataclasses.replace(reference, precision=torch.float32, embeddings=embeddings)
 
 
-def _answers(reference: Reference, embeddings: Tensor) -> Tensor:
-    """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
-    nearest, _ = nearest_neighbour(reference.embeddings, embeddings)
-    return reference.labels[nearest]
+def _embed(reference: Reference, images: Tensor) -> Tensor:
+    """Return the embeddings (n, d) of images in float32."""
+    with torch.no_grad():
+        parts = [normalised(reference.network, part, reference.views) for part in _batches(images)]
+    return torch.cat(parts)
 
 
 @contextmanager
@@ -255,40 +241,28 @@ def _run_onnx(content: bytes) -> Answerer:
 
 def _batches(images: Tensor) -> list[Tensor]:
     """Return the images in float32: one alone, then the others in batches."""
-    bounds = pairwise([0, *range(1, len(images), EMBEDDING_BATCH), len(images)])
-    return [images[start:stop].float() for start, stop in bounds]
-
-
-def _expected(reference: Reference, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return embeddings and probabilities the way that evaluation finds them."""
-    with torch.no_grad():
-        embedding = normalised(reference.network, images, reference.views)
-    scores = class_scores(
-        reference.embeddings, reference.labels, embedding, len(reference.slices.classes)
-    )
-    return embedding, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
+    parts = [images[:1], *images[1:].split(EMBEDDING_BATCH)]
+    return [part.float() for part in parts if len(part)]
 
 
 def _largest_difference(
-    name: str, answer: Answerer, checks: list[tuple[Tensor, tuple[Tensor, Tensor]]]
+    name: str, answer: Answerer, images: Tensor, expected: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
     """Return the largest difference of each output from what is expected of the images.
 
     Raises:
         UserError: It exceeds the tolerance.
     """
-    largest = dict.fromkeys(OUTPUTS, 0.0)
-    for images, expected in checks:
-        with torch.no_grad():
-            found = answer(images)
-        for output, own, other in zip(OUTPUTS, expected, found, strict=True):
-            difference = (own - other).abs().max().item()
-            if not difference <= TOLERANCE:  # false for NaN too
-                raise UserError(
-                    f"{name}: its {output} differs from the network's by {difference:.2g}, "
-                    f"expected at most {TOLERANCE:g}; nothing was written"
-                )
-            largest[output] = max(largest[output], difference)
+    with torch.no_grad():
+        answers = [answer(part) for part in _batches(images)]
+    largest = {}
+    for output, own, *parts in zip(OUTPUTS, expected, *answers, strict=True):
+        largest[output] = (own - torch.cat(parts)).abs().max().item()
+        if not largest[output] <= TOLERANCE:  # false for NaN too
+            raise UserError(
+                f"{name}: its {output} differs from the network's by {largest[output]:.2g}, "
+                f"expected at most {TOLERANCE:g}; nothing was written"
+            )
     return largest
 
 

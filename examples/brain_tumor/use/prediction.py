@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.crop import Box, cut, find_box, put_back
+from ..data.crop import find_box
 from ..data.folders import FOLDS_NAME, tell_left_out, visible_files
 from ..data.matlab import read_unlabelled
 from ..data.pictures import PICTURES, read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calibration
-from ..evaluation.evaluate import class_scores, embed, probabilities
-from ..files import check_sum, locked, printable, read_json, write_json
+from ..evaluation.evaluate import class_scores, embed, nearest_neighbour, probabilities
+from ..files import locked, printable, read_array, read_json, write_json
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures import plot_prediction
 from ..settings import read_settings
@@ -53,6 +53,14 @@ class Reference:
     test: Tensor  # those of the test slices
     embeddings: Tensor  # (k, d) theirs, L2-normalised
     labels: Tensor  # (k,) theirs
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return embeddings (n, d) of images (n, 1, size, size) as the run itself makes them."""
+        return embed(self.network, images, self.precision, self.views)
+
+    def answers(self, embeddings: Tensor) -> Tensor:
+        """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
+        return self.labels[nearest_neighbour(self.embeddings, embeddings)[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,15 +220,13 @@ def _stored_embeddings(
 ) -> Tensor | None:
     """Return what evaluation kept of the training slices, or None if absent, damaged or older."""
     try:
-        check_sum(run / run_folder.EMBEDDINGS)
-        # Mapped, because a header may promise more than the file holds.
-        stored = np.load(run / run_folder.EMBEDDINGS, mmap_mode="r", allow_pickle=False)
-        sound = stored.shape == shape and stored.dtype == np.float32
-        if not sound or read_json(run / run_folder.METRICS)["epoch"] != epoch:
-            return None
-        embeddings = torch.from_numpy(np.array(stored))[train]
+        stored = read_array(run / run_folder.EMBEDDINGS)
+        fits = read_json(run / run_folder.METRICS)["epoch"] == epoch
     except Exception:  # it only saves time, and damage shows in a dozen ways
         return None
+    if not (fits and stored.shape == shape and stored.dtype == np.float32):
+        return None
+    embeddings = torch.from_numpy(stored)[train]
     return embeddings if ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all() else None
 
 
@@ -243,9 +249,9 @@ def _stored_calibration(run: Path, epoch: int, network: EmbeddingNetwork) -> Cal
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
     image, mask, truth = _read_file(file)
     images = reference.slices.images
-    box = find_box(image, reference.crop)
-    pixels = torch.from_numpy(resize(cut(image, box), images.shape[-1])).to(images)[None, None]
-    embedding = embed(reference.network, pixels, reference.precision, reference.views)
+    part = image[find_box(image, reference.crop)]
+    pixels = torch.from_numpy(resize(part, images.shape[-1])).to(images)[None, None]
+    embedding = reference.embed(pixels)
     check_finite(file, embedding)
     cosines = (embedding @ reference.embeddings.T)[0]
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
@@ -258,7 +264,7 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
         features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
         unknown = bool(calibration.unlike(features.numpy())[0])
-    heat = explain(reference, pixels, cosines, box, image.shape)
+    heat = explain(reference, image, pixels, cosines)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
         file=str(file),
@@ -269,7 +275,14 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         unknown=unknown,
         truth=truth,
         itself=_find_itself(reference, pixels),
-        neighbours=[_neighbour(reference, row, cosines[row].item()) for row in nearest.tolist()],
+        neighbours=[
+            Neighbour(
+                reference.slices.numbers[reference.train[row]],
+                classes[reference.labels[row]],
+                cosines[row].item(),
+            )
+            for row in nearest.tolist()
+        ],
         empty_map=not heat.any(),
         overlap=None if mask is None else measure_overlap(heat, mask),
         picture=picture.name,
@@ -289,14 +302,16 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray | None, str | None]:
     return image, mask, None if label is None else CLASS_NAMES[label]
 
 
-def explain(
-    reference: Reference, pixels: Tensor, cosines: Tensor, box: Box, shape: tuple[int, int]
-) -> np.ndarray:
-    """Return the Grad-CAM of an answer as a map of the slice's `shape`, 0 outside its box."""
+def explain(reference: Reference, image: np.ndarray, pixels: Tensor, cosines: Tensor) -> np.ndarray:
+    """Return the Grad-CAM (h, w) of the answer for a slice (h, w), 0 where it was cut off.
+
+    The network was given `pixels`, and the slice's cosines to the training slices are (k,).
+    """
     direction = contrast(reference, cosines, cosines.argmax())
-    part = (box.height, box.width)
-    heat = grad_cam(reference.network, pixels.float(), direction, part, reference.views)
-    return put_back(heat, box, shape)
+    heat = np.zeros(image.shape)
+    part = heat[find_box(image, reference.crop)]
+    part[:] = grad_cam(reference.network, pixels.float(), direction, part.shape, reference.views)
+    return heat
 
 
 def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
@@ -310,11 +325,6 @@ def contrast(reference: Reference, cosines: Tensor, nearest: Tensor) -> Tensor:
         return reference.embeddings[nearest]
     rival = cosines.masked_fill(~others, -torch.inf).argmax()
     return reference.embeddings[nearest] - reference.embeddings[rival]
-
-
-def _neighbour(reference: Reference, row: int, cosine: float) -> Neighbour:
-    number = reference.slices.numbers[reference.train[row]]
-    return Neighbour(number, reference.slices.classes[reference.labels[row]], cosine)
 
 
 def _find_itself(reference: Reference, pixels: Tensor) -> int | None:

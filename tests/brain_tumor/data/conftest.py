@@ -8,9 +8,9 @@ from examples.brain_tumor.data.reader import READER
 SERVE = """
 import os, sys
 sys.path[:] = sys.argv[1:]
-from examples.brain_tumor.data import serving
+from examples.brain_tumor.data import reader
 {change}
-serving.serve()
+reader.serve()
 """
 
 

@@ -335,7 +335,7 @@ def test_damaged_dicom_is_refused_or_read(tmp_path):
 
 def test_dicom_that_takes_too_long_is_refused(tmp_path, serving):
     whole = dicom(GREY, syntax="1.2.840.10008.1.2")
-    serving("import pydicom.pixels; serving.PATIENCE = 0.5")
+    serving("import pydicom.pixels; reader.PATIENCE = 0.5")
     element = struct.pack("<HHI", 0x7FE1, 0x1000, 0)  # without content
     (tmp_path / "hostile").write_bytes(whole + 2_000_000 * element)
     np.testing.assert_array_equal(read(tmp_path, whole), GREY)

@@ -276,9 +276,9 @@ def test_links_out_of_the_file_are_not_followed(tmp_path):
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits and processes")
 ROOT = Path(__file__).parents[3]
 MEET = """
-serving.PATIENCE, read = 0.5, serving.READERS["hdf5"]
+reader.PATIENCE, read = 0.5, reader.READERS["hdf5"]
 def meet(path, *rest): return {fault} if "hostile" in path else read(path, *rest)
-serving.READERS = dict(hdf5=meet, dicom=meet)
+reader.READERS = dict(hdf5=meet, dicom=meet)
 """
 
 
@@ -325,9 +325,9 @@ def test_a_heap_that_leads_in_circles_is_refused(tmp_path, faulty):
 @linux
 def test_memory_is_limited(tmp_path, faulty):
     path = write_mat(tmp_path / "hostile.mat", fields())
-    faulty("dict(a=serving.np.zeros(1 << 28, 'u1'))")
+    faulty("dict(a=reader.np.zeros(1 << 28, 'u1'))")
     assert READER.read(path, "hdf5", "", {})["a"].nbytes == 1 << 28
-    faulty("dict(a=serving.np.zeros(1 << 30, 'u1'))")
+    faulty("dict(a=reader.np.zeros(1 << 30, 'u1'))")
     with pytest.raises(UserError, match=r"hostile\.mat: damaged"):
         READER.read(path, "hdf5", "", {})
 
@@ -387,9 +387,7 @@ def test_a_script_without_a_guard_elsewhere_reads(tmp_path):
 
 
 def test_the_process_that_reads_needs_no_torch():
-    code = (
-        "from examples.brain_tumor.data import serving; import sys; print('torch' in sys.modules)"
-    )
+    code = "from examples.brain_tumor.data import reader; import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

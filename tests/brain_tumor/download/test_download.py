@@ -28,14 +28,20 @@ from examples.brain_tumor.download.sources import (
     download_slices,
     download_weights,
 )
-from examples.brain_tumor.download.transfer import Patience, fetch
+from examples.brain_tumor.download.transfer import fetch
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import locked
 from examples.brain_tumor.network.mobilenet import MobileNetV1, timm_name
 
 CONTENT = random.Random(0).randbytes(1_000_000)
 CUT = 300_000
-HASTE = Patience(timeout=60, attempts=2, pause=0)
+HASTE = {"TIMEOUT": 60, "LONGEST_HEAD": 240, "ATTEMPTS": 2, "PAUSE": 0}
+
+
+@pytest.fixture(autouse=True)
+def haste(monkeypatch):
+    for name, value in HASTE.items():
+        monkeypatch.setattr(transfer, name, value)
 
 
 def md5_of(content):
@@ -85,7 +91,7 @@ class Line(socket.socket):
     def recv_into(self, *arguments):
         while not select.select([self], [], [], 0.01)[0]:
             if self.is_silent.is_set():
-                assert self.gettimeout() == HASTE.timeout
+                assert self.gettimeout() == HASTE["TIMEOUT"]
                 raise TimeoutError("timed out")
         return super().recv_into(*arguments)
 
@@ -101,6 +107,11 @@ class Server(ThreadingHTTPServer):
         return [request.headers["Range"] for request in self.requests]
 
 
+def trust(server, monkeypatch):
+    """Let this server, which has no https, be as good as one that has."""
+    monkeypatch.setattr(transfer, "is_safe", lambda url: url.startswith(("https:", server.url)))
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
@@ -113,6 +124,7 @@ def server(monkeypatch):
             return server.lines[-1]
 
         monkeypatch.setattr(socket, "create_connection", follow)
+        trust(server, monkeypatch)
         server.hung_up, server.over = threading.Event(), threading.Event()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -197,7 +209,7 @@ def get(server, path, *answers, content=CONTENT, **arguments):
     """Fetch a file of which the md5 sum is known from a server with these answers."""
     server.answers[:] = answers
     known = f"md5:{md5_of(content)}"
-    arguments = {"limit": len(CONTENT), "known": known, "patience": HASTE, **arguments}
+    arguments = {"size": len(CONTENT), "known": known, **arguments}
     fetch(f"{server.url}/file", path, **arguments)
 
 
@@ -265,7 +277,7 @@ def test_a_lasting_fault_says_how_to_go_on_and_keeps_what_came(server, tmp_path,
     message = refused(get, server, tmp_path / "file", answer)
     assert message.startswith(f"{server.url}/file: ")
     assert "the same command goes on" in message
-    assert len(server.requests) == HASTE.attempts
+    assert len(server.requests) == HASTE["ATTEMPTS"]
     assert not (tmp_path / "file").exists()
     here = (tmp_path / "file.partial").stat().st_size if "partial" in str(names(tmp_path)) else 0
     assert f"{here / 1e6:.1f} MB" in message
@@ -322,7 +334,9 @@ def test_an_interrupted_download_keeps_what_came(server, tmp_path, monkeypatch):
 def test_attempts_are_spaced_ever_wider(server, tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(transfer.time, "sleep", pauses.append)
-    refused(get, server, tmp_path / "file", status(503), patience=Patience(1, 4, 2.0))
+    monkeypatch.setattr(transfer, "ATTEMPTS", 4)
+    monkeypatch.setattr(transfer, "PAUSE", 2.0)
+    refused(get, server, tmp_path / "file", status(503))
     assert pauses == [2, 4, 8]
 
 
@@ -330,7 +344,8 @@ def test_an_unreachable_server(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     with Server(("127.0.0.1", 0), Handler) as closed:
         url = closed.url
-    message = refused(fetch, f"{url}/file", tmp_path / "file", 10, "md5:", patience=HASTE)
+    trust(closed, monkeypatch)
+    message = refused(fetch, f"{url}/file", tmp_path / "file", 10, "md5:")
     assert "Connection refused" in message
 
 
@@ -393,7 +408,7 @@ def test_https_is_not_left(target):
     assert followed.full_url == "https://a.b/"
 
 
-@pytest.mark.parametrize("url", ["http://192.0.2.1/a", "file:///etc/passwd", "ftp://127.0.0.1/a"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1/a", "file:///etc/passwd", "ftp://127.0.0.1/a"])
 def test_only_https_is_asked(tmp_path, url):
     assert "not a URL of https" in refused(fetch, url, tmp_path / "file", 10, "md5:")
 
@@ -406,13 +421,13 @@ def test_a_wrong_sum_names_both_and_leaves_nothing(server, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_a_length_too_large_is_a_cut_and_one_too_small_a_wrong_sum(server, tmp_path):
+def test_a_length_too_large_is_a_cut_and_one_too_small_is_refused(server, tmp_path):
     short = whole(CONTENT[:-1], length=len(CONTENT))
     message = refused(get, server, tmp_path / "file", short, status(503))
     assert "answered 503" in message
     assert (tmp_path / "file.partial").read_bytes() == CONTENT[:-1]
     message = refused(get, server, tmp_path / "new", whole(length=len(CONTENT) - 1))
-    assert f"md5 {md5_of(CONTENT[:-1])}, expected" in message
+    assert f"{len(CONTENT) - 1} bytes are announced, expected {len(CONTENT)}" in message
     assert not (tmp_path / "new.partial").exists()
 
 
@@ -469,7 +484,7 @@ def serve_parts(request):
 def get_slices(server, folder, answer=serve_parts):
     server.answers[:] = [answer]
     server.requests.clear()
-    download_slices(folder, f"{server.url}/files", PART_FILES, HASTE)
+    download_slices(folder, f"{server.url}/files", PART_FILES)
     return [request.path for request in server.requests]
 
 
@@ -530,7 +545,7 @@ def test_a_full_disk_is_one_line(server, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device", "/disk/a.partial")
 
-    monkeypatch.setattr(transfer, "_append", full)
+    monkeypatch.setattr(transfer, "_blocks", full)
     message = refused(get_slices, server, tmp_path)
     assert message == f"{tmp_path}: cannot be written: No space left on device"
 
@@ -737,7 +752,7 @@ class Hub:
             request.wfile.write(content)
 
     def download(self, path):
-        return download_weights(path, self.url, self.commit, HASTE)
+        return download_weights(path, self.url, self.commit)
 
 
 @pytest.fixture(scope="module")
@@ -799,11 +814,11 @@ def test_a_commit_without_a_pointer_is_refused(server, tmp_path, pointer, fault)
 def test_weights_of_a_repository_that_is_not_there_are_refused(server, tmp_path, monkeypatch):
     path = tmp_path / "weights"
     server.answers[:] = [status(404)]
-    assert "git failed: " in refused(download_weights, path, server.url, "0" * 40, HASTE)
+    assert "git failed: " in refused(download_weights, path, server.url, "0" * 40)
     for url in (f"file://{tmp_path}", "ext::true", "http://192.0.2.1/a"):
-        assert "not a URL of https" in refused(download_weights, path, url, "0" * 40, HASTE)
+        assert "not a URL of https" in refused(download_weights, path, url, "0" * 40)
     monkeypatch.setenv("PATH", "")
-    assert "git: not found" in refused(download_weights, path, server.url, "0" * 40, HASTE)
+    assert "git: not found" in refused(download_weights, path, server.url, "0" * 40)
     assert names(tmp_path) == []
 
 
@@ -820,8 +835,8 @@ def test_weights_of_another_network_are_refused(server, tmp_path, weights):
         )
     ):
         hub = Hub(server, tmp_path / str(number), content)
-        assert fault in refused(hub.download, tmp_path / "new" / "weights")
-        assert not (tmp_path / "new").exists()
+        for _ in range(2):
+            assert fault in refused(hub.download, tmp_path / f"{number}.safetensors")
 
 
 def test_a_file_that_is_not_timms_weights_is_left_alone(server, tmp_path):
@@ -878,7 +893,7 @@ def test_a_head_that_comes_byte_by_byte_is_given_up(server, tmp_path, monkeypatc
 
     monkeypatch.setattr(transfer, "Future", Impatient)
     message = refused(get, server, tmp_path / "file", slow)
-    assert f"no answer within {4 * HASTE.timeout} s" in message
+    assert "no answer within 240 s" in message
 
 
 def test_two_downloads_to_one_folder_do_not_meet(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.brain_tumor.data.serving import limit_address_space
+from examples.brain_tumor.data.reader import limit_address_space
 from examples.brain_tumor.download.archives import MAX_MEMBER_BYTES, unpack
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.training.checkpoint import read_checkpoint

@@ -17,8 +17,7 @@ except ImportError:  # on Windows
 import numpy as np
 
 from examples.brain_tumor.data.matlab import Slice, read_slice
-from examples.brain_tumor.data.reader import READER
-from examples.brain_tumor.data.serving import limit_address_space
+from examples.brain_tumor.data.reader import READER, limit_address_space
 from examples.brain_tumor.errors import UserError
 
 MEMORY = 1 << 30  # bytes that reading one file may take

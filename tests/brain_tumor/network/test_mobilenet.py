@@ -271,7 +271,7 @@ def test_another_width_is_refused(weights_file):
 
 
 def test_embedding_network_follows_the_paper():
-    network = EmbeddingNetwork(width=0.25, embedding_size=32, dropout=0.3)
+    network = EmbeddingNetwork(NetworkSettings(width=0.25, embedding_size=32, dropout=0.3))
     images = torch.rand(4, 1, 32, 32)
     dense, activation, dropout, final, normalisation = network.output
     assert (dense.in_features, dense.out_features) == (256, 32)
@@ -287,7 +287,7 @@ def test_embedding_network_follows_the_paper():
 
 
 def test_final_layer_is_he_initialised():
-    final = EmbeddingNetwork(width=0.25, embedding_size=256).output[3]
+    final = EmbeddingNetwork(NetworkSettings(width=0.25)).output[3]
     assert final.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.03)
     assert (final.bias == 0).all()
 
@@ -295,7 +295,8 @@ def test_final_layer_is_he_initialised():
 def test_input_range_is_what_it_says():
     seen = []
     for input_range in ("imagenet", "unit"):
-        network = EmbeddingNetwork(0.25, 8, input_range=input_range).eval()
+        settings = NetworkSettings(width=0.25, embedding_size=8, input_range=input_range)
+        network = EmbeddingNetwork(settings).eval()
         network.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         network(torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 32, 32))
     imagenet, unit = seen
@@ -308,12 +309,12 @@ def test_the_layout_is_a_setting():
     for layout in ("slim", "timm"):
         network = make_network(NetworkSettings(width=0.25, embedding_size=8, layout=layout))
         assert network.backbone.layout == layout
-    assert NetworkSettings().layout == EmbeddingNetwork(0.25, 8).backbone.layout == "slim"
+    assert NetworkSettings().layout == "slim"
 
 
 @pytest.mark.parametrize("layout", ["slim", "timm"])
 def test_every_parameter_learns(layout):
-    network = EmbeddingNetwork(width=0.25, embedding_size=8, layout=layout)
+    network = EmbeddingNetwork(NetworkSettings(width=0.25, embedding_size=8, layout=layout))
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = network(torch.rand(4, 1, 64, 64))
     (embeddings.float() ** 3).sum().backward()

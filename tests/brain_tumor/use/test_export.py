@@ -21,6 +21,7 @@ from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.use import export as export_module
+from examples.brain_tumor.use import prediction
 from examples.brain_tumor.use.export import Classifier, describe_export, export
 from examples.brain_tumor.use.prediction import NOTICE, read_reference
 
@@ -156,14 +157,14 @@ def test_a_model_that_answers_otherwise_is_not_written(
 
 
 def test_the_largest_difference_is_that_of_all_batches():
-    errors = {1: (1e-5, 2e-5), 2: (8e-5, 1e-5), 3: (3e-5, 7e-5)}  # by the batch's size
-    checks = [(torch.zeros(n, 1, 2, 2), (torch.zeros(n, 4), torch.zeros(n, 3))) for n in errors]
+    errors = {1: (1e-5, 2e-5), 32: (8e-5, 1e-5), 3: (3e-5, 7e-5)}  # by the batch's size
+    images, expected = torch.zeros(36, 1, 2, 2), (torch.zeros(36, 4), torch.zeros(36, 3))
 
     def answer(images):
         first, second = errors[len(images)]
         return torch.full((len(images), 4), -first), torch.full((len(images), 3), second)
 
-    largest = export_module._largest_difference("model.onnx", answer, checks)
+    largest = export_module._largest_difference("model.onnx", answer, images, expected)
     assert largest == pytest.approx({"embedding": 8e-5, "probabilities": 7e-5})
 
 
@@ -234,7 +235,7 @@ def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, t
         asked.append(precision)
         return embed(network, images, precision, views)
 
-    monkeypatch.setattr(export_module, "embed", spy)
+    monkeypatch.setattr(prediction, "embed", spy)
     described = export(half_run, blobs, tmp_path / "out")
     assert asked == [torch.bfloat16]
     assert described["precision"] == {"model": "float32", "run": "bfloat16"}

@@ -24,7 +24,7 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate
 from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
 from examples.brain_tumor.report.figures import plot_prediction
-from examples.brain_tumor.settings import override_settings
+from examples.brain_tumor.settings import NetworkSettings, override_settings
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.use import prediction as prediction_module
 from examples.brain_tumor.use.gradcam import Overlap, grad_cam, measure_overlap
@@ -458,7 +458,7 @@ def test_an_answer_without_a_rival_is_its_own_contrast(run, scaled):
 
 def small_network():
     torch.manual_seed(0)
-    network = EmbeddingNetwork(0.1, 6).double().eval()
+    network = EmbeddingNetwork(NetworkSettings(width=0.1, embedding_size=6)).double().eval()
     for module in network.modules():
         if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             module.running_mean.normal_(0, 0.1)
@@ -513,7 +513,8 @@ class Mosaic(torch.nn.Module):
 
 
 def test_grad_cam_finds_the_cell_that_speaks_for_the_direction():
-    network = EmbeddingNetwork(0.1, 6, input_range="unit").eval()
+    settings = NetworkSettings(width=0.1, embedding_size=6, input_range="unit")
+    network = EmbeddingNetwork(settings).eval()
     network.backbone, network.output = Mosaic(), torch.nn.Linear(2, 2)
     torch.nn.init.eye_(network.output.weight)
     torch.nn.init.zeros_(network.output.bias)
