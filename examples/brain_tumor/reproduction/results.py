@@ -9,15 +9,25 @@ from typing import Any
 import numpy as np
 
 from ..data.slices import CLASS_NAMES
+from ..evaluation.classifiers import nearest_rows
 from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics
 from ..files import read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
-from ..training.run_folder import EMBEDDINGS, EPOCHS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS
+from ..training.run_folder import (
+    EMBEDDINGS,
+    EPOCHS,
+    NEIGHBOURS,
+    PREDICTIONS,
+    SETTINGS,
+    SPLIT,
+    VIEW_PREDICTIONS,
+)
 from .plan import PROPOSED, Budget, Run, plan_runs
 from .running import REPRODUCTION, RUNS, SLICES, is_finished
 
 FIGURES = "figures"
+SHOWN_NEIGHBOURS = 5  # of a wrong slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,26 @@ class Result:
     def has_embeddings(self) -> bool:
         """Whether its embeddings are there: of a run that was merged they may be left out."""
         return (self.folder / EMBEDDINGS).is_file()
+
+    def neighbours(self, slices: "SliceTable") -> dict[int, list[int]]:
+        """Return the nearest training slices of each wrong slice by number, the nearest first.
+
+        There are five, but one of a merged run that was collected without them.
+        """
+        path, wrong = self.folder / NEIGHBOURS, ~self.predictions.right
+        if path.is_file():
+            found: dict[int, list[int]] = {}
+            with readable(path, "a table of neighbours"):
+                for row in read_table(path):
+                    found.setdefault(int(row["slice"]), []).append(int(row["training_slice"]))
+            return found
+        nearest = self.predictions.nearest[wrong, None]
+        if self.has_embeddings:
+            embeddings = self.embeddings()
+            train, test = slices.sides(self.folder / SPLIT)
+            rows = nearest_rows(embeddings[train], embeddings[test[wrong]], SHOWN_NEIGHBOURS)
+            nearest = slices.numbers[train[rows]]
+        return dict(zip(self.predictions.numbers[wrong].tolist(), nearest.tolist(), strict=True))
 
     @cached_property
     def metrics(self) -> Metrics:

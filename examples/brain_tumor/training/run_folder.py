@@ -32,6 +32,7 @@ VIEW_PREDICTIONS = "predictions_views{}.csv"  # as PREDICTIONS, with so many vie
 METRICS = "metrics.json"
 CALIBRATION = "calibration.npz"
 POINTING = "pointing.csv"
+NEIGHBOURS = "neighbours.csv"  # of wrong slices, where there are no embeddings
 STRANGE = "strange.json"
 CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
 FIXED = (SPLIT, SETTINGS)  # what a training that goes on leaves as it is
