@@ -228,16 +228,11 @@ def _train(options: argparse.Namespace) -> None:
     from .training.loop import train
     from .training.run_folder import SETTINGS, refuse_existing
 
-    given = {
-        field.name: getattr(options, field.name)
-        for _, field in setting_fields()
-        if hasattr(options, field.name)
-    }
     if options.resume:
-        settings = override_settings(read_settings(options.out / SETTINGS), given)
+        settings = override_settings(read_settings(options.out / SETTINGS), vars(options))
     else:
         refuse_existing(options.out)
-        settings = load_settings(options.preset, given)
+        settings = load_settings(options.preset, vars(options))
     weights = settings.network.weights
     if weights and not Path(weights).is_file():
         raise UserError(
@@ -284,10 +279,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation.evaluate import evaluate
     from .report.figures import plot_early
     from .report.run_report import describe_result, write_report
-    from .training.run_folder import SETTINGS, SPLIT, STEPS
+    from .training.run_folder import SPLIT, STEPS
 
     for run in options.runs:
-        evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
+        evaluate(run, _slices_of(run, options.data))
         report = write_report(run)
         print(f"{run}\n\n{describe_result(run)}\n\nreport: {report}\n")
     if len(options.runs) > 1:
@@ -377,10 +372,9 @@ def _report(options: argparse.Namespace) -> None:
     argument("--out", default=Path("answers"), help="folder for the figures"),
 )
 def _predict(options: argparse.Namespace) -> None:
-    from .training.run_folder import SETTINGS
     from .use.prediction import describe_prediction, predict
 
-    slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
+    slices = _slices_of(options.run_folder, options.data)
     answers, faults = predict(options.run_folder, options.files, slices, options.out)
     for answer in answers:
         print(describe_prediction(answer))
@@ -396,11 +390,10 @@ def _predict(options: argparse.Namespace) -> None:
 )
 def _examine(options: argparse.Namespace) -> None:
     from .report.run_report import describe_examination, write_report
-    from .training.run_folder import SETTINGS
     from .use.examination import examine
 
     for run in options.runs:
-        examine(run, _load(options.data, read_settings(run / SETTINGS)), options.data)
+        examine(run, _slices_of(run, options.data), options.data)
         report = write_report(run)
         print(f"{run}\n\n{describe_examination(run)}\n\nreport: {report}\n")
 
@@ -412,15 +405,20 @@ def _examine(options: argparse.Namespace) -> None:
     argument("--out", default=Path("model"), help="folder for the model"),
 )
 def _export(options: argparse.Namespace) -> None:
-    from .training.run_folder import SETTINGS
     from .use.export import describe_export, export
 
-    slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
+    slices = _slices_of(options.run_folder, options.data)
     described = export(options.run_folder, slices, options.out)
     for name, differences in described["largest_difference"].items():
         largest = max(differences.values())
         print(f"{options.out / name}: differs from the network by at most {largest:.1e}")
     print(f"{options.out / 'model.json'}: {describe_export(described)}. Not a medical device.")
+
+
+def _slices_of(run: Path, data: Path) -> "SliceSet":
+    from .training.run_folder import SETTINGS
+
+    return _load(data, read_settings(run / SETTINGS))
 
 
 def _load(folder: Path, settings: Settings) -> "SliceSet":

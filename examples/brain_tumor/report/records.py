@@ -11,7 +11,7 @@ from ..files import read_json, read_rows
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
 from ..reproduction.results import Reproduction, Result
 from ..reproduction.running import SESSIONS
-from ..settings import load_settings, override_settings, setting_fields, write_settings
+from ..settings import differences, load_settings, override_settings, write_settings
 from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
 from .examination_tables import pointing_table, strange_table
@@ -66,12 +66,12 @@ def _reached(accuracies: Sequence[float], planned: int, aims: Sequence[float]) -
 
 def recipe_table(budget: Budget) -> Table:
     """Return the settings that are not the paper's."""
-    settings, papers = budget.settings(None), load_settings("paper")
-    rows = []
-    for table, field in setting_fields():
-        ours, theirs = (getattr(getattr(one, table), field.name) for one in (settings, papers))
-        if ours != theirs and field.name not in ELSEWHERE:
-            rows.append([f"{table}.{field.name}", f"{ours}", f"{theirs}"])
+    changed = differences(budget.settings(None), load_settings("paper"))
+    rows = [
+        [key, f"{ours}", f"{theirs}"]
+        for key, (ours, theirs) in changed.items()
+        if key.split(".")[1] not in ELSEWHERE
+    ]
     return Table(["setting", "here", "the paper's"], rows)
 
 

@@ -22,13 +22,7 @@ from ..files import (
     write_sums,
     write_text,
 )
-from ..settings import (
-    Settings,
-    first_difference,
-    override_settings,
-    read_settings,
-    write_settings,
-)
+from ..settings import Settings, differences, override_settings, read_settings, write_settings
 from ..training import run_folder
 from .plan import PROPOSED, Run
 from .results import Result, SliceTable, read_reproduction
@@ -78,13 +72,9 @@ def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
         source, target = folder / RUNS / run.name, out / RUNS / run.name
         if not is_finished(source, run) or is_finished(target, run):
             continue
-        key = first_difference(
-            _placeless(read_settings(source / run_folder.SETTINGS)), _placeless(run.settings)
-        )
-        if key is not None:
-            raise UserError(
-                f"{source / run_folder.SETTINGS}: {key} differs from the plan's; was it another's?"
-            )
+        path = source / run_folder.SETTINGS
+        for key in differences(_placeless(read_settings(path)), _placeless(run.settings)):
+            raise UserError(f"{path}: {key} differs from the plan's; was it another's?")
         partial = target.with_name(target.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
