@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .files import printable, read_json, read_rows
-from .reproduction.plan import BUDGETS, Run
+from .reproduction.plan import BUDGETS
 from .settings import (
     PRESETS,
     Settings,
@@ -331,7 +331,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 )
 def _reproduce(options: argparse.Namespace) -> None:
     from .report.reproduction_report import write_reproduction_report
-    from .reproduction.merging import merge
     from .reproduction.running import default_jobs, measure, run_plan
 
     jobs = default_jobs() if options.jobs is None else options.jobs
@@ -339,14 +338,10 @@ def _reproduce(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs: must be at least 1, not {jobs}")
     budget = BUDGETS[options.budget]
 
-    def take(runs: Sequence[Run]) -> None:
-        taken = merge(options.merge, options.out, runs)
-        print(f"{options.merge}: {len(taken)} finished runs taken in", flush=True)
-
     failures = run_plan(
         *(options.data, options.weights, options.out, budget, jobs),
         chosen=options.only,
-        take=take if options.merge else None,
+        merged=options.merge,
     )
     measure(options.data, options.weights, options.out, budget)
     print(f"report: {write_reproduction_report(options.out)}")

@@ -12,8 +12,7 @@ from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import reliability, seed_interval, wilson_interval
 from ..files import read_array, read_rows
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
-from ..reproduction.results import Reproduction, Result, pooled
-from ..reproduction.running import SAMPLES
+from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
 from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
 from . import paper, tables
 from .further_figures import (

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,15 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
 
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, object]], caption: str = "") -> "Table":
+        """Return a table of rows given by column; what a row lacks is a dash."""
+        header = list(dict.fromkeys(column for row in rows for column in row))
+        return cls(header, [[str(row.get(one, "-")) for one in header] for row in rows], caption)
+
     def __str__(self) -> str:
+        if not self.header:
+            return ""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
         lines = [self.header, ["-" * max(width, 3) for width in widths], *self.rows]
         text = "\n".join(

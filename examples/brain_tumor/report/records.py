@@ -9,8 +9,7 @@ from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
 from ..files import read_json, read_rows
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
-from ..reproduction.results import Reproduction, Result
-from ..reproduction.running import SESSIONS
+from ..reproduction.results import SESSIONS, Reproduction, Result
 from ..settings import differences, load_settings, override_settings, write_settings
 from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
@@ -35,23 +34,19 @@ def aims_table(reproduction: Reproduction) -> Table:
         ("patient", PROPOSED, f"by patient, mean over the folds{mark}", FOLDS, *PATIENT_AIMS),
     ):
         results = reproduction.select(group, training)
-        cells = [f"{len(results)} of {planned}", *mean_cells(results)]
+        accuracies = [one.metrics.accuracy for one in results]
+        row = {"SphereFace, m = 5, 1-NN": name, "runs": f"{len(results)} of {planned}"}
+        row |= dict.fromkeys(("accuracy", "95 %", "each"), "-")
+        if results:
+            mean, interval = seed_interval(accuracies)
+            interval = results[0].metrics.accuracy_interval if len(results) == 1 else interval
+            each = " ".join(map(percent, accuracies))
+            row |= {"accuracy": percent(mean), "95 %": bounds(interval), "each": each}
         if not reproduction.synthetic:
-            accuracies = [one.metrics.accuracy for one in results]
-            cells += [", then ".join(map(percent, aims)), _reached(accuracies, planned, aims)]
-        rows.append([name, *cells])
-    header = ["SphereFace, m = 5, 1-NN", "runs", "accuracy", "95 %", "each"]
-    return Table(header if reproduction.synthetic else [*header, "target", ""], rows)
-
-
-def mean_cells(results: Sequence[Result]) -> list[str]:
-    """Return the mean accuracy of runs, its interval and each; dashes of none."""
-    if not results:
-        return ["-", "-", "-"]
-    accuracies = [one.metrics.accuracy for one in results]
-    mean, interval = seed_interval(accuracies)
-    interval = results[0].metrics.accuracy_interval if len(results) == 1 else interval
-    return [percent(mean), bounds(interval), " ".join(map(percent, accuracies))]
+            row["target"] = ", then ".join(map(percent, aims))
+            row[""] = _reached(accuracies, planned, aims)
+        rows.append(row)
+    return Table.of(rows)
 
 
 def _reached(accuracies: Sequence[float], planned: int, aims: Sequence[float]) -> str:
@@ -68,11 +63,11 @@ def recipe_table(budget: Budget) -> Table:
     """Return the settings that are not the paper's."""
     changed = differences(budget.settings(None), load_settings("paper"))
     rows = [
-        [key, f"{ours}", f"{theirs}"]
+        {"setting": key, "here": ours, "the paper's": theirs}
         for key, (ours, theirs) in changed.items()
         if key.split(".")[1] not in ELSEWHERE
     ]
-    return Table(["setting", "here", "the paper's"], rows)
+    return Table.of(rows)
 
 
 def own_recipe_table(reproduction: Reproduction) -> Table:
@@ -136,13 +131,17 @@ def pointing(reproduction: Reproduction) -> Table:
 
 def length_table(runs: Mapping[float, Sequence[float]]) -> Table:
     """Return the accuracies for each number of epochs."""
-    rows = [[f"{epochs:g}", " ".join(map(percent, values))] for epochs, values in runs.items()]
-    return Table(["epochs", "accuracy of each seed"], rows)
+    return Table.of(
+        [
+            {"epochs": f"{epochs:g}", "accuracy of each seed": " ".join(map(percent, values))}
+            for epochs, values in runs.items()
+        ]
+    )
 
 
 def drill_table() -> Table:
     """Return what the drills of the tests counted."""
-    return _of_rows([{"drill": name, **counts} for name, counts in read_json(DRILLS).items()])
+    return Table.of([{"drill": name, **counts} for name, counts in read_json(DRILLS).items()])
 
 
 def facts_table(reproduction: Reproduction) -> Table:
@@ -157,13 +156,7 @@ def facts_table(reproduction: Reproduction) -> Table:
 def sessions_table(reproduction: Reproduction) -> Table:
     """Return when and on what it was run."""
     path = reproduction.folder / SESSIONS
-    rows = read_rows(path) if path.is_file() else []
-    return _of_rows(rows)
-
-
-def _of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(header, [[str(row.get(key, "-")) for key in header] for row in rows])
+    return Table.of(read_rows(path) if path.is_file() else [])
 
 
 def settings_text(result: Result) -> str:
@@ -178,7 +171,13 @@ def run_table(reproduction: Reproduction) -> Table:
     rows = []
     for one in reproduction.results:
         split, made = read_json(one.folder / SPLIT), one.folder / ENVIRONMENT
-        sides = f"{len(split['train'])} / {len(split['test'])}"
-        commit = read_json(made).get("commit", "-") if made.is_file() else "-"
-        rows.append([one.run.name, sides, split["sha256"][:16], commit, f"{one.hours:.2f}"])
-    return Table(["run", "train / test", "SHA-256 of the split", "commit", "hours"], rows)
+        rows.append(
+            {
+                "run": one.run.name,
+                "train / test": f"{len(split['train'])} / {len(split['test'])}",
+                "SHA-256 of the split": split["sha256"][:16],
+                "commit": read_json(made).get("commit", "-") if made.is_file() else "-",
+                "hours": f"{one.hours:.2f}",
+            }
+        )
+    return Table.of(rows)

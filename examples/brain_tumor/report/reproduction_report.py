@@ -9,8 +9,7 @@ from ..evaluation.classifiers import Classification, classify, nearest_labels
 from ..files import read_json, write_json, write_text
 from ..reproduction import plan
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
-from ..reproduction.results import FIGURES, Reproduction, Result, read_reproduction
-from ..reproduction.running import SPEED
+from ..reproduction.results import FIGURES, SPEED, Reproduction, Result, read_reproduction
 from ..training.run_folder import EMBEDDINGS, SPLIT
 from . import drawing, paper, records, tables, wrong_slices
 from .page import to_html, to_markdown

@@ -25,8 +25,16 @@ from ..files import (
 from ..settings import Settings, differences, override_settings, read_settings, write_settings
 from ..training import run_folder
 from .plan import PROPOSED, Run
-from .results import Result, SliceTable, read_reproduction
-from .running import REPRODUCTION, RUNS, SESSIONS, SLICES, is_finished
+from .results import (
+    REPRODUCTION,
+    RUNS,
+    SESSIONS,
+    SLICES,
+    Result,
+    SliceTable,
+    is_finished,
+    read_reproduction,
+)
 
 SAME = ("synthetic", "slices_sha256", "images_sha256", "weights_sha256")  # or nothing is comparable
 

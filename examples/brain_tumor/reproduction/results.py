@@ -1,4 +1,14 @@
-"""Reading back a reproduction's finished runs, and what several of them say together."""
+"""Reading back a reproduction's finished runs, and what several of them say together.
+
+A reproduction's folder holds all that its report is made of:
+
+    reproduction.json   budget, data and weights (with their sums), versions
+    slices.csv          number, class, patient and fold of every slice
+    samples.npz         the slices of figure 1
+    sessions.jsonl      when it ran, on what, what failed: a line at the start, one at the end
+    speed.json          how fast a training step is
+    runs/NAME/          a run's folder, see run_folder.py
+"""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -17,6 +27,7 @@ from ..settings import read_settings
 from ..training.run_folder import (
     EMBEDDINGS,
     EPOCHS,
+    METRICS,
     NEIGHBOURS,
     PREDICTIONS,
     SETTINGS,
@@ -24,8 +35,13 @@ from ..training.run_folder import (
     VIEW_PREDICTIONS,
 )
 from .plan import PROPOSED, Budget, Run, plan_runs
-from .running import REPRODUCTION, RUNS, SLICES, is_finished
 
+REPRODUCTION = "reproduction.json"
+SLICES = "slices.csv"
+SAMPLES = "samples.npz"
+SESSIONS = "sessions.jsonl"
+SPEED = "speed.json"
+RUNS = "runs"
 FIGURES = "figures"
 SHOWN_NEIGHBOURS = 5  # of a wrong slice
 
@@ -147,6 +163,13 @@ class Reproduction:
     def with_embeddings(self, group: str) -> list[Result]:
         """Return the proposed training's finished runs of a group whose embeddings are there."""
         return [one for one in self.select(group, PROPOSED) if one.has_embeddings]
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Return whether a run was trained to its end and evaluated."""
+    if not (folder / METRICS).is_file():
+        return False
+    return read_json(folder / METRICS)["epoch"] == run.settings.training.epochs
 
 
 def read_reproduction(folder: Path) -> Reproduction:
