@@ -284,8 +284,8 @@ def bars(reproduction: Reproduction) -> None:
     own = wilson_interval(counts.trace(), counts.sum())
     scores.append(Score("HSADML, by slice, 70-30", paper.ACCURACY, own, "the paper"))
     for cited in paper.CITED:
-        label = f"{cited.name}, {cited.protocol}"
-        scores.append(Score(label, cited.accuracy, None, "cited", cited.verified))
+        label = f"{cited['name']}, {cited['protocol']}"
+        scores.append(Score(label, cited["accuracy"], None, "cited", cited["verified"]))
     plot_scores(
         *reproduction.figure("figure7", "accuracies on this data set: ours, and as published"),
         scores,

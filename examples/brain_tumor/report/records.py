@@ -131,12 +131,8 @@ def pointing(reproduction: Reproduction) -> Table:
 
 def length_table(runs: Mapping[float, Sequence[float]]) -> Table:
     """Return the accuracies for each number of epochs."""
-    return Table.of(
-        [
-            {"epochs": f"{epochs:g}", "accuracy of each seed": " ".join(map(percent, values))}
-            for epochs, values in runs.items()
-        ]
-    )
+    rows = [[f"{epochs:g}", " ".join(map(percent, values))] for epochs, values in runs.items()]
+    return Table(["epochs", "accuracy of each seed"], rows)
 
 
 def drill_table() -> Table:
@@ -171,13 +167,7 @@ def run_table(reproduction: Reproduction) -> Table:
     rows = []
     for one in reproduction.results:
         split, made = read_json(one.folder / SPLIT), one.folder / ENVIRONMENT
-        rows.append(
-            {
-                "run": one.run.name,
-                "train / test": f"{len(split['train'])} / {len(split['test'])}",
-                "SHA-256 of the split": split["sha256"][:16],
-                "commit": read_json(made).get("commit", "-") if made.is_file() else "-",
-                "hours": f"{one.hours:.2f}",
-            }
-        )
-    return Table.of(rows)
+        sides = f"{len(split['train'])} / {len(split['test'])}"
+        commit = read_json(made).get("commit", "-") if made.is_file() else "-"
+        rows.append([one.run.name, sides, split["sha256"][:16], commit, f"{one.hours:.2f}"])
+    return Table(["run", "train / test", "SHA-256 of the split", "commit", "hours"], rows)

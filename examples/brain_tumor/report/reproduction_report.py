@@ -95,15 +95,10 @@ def _together(
 ) -> np.ndarray | None:
     # The partners on the same split: the name but for the training.
     names = [result.run.name.replace(PROPOSED, one) for one in trainings]
-    partners = [
-        one
-        for name in names
-        for one in reproduction.results
-        if (one.run.name, one.run.group) == (name, group) and one.has_embeddings
-    ]
-    if len(partners) < len(names):
+    runs = {one.run.name: one for one in reproduction.results if one.run.group == group}
+    if not all(name in runs and runs[name].has_embeddings for name in names):
         return None
-    embeddings = np.concatenate([one.embeddings() for one in partners], axis=1)
+    embeddings = np.concatenate([runs[name].embeddings() for name in names], axis=1)
     train, test = reproduction.slices.sides(result.folder / SPLIT)
     labels = reproduction.slices.labels
     predicted = nearest_labels(embeddings[train], labels[train], embeddings[test])[:, 0]

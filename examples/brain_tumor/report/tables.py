@@ -142,16 +142,9 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
             seed = other.run.settings.training.seed
             if seed in proposed:
                 test = mcnemar(proposed[seed].predictions.right, other.predictions.right)
-                rows.append(
-                    {
-                        "against": TITLES[training],
-                        "seed": seed,
-                        "only m = 5 right": test.only_first,
-                        "only the other right": test.only_second,
-                        "p": p_text(test.p),
-                    }
-                )
-    return Table.of(rows)
+                only = [str(test.only_first), str(test.only_second)]
+                rows.append([TITLES[training], str(seed), *only, p_text(test.p)])
+    return Table(["against", "seed", "only m = 5 right", "only the other right", "p"], rows)
 
 
 def classifier_table(
@@ -181,7 +174,7 @@ def patient_table(reproduction: Reproduction) -> Table:
             continue
         mean, interval = seed_interval([fold.metrics.accuracy for fold in folds])
         together = pooled(fold.predictions for fold in folds)
-        mirrored = [fold.by_views(2).metrics.accuracy for fold in folds if fold.has_views(2)]
+        mirrored = [fold.by_views(2) for fold in folds]
         hits, patients = votes(folds)
         rows.append(
             {
@@ -193,9 +186,9 @@ def patient_table(reproduction: Reproduction) -> Table:
                 "95 % over folds": bounds(interval),
                 "all folds together": percent(together.metrics.accuracy),
                 "bootstrap of patients": bounds(patient_interval(together)),
-                "with mirror images": percent(np.mean(mirrored))
-                if len(mirrored) == len(folds)
-                else "-",
+                "with mirror images": "-"
+                if None in mirrored
+                else percent(np.mean([one.metrics.accuracy for one in mirrored])),
                 "patients right by vote": f"{percent(hits / patients)} ({hits} of {patients})",
                 "Wilson 95 %": bounds(wilson_interval(hits, patients)),
             }
@@ -276,19 +269,13 @@ def answer_table(
     truth = np.concatenate([one.predictions.truth for one in results])
     rights = {"k-NN, k = 1, as proposed": pooled(one.predictions for one in results).right}
     for views, text in VIEWS.items():
-        if answers := _other_views(results, views):
+        answers = [one.by_views(views) for one in results]
+        own = all(one.run.settings.evaluation.views == views for one in results)
+        if not own and None not in answers:
             rights[f"k-NN, k = 1, {text}"] = pooled(answers).right
     for same in list(zip(*every, strict=True))[1:]:
         rights[same[0].name] = np.concatenate([one.predicted for one in same]) == truth
     return _compared("answered", {**rights, **together})
-
-
-def _other_views(results: Sequence[Result], views: int) -> list[Predictions]:
-    """Return the answers from so many views, unless all were given from as many, or some lack."""
-    if all(one.run.settings.evaluation.views == views for one in results):
-        return []
-    every = [one.by_views(views) for one in results if one.has_views(views)]
-    return every if len(every) == len(results) else []
 
 
 def _compared(title: str, rights: Mapping[str, np.ndarray]) -> Table:

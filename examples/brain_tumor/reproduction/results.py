@@ -58,16 +58,12 @@ class Result:
         """The answers of 1-NN."""
         return read_predictions(self.folder / PREDICTIONS)
 
-    def by_views(self, views: int) -> Predictions:
-        """The same with embeddings averaged over so many views of each slice."""
+    def by_views(self, views: int) -> Predictions | None:
+        """The same with so many views of each slice; of a merged run they may be left out."""
         if views == self.run.settings.evaluation.views:
             return self.predictions
-        return read_predictions(self.folder / VIEW_PREDICTIONS.format(views))
-
-    def has_views(self, views: int) -> bool:
-        """Whether there are answers from so many views: of a merged run they may be left out."""
-        own = views == self.run.settings.evaluation.views
-        return own or (self.folder / VIEW_PREDICTIONS.format(views)).is_file()
+        path = self.folder / VIEW_PREDICTIONS.format(views)
+        return read_predictions(path) if path.is_file() else None
 
     def embeddings(self) -> np.ndarray:
         """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
