@@ -1,6 +1,7 @@
 """The command line: python -m examples.brain_tumor."""
 
 import argparse
+import dataclasses
 import io
 import os
 import shlex
@@ -138,11 +139,9 @@ def _demo(options: argparse.Namespace) -> None:
 def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None = None) -> None:
     """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there."""
     from .data.phantoms import is_whole, make_phantoms
-    from .data.splits import make_split
-    from .evaluation.evaluate import evaluate
     from .report.run_report import describe_result, write_report
+    from .reproduction.running import complete_run
     from .training.checkpoint import epochs_done
-    from .training.loop import train
     from .training.run_folder import SETTINGS
 
     data, run = folder / "phantoms", folder / "demo"
@@ -156,8 +155,7 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
         print(f"{run}: finished before; evaluating it again. To start afresh, remove the folder.")
     else:
         print(f"{run}: {'resuming the training' if resume else 'training'} (preset quick)")
-        train(settings, slices, make_split(settings.data, slices), run, resume)
-    evaluate(run, slices)
+    complete_run(run, settings, slices)
     report = write_report(run)
     print(f"\n{describe_result(run)}\n\nreport and figures: {report}\nslices: {data}")
     print(f"\nNext, the real slices ({ARCHIVE}, CC BY 4.0, Jun Cheng), unpacked into one folder:")
@@ -246,13 +244,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    presets = {name: load_settings(name) for name in PRESETS}
+    presets = {name: dataclasses.asdict(load_settings(name)) for name in PRESETS}
     groups: dict[str, Any] = {}
     for table, field in setting_fields():
         if table not in groups:
             groups[table] = parser.add_argument_group(f"{table} settings")
-        defaults = {name: getattr(getattr(presets[name], table), field.name) for name in PRESETS}
-        described = ", ".join(f"{name}: {value}" for name, value in defaults.items())
+        described = ", ".join(f"{name}: {own[table][field.name]}" for name, own in presets.items())
         form: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
         if field.type is bool:
             form = {"action": argparse.BooleanOptionalAction}

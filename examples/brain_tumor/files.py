@@ -169,8 +169,7 @@ def keep_rows(path: Path, count: int) -> None:
 def write_sums(folder: Path, names: Sequence[str]) -> None:
     """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again."""
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    with replacing(folder / SUMS) as temporary:
-        temporary.write_text("".join(f"{own}  {name}\n" for name, own in sums.items()))
+    write_text(folder / SUMS, "".join(f"{own}  {name}\n" for name, own in sums.items()))
 
 
 def check_sum(path: Path) -> None:

@@ -106,15 +106,14 @@ def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None
     if not (out / SPEED).is_file():
         print(f"{out}: measuring the speed of a training step", flush=True)
         settings = plan_runs(budget, weights)[0].settings
-        write_json(out / SPEED, dataclasses.asdict(measure_speed(settings, slices)))
+        write_json(out / SPEED, measure_speed(settings, slices))
 
 
-def complete_run(folder: Path, run: Run, slices: SliceSet) -> float:
+def complete_run(folder: Path, settings: Settings, slices: SliceSet) -> float:
     """Train a run, or go on with it, evaluate it, and return its accuracy."""
     begun = (folder / SETTINGS).is_file()
-    if not begun or epochs_done(folder) < run.settings.training.epochs:
-        split = make_split(run.settings.data, slices)
-        train(run.settings, slices, split, folder, resume=begun)
+    if not begun or epochs_done(folder) < settings.training.epochs:
+        train(settings, slices, make_split(settings.data, slices), folder, resume=begun)
     return evaluate(folder, slices).accuracy
 
 
@@ -186,7 +185,7 @@ def _watch(stop: Any, parent: int) -> None:  # noqa: ANN401
 
 def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
     started = time.monotonic()
-    accuracy = complete_run(folder, run, _load_once(data, *decoded_as(run.settings)))
+    accuracy = complete_run(folder, run.settings, _load_once(data, *decoded_as(run.settings)))
     return accuracy, time.monotonic() - started
 
 
