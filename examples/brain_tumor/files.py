@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV file with a header; the caller says what it is if that fails."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def column(
+    rows: Sequence[Mapping[str, str]], name: str, make: Callable[[str], object]
+) -> np.ndarray:
+    """Return a column (n,) of what `read_table` read, each value made of its text."""
+    return np.array([make(row[name]) for row in rows])
 
 
 def as_csv(rows: Iterable[Sequence[object]]) -> str:

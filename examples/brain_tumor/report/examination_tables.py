@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.metrics import wilson_interval
-from ..files import read_table, readable
+from ..files import column, read_table, readable
 from .page import Table
 
 SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour
@@ -71,7 +71,6 @@ def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     with readable(path, "a table of hottest points"):
         rows = read_table(path)
         number, area, head = (
-            np.array([int(row[name]) for row in rows])
-            for name in ("slice", "tumour_area", "head_area")
+            column(rows, name, int) for name in ("slice", "tumour_area", "head_area")
         )
-        return number, area, head, np.array([row["inside"] == "1" for row in rows])
+        return number, area, head, column(rows, "inside", lambda text: text == "1")

@@ -61,19 +61,15 @@ def to_markdown(template: str, **values: object) -> str:
 
 def to_html(title: str, markdown: str, folder: Path) -> str:
     """Return Markdown as a page with its contents listed, and with the pictures of `folder`."""
-    body = FIGURE.sub(lambda found: _figure(folder / found[1], found[2], found[3]), _body(markdown))
+    body = MARKDOWN.render(markdown)
+    for plain, wrapped in WRAPPERS.items():
+        body = body.replace(plain, wrapped)
+    body = FIGURE.sub(lambda found: _figure(folder / found[1], found[2], found[3]), body)
     contents = [(_anchor(text), text) for level, text in HEADING.findall(body) if level == "2"]
     body = HEADING.sub(lambda one: f'<h{one[1]} id="{_anchor(one[2])}">{one[2]}</h{one[1]}>', body)
     first, rest = body.split("</h1>", 1)
     page = TEMPLATES.get_template("page.html.j2")
     return page.render(title=title, first=f"{first}</h1>", rest=rest, contents=contents)
-
-
-def _body(markdown: str) -> str:
-    html = MARKDOWN.render(markdown)
-    for plain, wrapped in WRAPPERS.items():
-        html = html.replace(plain, wrapped)
-    return html
 
 
 def _figure(path: Path, alternative: str, caption: str) -> str:

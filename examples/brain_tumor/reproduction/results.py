@@ -22,7 +22,7 @@ from ..data.slices import CLASS_NAMES
 from ..evaluation.classifiers import nearest_rows
 from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics
-from ..files import read_array, read_json, read_rows, read_table, readable
+from ..files import column, read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
 from ..training.run_folder import (
     EMBEDDINGS,
@@ -210,9 +210,9 @@ def read_slice_table(folder: Path) -> SliceTable:
     with readable(path, "the table of slices"):
         rows = read_table(path)
         return SliceTable(
-            numbers=np.array([int(row["slice"]) for row in rows]),
-            labels=np.array([CLASS_NAMES.index(row["class"]) for row in rows]),
-            patients=np.array([row["patient"] for row in rows]),
+            numbers=column(rows, "slice", int),
+            labels=column(rows, "class", CLASS_NAMES.index),
+            patients=column(rows, "patient", str),
         )
 
 

@@ -185,8 +185,9 @@ def _watch(stop: Any, parent: int) -> None:  # noqa: ANN401
 
 def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
     started = time.monotonic()
-    accuracy = complete_run(folder, run.settings, _load_once(data, *decoded_as(run.settings)))
-    return accuracy, time.monotonic() - started
+    image_size, crop = decoded_as(run.settings)
+    slices = _load_once(data, image_size, progress=False, crop=crop)
+    return complete_run(folder, run.settings, slices), time.monotonic() - started
 
 
 def decoded_as(settings: Settings) -> tuple[int, str]:
@@ -200,9 +201,7 @@ def load(data: Path, settings: Settings) -> SliceSet:
     return load_slices(data, image_size, progress=sys.stderr.isatty(), crop=crop)
 
 
-@lru_cache(maxsize=2)
-def _load_once(data: Path, image_size: int, crop: str) -> SliceSet:
-    return load_slices(data, image_size, progress=False, crop=crop)
+_load_once = lru_cache(maxsize=2)(load_slices)
 
 
 def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:
