@@ -1,6 +1,7 @@
 """The command line: python -m examples.brain_tumor."""
 
 import argparse
+import dataclasses
 import io
 import os
 import shlex
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .files import printable, read_json, read_rows
-from .reproduction.plan import BUDGETS, Run
+from .reproduction.plan import BUDGETS
 from .settings import (
     PRESETS,
     Settings,
@@ -138,11 +139,9 @@ def _demo(options: argparse.Namespace) -> None:
 def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None = None) -> None:
     """Make phantoms, train the quick preset on them and evaluate; redo nothing that is there."""
     from .data.phantoms import is_whole, make_phantoms
-    from .data.splits import make_split
-    from .evaluation.evaluate import evaluate
     from .report.run_report import describe_result, write_report
+    from .reproduction.running import complete_run
     from .training.checkpoint import epochs_done
-    from .training.loop import train
     from .training.run_folder import SETTINGS
 
     data, run = folder / "phantoms", folder / "demo"
@@ -156,8 +155,7 @@ def demo(folder: Path, count: int = 1200, overrides: Mapping[str, object] | None
         print(f"{run}: finished before; evaluating it again. To start afresh, remove the folder.")
     else:
         print(f"{run}: {'resuming the training' if resume else 'training'} (preset quick)")
-        train(settings, slices, make_split(settings.data, slices), run, resume)
-    evaluate(run, slices)
+    complete_run(run, settings, slices)
     report = write_report(run)
     print(f"\n{describe_result(run)}\n\nreport and figures: {report}\nslices: {data}")
     print(f"\nNext, the real slices ({ARCHIVE}, CC BY 4.0, Jun Cheng), unpacked into one folder:")
@@ -228,16 +226,11 @@ def _train(options: argparse.Namespace) -> None:
     from .training.loop import train
     from .training.run_folder import SETTINGS, refuse_existing
 
-    given = {
-        field.name: getattr(options, field.name)
-        for _, field in setting_fields()
-        if hasattr(options, field.name)
-    }
     if options.resume:
-        settings = override_settings(read_settings(options.out / SETTINGS), given)
+        settings = override_settings(read_settings(options.out / SETTINGS), vars(options))
     else:
         refuse_existing(options.out)
-        settings = load_settings(options.preset, given)
+        settings = load_settings(options.preset, vars(options))
     weights = settings.network.weights
     if weights and not Path(weights).is_file():
         raise UserError(
@@ -251,13 +244,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    presets = {name: load_settings(name) for name in PRESETS}
+    presets = {name: dataclasses.asdict(load_settings(name)) for name in PRESETS}
     groups: dict[str, Any] = {}
     for table, field in setting_fields():
         if table not in groups:
             groups[table] = parser.add_argument_group(f"{table} settings")
-        defaults = {name: getattr(getattr(presets[name], table), field.name) for name in PRESETS}
-        described = ", ".join(f"{name}: {value}" for name, value in defaults.items())
+        described = ", ".join(f"{name}: {own[table][field.name]}" for name, own in presets.items())
         form: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
         if field.type is bool:
             form = {"action": argparse.BooleanOptionalAction}
@@ -284,10 +276,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation.evaluate import evaluate
     from .report.figures import plot_early
     from .report.run_report import describe_result, write_report
-    from .training.run_folder import SETTINGS, SPLIT, STEPS
+    from .training.run_folder import SPLIT, STEPS
 
     for run in options.runs:
-        evaluate(run, _load(options.data, read_settings(run / SETTINGS)))
+        evaluate(run, _slices_of(run, options.data))
         report = write_report(run)
         print(f"{run}\n\n{describe_result(run)}\n\nreport: {report}\n")
     if len(options.runs) > 1:
@@ -336,7 +328,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 )
 def _reproduce(options: argparse.Namespace) -> None:
     from .report.reproduction_report import write_reproduction_report
-    from .reproduction.merging import merge
     from .reproduction.running import default_jobs, measure, run_plan
 
     jobs = default_jobs() if options.jobs is None else options.jobs
@@ -344,14 +335,10 @@ def _reproduce(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs: must be at least 1, not {jobs}")
     budget = BUDGETS[options.budget]
 
-    def take(runs: Sequence[Run]) -> None:
-        taken = merge(options.merge, options.out, runs)
-        print(f"{options.merge}: {len(taken)} finished runs taken in", flush=True)
-
     failures = run_plan(
         *(options.data, options.weights, options.out, budget, jobs),
         chosen=options.only,
-        take=take if options.merge else None,
+        merged=options.merge,
     )
     measure(options.data, options.weights, options.out, budget)
     print(f"report: {write_reproduction_report(options.out)}")
@@ -377,10 +364,9 @@ def _report(options: argparse.Namespace) -> None:
     argument("--out", default=Path("answers"), help="folder for the figures"),
 )
 def _predict(options: argparse.Namespace) -> None:
-    from .training.run_folder import SETTINGS
     from .use.prediction import describe_prediction, predict
 
-    slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
+    slices = _slices_of(options.run_folder, options.data)
     answers, faults = predict(options.run_folder, options.files, slices, options.out)
     for answer in answers:
         print(describe_prediction(answer))
@@ -396,11 +382,10 @@ def _predict(options: argparse.Namespace) -> None:
 )
 def _examine(options: argparse.Namespace) -> None:
     from .report.run_report import describe_examination, write_report
-    from .training.run_folder import SETTINGS
     from .use.examination import examine
 
     for run in options.runs:
-        examine(run, _load(options.data, read_settings(run / SETTINGS)), options.data)
+        examine(run, _slices_of(run, options.data), options.data)
         report = write_report(run)
         print(f"{run}\n\n{describe_examination(run)}\n\nreport: {report}\n")
 
@@ -412,15 +397,20 @@ def _examine(options: argparse.Namespace) -> None:
     argument("--out", default=Path("model"), help="folder for the model"),
 )
 def _export(options: argparse.Namespace) -> None:
-    from .training.run_folder import SETTINGS
     from .use.export import describe_export, export
 
-    slices = _load(options.data, read_settings(options.run_folder / SETTINGS))
+    slices = _slices_of(options.run_folder, options.data)
     described = export(options.run_folder, slices, options.out)
     for name, differences in described["largest_difference"].items():
         largest = max(differences.values())
         print(f"{options.out / name}: differs from the network by at most {largest:.1e}")
     print(f"{options.out / 'model.json'}: {describe_export(described)}. Not a medical device.")
+
+
+def _slices_of(run: Path, data: Path) -> "SliceSet":
+    from .training.run_folder import SETTINGS
+
+    return _load(data, read_settings(run / SETTINGS))
 
 
 def _load(folder: Path, settings: Settings) -> "SliceSet":

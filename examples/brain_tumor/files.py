@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def column(
+    rows: Sequence[Mapping[str, str]], name: str, make: Callable[[str], object]
+) -> np.ndarray:
+    """Return a column (n,) of what `read_table` read, each value made of its text."""
+    return np.array([make(row[name]) for row in rows])
+
+
 def as_csv(rows: Iterable[Sequence[object]]) -> str:
     """Return rows, the header first, as CSV."""
     text = io.StringIO()
@@ -169,8 +176,7 @@ def keep_rows(path: Path, count: int) -> None:
 def write_sums(folder: Path, names: Sequence[str]) -> None:
     """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again."""
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    with replacing(folder / SUMS) as temporary:
-        temporary.write_text("".join(f"{own}  {name}\n" for name, own in sums.items()))
+    write_text(folder / SUMS, "".join(f"{own}  {name}\n" for name, own in sums.items()))
 
 
 def check_sum(path: Path) -> None:

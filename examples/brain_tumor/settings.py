@@ -206,12 +206,19 @@ def read_settings(path: Path) -> Settings:
     with readable(path, "settings"):
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     known = {table.name: table.type for table in dataclasses.fields(Settings)}
+    settings = {}
     for name, table in tables.items():
         if name not in known:
             raise UserError(f"{path}: unknown table {name!r}; the tables are {', '.join(known)}")
         if not isinstance(table, dict):
             raise UserError(f"{path}: {name} must be a table, not {table!r}")
-    return Settings(**{name: _read_table(path, known[name], name, tables[name]) for name in tables})
+        fields = {field.name: field for field in dataclasses.fields(known[name])}
+        for key in table:
+            if key not in fields:
+                raise UserError(f"{path}: unknown key {name}.{key}; there are {', '.join(fields)}")
+        values = {key: _checked(fields[key], table[key], f"{path}: {name}.{key}") for key in table}
+        settings[name] = known[name](**values)
+    return Settings(**settings)
 
 
 def write_settings(settings: Settings) -> str:
@@ -225,22 +232,15 @@ def write_settings(settings: Settings) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
-def first_difference(settings: Settings, other: Settings) -> str | None:
-    """Return `table.key` of the first setting that differs, or None."""
-    for table, field in setting_fields():
-        ours, theirs = (getattr(getattr(one, table), field.name) for one in (settings, other))
-        if ours != theirs:
-            return f"{table}.{field.name}"
-    return None
-
-
-def _read_table(path: Path, table_class: type, name: str, table: dict[str, object]) -> Any:  # noqa: ANN401
-    fields = {field.name: field for field in dataclasses.fields(table_class)}
-    for key in table:
-        if key not in fields:
-            raise UserError(f"{path}: unknown key {name}.{key}; there are {', '.join(fields)}")
-    values = {key: _checked(fields[key], table[key], f"{path}: {name}.{key}") for key in table}
-    return table_class(**values)
+def differences(settings: Settings, other: Settings) -> dict[str, tuple[object, object]]:
+    """Return both values of each setting that differs, by `table.key`."""
+    ours, theirs = dataclasses.asdict(settings), dataclasses.asdict(other)
+    return {
+        f"{table}.{key}": (value, theirs[table][key])
+        for table, values in ours.items()
+        for key, value in values.items()
+        if value != theirs[table][key]
+    }
 
 
 def _checked(field: dataclasses.Field, value: object, where: str) -> object:

@@ -9,7 +9,7 @@ from examples.brain_tumor.settings import (
     PRESETS,
     PRESETS_FOLDER,
     Settings,
-    first_difference,
+    differences,
     load_settings,
     override_settings,
     read_settings,
@@ -60,7 +60,9 @@ def test_overrides_replace_only_what_they_name():
     assert settings.training.epochs == 3
     assert settings.loss.margin == 4.0
     assert isinstance(settings.loss.margin, float)
-    assert first_difference(settings, load_settings("paper", {"margin": 4})) == "training.epochs"
+    assert differences(settings, load_settings("paper", {"margin": 4})) == {
+        "training.epochs": (3, 275)
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -80,9 +80,12 @@ def classify(
 
 def nearest_labels(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Return the labels (n, k) of the nearest training slices, the nearest first; k is up to 30."""
-    count = min(LARGEST_K, len(train))
-    order = np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :count]
-    return labels[order]
+    return labels[nearest_rows(train, test, LARGEST_K)]
+
+
+def nearest_rows(train: np.ndarray, test: np.ndarray, count: int) -> np.ndarray:
+    """Return the rows (n, k) of the nearest training slices, the nearest first, at most `count`."""
+    return np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :count]
 
 
 def vote(neighbours: np.ndarray, k: int) -> np.ndarray:

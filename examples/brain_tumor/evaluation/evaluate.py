@@ -18,6 +18,7 @@ from ..data.splits import Split
 from ..files import (
     as_csv,
     check_sum,
+    column,
     locked,
     read_table,
     readable,
@@ -245,26 +246,16 @@ def read_predictions(path: Path) -> Predictions:
     """Read back a file of predictions."""
     with readable(path, "predictions"):
         rows = read_table(path)
-        columns = rows[0] if rows else {}
-        classes = [name.removeprefix("score_") for name in columns if name.startswith("score_")]
-        truth, predicted = (
-            np.array([classes.index(row[column]) for row in rows], np.int64)
-            for column in ("truth", "predicted")
+        scores = [name for name in rows[0] if name.startswith("score_")]
+        classes = [name.removeprefix("score_") for name in scores]
+        return Predictions(
+            numbers=column(rows, "slice", int),
+            patients=column(rows, "patient", str),
+            truth=column(rows, "truth", classes.index),
+            predicted=column(rows, "predicted", classes.index),
+            nearest=column(rows, "nearest_training_slice", int),
+            scores=np.stack([column(rows, name, float) for name in scores], axis=1),
         )
-        scores = [[float(row[f"score_{name}"]) for name in classes] for row in rows]
-        numbers, nearest = (
-            np.array([int(row[column]) for row in rows])
-            for column in ("slice", "nearest_training_slice")
-        )
-        patients = [row["patient"] for row in rows]
-    return Predictions(
-        numbers,
-        np.array(patients),
-        truth,
-        predicted,
-        nearest,
-        np.array(scores).reshape(len(rows), -1),
-    )
 
 
 def _embed_views(

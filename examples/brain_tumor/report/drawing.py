@@ -12,8 +12,7 @@ from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import reliability, seed_interval, wilson_interval
 from ..files import read_array, read_rows
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
-from ..reproduction.results import Reproduction, Result, pooled
-from ..reproduction.running import SAMPLES
+from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
 from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
 from . import paper, tables
 from .further_figures import (
@@ -285,8 +284,8 @@ def bars(reproduction: Reproduction) -> None:
     own = wilson_interval(counts.trace(), counts.sum())
     scores.append(Score("HSADML, by slice, 70-30", paper.ACCURACY, own, "the paper"))
     for cited in paper.CITED:
-        label = f"{cited.name}, {cited.protocol}"
-        scores.append(Score(label, cited.accuracy, None, "cited", cited.verified))
+        label = f"{cited['name']}, {cited['protocol']}"
+        scores.append(Score(label, cited["accuracy"], None, "cited", cited["verified"]))
     plot_scores(
         *reproduction.figure("figure7", "accuracies on this data set: ours, and as published"),
         scores,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.metrics import wilson_interval
-from ..files import read_table, readable
+from ..files import column, read_table, readable
 from .page import Table
 
 SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour
@@ -15,16 +15,14 @@ SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of
 
 def strange_table(found: Mapping[str, Any]) -> Table:
     """Return for each kind of strange pictures how well scores tell them from test slices."""
-    kinds = found["kinds"]
-    scores = list(next(iter(kinds.values()))["auroc"])
     rows = [
-        [
-            kind,
-            str(one["pictures"]),
-            f"{100 * one['flagged']:.0f} %",
-            *(f"{one['auroc'][score]:.3f}" for score in scores),
-        ]
-        for kind, one in kinds.items()
+        {
+            "pictures": kind,
+            "number": one["pictures"],
+            "flagged": f"{100 * one['flagged']:.0f} %",
+            **{f"AUROC: {score}": f"{area:.3f}" for score, area in one["auroc"].items()},
+        }
+        for kind, one in found["kinds"].items()
     ]
     alarms = f"{100 * found['false_alarms']:.1f} % of the test slices are flagged too"
     origin = (
@@ -32,8 +30,7 @@ def strange_table(found: Mapping[str, Any]) -> Table:
         if found["calibrated"]
         else "the run held out no slices, so the limit is that of 5 % of the test slices themselves"
     )
-    return Table(
-        ["pictures", "number", "flagged", *(f"AUROC: {score}" for score in scores)],
+    return Table.of(
         rows,
         "Flagged: called unlike the slices trained on, by the first of the scores; "
         f"{origin}, and {alarms}. Pictures of one grey value are refused before any of this.",
@@ -74,7 +71,6 @@ def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     with readable(path, "a table of hottest points"):
         rows = read_table(path)
         number, area, head = (
-            np.array([int(row[name]) for row in rows])
-            for name in ("slice", "tumour_area", "head_area")
+            column(rows, name, int) for name in ("slice", "tumour_area", "head_area")
         )
-        return number, area, head, np.array([row["inside"] == "1" for row in rows])
+        return number, area, head, column(rows, "inside", lambda text: text == "1")

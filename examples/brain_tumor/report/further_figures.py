@@ -18,6 +18,7 @@ from .figures import COLOURS, draw_shares, make_panels, saved
 from .paper_figures import (
     CLASS_STYLES,
     add_class_legend,
+    add_legend,
     draw_score,
     make_rows,
     start_accuracy_axis,
@@ -151,11 +152,9 @@ def plot_slice_and_patient(
                 draw_score(axes, row + shift, accuracy, (low, high), style)
         if row:
             axes.axhline(row - 0.5, color="0.8", linewidth=0.8)
-    for way, style in zip(ways, styles, strict=True):
-        axes.plot([], [], linestyle="", label=way, **style)
     axes.grid(visible=False, axis="y")
     start_accuracy_axis(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    add_legend(figure, dict(zip(ways, styles, strict=True)))
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,15 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
 
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, object]], caption: str = "") -> "Table":
+        """Return a table of rows given by column; what a row lacks is a dash."""
+        header = list(dict.fromkeys(column for row in rows for column in row))
+        return cls(header, [[str(row.get(one, "-")) for one in header] for row in rows], caption)
+
     def __str__(self) -> str:
+        if not self.header:
+            return ""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
         lines = [self.header, ["-" * max(width, 3) for width in widths], *self.rows]
         text = "\n".join(
@@ -53,19 +61,15 @@ def to_markdown(template: str, **values: object) -> str:
 
 def to_html(title: str, markdown: str, folder: Path) -> str:
     """Return Markdown as a page with its contents listed, and with the pictures of `folder`."""
-    body = FIGURE.sub(lambda found: _figure(folder / found[1], found[2], found[3]), _body(markdown))
+    body = MARKDOWN.render(markdown)
+    for plain, wrapped in WRAPPERS.items():
+        body = body.replace(plain, wrapped)
+    body = FIGURE.sub(lambda found: _figure(folder / found[1], found[2], found[3]), body)
     contents = [(_anchor(text), text) for level, text in HEADING.findall(body) if level == "2"]
     body = HEADING.sub(lambda one: f'<h{one[1]} id="{_anchor(one[2])}">{one[2]}</h{one[1]}>', body)
     first, rest = body.split("</h1>", 1)
     page = TEMPLATES.get_template("page.html.j2")
     return page.render(title=title, first=f"{first}</h1>", rest=rest, contents=contents)
-
-
-def _body(markdown: str) -> str:
-    html = MARKDOWN.render(markdown)
-    for plain, wrapped in WRAPPERS.items():
-        html = html.replace(plain, wrapped)
-    return html
 
 
 def _figure(path: Path, alternative: str, caption: str) -> str:

@@ -4,7 +4,6 @@ Verma and Singh, "HSADML: Hyper-Sphere Angular Deep Metric based Learning for Br
 Classification". Cells are kept as they were printed, in paper.toml.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,21 +22,7 @@ BY_TRAINING, CLASSIFIERS, AUCS = (
 CONFUSIONS = {name: tuple(map(tuple, rows)) for name, rows in _PAPER["confusions"].items()}
 EXPLANATIONS = _PAPER["explanations"]
 DEVIATIONS, CONTRADICTIONS = _PAPER["deviations"], _PAPER["contradictions"]
-
-
-@dataclass(frozen=True)
-class Cited:
-    """An accuracy on this data set that other authors give."""
-
-    name: str  # the method
-    accuracy: float  # from 0 to 1
-    protocol: str  # how it was tested
-    source: str  # where it was published
-    # whether the number was read in the authors' own abstract; else it is from memory
-    verified: bool
-
-
-CITED = tuple(Cited(**one) for one in _PAPER["cited"])
+CITED = _PAPER["cited"]
 
 
 class Golden(NamedTuple):

@@ -162,16 +162,22 @@ def plot_tsne(panels: Mapping[str, Embedded]) -> Figure:
 
 
 def add_class_legend(figure: Figure, further: Mapping[str, Mapping[str, object]]) -> None:
-    """Explain the classes' marks, and further ones, in a row under the figure.
+    """Explain the classes' marks, and further ones, in a row under the figure."""
+    columns = max(1, int(figure.get_figwidth() / 1.6))
+    add_legend(figure, dict(zip(CLASS_NAMES, CLASS_STYLES, strict=True)) | dict(further), columns)
 
-    `further` has for each label the properties of a `Line2D`; without a linestyle it is a mark.
+
+def add_legend(
+    figure: Figure, entries: Mapping[str, Mapping[str, object]], columns: int = 2
+) -> None:
+    """Explain under the figure what is drawn with the properties of a `Line2D`, by label.
+
+    Without a linestyle it is a mark.
     """
-    entries = dict(zip(CLASS_NAMES, CLASS_STYLES, strict=True)) | dict(further)
     handles = [
         Line2D([], [], **({"linestyle": "", "label": label} | dict(style)))
         for label, style in entries.items()
     ]
-    columns = max(1, int(figure.get_figwidth() / 1.6))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -188,15 +194,11 @@ def plot_scores(scores: Sequence[Score]) -> Figure:
         axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     start_accuracy_axis(axes)
     present = {score.source for score in scores}
-    handles = [
-        Line2D([], [], linestyle="", label=source, **style)
-        for source, style in SOURCES.items()
-        if source in present
-    ]
+    entries = {source: style for source, style in SOURCES.items() if source in present}
     if not all(score.verified for score in scores):
         hollow = {"color": "grey", "marker": "D", "markerfacecolor": "white"}
-        handles.append(Line2D([], [], linestyle="", label="hollow: from memory", **hollow))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        entries["hollow: from memory"] = hollow
+    add_legend(figure, entries)
     return figure
 
 

@@ -9,9 +9,8 @@ from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
 from ..files import read_json, read_rows
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
-from ..reproduction.results import Reproduction, Result
-from ..reproduction.running import SESSIONS
-from ..settings import load_settings, override_settings, setting_fields, write_settings
+from ..reproduction.results import SESSIONS, Reproduction, Result
+from ..settings import differences, load_settings, override_settings, write_settings
 from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
 from .examination_tables import pointing_table, strange_table
@@ -35,23 +34,19 @@ def aims_table(reproduction: Reproduction) -> Table:
         ("patient", PROPOSED, f"by patient, mean over the folds{mark}", FOLDS, *PATIENT_AIMS),
     ):
         results = reproduction.select(group, training)
-        cells = [f"{len(results)} of {planned}", *mean_cells(results)]
+        accuracies = [one.metrics.accuracy for one in results]
+        row = {"SphereFace, m = 5, 1-NN": name, "runs": f"{len(results)} of {planned}"}
+        row |= dict.fromkeys(("accuracy", "95 %", "each"), "-")
+        if results:
+            mean, interval = seed_interval(accuracies)
+            interval = results[0].metrics.accuracy_interval if len(results) == 1 else interval
+            each = " ".join(map(percent, accuracies))
+            row |= {"accuracy": percent(mean), "95 %": bounds(interval), "each": each}
         if not reproduction.synthetic:
-            accuracies = [one.metrics.accuracy for one in results]
-            cells += [", then ".join(map(percent, aims)), _reached(accuracies, planned, aims)]
-        rows.append([name, *cells])
-    header = ["SphereFace, m = 5, 1-NN", "runs", "accuracy", "95 %", "each"]
-    return Table(header if reproduction.synthetic else [*header, "target", ""], rows)
-
-
-def mean_cells(results: Sequence[Result]) -> list[str]:
-    """Return the mean accuracy of runs, its interval and each; dashes of none."""
-    if not results:
-        return ["-", "-", "-"]
-    accuracies = [one.metrics.accuracy for one in results]
-    mean, interval = seed_interval(accuracies)
-    interval = results[0].metrics.accuracy_interval if len(results) == 1 else interval
-    return [percent(mean), bounds(interval), " ".join(map(percent, accuracies))]
+            row["target"] = ", then ".join(map(percent, aims))
+            row[""] = _reached(accuracies, planned, aims)
+        rows.append(row)
+    return Table.of(rows)
 
 
 def _reached(accuracies: Sequence[float], planned: int, aims: Sequence[float]) -> str:
@@ -66,13 +61,13 @@ def _reached(accuracies: Sequence[float], planned: int, aims: Sequence[float]) -
 
 def recipe_table(budget: Budget) -> Table:
     """Return the settings that are not the paper's."""
-    settings, papers = budget.settings(None), load_settings("paper")
-    rows = []
-    for table, field in setting_fields():
-        ours, theirs = (getattr(getattr(one, table), field.name) for one in (settings, papers))
-        if ours != theirs and field.name not in ELSEWHERE:
-            rows.append([f"{table}.{field.name}", f"{ours}", f"{theirs}"])
-    return Table(["setting", "here", "the paper's"], rows)
+    changed = differences(budget.settings(None), load_settings("paper"))
+    rows = [
+        {"setting": key, "here": ours, "the paper's": theirs}
+        for key, (ours, theirs) in changed.items()
+        if key.split(".")[1] not in ELSEWHERE
+    ]
+    return Table.of(rows)
 
 
 def own_recipe_table(reproduction: Reproduction) -> Table:
@@ -142,7 +137,7 @@ def length_table(runs: Mapping[float, Sequence[float]]) -> Table:
 
 def drill_table() -> Table:
     """Return what the drills of the tests counted."""
-    return _of_rows([{"drill": name, **counts} for name, counts in read_json(DRILLS).items()])
+    return Table.of([{"drill": name, **counts} for name, counts in read_json(DRILLS).items()])
 
 
 def facts_table(reproduction: Reproduction) -> Table:
@@ -157,13 +152,7 @@ def facts_table(reproduction: Reproduction) -> Table:
 def sessions_table(reproduction: Reproduction) -> Table:
     """Return when and on what it was run."""
     path = reproduction.folder / SESSIONS
-    rows = read_rows(path) if path.is_file() else []
-    return _of_rows(rows)
-
-
-def _of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(header, [[str(row.get(key, "-")) for key in header] for row in rows])
+    return Table.of(read_rows(path) if path.is_file() else [])
 
 
 def settings_text(result: Result) -> str:

@@ -9,8 +9,7 @@ from ..evaluation.classifiers import Classification, classify, nearest_labels
 from ..files import read_json, write_json, write_text
 from ..reproduction import plan
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
-from ..reproduction.results import FIGURES, Reproduction, Result, read_reproduction
-from ..reproduction.running import SPEED
+from ..reproduction.results import FIGURES, SPEED, Reproduction, Result, read_reproduction
 from ..training.run_folder import EMBEDDINGS, SPLIT
 from . import drawing, paper, records, tables, wrong_slices
 from .page import to_html, to_markdown
@@ -96,15 +95,10 @@ def _together(
 ) -> np.ndarray | None:
     # The partners on the same split: the name but for the training.
     names = [result.run.name.replace(PROPOSED, one) for one in trainings]
-    partners = [
-        one
-        for name in names
-        for one in reproduction.results
-        if (one.run.name, one.run.group) == (name, group) and one.has_embeddings
-    ]
-    if len(partners) < len(names):
+    runs = {one.run.name: one for one in reproduction.results if one.run.group == group}
+    if not all(name in runs and runs[name].has_embeddings for name in names):
         return None
-    embeddings = np.concatenate([one.embeddings() for one in partners], axis=1)
+    embeddings = np.concatenate([runs[name].embeddings() for name in names], axis=1)
     train, test = reproduction.slices.sides(result.folder / SPLIT)
     labels = reproduction.slices.labels
     predicted = nearest_labels(embeddings[train], labels[train], embeddings[test])[:, 0]

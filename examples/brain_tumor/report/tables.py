@@ -8,6 +8,7 @@ from ..evaluation.classifiers import Classification
 from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import (
     COLUMNS,
+    Metrics,
     majority_vote,
     mcnemar,
     measure,
@@ -43,8 +44,7 @@ TRAININGS = (*PAPER_LOSSES, SWAPPED)
 SPLITS = (PROPOSED, SWAPPED)  # table 1
 LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
 MARGINS = ("sphereface-m4", "sphereface-m6", PROPOSED)  # tables 5 and 6
-INTERVALS = ["seeds", "95 % over seeds", "Wilson 95 %, seed 0", "bootstrap of patients, seed 0"]
-COMPARED = ["accuracy", "Wilson 95 %", "McNemar's p against the proposed"]
+INTERVALS = ("seeds", "95 % over seeds", "Wilson 95 %, seed 0")
 SHORT = ("Me", "Gl", "Pt")
 VIEWS = {
     1: "the slice alone",
@@ -90,28 +90,22 @@ def paper_table(
     for training in trainings:
         results = reproduction.select("slice", training)
         if results:
-            cells = [
-                *metrics_row(mean_metrics([one.metrics for one in results])),
-                *_intervals(results),
-            ]
-            rows.append([TITLES[training], *cells])
+            cells = _over_seeds([one.metrics for one in results])
+            rows.append(
+                [TITLES[training], *cells, bounds(patient_interval(results[0].predictions))]
+            )
         elif training in cited:
-            rows.append([TITLES[training], *["-"] * len(COLUMNS), "0", *["-"] * 3])
+            rows.append([TITLES[training], *["-"] * len(COLUMNS), "0", "-", "-", "-"])
         if training in cited and not reproduction.synthetic:
-            rows.append(["the paper", *cited[training], "1", *["-"] * (len(INTERVALS) - 1)])
-    return Table(["", *COLUMNS, *INTERVALS], rows)
+            rows.append(["the paper", *cited[training], "1", "-", "-", "-"])
+    return Table(["", *COLUMNS, *INTERVALS, "bootstrap of patients, seed 0"], rows)
 
 
-def _intervals(results: Sequence[Result]) -> list[str]:
-    accuracies = [result.metrics.accuracy for result in results]
-    _, interval = seed_interval(accuracies)
-    first = results[0]
-    return [
-        str(len(results)),
-        bounds(interval),
-        bounds(first.metrics.accuracy_interval),
-        bounds(patient_interval(first.predictions)),
-    ]
+def _over_seeds(every: Sequence[Metrics]) -> list[str]:
+    """Return means in the paper's columns, and what stands under `INTERVALS`."""
+    _, interval = seed_interval([one.accuracy for one in every])
+    intervals = bounds(interval), bounds(every[0].accuracy_interval)
+    return [*metrics_row(mean_metrics(every)), str(len(every)), *intervals]
 
 
 def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
@@ -147,8 +141,7 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
         for other in reproduction.select("slice", training) if training != PROPOSED else []:
             seed = other.run.settings.training.seed
             if seed in proposed:
-                ours, theirs = proposed[seed].predictions.right, other.predictions.right
-                test = mcnemar(ours, theirs)
+                test = mcnemar(proposed[seed].predictions.right, other.predictions.right)
                 only = [str(test.only_first), str(test.only_second)]
                 rows.append([TITLES[training], str(seed), *only, p_text(test.p)])
     return Table(["against", "seed", "only m = 5 right", "only the other right", "p"], rows)
@@ -165,12 +158,10 @@ def classifier_table(
     rows = []
     for same in zip(*every, strict=True):
         metrics = [measure(truth, one.predicted) for truth, one in zip(truths, same, strict=True)]
-        _, interval = seed_interval([one.accuracy for one in metrics])
-        cells = [str(len(metrics)), bounds(interval), bounds(metrics[0].accuracy_interval)]
-        rows.append([same[0].name, *metrics_row(mean_metrics(metrics)), *cells])
+        rows.append([same[0].name, *_over_seeds(metrics)])
         if same[0].name in paper.CLASSIFIERS and not synthetic:
             rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
-    return Table(["", *COLUMNS, *INTERVALS[:3]], rows)
+    return Table(["", *COLUMNS, *INTERVALS], rows)
 
 
 def patient_table(reproduction: Reproduction) -> Table:
@@ -179,47 +170,30 @@ def patient_table(reproduction: Reproduction) -> Table:
     for training in TRAININGS:
         by_slice = reproduction.select("slice", training)
         folds = reproduction.select("patient", training)
-        if by_slice and folds:
-            rows.append([TITLES[training], *_by_slice(by_slice), *_by_patient(folds)])
-    return Table(
-        [
-            "",
-            "by slice",
-            "seeds",
-            "by patient: mean of the folds",
-            "folds",
-            "95 % over folds",
-            "all folds together",
-            "bootstrap of patients",
-            "with mirror images",
-            "patients right by vote",
-            "Wilson 95 %",
-        ],
-        rows,
-    )
-
-
-def _by_slice(results: Sequence[Result]) -> list[str]:
-    mean = np.mean([result.metrics.accuracy for result in results])
-    return [percent(mean), str(len(results))]
-
-
-def _by_patient(folds: Sequence[Result]) -> list[str]:
-    accuracies = [fold.metrics.accuracy for fold in folds]
-    mean, interval = seed_interval(accuracies)
-    together = pooled(fold.predictions for fold in folds)
-    mirrored = [fold.by_views(2).metrics.accuracy for fold in folds if fold.has_views(2)]
-    hits, patients = votes(folds)
-    return [
-        percent(mean),
-        str(len(folds)),
-        bounds(interval),
-        percent(together.metrics.accuracy),
-        bounds(patient_interval(together)),
-        percent(np.mean(mirrored)) if len(mirrored) == len(folds) else "-",
-        f"{percent(hits / patients)} ({hits} of {patients})",
-        bounds(wilson_interval(hits, patients)),
-    ]
+        if not by_slice or not folds:
+            continue
+        mean, interval = seed_interval([fold.metrics.accuracy for fold in folds])
+        together = pooled(fold.predictions for fold in folds)
+        mirrored = [fold.by_views(2) for fold in folds]
+        hits, patients = votes(folds)
+        rows.append(
+            {
+                "": TITLES[training],
+                "by slice": percent(np.mean([one.metrics.accuracy for one in by_slice])),
+                "seeds": len(by_slice),
+                "by patient: mean of the folds": percent(mean),
+                "folds": len(folds),
+                "95 % over folds": bounds(interval),
+                "all folds together": percent(together.metrics.accuracy),
+                "bootstrap of patients": bounds(patient_interval(together)),
+                "with mirror images": "-"
+                if None in mirrored
+                else percent(np.mean([one.metrics.accuracy for one in mirrored])),
+                "patients right by vote": f"{percent(hits / patients)} ({hits} of {patients})",
+                "Wilson 95 %": bounds(wilson_interval(hits, patients)),
+            }
+        )
+    return Table.of(rows)
 
 
 def votes(folds: Sequence[Result]) -> tuple[int, int]:
@@ -272,16 +246,14 @@ def variant_table(reproduction: Reproduction) -> Table:
     proposed = _tried(reproduction, "patient", PROPOSED)
     every = [one for one in reproduction.results if one.run.group == "variant"]
     names = dict.fromkeys(one.run.training for one in every)
-    rows = []
+    rights = {}
     if proposed:
-        reference = pooled(one.predictions for one in proposed).right
-        rows.append(_beside("as proposed", reference, None))
+        rights = {"as proposed": pooled(one.predictions for one in proposed).right}
         for name in names:
             results = reproduction.select("variant", name)
             if len(results) == len(proposed):
-                own = pooled(one.predictions for one in results).right
-                rows.append(_beside(name, own, reference))
-    return Table(["trained", *COMPARED], rows)
+                rights[name] = pooled(one.predictions for one in results).right
+    return _compared("trained", rights)
 
 
 def answer_table(
@@ -295,33 +267,29 @@ def answer_table(
     join several networks which of all test slices it gets right.
     """
     truth = np.concatenate([one.predictions.truth for one in results])
-    reference = pooled(one.predictions for one in results).right
-    rows = [
-        _beside("k-NN, k = 1, as proposed", reference, None),
-        *(
-            _beside(f"k-NN, k = 1, {text}", pooled(answers).right, reference)
-            for views, text in VIEWS.items()
-            if (answers := _other_views(results, views))
-        ),
-    ]
+    rights = {"k-NN, k = 1, as proposed": pooled(one.predictions for one in results).right}
+    for views, text in VIEWS.items():
+        answers = [one.by_views(views) for one in results]
+        own = all(one.run.settings.evaluation.views == views for one in results)
+        if not own and None not in answers:
+            rights[f"k-NN, k = 1, {text}"] = pooled(answers).right
     for same in list(zip(*every, strict=True))[1:]:
-        own = np.concatenate([one.predicted for one in same]) == truth
-        rows.append(_beside(same[0].name, own, reference))
-    rows += [_beside(name, own, reference) for name, own in together.items()]
-    return Table(["answered", *COMPARED], rows)
+        rights[same[0].name] = np.concatenate([one.predicted for one in same]) == truth
+    return _compared("answered", {**rights, **together})
 
 
-def _other_views(results: Sequence[Result], views: int) -> list[Predictions]:
-    """Return the answers from so many views, unless all were given from as many, or some lack."""
-    if all(one.run.settings.evaluation.views == views for one in results):
-        return []
-    every = [one.by_views(views) for one in results if one.has_views(views)]
-    return every if len(every) == len(results) else []
-
-
-def _beside(name: str, own: np.ndarray, reference: np.ndarray | None) -> list[str]:
-    p = "-" if reference is None else p_text(mcnemar(own, reference).p)
-    return [name, *share(own), p]
+def _compared(title: str, rights: Mapping[str, np.ndarray]) -> Table:
+    """Return which answers (n,) are right, in a row for each name; the first is the reference."""
+    names = list(rights)
+    rows = [
+        [
+            name,
+            *share(right),
+            p_text(mcnemar(right, rights[names[0]]).p) if name != names[0] else "-",
+        ]
+        for name, right in rights.items()
+    ]
+    return Table([title, "accuracy", "Wilson 95 %", "McNemar's p against the proposed"], rows)
 
 
 def accuracy(results: Sequence[Result]) -> list[str]:
@@ -336,26 +304,18 @@ def share(own: np.ndarray) -> list[str]:
 
 def golden_table(rows: Sequence[paper.Golden]) -> Table:
     """Return what the paper printed beside what our metrics make of its counts."""
-    cells = [
-        [
-            _title(row.name),
-            " ".join(row.printed),
-            " ".join(row.ours),
-            _differences(row),
-            row.explanation,
-        ]
-        for row in rows
-    ]
-    header = ["", "printed by the paper", "our metrics of its counts", "printed / ours", "why"]
-    return Table(header, cells)
-
-
-def _title(name: str) -> str:
-    training = name.removesuffix(", AUC")
-    return name.replace(training, TITLES.get(training, training), 1)
-
-
-def _differences(row: paper.Golden) -> str:
-    cells = zip(row.printed, row.ours, strict=True)
-    differ = [f"{printed} / {ours}" for printed, ours in cells if printed != ours]
-    return "; ".join(differ) or "alike"
+    cells = []
+    for row in rows:
+        training = row.name.removesuffix(", AUC")
+        pairs = zip(row.printed, row.ours, strict=True)
+        differ = [f"{printed} / {ours}" for printed, ours in pairs if printed != ours]
+        cells.append(
+            {
+                "": row.name.replace(training, TITLES.get(training, training), 1),
+                "printed by the paper": " ".join(row.printed),
+                "our metrics of its counts": " ".join(row.ours),
+                "printed / ours": "; ".join(differ) or "alike",
+                "why": row.explanation,
+            }
+        )
+    return Table.of(cells)

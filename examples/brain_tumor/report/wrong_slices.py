@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 
@@ -30,8 +31,10 @@ def plane_of(number: int) -> str:
 
 def wrong_table(reproduction: Reproduction, group: str) -> Table:
     """Return the slices that every run of the proposed training which tested them misses."""
-    every = pooled(one.predictions for one in reproduction.select(group, PROPOSED))
+    results = reproduction.select(group, PROPOSED)
+    every = pooled(one.predictions for one in results)
     table, areas, rows = reproduction.slices, _areas(reproduction), []
+    found = [one.neighbours(table) for one in results]
     truth = dict(zip(table.numbers.tolist(), table.labels.tolist(), strict=True))
     for number in np.unique(every.numbers).tolist():
         own = every.numbers == number
@@ -42,13 +45,19 @@ def wrong_table(reproduction: Reproduction, group: str) -> Table:
                     *(str(number), every.patients[own][0], plane_of(number)),
                     *(str(areas.get(number, "-")), CLASS_NAMES[every.truth[own][0]]),
                     ", ".join(f"{name} ({count})" for name, count in given.items()),
-                    ", ".join(f"{one} {CLASS_NAMES[truth[one]]}" for one in every.nearest[own]),
+                    "; ".join(_by_class(near[number], truth) for near in found if number in near),
                 ]
             )
     return Table(
         ["slice", "patient", "plane", "tumour", "truth", "answers (runs)", "nearest in each run"],
         rows,
     )
+
+
+def _by_class(numbers: list[int], truth: dict[int, int]) -> str:
+    """Return the numbers of slices, the name of their class after each group of one."""
+    groups = groupby(numbers, lambda number: CLASS_NAMES[truth[number]])
+    return ", ".join(f"{' '.join(map(str, members))} {name}" for name, members in groups)
 
 
 def kinds_table(reproduction: Reproduction) -> Table:

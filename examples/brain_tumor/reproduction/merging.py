@@ -11,18 +11,30 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import PARTIAL, check_sum, read_array, read_json, write_array, write_sums, write_text
-from ..settings import (
-    Settings,
-    first_difference,
-    override_settings,
-    read_settings,
-    write_settings,
+from ..files import (
+    PARTIAL,
+    SUMS,
+    as_csv,
+    check_sum,
+    read_array,
+    read_json,
+    write_array,
+    write_sums,
+    write_text,
 )
+from ..settings import Settings, differences, override_settings, read_settings, write_settings
 from ..training import run_folder
 from .plan import PROPOSED, Run
-from .results import Result, read_reproduction
-from .running import REPRODUCTION, RUNS, SESSIONS, SLICES, is_finished
+from .results import (
+    REPRODUCTION,
+    RUNS,
+    SESSIONS,
+    SLICES,
+    Result,
+    SliceTable,
+    is_finished,
+    read_reproduction,
+)
 
 SAME = ("synthetic", "slices_sha256", "images_sha256", "weights_sha256")  # or nothing is comparable
 
@@ -30,7 +42,8 @@ SAME = ("synthetic", "slices_sha256", "images_sha256", "weights_sha256")  # or n
 def collect(out: Path, folder: Path) -> list[str]:
     """Copy the results of finished runs, without checkpoints, out of a reproduction into a folder.
 
-    Runs that are there are left as they are. Return the names of those that were copied.
+    Runs that are there are left as they are, but for the neighbours of wrong slices that older ones
+    lack. Return the names of those that were copied.
 
     Raises:
         UserError: The folder holds results of other data or weights, or cannot be written.
@@ -45,6 +58,8 @@ def collect(out: Path, folder: Path) -> list[str]:
         if not target.exists():
             _copy_run(result, target)
             copied.append(result.run.name)
+        if result.run.training == PROPOSED and result.has_embeddings:
+            _keep_neighbours(result, reproduction.slices, target)
     for name in (SLICES, SESSIONS, REPRODUCTION):
         if (out / name).is_file():
             write_text(folder / name, (out / name).read_text(encoding="utf-8"))
@@ -65,13 +80,9 @@ def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
         source, target = folder / RUNS / run.name, out / RUNS / run.name
         if not is_finished(source, run) or is_finished(target, run):
             continue
-        key = first_difference(
-            _placeless(read_settings(source / run_folder.SETTINGS)), _placeless(run.settings)
-        )
-        if key is not None:
-            raise UserError(
-                f"{source / run_folder.SETTINGS}: {key} differs from the plan's; was it another's?"
-            )
+        path = source / run_folder.SETTINGS
+        for key in differences(_placeless(read_settings(path)), _placeless(run.settings)):
+            raise UserError(f"{path}: {key} differs from the plan's; was it another's?")
         partial = target.with_name(target.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
@@ -94,6 +105,19 @@ def _check_same(folder: Path, out: Path) -> None:
 def _placeless(settings: Settings) -> Settings:
     """Return settings without where the weights lie, whose sum is checked instead."""
     return override_settings(settings, {"weights": ""})
+
+
+def _keep_neighbours(result: Result, slices: SliceTable, target: Path) -> None:
+    own, answers = (one / run_folder.PREDICTIONS for one in (result.folder, target))
+    if (target / run_folder.NEIGHBOURS).is_file() or own.read_bytes() != answers.read_bytes():
+        return
+    kept = sorted(path for path in target.iterdir() if path.name != SUMS)
+    for path in kept:
+        check_sum(path)
+    found = result.neighbours(slices)
+    rows = [(number, one) for number, nearest in found.items() for one in nearest]
+    write_text(target / run_folder.NEIGHBOURS, as_csv([("slice", "training_slice"), *rows]))
+    write_sums(target, [run_folder.NEIGHBOURS, *(path.name for path in kept)])
 
 
 def _copy_run(result: Result, target: Path) -> None:

@@ -1,4 +1,14 @@
-"""Reading back a reproduction's finished runs, and what several of them say together."""
+"""Reading back a reproduction's finished runs, and what several of them say together.
+
+A reproduction's folder holds all that its report is made of:
+
+    reproduction.json   budget, data and weights (with their sums), versions
+    slices.csv          number, class, patient and fold of every slice
+    samples.npz         the slices of figure 1
+    sessions.jsonl      when it ran, on what, what failed: a line at the start, one at the end
+    speed.json          how fast a training step is
+    runs/NAME/          a run's folder, see run_folder.py
+"""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -9,15 +19,31 @@ from typing import Any
 import numpy as np
 
 from ..data.slices import CLASS_NAMES
+from ..evaluation.classifiers import nearest_rows
 from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics
-from ..files import read_array, read_json, read_rows, read_table, readable
+from ..files import column, read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
-from ..training.run_folder import EMBEDDINGS, EPOCHS, PREDICTIONS, SETTINGS, VIEW_PREDICTIONS
+from ..training.run_folder import (
+    EMBEDDINGS,
+    EPOCHS,
+    METRICS,
+    NEIGHBOURS,
+    PREDICTIONS,
+    SETTINGS,
+    SPLIT,
+    VIEW_PREDICTIONS,
+)
 from .plan import PROPOSED, Budget, Run, plan_runs
-from .running import REPRODUCTION, RUNS, SLICES, is_finished
 
+REPRODUCTION = "reproduction.json"
+SLICES = "slices.csv"
+SAMPLES = "samples.npz"
+SESSIONS = "sessions.jsonl"
+SPEED = "speed.json"
+RUNS = "runs"
 FIGURES = "figures"
+SHOWN_NEIGHBOURS = 5  # of a wrong slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +58,12 @@ class Result:
         """The answers of 1-NN."""
         return read_predictions(self.folder / PREDICTIONS)
 
-    def by_views(self, views: int) -> Predictions:
-        """The same with embeddings averaged over so many views of each slice."""
+    def by_views(self, views: int) -> Predictions | None:
+        """The same with so many views of each slice; of a merged run they may be left out."""
         if views == self.run.settings.evaluation.views:
             return self.predictions
-        return read_predictions(self.folder / VIEW_PREDICTIONS.format(views))
-
-    def has_views(self, views: int) -> bool:
-        """Whether there are answers from so many views: of a merged run they may be left out."""
-        own = views == self.run.settings.evaluation.views
-        return own or (self.folder / VIEW_PREDICTIONS.format(views)).is_file()
+        path = self.folder / VIEW_PREDICTIONS.format(views)
+        return read_predictions(path) if path.is_file() else None
 
     def embeddings(self) -> np.ndarray:
         """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
@@ -51,6 +73,26 @@ class Result:
     def has_embeddings(self) -> bool:
         """Whether its embeddings are there: of a run that was merged they may be left out."""
         return (self.folder / EMBEDDINGS).is_file()
+
+    def neighbours(self, slices: "SliceTable") -> dict[int, list[int]]:
+        """Return the nearest training slices of each wrong slice by number, the nearest first.
+
+        There are five, but one of a merged run that was collected without them.
+        """
+        path, wrong = self.folder / NEIGHBOURS, ~self.predictions.right
+        if path.is_file():
+            found: dict[int, list[int]] = {}
+            with readable(path, "a table of neighbours"):
+                for row in read_table(path):
+                    found.setdefault(int(row["slice"]), []).append(int(row["training_slice"]))
+            return found
+        nearest = self.predictions.nearest[wrong, None]
+        if self.has_embeddings:
+            embeddings = self.embeddings()
+            train, test = slices.sides(self.folder / SPLIT)
+            rows = nearest_rows(embeddings[train], embeddings[test[wrong]], SHOWN_NEIGHBOURS)
+            nearest = slices.numbers[train[rows]]
+        return dict(zip(self.predictions.numbers[wrong].tolist(), nearest.tolist(), strict=True))
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -119,6 +161,13 @@ class Reproduction:
         return [one for one in self.select(group, PROPOSED) if one.has_embeddings]
 
 
+def is_finished(folder: Path, run: Run) -> bool:
+    """Return whether a run was trained to its end and evaluated."""
+    if not (folder / METRICS).is_file():
+        return False
+    return read_json(folder / METRICS)["epoch"] == run.settings.training.epochs
+
+
 def read_reproduction(folder: Path) -> Reproduction:
     """Read a reproduction's folder."""
     description = read_json(folder / REPRODUCTION)
@@ -161,9 +210,9 @@ def read_slice_table(folder: Path) -> SliceTable:
     with readable(path, "the table of slices"):
         rows = read_table(path)
         return SliceTable(
-            numbers=np.array([int(row["slice"]) for row in rows]),
-            labels=np.array([CLASS_NAMES.index(row["class"]) for row in rows]),
-            patients=np.array([row["patient"] for row in rows]),
+            numbers=column(rows, "slice", int),
+            labels=column(rows, "class", CLASS_NAMES.index),
+            patients=column(rows, "patient", str),
         )
 
 

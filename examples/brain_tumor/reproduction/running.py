@@ -1,13 +1,6 @@
 """Running a plan: each run in its own folder, several side by side, going on where it was cut off.
 
-A reproduction's folder holds all that its report is made of:
-
-    reproduction.json   budget, data and weights (with their sums), versions
-    slices.csv          number, class, patient and fold of every slice
-    samples.npz         the slices of figure 1
-    sessions.jsonl      when it ran, on what, what failed: a line at the start, one at the end
-    speed.json          how fast a training step is
-    runs/NAME/          a run's folder, see run_folder.py
+What the folder of a reproduction holds is in results.py.
 """
 
 import dataclasses
@@ -17,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -51,16 +44,11 @@ from ..files import (
 from ..settings import Settings
 from ..training.checkpoint import epochs_done
 from ..training.loop import train
-from ..training.run_folder import METRICS, SETTINGS, choose_precision, describe_environment
+from ..training.run_folder import SETTINGS, choose_precision, describe_environment
+from .merging import merge
 from .plan import Budget, Run, plan_runs
+from .results import REPRODUCTION, RUNS, SAMPLES, SESSIONS, SLICES, SPEED, is_finished
 from .speed import measure_speed
-
-REPRODUCTION = "reproduction.json"
-SLICES = "slices.csv"
-SESSIONS = "sessions.jsonl"
-SAMPLES = "samples.npz"
-SPEED = "speed.json"
-RUNS = "runs"
 
 
 def run_plan(
@@ -70,13 +58,13 @@ def run_plan(
     budget: Budget,
     jobs: int,
     chosen: str = "*",
-    take: Callable[[Sequence[Run]], object] | None = None,
+    merged: Path | None = None,
 ) -> list[str]:
     """Train and evaluate what a reproduction lacks; return a line for each run that failed.
 
     Finished runs are left as they are. Each of the `jobs` runs side by side has its share of the
     cores or, if there are GPUs, one of them. Only runs with names like `chosen`, as file names are
-    matched, are trained. `take` is called with the plan before, to take finished runs in.
+    matched, are trained. The finished runs of another folder, `merged`, are taken in before.
 
     Raises:
         UserError: The folder holds another reproduction, or the data are at fault.
@@ -85,8 +73,9 @@ def run_plan(
         slices = load(data, budget.settings(None))
         _begin(out, _describe(slices, weights, budget), slices)
         runs = plan_runs(budget, weights)
-        if take is not None:
-            take(runs)
+        if merged is not None:
+            taken = merge(merged, out, runs)
+            print(f"{merged}: {len(taken)} finished runs taken in", flush=True)
         unfinished = [run for run in runs if not is_finished(out / RUNS / run.name, run)]
         left = [run for run in unfinished if fnmatch(run.name, chosen)]
         done = len(runs) - len(unfinished)
@@ -117,22 +106,14 @@ def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None
     if not (out / SPEED).is_file():
         print(f"{out}: measuring the speed of a training step", flush=True)
         settings = plan_runs(budget, weights)[0].settings
-        write_json(out / SPEED, dataclasses.asdict(measure_speed(settings, slices)))
+        write_json(out / SPEED, measure_speed(settings, slices))
 
 
-def is_finished(folder: Path, run: Run) -> bool:
-    """Return whether a run was trained to its end and evaluated."""
-    if not (folder / METRICS).is_file():
-        return False
-    return read_json(folder / METRICS)["epoch"] == run.settings.training.epochs
-
-
-def complete_run(folder: Path, run: Run, slices: SliceSet) -> float:
+def complete_run(folder: Path, settings: Settings, slices: SliceSet) -> float:
     """Train a run, or go on with it, evaluate it, and return its accuracy."""
     begun = (folder / SETTINGS).is_file()
-    if not begun or epochs_done(folder) < run.settings.training.epochs:
-        split = make_split(run.settings.data, slices)
-        train(run.settings, slices, split, folder, resume=begun)
+    if not begun or epochs_done(folder) < settings.training.epochs:
+        train(settings, slices, make_split(settings.data, slices), folder, resume=begun)
     return evaluate(folder, slices).accuracy
 
 
@@ -148,18 +129,14 @@ def _work(data: Path, out: Path, runs: Sequence[Run], jobs: int) -> Iterator[str
         tasks = {pool.submit(_task, data, out / RUNS / run.name, run): run for run in runs}
         for done, task in enumerate(as_completed(tasks), 1):
             left = (time.monotonic() - started) / done * (len(runs) - done)
-            failure, line = _outcome(task, tasks[task])
-            print(f"[{done}/{len(runs)}] {line}; about {left / 60:.0f} min left", flush=True)
-            if failure:
+            line = f"{tasks[task].name}: "
+            try:
+                accuracy, seconds = task.result()
+                line += f"{100 * accuracy:.2f} % in {seconds / 60:.1f} min"
+            except UserError as error:
+                line += str(error)
                 yield line
-
-
-def _outcome(task: Future, run: Run) -> tuple[bool, str]:
-    try:
-        accuracy, seconds = task.result()
-    except UserError as error:
-        return True, f"{run.name}: {error}"
-    return False, f"{run.name}: {100 * accuracy:.2f} % in {seconds / 60:.1f} min"
+            print(f"[{done}/{len(runs)}] {line}; about {left / 60:.0f} min left", flush=True)
 
 
 @contextmanager
@@ -208,8 +185,9 @@ def _watch(stop: Any, parent: int) -> None:  # noqa: ANN401
 
 def _task(data: Path, folder: Path, run: Run) -> tuple[float, float]:
     started = time.monotonic()
-    accuracy = complete_run(folder, run, _load_once(data, *decoded_as(run.settings)))
-    return accuracy, time.monotonic() - started
+    image_size, crop = decoded_as(run.settings)
+    slices = _load_once(data, image_size, progress=False, crop=crop)
+    return complete_run(folder, run.settings, slices), time.monotonic() - started
 
 
 def decoded_as(settings: Settings) -> tuple[int, str]:
@@ -223,9 +201,7 @@ def load(data: Path, settings: Settings) -> SliceSet:
     return load_slices(data, image_size, progress=sys.stderr.isatty(), crop=crop)
 
 
-@lru_cache(maxsize=2)
-def _load_once(data: Path, image_size: int, crop: str) -> SliceSet:
-    return load_slices(data, image_size, progress=False, crop=crop)
+_load_once = lru_cache(maxsize=2)(load_slices)
 
 
 def _sample_numbers(data: Path, slices: SliceSet) -> dict[tuple[str, str], int]:

@@ -5,7 +5,6 @@ whole step, the network's forward and backward pass alone (the floor), and the m
 alone (picking the slices and augmenting them). On a CPU the process's own time counts.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -22,22 +21,12 @@ ROUNDS = 15
 WARM_UP = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Medians of a training's parts."""
+def measure_speed(settings: Settings, slices: SliceSet) -> dict[str, str | int | float]:
+    """Measure the training that the settings describe, without leaving a trace of it.
 
-    device: str  # of the measurement
-    threads: int  # of the CPU
-    precision: str  # of the network's arithmetic
-    image_size: int  # side of the images in pixels
-    batch_size: int  # images in a step
-    step: float  # seconds of a whole step: batch, network, loss, optimiser, measures
-    floor: float  # seconds of the network's forward and backward pass on a batch that is there
-    batch: float  # seconds of making a batch
-
-
-def measure_speed(settings: Settings, slices: SliceSet) -> Speed:
-    """Measure the training that the settings describe, without leaving a trace of it."""
+    Return the medians in seconds: of a whole `step` (batch, network, loss, optimiser, measures),
+    of the `floor` and of making a `batch`; and what they were measured with.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(settings.training.precision, device)
     random = torch.get_rng_state()
@@ -66,14 +55,14 @@ def measure_speed(settings: Settings, slices: SliceSet) -> Speed:
     state.loss.train()
     seconds = _medians(parts, device)
     torch.set_rng_state(random)
-    return Speed(
-        device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        threads=torch.get_num_threads(),
-        precision=str(precision).removeprefix("torch."),
-        image_size=settings.data.image_size,
-        batch_size=size,
+    return {
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "precision": str(precision).removeprefix("torch."),
+        "image_size": settings.data.image_size,
+        "batch_size": size,
         **seconds,
-    )
+    }
 
 
 def _medians(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

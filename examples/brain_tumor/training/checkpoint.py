@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +73,21 @@ class TrainingState:
 
     def restore(self, folder: Path) -> None:
         """Go back to the last checkpoint."""
-        path = folder / CHECKPOINT
-        contents = read_checkpoint(path)
-        try:
-            self._load(contents)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: does not fit this run: {one_line(error)}") from None
-
-    def _load(self, contents: dict[str, Any]) -> None:
-        self.network.load_state_dict(contents["network"])
-        if self.average is not None:
-            self.average.load_state_dict(contents["average"])
-        self.loss.load_state_dict(contents["loss"])
-        self.optimiser.load_state_dict(contents["optimiser"])
-        for parameter, moments in self.optimiser.state.items():
-            if moments["exp_avg"].shape != parameter.shape:  # torch itself does not look
-                raise ValueError("the optimiser's state has the shapes of another network")
-        self.generator.set_state(contents["generator"])
-        torch.set_rng_state(contents["random"])
-        device = self.device
-        if device.type == "cuda" and contents["device_random"] is not None:
-            torch.cuda.set_rng_state(contents["device_random"], device)
-        self.epoch = contents["epoch"]
+        with _read(folder, "this run") as contents:
+            self.network.load_state_dict(contents["network"])
+            if self.average is not None:
+                self.average.load_state_dict(contents["average"])
+            self.loss.load_state_dict(contents["loss"])
+            self.optimiser.load_state_dict(contents["optimiser"])
+            for parameter, moments in self.optimiser.state.items():
+                if moments["exp_avg"].shape != parameter.shape:  # torch itself does not look
+                    raise ValueError("the optimiser's state has the shapes of another network")
+            self.generator.set_state(contents["generator"])
+            torch.set_rng_state(contents["random"])
+            device = self.device
+            if device.type == "cuda" and contents["device_random"] is not None:
+                torch.cuda.set_rng_state(contents["device_random"], device)
+            self.epoch = contents["epoch"]
 
 
 def load_network(
@@ -102,10 +97,8 @@ def load_network(
 
     Where there is a moving average of the weights they are those, if `averaged`.
     """
-    path = folder / CHECKPOINT
-    contents = read_checkpoint(path)
     network = make_network(settings)
-    try:
+    with _read(folder, "the network") as contents:
         average = contents.get("average") if averaged else None
         if average is None:
             network.load_state_dict(contents["network"])
@@ -113,20 +106,26 @@ def load_network(
             holder = AveragedModel(network)
             holder.load_state_dict(average)
             network = holder.module
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: does not fit the network: {one_line(error)}") from None
     return network.eval(), contents["epoch"]
 
 
 def load_loss(folder: Path, settings: Settings, num_classes: int = len(CLASS_NAMES)) -> nn.Module:
     """Return a run's loss, with the class centres it was trained to."""
-    path = folder / CHECKPOINT
     loss = make_loss(settings.loss, settings.network.embedding_size, num_classes)
-    try:
-        loss.load_state_dict(read_checkpoint(path)["loss"])
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: does not fit the loss: {one_line(error)}") from None
+    with _read(folder, "the loss") as contents:
+        loss.load_state_dict(contents["loss"])
     return loss.eval()
+
+
+@contextmanager
+def _read(folder: Path, target: str) -> Iterator[dict[str, Any]]:
+    """Yield a run's checkpoint; that it does not fit its target becomes a UserError."""
+    path = folder / CHECKPOINT
+    contents = read_checkpoint(path)
+    try:
+        yield contents
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: does not fit {target}: {one_line(error)}") from None
 
 
 def epochs_done(folder: Path) -> int:

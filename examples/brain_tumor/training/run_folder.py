@@ -17,7 +17,7 @@ from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
 from ..files import LOCK, PARTIAL, read_json, write_json, write_text
-from ..settings import Settings, first_difference, read_settings, write_settings
+from ..settings import Settings, differences, read_settings, write_settings
 
 SETTINGS = "settings.toml"
 SPLIT = "split.json"
@@ -32,6 +32,7 @@ VIEW_PREDICTIONS = "predictions_views{}.csv"  # as PREDICTIONS, with so many vie
 METRICS = "metrics.json"
 CALIBRATION = "calibration.npz"
 POINTING = "pointing.csv"
+NEIGHBOURS = "neighbours.csv"  # of wrong slices, where there are no embeddings
 STRANGE = "strange.json"
 CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
 FIXED = (SPLIT, SETTINGS)  # what a training that goes on leaves as it is
@@ -62,8 +63,7 @@ def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: S
     """Raise a UserError unless `folder` holds a run of these settings and this split."""
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no run to resume ({SETTINGS} is missing)")
-    key = first_difference(read_settings(folder / SETTINGS), settings)
-    if key is not None:
+    for key in differences(read_settings(folder / SETTINGS), settings):
         raise UserError(f"{folder / SETTINGS}: {key} differs; a run resumes with its own settings")
     _check_split(folder / SPLIT, slices, split)
 

@@ -270,7 +270,7 @@ def test_bars_are_means_with_their_intervals(report, folder, drawn):
     assert theirs.interval == pytest.approx(tuple(wilson))
     assert (theirs.accuracy, theirs.source) == (0.9869, "the paper")
     assert [(one.accuracy, one.verified) for one in cited] == [
-        (one.accuracy, one.verified) for one in paper.CITED
+        (one["accuracy"], one["verified"]) for one in paper.CITED
     ]
     assert {one.source for one in cited} == {"cited"}
     assert not all(one.verified for one in cited)  # Afshar's is hollow

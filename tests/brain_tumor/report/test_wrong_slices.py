@@ -52,9 +52,37 @@ def test_slices_are_listed_that_every_run_which_tested_them_gets_wrong(folder):
         assert area == (str(100 + index) if index < 60 else "-")
         assert truth == CLASS_NAMES[LABELS[index]]
         assert truth not in answers
-        for one in near.split(", "):
-            nearest, name = one.split()
-            assert name == CLASS_NAMES[LABELS[np.flatnonzero(int(nearest) == NUMBERS)[0]]]
+        runs = near.split("; ")
+        assert answers.count("(") <= len(runs) <= 3
+        for one in runs:
+            nearest = [group.split() for group in one.split(", ")]
+            assert sum(len(numbers) for *numbers, _ in nearest) == 5
+            for *numbers, name in nearest:
+                for neighbour in numbers:
+                    assert name == CLASS_NAMES[LABELS[np.flatnonzero(int(neighbour) == NUMBERS)[0]]]
+
+
+def test_neighbours_are_those_of_the_smallest_distance_or_the_one_that_is_kept(folder):
+    reproduction = read_reproduction(folder)
+    one = reproduction.first(PROPOSED)
+    embeddings = np.load(one.folder / "embeddings.npy")
+    train, test = sides(one.run.settings.data)
+    found = one.neighbours(reproduction.slices)
+    wrong = dict(
+        zip(NUMBERS[test], one.predictions.predicted != one.predictions.truth, strict=True)
+    )
+    assert list(found) == [number for number in NUMBERS[test] if wrong[number]]
+    for number, neighbours in found.items():
+        offsets = embeddings[train] - embeddings[np.flatnonzero(number == NUMBERS)[0]]
+        order = np.linalg.norm(offsets, axis=1).argsort()
+        assert neighbours == NUMBERS[train[order[:5]]].tolist()
+    (one.folder / "embeddings.npy").rename(one.folder / "elsewhere.npy")
+    nearest = dict(zip(one.predictions.numbers, one.predictions.nearest, strict=True))
+    alone = {number: [nearest[number]] for number in found}
+    try:
+        assert one.neighbours(reproduction.slices) == alone
+    finally:
+        (one.folder / "elsewhere.npy").rename(one.folder / "embeddings.npy")
 
 
 def test_each_answer_is_counted_once_in_each_kind(folder):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.files import check_sum, write_sums
 from examples.brain_tumor.report.reproduction_report import write_reproduction_report
 from examples.brain_tumor.reproduction.merging import collect, merge
-from examples.brain_tumor.reproduction.plan import plan_runs
+from examples.brain_tumor.reproduction.plan import PROPOSED, plan_runs
 from examples.brain_tumor.reproduction.results import read_reproduction
 from tests.brain_tumor.report.made_results import BUDGET, LATE, SUMS, reproduction
 
@@ -40,6 +41,22 @@ def test_what_is_collected_is_small_and_reports_the_same(made, kept, blank_figur
     assert not (kept / "runs" / "patient-softmax-fold1" / "embeddings.npy").exists()
     report = write_reproduction_report(kept)
     assert "Not finished, 2 of " in report.with_suffix(".md").read_text()
+
+
+def test_the_neighbours_of_wrong_slices_are_kept_of_older_results_too(made, kept):
+    ours, theirs = read_reproduction(made), read_reproduction(kept)
+    runs = zip(ours.select("patient", PROPOSED), theirs.select("patient", PROPOSED), strict=True)
+    wanted = [(one.neighbours(ours.slices), other) for one, other in runs]
+    for neighbours, other in wanted:
+        assert other.neighbours(theirs.slices) == neighbours
+        (other.folder / "neighbours.csv").unlink()  # as in what was collected before
+        for nearest in other.neighbours(theirs.slices).values():
+            assert len(nearest) == 1
+    write_sums(wanted[0][1].folder, ["predictions.csv", "split.json"])
+    assert collect(made, kept) == []
+    for neighbours, other in wanted:
+        assert other.neighbours(theirs.slices) == neighbours
+        check_sum(other.folder / "neighbours.csv")
 
 
 def test_collecting_again_adds_what_was_finished_since(made, kept, tmp_path):

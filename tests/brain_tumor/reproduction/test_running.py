@@ -174,7 +174,7 @@ def test_an_unevaluated_run_is_evaluated_and_not_trained_again(copy, data, few):
     (run / "metrics.json").unlink()
     slices = load_slices(data, 32, progress=False)
     planned = next(one for one in some_runs(TINY, None) if one.name == CHOSEN[0])
-    complete_run(run, planned, slices)
+    complete_run(run, planned.settings, slices)
     assert json.loads((run / "metrics.json").read_bytes()) == json.loads(metrics)
     assert (run / "checkpoint.pt").stat().st_mtime_ns == checkpoint.st_mtime_ns
 
