@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import io
+import math
 import os
 import shlex
 import sys
@@ -323,6 +324,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         type=int,
         help="trainings side by side (default: one a GPU or, without one, a core)",
     ),
+    argument(
+        "--minutes",
+        type=float,
+        help="stop training after so long; the report is of what was finished by then",
+    ),
     then=CONTINUES,
     epilog="The same command continues what was cut off, and leaves alone what is finished.",
 )
@@ -333,12 +339,15 @@ def _reproduce(options: argparse.Namespace) -> None:
     jobs = default_jobs() if options.jobs is None else options.jobs
     if jobs < 1:
         raise UserError(f"--jobs: must be at least 1, not {jobs}")
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        raise UserError(f"--minutes: must be above 0 and finite, not {options.minutes}")
     budget = BUDGETS[options.budget]
 
     failures = run_plan(
         *(options.data, options.weights, options.out, budget, jobs),
         chosen=options.only,
         merged=options.merge,
+        minutes=options.minutes,
     )
     measure(options.data, options.weights, options.out, budget)
     print(f"report: {write_reproduction_report(options.out)}")

@@ -236,9 +236,11 @@ def test_reproduce_measures_and_reports(phantoms, tmp_path, monkeypatch, capsys)
     assert [name for name, *_ in done] == ["run_plan", "measure"]
     assert done[0][1][3].settings(None).training.epochs == 275
     assert done[0][1][4] == 3
-    assert done[0][2] == {"chosen": "*", "take": None}
+    assert done[0][2] == {"chosen": "*", "merged": None, "minutes": None}
     assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
     assert "--jobs" in fault(capsys, ["reproduce", *arguments, "--jobs", "0"])
+    for minutes in ("0", "nan", "inf"):
+        assert "--minutes" in fault(capsys, ["reproduce", *arguments, "--minutes", minutes])
 
 
 def test_a_reproduction_with_failures_is_reported_and_fails(
@@ -261,8 +263,10 @@ def test_finished_runs_go_out_and_in(phantoms, tmp_path, monkeypatch, capsys, bl
     assert main(["collect", str(made), str(kept)]) == 0
     assert f"{len(RUNS) - len(LATE)} runs copied" in capsys.readouterr().out
     reproduction(out, tuple(run.name for run in RUNS))
-    monkeypatch.setattr(running, "run_plan", lambda *_, take, **__: take(RUNS) or [])
-    monkeypatch.setattr(running, "measure", lambda *given: None)
+    monkeypatch.setattr(running, "plan_runs", lambda *given: RUNS)
+    for name in ("_begin", "measure"):
+        monkeypatch.setattr(running, name, lambda *given: None)
+    monkeypatch.setattr(running, "_work", lambda *given: [])
     arguments = ["--data", str(phantoms), "--out", str(out), "--merge", str(kept)]
     assert main(["reproduce", *arguments]) == 0
     printed = capsys.readouterr().out

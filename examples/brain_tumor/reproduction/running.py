@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -59,12 +59,14 @@ def run_plan(
     jobs: int,
     chosen: str = "*",
     merged: Path | None = None,
+    minutes: float | None = None,
 ) -> list[str]:
     """Train and evaluate what a reproduction lacks; return a line for each run that failed.
 
     Finished runs are left as they are. Each of the `jobs` runs side by side has its share of the
     cores or, if there are GPUs, one of them. Only runs with names like `chosen`, as file names are
-    matched, are trained. The finished runs of another folder, `merged`, are taken in before.
+    matched, are trained. The finished runs of another folder, `merged`, are taken in before. After
+    so many `minutes` of training the others are left as they are then, for the same command.
 
     Raises:
         UserError: The folder holds another reproduction, or the data are at fault.
@@ -85,7 +87,7 @@ def run_plan(
         failures: list[str] = []
         append_rows(out / SESSIONS, [_session(jobs, len(left))])
         try:
-            failures.extend(_work(data, out, left, jobs))
+            failures.extend(_work(data, out, left, jobs, minutes))
         finally:  # what is killed leaves the first line alone
             done = sum(is_finished(out / RUNS / run.name, run) for run in left)
             append_rows(out / SESSIONS, [{"ended": _now(), "finished": done, "failed": failures}])
@@ -122,21 +124,26 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or torch.get_num_threads()
 
 
-def _work(data: Path, out: Path, runs: Sequence[Run], jobs: int) -> Iterator[str]:
-    """Complete the runs and yield a line for each that fails."""
-    started = time.monotonic()
-    with _pool(jobs, out) as pool:
-        tasks = {pool.submit(_task, data, out / RUNS / run.name, run): run for run in runs}
-        for done, task in enumerate(as_completed(tasks), 1):
-            left = (time.monotonic() - started) / done * (len(runs) - done)
-            line = f"{tasks[task].name}: "
-            try:
-                accuracy, seconds = task.result()
-                line += f"{100 * accuracy:.2f} % in {seconds / 60:.1f} min"
-            except UserError as error:
-                line += str(error)
-                yield line
-            print(f"[{done}/{len(runs)}] {line}; about {left / 60:.0f} min left", flush=True)
+def _work(
+    data: Path, out: Path, runs: Sequence[Run], jobs: int, minutes: float | None
+) -> Iterator[str]:
+    """Complete the runs that the minutes allow, and yield a line for each that fails."""
+    started, seconds = time.monotonic(), None if minutes is None else 60 * minutes
+    try:
+        with _pool(jobs, out) as pool:
+            tasks = {pool.submit(_task, data, out / RUNS / run.name, run): run for run in runs}
+            for done, task in enumerate(as_completed(tasks, seconds), 1):
+                left = (time.monotonic() - started) / done * (len(runs) - done)
+                line = f"{tasks[task].name}: "
+                try:
+                    accuracy, taken = task.result()
+                    line += f"{100 * accuracy:.2f} % in {taken / 60:.1f} min"
+                except UserError as error:
+                    line += str(error)
+                    yield line
+                print(f"[{done}/{len(runs)}] {line}; about {left / 60:.0f} min left", flush=True)
+    except TimeoutError:
+        print(f"{out}: {minutes:g} min are over; the same command goes on", flush=True)
 
 
 @contextmanager

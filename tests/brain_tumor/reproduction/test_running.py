@@ -275,6 +275,18 @@ def test_workers_die_with_their_parent_and_the_same_plan_goes_on(
         assert one == other
 
 
+def test_what_the_minutes_do_not_allow_is_left_for_the_same_command(data, tmp_path, few, capsys):
+    out = tmp_path / "out"
+    assert run_plan(data, None, out, TINY, jobs=1, minutes=0.01) == []
+    assert "0.01 min are over" in capsys.readouterr().out
+    start, end = read_rows(out / "sessions.jsonl")
+    assert start["runs left"] == len(CHOSEN)
+    assert end["finished"] == 0
+    assert end["failed"] == []
+    assert run_plan(data, None, out, TINY, jobs=1, chosen=CHOSEN[1], minutes=60) == []
+    assert read_rows(out / "sessions.jsonl")[-1]["finished"] == 1
+
+
 def test_samples_are_those_of_the_planes(finished):
     with np.load(finished / "samples.npz") as samples:
         cells = set(samples.files)
