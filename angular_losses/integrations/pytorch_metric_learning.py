@@ -247,8 +247,10 @@ class _ClassificationLoss(
         cosine = cosine.view(-1, self.num_classes, self.sub_centers).amax(2)
         if not self.normalize_weight:
             cosine = cosine * lengths(weight.t()).to(cosine.dtype)
-        scale = torch.as_tensor(self.row_scale(embeddings), device=cosine.device)
-        scaled: Tensor = cosine * scale.to(cosine.dtype).reshape(-1, 1)
+        scale = self.row_scale(embeddings)
+        if isinstance(scale, Tensor):
+            scale = scale.to(cosine).reshape(-1, 1)
+        scaled: Tensor = cosine * scale
         return scaled
 
     @torch.no_grad()
