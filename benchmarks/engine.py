@@ -9,6 +9,7 @@ docs/images/engine.png. Takes about half an hour on two cores; leave the machine
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -166,7 +167,8 @@ def picture(results):
             points = [point for point in results[key] if name in point["seconds"]]
             at = [point["N, d, C"][index] for point in points]
             seconds = [point["seconds"][name] for point in points]
-            megabytes = [point["bytes"][name] / 1e6 for point in points]
+            # Where a step fits into what the one before it left there is nothing to be drawn.
+            megabytes = [point["bytes"][name] / 1e6 or math.nan for point in points]
             for axes, values in zip(panels[:, column], (seconds, megabytes), strict=True):
                 axes.loglog(at, values, "o-", markersize=3, color=colour, label=NAMES[name])
         gradient = [SIZE * point["N, d, C"][2] * 4 / 1e6 for point in results[key]]
