@@ -39,7 +39,7 @@ exclude_patterns = [
 nitpicky = True
 nitpick_ignore_regex = [  # other projects (no inventory is fetched), and private names
     ("py:.*", r"(torch|nn|abc|numpy|pytorch_metric_learning)\b.*"),
-    ("py:class", r"angular_losses\..*\.(Shard|ClassCentres|_WithBias)"),
+    ("py:class", r"angular_losses\..*\.(Shard|ClassCentres|_OneVsRest)"),
 ]
 
 autodoc_member_order = "bysource"

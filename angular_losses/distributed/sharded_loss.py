@@ -54,9 +54,9 @@ class ShardedLoss(MarginLoss):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of the batches of all ranks; every rank has to call it, even without rows.
 
-        The arguments are those of :meth:`MarginLoss.forward`, for this rank's rows. Their number N
-        may differ between ranks, and be 0; K, the number of labels of a row, may not, and an
-        optional argument is given on all ranks or none.
+        The arguments are those of :meth:`angular_losses.MarginLoss.forward`, for this rank's rows.
+        Their number N may differ between ranks, and be 0; K, the number of labels of a row, may
+        not, and an optional argument is given on all ranks or none.
 
         Returns:
             The loss of all rows, the same scalar on every rank; with reduction "none" (N,), the
