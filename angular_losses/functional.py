@@ -362,6 +362,7 @@ def one_vs_rest_loss(
             "recompute".
 
     Example:
+        >>> import torch
         >>> loss = one_vs_rest_loss(
         ...     torch.tensor([[1.0, 0.0]]), torch.eye(2), torch.tensor([0]),
         ...     positive=lambda theta: (1 - theta.cos()) ** 2,

@@ -29,6 +29,7 @@ class NormalizedSoftmaxLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
+        >>> import torch
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -66,6 +67,7 @@ class CosFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
+        >>> import torch
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -105,6 +107,7 @@ class ArcFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
+        >>> import torch
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -151,6 +154,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
+        >>> import torch
         >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss.weight.shape
         torch.Size([30, 64])
@@ -194,6 +198,7 @@ class LiArcFaceLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
+        >>> import torch
         >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -247,6 +252,7 @@ class X2SoftmaxLoss(MarginLoss):
             gradient of the cosine: ``gradient="detached"``.
 
     Example:
+        >>> import torch
         >>> loss = X2SoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -305,6 +311,7 @@ class CombinedMarginLoss(MarginLoss):
         **options: See :class:`MarginLoss`, for shapes and errors too.
 
     Example:
+        >>> import torch
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])

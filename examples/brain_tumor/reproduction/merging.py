@@ -81,8 +81,9 @@ def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
         if not is_finished(source, run) or is_finished(target, run):
             continue
         path = source / run_folder.SETTINGS
-        for key in differences(_placeless(read_settings(path)), _placeless(run.settings)):
-            raise UserError(f"{path}: {key} differs from the plan's; was it another's?")
+        changed = differences(_placeless(read_settings(path)), _placeless(run.settings))
+        if changed:
+            raise UserError(f"{path}: {min(changed)} differs from the plan's; was it another's?")
         partial = target.with_name(target.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
