@@ -63,8 +63,11 @@ def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: S
     """Raise a UserError unless `folder` holds a run of these settings and this split."""
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no run to resume ({SETTINGS} is missing)")
-    for key in differences(read_settings(folder / SETTINGS), settings):
-        raise UserError(f"{folder / SETTINGS}: {key} differs; a run resumes with its own settings")
+    changed = differences(read_settings(folder / SETTINGS), settings)
+    if changed:
+        raise UserError(
+            f"{folder / SETTINGS}: {min(changed)} differs; a run resumes with its own settings"
+        )
     _check_split(folder / SPLIT, slices, split)
 
 
