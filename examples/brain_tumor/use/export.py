@@ -32,6 +32,7 @@ from .prediction import NOTICE, Reference, check_finite, read_reference
 TORCH_FILE = "model.pt2"
 ONNX_FILE = "model.onnx"
 DESCRIPTION = "model.json"
+OLDEST_TORCH = "2.8"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
 OUTPUTS = ("embedding", "probabilities")
@@ -202,6 +203,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _trace(classifier: Classifier, size: int) -> torch.export.ExportedProgram:
+    if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
+        raise UserError(
+            f"torch {torch.__version__}: its exporters fail on the network; export needs torch "
+            f"{OLDEST_TORCH} or newer"
+        )
     example = torch.zeros(2, 1, size, size)  # of one, export would take the batch for constant
     with torch.no_grad():
         return torch.export.export(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from examples.brain_tumor.data.slices import CLASS_NAMES
 from examples.brain_tumor.errors import UserError
@@ -56,6 +57,8 @@ def run(shared, blobs, blob_split, tiny_settings):
 @pytest.fixture
 def exported(shared, run, blobs):
     """The folder of the exported run; exporting takes seconds."""
+    if TorchVersion(torch.__version__) < export_module.OLDEST_TORCH:
+        pytest.skip(f"export needs torch {export_module.OLDEST_TORCH}")
     if not (shared / "exported").exists():
         returned = export(run, blobs, shared / "exported")
         (shared / "returned.json").write_text(json.dumps(returned))
@@ -172,6 +175,13 @@ def test_the_largest_difference_is_that_of_all_batches():
 def test_missing_packages_are_named(tmp_path, run, blobs, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"^{package}: .*pip install onnx onnxruntime onnxscript$"):
+        export(run, blobs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_whose_exporters_fail_is_named(tmp_path, run, blobs, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.7.1")
+    with pytest.raises(UserError, match=r"^torch 2\.7\.1: .* export needs torch 2\.8 or newer$"):
         export(run, blobs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
