@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 THUMBNAIL = re.compile(
     r'(sphx-glr-thumbcontainer"[^>]*><img alt=")("[^>]*>\s*<p><a )(.*?<span[^>]*>([^<]*)</span>)'
@@ -18,6 +19,8 @@ def complete(
         if context.get(part):
             context[part] = context[part].replace('role="heading"', 'role="heading" aria-level="2"')
     if context.get("body"):
+        if 'alt="plot ' in context["body"]:
+            raise ExtensionError(f"{page}: a figure without a title has no alternative text")
         context["body"] = THUMBNAIL.sub(r'\1A figure of \4\2aria-label="\4" \3', context["body"])
 
 

@@ -60,6 +60,9 @@ for _ in range(150):
     value.backward()
     optimiser.step()
 print(f"quarter turns: cross-entropy {value.item():.2f}, chance level {math.log(4):.2f}")
+# sphinx_gallery_start_ignore
+assert value < 0.5 * math.log(4)
+# sphinx_gallery_end_ignore
 
 # %%
 # Training, held-out and new images
@@ -72,6 +75,11 @@ held_out = training & (torch.arange(len(labels)) % 4 == 0)
 train_images, train_labels = images[training & ~held_out], labels[training & ~held_out]
 new_images, new_labels = images[~training], labels[~training]
 print(f"{len(train_labels)} training, {held_out.sum()} held-out, {len(new_labels)} new images")
+# sphinx_gallery_start_ignore
+assert set(train_labels.tolist()) == set(labels[held_out].tolist()) == set(range(7))
+assert set(new_labels.tolist()) == {7, 8, 9}
+assert len(train_labels) + held_out.sum() + len(new_labels) == len(labels)
+# sphinx_gallery_end_ignore
 
 # %%
 # Choose the scale
@@ -179,6 +187,11 @@ axes[0].legend()
 axes[-1].set_xlabel("angle between an image and a class centre (degrees)")
 figure.suptitle("Held-out images after training")
 plt.show()
+# sphinx_gallery_start_ignore
+medians = [measure(*group[0][:2]).numbers["target_median"] for group in runs.values()]
+assert 0 < chosen < 1.2
+assert medians == sorted(medians, reverse=True)
+# sphinx_gallery_end_ignore
 
 # %%
 # A larger margin concentrates the training classes more. Whether that helps has to be tested on the
@@ -234,6 +247,17 @@ ax.set(title="Verification of pairs of new classes", xscale="log", xlim=(1e-3, 1
 ax.set(xlabel="false accept rate", ylabel="true accept rate")
 ax.legend()
 plt.show()
+# sphinx_gallery_start_ignore
+for seed in range(3):  # what the text says
+    none, right, large = (accepted[f"m = {margin}", seed] for margin in (0.0, chosen, 1.2))
+    assert min(none, right) > accepted["backbone alone", 0]
+    assert large < none
+cosine, pairs = cosines(pretrained), torch.ones(len(new_labels), len(new_labels)).triu(1).bool()
+same = new_labels[:, None] == new_labels
+different = cosine[pairs & ~same].sort(descending=True).values
+counted = (cosine[pairs & same] > different[len(different) // 100]).float().mean().item()
+assert abs(accepted["backbone alone", 0] - counted) < 2e-3
+# sphinx_gallery_end_ignore
 
 # %%
 # Compare the differences with those between seeds and with the intervals (Wilson, 95 %, for

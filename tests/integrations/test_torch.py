@@ -54,6 +54,16 @@ class TestAveragedModel:
 
 
 class TestSaving:
+    def test_safetensors_keeps_the_state(self, tmp_path):
+        safetensors = pytest.importorskip("safetensors.torch")
+        network, loss = network_and_loss(al.AdaFaceLoss)
+        plain(network, loss, batches())
+        state = loss.state_dict()
+        safetensors.save_file(state, tmp_path / "loss.safetensors")
+        loaded = safetensors.load_file(tmp_path / "loss.safetensors")
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
     def test_a_pickled_loss_resumes_bit_for_bit(self, tmp_path):
         model = both(*network_and_loss(al.AdaFaceLoss))
         plain(*model.values(), batches())
