@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from examples.brain_tumor.data.phantoms import MARKER_NAME, _write
 from examples.brain_tumor.data.slices import load_slices
@@ -70,13 +70,18 @@ def data(tmp_path_factory):
     return folder
 
 
+def in_this_process(jobs, out):
+    """Instead of processes, which first import all anew."""
+    return ThreadPoolExecutor(1)
+
+
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory, few_trees):
     """A reproduction of the chosen runs, all finished, with its report."""
     out = tmp_path_factory.mktemp("reproduction") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduction, "plan_runs", some_runs)
-        patch.setattr(torch, "get_num_threads", lambda: 1)  # as SCRIPT has: two sum otherwise
+        patch.setattr(reproduction, "_pool", in_this_process)
         assert run_plan(data, None, out, TINY, jobs=1) == []
         patch.setattr(speed, "ROUNDS", 2)
         measure(data, None, out, TINY)
@@ -214,6 +219,7 @@ def test_a_failing_run_keeps_none_of_the_others(data, tmp_path, monkeypatch):
     bad = override_settings(chosen[1].settings, {"margin": 5.0})
     broken = type(chosen[1])(chosen[1].name, chosen[1].group, chosen[1].training, bad)
     monkeypatch.setattr(reproduction, "plan_runs", lambda budget, weights: [broken, chosen[0]])
+    monkeypatch.setattr(reproduction, "_pool", in_this_process)
     failures = run_plan(data, None, tmp_path / "out", TINY, jobs=1)
     assert len(failures) == 1
     assert failures[0].startswith(f"{CHOSEN[3]}: --margin 5.0: ")
@@ -265,7 +271,7 @@ def test_workers_die_with_their_parent_and_the_same_plan_goes_on(
     assert not is_finished(stand_still.parent, last)
     stand_still.unlink()
     monkeypatch.setattr(reproduction, "plan_runs", lambda budget, weights: runs)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as the script has
+    monkeypatch.setattr(reproduction, "_pool", in_this_process)
     assert run_plan(data, None, out, TINY, jobs=1) == []
     for run in runs:
         one, other = (
@@ -275,7 +281,9 @@ def test_workers_die_with_their_parent_and_the_same_plan_goes_on(
         assert one == other
 
 
-def test_what_the_minutes_do_not_allow_is_left_for_the_same_command(data, tmp_path, few, capsys):
+def test_what_the_minutes_do_not_allow_is_left_for_the_same_command(
+    data, tmp_path, few, capsys, monkeypatch
+):
     out = tmp_path / "out"
     assert run_plan(data, None, out, TINY, jobs=1, minutes=0.01) == []
     assert "0.01 min are over" in capsys.readouterr().out
@@ -283,6 +291,7 @@ def test_what_the_minutes_do_not_allow_is_left_for_the_same_command(data, tmp_pa
     assert start["runs left"] == len(CHOSEN)
     assert end["finished"] == 0
     assert end["failed"] == []
+    monkeypatch.setattr(reproduction, "_pool", in_this_process)
     assert run_plan(data, None, out, TINY, jobs=1, chosen=CHOSEN[1], minutes=60) == []
     assert read_rows(out / "sessions.jsonl")[-1]["finished"] == 1
 
