@@ -373,15 +373,15 @@ def test_without_a_home_a_folder_that_cannot_be_written_is_read(phantoms, monkey
 def test_a_closed_pipe_and_a_plain_locale_are_no_crash(phantoms, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "l\u00e4ufe")
     root = Path(__file__).parents[2]
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    program = [sys.executable, "-m", "examples.brain_tumor"]
-    options = {"cwd": root, "env": {**os.environ, **plain}, "stderr": subprocess.PIPE}
-    command = [*program, "evaluate", str(run), "--data", str(phantoms)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, **options)
-    assert (done.returncode, done.stderr) == (0, b"")
-    made = reproduction(tmp_path / "made", tuple(run.name for run in RUNS[1:]))
-    command = [*program, "collect", str(made), str(tmp_path / "kept")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "examples.brain_tumor", "evaluate", str(run)]
+    with subprocess.Popen(
+        [*command, "--data", str(phantoms)],
+        cwd=root,
+        env={**os.environ, **plain},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         process.stdout.close()  # no one reads
         assert process.stderr.read() == b""
     assert process.returncode == 141

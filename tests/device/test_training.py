@@ -187,6 +187,8 @@ torch.cuda.synchronize() if device.type == "cuda" else None
 @pytest.mark.parametrize("label", [10, -1])
 def test_a_label_out_of_range_ends_the_process(device, label):
     """With an assertion on the device, which ends the context of the whole process."""
+    if device.type == "cpu" and label == 10:
+        pytest.skip("tests/losses/test_losses.py has these errors on the CPU")
     ended = python("-c", LABELS_OUT_OF_RANGE, str(device), str(label), PYTHONPATH=str(ROOT))
     assert ended.returncode != 0
     where = ended.stdout + ended.stderr
@@ -197,7 +199,7 @@ def test_a_label_out_of_range_ends_the_process(device, label):
 def test_shared_classes_beside_one_process(device, world, tmp_path):
     if device.type == "cuda" and torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
-    if device.type == "cpu" and world == 1:
+    if device.type == "cpu" and world == 2:
         pytest.skip("tests/distributed has every world on the CPU")
     arguments = ("-m", "tests.device.sharded", str(world), str(device), str(tmp_path / "store"))
     command = [sys.executable, *arguments]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 LOCK = Path.home() / ".cache" / "angular_losses" / "pause.lock"
-INTERVAL = 0.5  # seconds between two looks at the lock
+INTERVAL = 0.1  # seconds between two looks at the lock
 LOWEST = 19
 
 

@@ -74,7 +74,7 @@ def test_all_its_processes_stand_still_while_any_other_pauses(training, tmp_path
     first, second = (start("pause", *wait, home=tmp_path) for _ in range(2))
     wait_until(lambda: [state(pid) for pid in pids] == ["T", "T"])
     first.communicate("\n")
-    time.sleep(1.5)  # three looks at the lock: the second still holds it
+    time.sleep(0.5)  # five looks at the lock: the second still holds it
     assert [state(pid) for pid in pids] == ["T", "T"]
     second.kill()  # its lock goes with it
     second.communicate()
