@@ -13,7 +13,7 @@ from angular_losses.engine import modes
 from angular_losses.engine.batch import checked
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
-from tests.steps import SIZE, batch, build, compiled_graphs, state
+from tests.steps import SIZE, batch, build, state
 
 NAMES = [row.name for row in FAMILY]
 SMOOTHED = {row.name for row in FAMILY if row.smoothing}
@@ -101,20 +101,6 @@ def test_narrow_labels_do_not_wrap_around(backend):
         if ignore_index == -100:
             assert loss(embeddings, small)[1] == 0
             assert loss(embeddings, small)[0] > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("MV-arc-adaptive", "dense"), ("ArcFace", "stash"), ("ArcFace", "recompute")],
-)
-def test_batch_sizes_share_a_compiled_graph(name, mode):
-    torch.compiler.reset()
-    loss = build(name, mode=mode)
-    compiled = torch.compile(loss, backend="aot_eager", dynamic=True, fullgraph=True)
-    before = compiled_graphs()
-    for num_rows in (8, 10, 12):
-        compiled(*batch(0, num_rows)).backward()
-    assert compiled_graphs() == before + 1
 
 
 @every_loss
