@@ -326,9 +326,7 @@ def test_operators_are_well_formed(arguments, stash):
     )
 
 
-@pytest.mark.parametrize(
-    ("mode", "dynamic"), [("auto", True), ("stash", False), ("recompute", False)]
-)
+@pytest.mark.parametrize(("mode", "dynamic"), [("auto", True), ("recompute", False)])
 def test_one_compiled_graph_for_every_mode(mode, dynamic):
     def loss(embeddings, weight, labels, scale):
         return margin_softmax_loss(

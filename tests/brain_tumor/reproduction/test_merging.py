@@ -21,10 +21,15 @@ def made(tmp_path_factory):
     return reproduction(tmp_path_factory.mktemp("made") / "out", LATE)
 
 
+@pytest.fixture(scope="module")
+def collected(made):
+    assert len(collect(made, made.with_name("kept"))) == len(RUNS) - len(LATE)
+    return made.with_name("kept")
+
+
 @pytest.fixture
-def kept(made, tmp_path):
-    assert len(collect(made, tmp_path / "kept")) == len(RUNS) - len(LATE)
-    return tmp_path / "kept"
+def kept(collected, tmp_path):
+    return shutil.copytree(collected, tmp_path / "kept")
 
 
 def test_what_is_collected_is_small_and_reports_the_same(made, kept, blank_figures):
