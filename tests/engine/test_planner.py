@@ -30,8 +30,9 @@ def test_a_small_budget_makes_small_chunks():
 
 
 def test_chunk_of_a_given_mode():
-    assert al.plan(4096, 1_000_000, 512, mode="stash").chunk == 2048
-    assert al.plan(4096, 1_000_000, 512, mode="recompute").chunk == 2048
+    assert al.plan(4096, 1_000_000, 512, mode="stash").chunk == 1024
+    assert al.plan(4096, 1_000_000, 512, mode="recompute").chunk == 1024
+    assert al.plan(128, 1_000_000, 512, mode="recompute").chunk == 2048
 
 
 def test_auto_prefers_smaller_chunks_to_recompute():
@@ -92,7 +93,7 @@ def test_a_loss_follows_its_budget():
 
 def test_prints_as_a_sentence():
     text = str(al.plan(512, 100_000, 512))
-    assert text.startswith("stash: chunks of 2048 classes, float32 products; ")
+    assert text.startswith("stash: chunks of 1024 classes, float32 products; ")
     assert "196 MiB of gradients" in text
     assert "dense" in str(al.plan(2, 3, 4, mode="dense"))
 
