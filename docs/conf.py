@@ -65,6 +65,8 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
     "min_reported_time": 1e9,
     "abort_on_example_error": True,
+    "reset_modules": ("matplotlib", "strict_gallery.reset"),
+    "reset_modules_order": "both",
 }
 
 html_theme = "furo"

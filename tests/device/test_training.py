@@ -188,7 +188,7 @@ torch.cuda.synchronize() if device.type == "cuda" else None
 def test_a_label_out_of_range_ends_the_process(device, label):
     """With an assertion on the device, which ends the context of the whole process."""
     if device.type == "cpu" and label == 10:
-        pytest.skip("tests/losses/test_losses.py has these errors on the CPU")
+        pytest.skip("tests/losses/test_family.py has these errors on the CPU")
     ended = python("-c", LABELS_OUT_OF_RANGE, str(device), str(label), PYTHONPATH=str(ROOT))
     assert ended.returncode != 0
     where = ended.stdout + ended.stderr
