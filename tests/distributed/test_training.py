@@ -46,7 +46,7 @@ def test_wrappers_of_the_centres_are_refused(processes, how, advice):
 
 
 def test_statistics_over_the_mesh(processes):
-    assert max(processes.run(trainings.statistics_of_some_ranks, 4, timeout=20.0)) <= 1e-6
+    assert max(processes.run(trainings.statistics_of_some_ranks, 4)) <= 1e-6
 
 
 @pytest.mark.parametrize(("classes", "sub_centers"), [(13, 1), (2, 2)])
