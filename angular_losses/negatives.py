@@ -253,8 +253,9 @@ def _angle(cosine: Tensor) -> Tensor:
 def _inside(cosine: Tensor) -> tuple[Tensor, Tensor]:
     """The cosine clamped to where acos has a finite derivative, and the linear term beyond.
 
-    A clamped cosine alone would have derivative 0 there.
+    A clamped cosine alone would have derivative 0 there. (clamp itself has it at its bounds too,
+    since torch 2.15.)
     """
     largest = 1 - 4 * torch.finfo(cosine.dtype).eps
-    beyond = F.softshrink(cosine, largest) / math.sqrt(1 - largest**2)
-    return cosine.clamp(-largest, largest), beyond
+    excess = F.softshrink(cosine, largest)
+    return cosine - excess, excess / math.sqrt(1 - largest**2)
