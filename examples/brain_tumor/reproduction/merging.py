@@ -24,7 +24,7 @@ from ..files import (
 )
 from ..settings import Settings, differences, override_settings, read_settings, write_settings
 from ..training import run_folder
-from .plan import PROPOSED, Run
+from .plan import PROPOSED, SWAPPED, Run
 from .results import (
     REPRODUCTION,
     RUNS,
@@ -141,7 +141,8 @@ def _copy_run(result: Result, target: Path) -> None:
             check_sum(result.folder / name)
             shutil.copyfile(result.folder / name, partial / name)
     write_text(partial / run_folder.SETTINGS, write_settings(_placeless(result.run.settings)))
-    if (result.run.group, result.run.settings.training.seed) == ("slice", 0):  # t-SNE, angles
+    group, seed = result.run.group, result.run.settings.training.seed
+    if (group, seed) == ("slice", 0) and result.run.training != SWAPPED:  # t-SNE, angles
         for name in (run_folder.EMBEDDINGS, run_folder.ANGLES):
             write_array(partial / name, read_array(result.folder / name).astype(np.float16))
     write_sums(partial, sorted(path.name for path in partial.iterdir()))

@@ -43,7 +43,9 @@ def test_what_is_collected_is_small_and_reports_the_same(made, kept, blank_figur
     assert halved.dtype == np.float16
     assert halved == pytest.approx(whole, abs=1e-3)
     assert not (kept / "runs" / "slice-softmax-seed1").exists()
-    assert not (kept / "runs" / "patient-softmax-fold1" / "embeddings.npy").exists()
+    for unused in ("patient-softmax-fold1", "slice-sphereface-m5-swapped-seed0"):
+        assert (made / "runs" / unused / "embeddings.npy").exists()
+        assert not (kept / "runs" / unused / "embeddings.npy").exists()
     report = write_reproduction_report(kept)
     assert "Not finished, 2 of " in report.with_suffix(".md").read_text()
 
