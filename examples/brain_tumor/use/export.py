@@ -32,7 +32,7 @@ from .prediction import NOTICE, Reference, check_finite, read_reference
 TORCH_FILE = "model.pt2"
 ONNX_FILE = "model.onnx"
 DESCRIPTION = "model.json"
-OLDEST_TORCH = "2.8"
+OLDEST_TORCH = "2.8"  # whose exporters take the network; 2.6 fails on it
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
 OUTPUTS = ("embedding", "probabilities")
