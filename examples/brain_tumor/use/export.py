@@ -16,15 +16,19 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.slices import SliceSet
 from ..errors import UserError
-from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, normalised, probabilities
+from ..evaluation.calibration import BLOCKS, FLOOR, calibrated
+from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, embed, normalised, probabilities
 from ..files import locked, read_json, replacing
 from ..training.run_folder import SETTINGS, SPLIT
 from .prediction import NOTICE, Reference, check_finite, read_reference
@@ -35,13 +39,12 @@ DESCRIPTION = "model.json"
 OLDEST_TORCH = "2.8"  # whose exporters take the network; 2.6 fails on it
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
-OUTPUTS = ("embedding", "probabilities")
-TOLERANCE = 1e-4  # of either output; float32 itself makes some 1e-6
+TOLERANCE = 1e-4  # of each output; float32 itself makes some 1e-6
 CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has the rule); "}
 
 
 class Classifier(nn.Module):
-    """A network and the training slices that it answers from, as one module."""
+    """A network, the training slices that it answers from and its calibration, as one module."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -54,24 +57,40 @@ class Classifier(nn.Module):
             if not len(own):
                 raise UserError(f"{reference.name}: no training slice is of class {name}")
             self.register_buffer(f"class_{label}", own)
+        calibration = reference.calibration
+        self.exponent = None if calibration is None else calibration.exponent
+        if calibration is not None:  # the distance as a squared length, 1 at the limit
+            familiarity = calibration.familiarity
+            factor = np.linalg.cholesky(familiarity.precision) / calibration.limit**0.5
+            self.register_buffer("mean", torch.from_numpy(familiarity.mean).float())
+            self.register_buffer("factor", torch.from_numpy(factor).float())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C).
+
+        With a calibration also to the distance (n,) from the training slices, over its limit.
+        """
         embedding = normalised(self.network, images, self.views)
-        nearest = [
-            (embedding @ getattr(self, f"class_{label}").T).amax(1) for label in range(self.classes)
-        ]
-        return embedding, (self.scale * torch.stack(nearest, dim=1)).softmax(1)
+        own = [getattr(self, f"class_{label}") for label in range(self.classes)]
+        nearest = [each.index_select(0, (embedding @ each.T).argmax(1)) for each in own]
+        # 1 - cosine to the nearest of each class, precise where that is nearly 0.
+        gaps = torch.stack([(embedding - each).square().sum(1) / 2 for each in nearest], dim=1)
+        if self.exponent is None:
+            return embedding, (-self.scale * gaps).softmax(1)
+        features = normalised(partial(self.network.pooled, blocks=BLOCKS), images, views=1)
+        distance = ((features - self.mean) @ self.factor).square().sum(1)
+        return embedding, (-self.exponent * (gaps + FLOOR).log()).softmax(1), distance
 
 
 def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     """Write a run's network, with its training embeddings, as model.pt2 and model.onnx.
 
     Both map `images` (n, 1, size, size), float32 in [0, 1], any n, to `embedding` (n, d),
-    L2-normalised, and `probabilities` (n, C) of the classes. On the held-out slices they are
-    compared with the network before anything is written; model.json describes them and holds their
-    SHA-256, and is returned. None of the three takes its place before all are stored, and
-    model.json is the last.
+    L2-normalised, and `probabilities` (n, C) of the classes. Those of a calibrated run are
+    calibrated, and there is a `distance` (n,), above 1 for what is unknown. On the held-out slices
+    they are compared with the network before anything is written; model.json describes them and
+    holds their SHA-256, and is returned. None of the three takes its place before all are stored,
+    and model.json is the last.
 
     Raises:
         UserError: The run is at fault, a package is missing, or an exported file answers otherwise
@@ -80,18 +99,19 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     _require_packages()
     reference = read_reference(run, slices)
     images, truth = slices.images[reference.test], slices.labels[reference.test]
-    of_run = reference.answers(reference.embed(images))
+    of_run, unknown = reference.answers(reference.embed(images)), _unknown_to_run(reference, images)
     description = _describe(run, reference)
     reference = _in_float32(run, reference)
-    embeddings = _embed(reference, images)
-    of_model = reference.answers(embeddings)
+    expected = _expected(reference, images)
+    of_model = reference.answers(expected["embedding"])
     description["held_out"] = {
         "slices": len(truth),
         "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
         "answered_otherwise": int((of_model != of_run).sum()),
     }
-    scores = class_scores(reference.embeddings, reference.labels, embeddings, len(slices.classes))
-    expected = embeddings, torch.from_numpy(probabilities(scores.numpy(), reference.scale))
+    if unknown is not None:
+        of_model = int((expected["distance"] > 1).sum())
+        description["held_out"]["called_unknown"] = {"model": of_model, "run": unknown}
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
@@ -116,11 +136,15 @@ def describe_export(description: dict[str, Any]) -> str:
     """Return as one line what model.json says of the run's answers and the model's."""
     precision, held_out = description["precision"], description["held_out"]
     mark = "SYNTHETIC: " if description["synthetic"] else ""
-    return (
+    line = (
         f"{mark}the model computes in {precision['model']}, the run in {precision['run']}: of "
         f"{held_out['slices']} held-out slices {held_out['answered_otherwise']} get another answer;"
         f" {held_out['right']['model']} answers are right, the run's {held_out['right']['run']}"
     )
+    unknown = held_out.get("called_unknown")
+    if unknown is None:
+        return line
+    return f"{line}; {unknown['model']} are called unknown, by the run {unknown['run']}"
 
 
 def _require_packages() -> None:
@@ -156,37 +180,81 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
             "preparation": f"{CROPS[reference.crop]}a grey slice is resized bilinearly with "
             "antialiasing, then scaled so that its own least intensity is 0 and its largest 1",
         },
-        "outputs": {
-            "embedding": {
-                "shape": ["n", reference.embeddings.shape[1]],
-                "meaning": "L2-normalised",
-            },
-            "probabilities": {
-                "shape": ["n", len(reference.slices.classes)],
-                "classes": reference.slices.classes,
-                "meaning": f"softmax of {reference.scale:g} times the cosine to each class's "
-                "nearest training slice, not calibrated; no picture is called unknown here",
-            },
-        },
+        "outputs": _describe_outputs(reference),
         "versions": {
             name: importlib.import_module(name).__version__ for name in ("torch", *ONNX_PACKAGES)
         },
     }
 
 
+def _describe_outputs(reference: Reference) -> dict[str, dict[str, Any]]:
+    calibration = reference.calibration
+    if calibration is None:
+        meaning = (
+            f"softmax of {reference.scale:g} times the cosine to each class's nearest training "
+            "slice, not calibrated; no picture is called unknown here"
+        )
+    else:
+        meaning = (
+            f"proportional to (1 - cosine + {FLOOR:g}) ** -{calibration.exponent:.4g}, of the "
+            "cosine to each class's nearest training slice: calibrated on held-out slices"
+        )
+    outputs = {
+        "embedding": {"shape": ["n", reference.embeddings.shape[1]], "meaning": "L2-normalised"},
+        "probabilities": {
+            "shape": ["n", len(reference.slices.classes)],
+            "classes": reference.slices.classes,
+            "meaning": meaning,
+        },
+    }
+    if calibration is not None:
+        outputs["distance"] = {
+            "shape": ["n"],
+            "meaning": "squared Mahalanobis distance of early features from the training slices, "
+            "over its limit: above 1 a picture is unlike them, and its class means nothing",
+        }
+    return outputs
+
+
+def _unknown_to_run(reference: Reference, images: Tensor) -> int | None:
+    """Return how many pictures a run calls unknown, None without a calibration."""
+    if reference.calibration is None:
+        return None
+    features = embed(reference.network, images, reference.precision, blocks=BLOCKS)
+    return int(reference.calibration.unlike(features.numpy()).sum())
+
+
 def _in_float32(run: Path, reference: Reference) -> Reference:
     """Return the reference with the training slices embedded as the exported model embeds."""
     reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
-    embeddings = _embed(reference, reference.slices.images[reference.train])
+    train = reference.slices.images[reference.train]
+    embeddings = _embed(reference.network, train, reference.views)
     check_finite(run, embeddings)
     return dataclasses.replace(reference, precision=torch.float32, embeddings=embeddings)
 
 
-def _embed(reference: Reference, images: Tensor) -> Tensor:
+def _embed(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
     """Return the embeddings (n, d) of images in float32."""
     with torch.no_grad():
-        parts = [normalised(reference.network, part, reference.views) for part in _batches(images)]
-    return torch.cat(parts)
+        return torch.cat([normalised(network, part, views) for part in _batches(images)])
+
+
+def _expected(reference: Reference, images: Tensor) -> dict[str, Tensor]:
+    """Return what the exported model is to answer, by its outputs."""
+    embeddings = _embed(reference.network, images, reference.views)
+    train, test = (F.normalize(each.double()) for each in (reference.embeddings, embeddings))
+    scores = class_scores(train, reference.labels, test, len(reference.slices.classes)).numpy()
+    calibration = reference.calibration
+    if calibration is None:
+        shares = probabilities(scores, reference.scale)
+        return {"embedding": embeddings, "probabilities": torch.from_numpy(shares)}
+    features = _embed(partial(reference.network.pooled, blocks=BLOCKS), images, views=1)
+    distances = calibration.familiarity.distances(features.numpy()) / calibration.limit
+    return {
+        "embedding": embeddings,
+        "probabilities": torch.from_numpy(calibrated(scores, calibration.exponent)),
+        "distance": torch.from_numpy(distances),
+    }
 
 
 @contextmanager
@@ -223,7 +291,11 @@ def _torch_bytes(program: torch.export.ExportedProgram, description: dict[str, A
 
 def _onnx_bytes(program: torch.export.ExportedProgram, description: dict[str, Any]) -> bytes:
     exported = torch.onnx.export(
-        program, dynamo=True, input_names=[INPUT], output_names=OUTPUTS, verbose=False
+        program,
+        dynamo=True,
+        input_names=[INPUT],
+        output_names=list(description["outputs"]),
+        verbose=False,
     )
     exported.model.metadata_props[DESCRIPTION] = json.dumps(description)
     return exported.model_proto.SerializeToString()
@@ -241,7 +313,7 @@ def _run_onnx(content: bytes) -> Answerer:
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: tuple(
-        torch.from_numpy(answer) for answer in session.run(OUTPUTS, {INPUT: images.numpy()})
+        torch.from_numpy(answer) for answer in session.run(None, {INPUT: images.numpy()})
     )
 
 
@@ -252,7 +324,7 @@ def _batches(images: Tensor) -> list[Tensor]:
 
 
 def _largest_difference(
-    name: str, answer: Answerer, images: Tensor, expected: tuple[Tensor, Tensor]
+    name: str, answer: Answerer, images: Tensor, expected: dict[str, Tensor]
 ) -> dict[str, float]:
     """Return the largest difference of each output from what is expected of the images.
 
@@ -262,7 +334,7 @@ def _largest_difference(
     with torch.no_grad():
         answers = [answer(part) for part in _batches(images)]
     largest = {}
-    for output, own, *parts in zip(OUTPUTS, expected, *answers, strict=True):
+    for (output, own), *parts in zip(expected.items(), *answers, strict=True):
         largest[output] = (own - torch.cat(parts)).abs().max().item()
         if not largest[output] <= TOLERANCE:  # false for NaN too
             raise UserError(

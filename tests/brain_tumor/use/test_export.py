@@ -16,7 +16,9 @@ import torch
 from torch.torch_version import TorchVersion
 
 from examples.brain_tumor.data.slices import CLASS_NAMES
+from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation.calibration import BLOCKS, FLOOR, read_calibration
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
 from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import override_settings
@@ -72,13 +74,15 @@ def run_torch(path):
 
 def run_onnx(path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = ["embedding", "probabilities"]
-    return lambda images: session.run(names, {"images": images.numpy()})
+    return lambda images: session.run(None, {"images": images.numpy()})
 
 
-@pytest.mark.parametrize(
+BOTH = pytest.mark.parametrize(
     ("name", "load"), [("model.pt2", run_torch), ("model.onnx", run_onnx)], ids=["pt2", "onnx"]
 )
+
+
+@BOTH
 def test_exported_models_answer_as_the_evaluation(exported, run, blobs, name, load):
     answer = load(exported / name)
     parts = [answer(part) for part in blobs.images[15:].float().split([1, 2, 6])]
@@ -89,6 +93,61 @@ def test_exported_models_answer_as_the_evaluation(exported, run, blobs, name, lo
     np.testing.assert_allclose(shares, weights / weights.sum(1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(shares[range(9), known.predicted], shares.max(1), atol=1e-4)
     assert np.ptp(shares, axis=0).min() > 0.1  # so that it matters whose share is whose
+
+
+@pytest.fixture
+def calibrated_run(shared, scaled, tiny_settings):
+    if not (shared / "calibrated").exists():
+        held = Split(
+            train=torch.arange(12),
+            test=torch.arange(15, 24),
+            name="blobs",
+            description="By number.",
+            calibration=torch.arange(12, 15),
+        )
+        train(override_settings(tiny_settings, {"epochs": 30}), scaled, held, shared / "calibrated")
+        evaluate(shared / "calibrated", scaled)
+    return shared / "calibrated"
+
+
+@pytest.fixture
+def exported_calibrated(shared, exported, calibrated_run, scaled):
+    if not (shared / "exported-calibrated").exists():
+        export(calibrated_run, scaled, shared / "exported-calibrated")
+    return shared / "exported-calibrated"
+
+
+@BOTH
+def test_a_calibrated_run_is_calibrated_outside_too(
+    exported_calibrated, calibrated_run, scaled, name, load
+):
+    noise = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([scaled.images[15:].float(), noise])
+    embeddings, shares, distances = load(exported_calibrated / name)(images)
+    assert embeddings.shape == (13, 16)
+    calibration = read_calibration(calibrated_run / "calibration.npz")
+    gaps = 1 - read_predictions(calibrated_run / "predictions.csv").scores + FLOOR
+    weights = gaps**-calibration.exponent
+    np.testing.assert_allclose(shares[:9], weights / weights.sum(1, keepdims=True), atol=1e-3)
+    assert np.ptp(shares, axis=0).min() > 0.1
+    network = read_reference(calibrated_run, scaled).network
+    features = embed(network, images, blocks=BLOCKS).numpy()
+    expected = calibration.familiarity.distances(features) / calibration.limit
+    np.testing.assert_allclose(distances, expected, rtol=1e-4)
+    assert (distances[9:] > 1).all()
+
+
+def test_the_description_says_what_a_calibrated_model_calls_unknown(
+    exported_calibrated, calibrated_run
+):
+    described = json.loads((exported_calibrated / "model.json").read_text())
+    stored = json.loads((calibrated_run / "metrics.json").read_text())["calibration"]
+    unknown = round(9 * stored["false_alarms"])
+    assert described["held_out"]["called_unknown"] == {"model": unknown, "run": unknown}
+    meaning = described["outputs"]["probabilities"]["meaning"]
+    assert f"** -{stored['exponent']:.4g}, " in meaning
+    assert described["outputs"]["distance"]["shape"] == ["n"]
+    assert f"; {unknown} are called unknown, by the run {unknown}" in describe_export(described)
 
 
 def test_the_description_tells_what_the_files_are(exported, run, shared):
@@ -161,7 +220,8 @@ def test_a_model_that_answers_otherwise_is_not_written(
 
 def test_the_largest_difference_is_that_of_all_batches():
     errors = {1: (1e-5, 2e-5), 32: (8e-5, 1e-5), 3: (3e-5, 7e-5)}  # by the batch's size
-    images, expected = torch.zeros(36, 1, 2, 2), (torch.zeros(36, 4), torch.zeros(36, 3))
+    images = torch.zeros(36, 1, 2, 2)
+    expected = {"embedding": torch.zeros(36, 4), "probabilities": torch.zeros(36, 3)}
 
     def answer(images):
         first, second = errors[len(images)]
