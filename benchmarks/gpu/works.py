@@ -27,8 +27,9 @@ def main():
     options = options_of_phase()
     found = {"counts": {}, "failed": {}, "skipped": {}, "seconds": 0.0}
     arguments = ["tests/device", f"--device={options.device}", "-q", "--tb=short", "-p"]
-    # A warning that only a GPU gives is no failure here; it is printed.
-    arguments += ["no:cacheprovider", "-W", "default"]
+    # A warning that only a GPU gives is no failure here; it is printed. The project's own options
+    # ask for plugins that the machine may lack.
+    arguments += ["no:cacheprovider", "-W", "default", "-o", "addopts=--import-mode=importlib"]
     sys.exit(pytest.main(arguments, plugins=[Recorder(Results(options.out, found))]))
 
 
