@@ -14,45 +14,56 @@ class Processes:
 
     def __init__(self, most: int) -> None:
         # They are forked from a process that has imported torch and computed nothing yet.
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
-            context.set_forkserver_preload(["torch.distributed.device_mesh", "angular_losses"])
+        is_linux = sys.platform == "linux"
+        self._context = multiprocessing.get_context("forkserver" if is_linux else "spawn")
+        if is_linux:
+            preloaded = ["torch.distributed.device_mesh", "angular_losses"]
+            self._context.set_forkserver_preload(preloaded)
         self._folder = tempfile.TemporaryDirectory()
         self._numbers = itertools.count()
-        self._lines, self.members = [], []
-        for rank in range(most):
-            here, there = context.Pipe()
-            process = context.Process(target=_wait, args=(there, rank), daemon=True)
-            process.start()
-            there.close()
-            self._lines.append(here)
-            self.members.append(process)
+        self._lines, self.members = map(list, zip(*map(self._start, range(most)), strict=True))
+
+    def _start(self, rank):
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_wait, args=(there, rank), daemon=True)
+        process.start()
+        there.close()
+        return here, process
 
     def run(self, work, world, *arguments, timeout=60.0, **options):
-        """What ``work(mesh, *arguments, **options)`` returns on each rank; None where one died."""
+        """What ``work(mesh, *arguments, **options)`` returns on each rank; None where one died.
+
+        A rank that does not answer, though every wait of its group has ended, is replaced.
+        """
         store = str(Path(self._folder.name) / str(next(self._numbers)))
         for line in self._lines[:world]:
             line.send((work, world, store, timeout, arguments, options))
-        answers = [_answer(line) for line in self._lines[:world]]
+        answers = [self._answer(rank, timeout + 30) for rank in range(world)]
         failed = [answer for is_error, answer in answers if is_error]
         if failed:
             raise AssertionError("\n".join(failed))
         return [answer for _, answer in answers]
 
+    def _answer(self, rank, seconds):
+        line = self._lines[rank]
+        if not line.poll(seconds):
+            self._stop(rank)
+            self._lines[rank], self.members[rank] = self._start(rank)
+            return True, f"rank {rank}: no answer in {seconds:.0f} s"
+        try:
+            return line.recv()
+        except EOFError:
+            return False, None
+
+    def _stop(self, rank):
+        self._lines[rank].close()
+        self.members[rank].kill()
+        self.members[rank].join()
+
     def close(self):
-        for line in self._lines:
-            line.close()
-        for process in self.members:
-            process.kill()
-            process.join()
+        for rank in range(len(self.members)):
+            self._stop(rank)
         self._folder.cleanup()
-
-
-def _answer(line):
-    try:
-        return line.recv()
-    except EOFError:
-        return False, None
 
 
 def _wait(line, rank):
