@@ -30,6 +30,7 @@ from .results import (
     RUNS,
     SESSIONS,
     SLICES,
+    SPEED,
     Result,
     SliceTable,
     is_finished,
@@ -60,7 +61,7 @@ def collect(out: Path, folder: Path) -> list[str]:
             copied.append(result.run.name)
         if result.run.training == PROPOSED and result.has_embeddings:
             _keep_neighbours(result, reproduction.slices, target)
-    for name in (SLICES, SESSIONS, REPRODUCTION):
+    for name in (SLICES, SESSIONS, SPEED, REPRODUCTION):
         if (out / name).is_file():
             write_text(folder / name, (out / name).read_text(encoding="utf-8"))
     return copied

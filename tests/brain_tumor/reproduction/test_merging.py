@@ -1,5 +1,6 @@
 """Finished runs go from one reproduction into another, whole and of the same data, or not."""
 
+import json
 import shutil
 
 import numpy as np
@@ -18,7 +19,11 @@ RUNS = plan_runs(BUDGET, None)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return reproduction(tmp_path_factory.mktemp("made") / "out", LATE)
+    folder = reproduction(tmp_path_factory.mktemp("made") / "out", LATE)
+    measured = {"device": "cpu", "threads": 1, "precision": "bfloat16", "image_size": 224}
+    seconds = {"batch_size": 32, "step": 1.6, "floor": 1.28, "batch": 0.04}
+    (folder / "speed.json").write_text(json.dumps(measured | seconds))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,9 @@ def test_what_is_collected_is_small_and_reports_the_same(made, kept, blank_figur
         assert (made / "runs" / unused / "embeddings.npy").exists()
         assert not (kept / "runs" / unused / "embeddings.npy").exists()
     report = write_reproduction_report(kept)
-    assert "Not finished, 2 of " in report.with_suffix(".md").read_text()
+    text = report.with_suffix(".md").read_text()
+    assert "Not finished, 2 of " in text
+    assert "a training step 20 images/s" in text
 
 
 def test_the_neighbours_of_wrong_slices_are_kept_of_older_results_too(made, kept):
