@@ -7,7 +7,7 @@ from sphinx.application import Sphinx
 
 SUMMARY = (
     "> Numerically stable angular-margin softmax losses for PyTorch (SphereFace, CosFace, ArcFace "
-    "and others) that never store the N x C logits. Angles are in radians."
+    "and others) that need no N x C matrix of logits. Angles are in radians."
 )
 
 

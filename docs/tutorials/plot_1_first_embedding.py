@@ -3,7 +3,7 @@ Your first margin loss
 ======================
 
 Train an embedding with a margin loss in ten minutes, on the handwritten digits of scikit-learn.
-Install with ``pip install angular-losses scikit-learn matplotlib``; nothing is downloaded.
+It also needs scikit-learn and matplotlib; nothing is downloaded.
 """
 
 # %%

@@ -26,7 +26,7 @@ This page runs it part by part.
 import tempfile
 from pathlib import Path
 
-import image_folder  # of the folder examples
+import image_folder  # examples/image_folder.py
 import torch
 from matplotlib import pyplot as plt
 
