@@ -44,7 +44,7 @@ def aims_table(reproduction: Reproduction) -> Table:
             row |= {"accuracy": percent(mean), "95 %": bounds(interval), "each": each}
         if not reproduction.synthetic:
             row["target"] = ", then ".join(map(percent, aims))
-            row[""] = _reached(accuracies, planned, aims)
+            row["result"] = _reached(accuracies, planned, aims)
         rows.append(row)
     return Table.of(rows)
 
