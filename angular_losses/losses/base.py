@@ -123,8 +123,6 @@ class MarginLoss(ClassCentres, nn.Module):
 
     ignore_index: int
     statistics: tuple[str, ...] = ()
-    normalize_weight = True
-    is_random = False
     # Names of attributes (C, ...) of which a process that shares the classes keeps its own rows.
     _class_rows: tuple[str, ...] = ()
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
