@@ -196,6 +196,11 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         if _is_closed(batch, softmax, options, chosen.mode):
             return _closed_loss(batch, softmax, options, chosen, others)
         share = _class_share(batch, softmax, options, dtype)
+        if share is not None and share.requires_grad and chosen.mode != "dense":
+            raise ValueError(
+                "class_weight: expected none that needs a gradient with label_smoothing in mode "
+                f"{chosen.mode!r}, whose gradient would lack a part; pass mode='dense'"
+            )
         parts = modes.parts(
             batch,
             chosen,

@@ -442,6 +442,26 @@ def test_symmetries(seed, case):
     assert torch.allclose(sum(halves), plain)
 
 
+@pytest.mark.parametrize("is_smoothed", [False, True])
+def test_gradient_of_class_weights(is_smoothed):
+    embeddings, weight, labels = batch()
+    class_weight = torch.rand(5, dtype=torch.float64).requires_grad_()
+    found = []
+    for mode in ("dense", "stash", "recompute", "auto"):
+        options = {"mode": mode, "label_smoothing": 0.1 * is_smoothed, "class_weight": class_weight}
+        options |= {"margin": margin, "scale": 8.0}
+        if is_smoothed and mode != "dense":
+            with pytest.raises(ValueError, match=r"class_weight: .*pass mode='dense'"):
+                margin_softmax_loss(embeddings, weight, labels, **options)
+            with torch.no_grad():
+                margin_softmax_loss(embeddings, weight, labels, **options)
+        else:
+            loss = margin_softmax_loss(embeddings, weight, labels, **options)
+            found.append(torch.autograd.grad(loss, class_weight)[0])
+    for gradient in found[1:]:
+        assert torch.allclose(gradient, found[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -462,14 +482,15 @@ def test_symmetries(seed, case):
         ({"memory_budget": 100}, ValueError, "memory_budget: expected at least .*, got 100"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: .*\[0, 1\)"),
         ({"ignore_index": -1}, ValueError, "labels: .* or ignore_index -1, got -100"),
+        ({"weight": [[1.0]]}, TypeError, r"weight: expected a floating-point .* \[\[1.0\]\]"),
+        ({"weight": torch.tensor(1.0)}, ValueError, r"weight: expected shape \(C, d\), got \(\)"),
+        ({"sub_centers": 0}, ValueError, "sub_centers: expected at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(change, error, message):
-    embeddings, weight, labels = batch()
+    given = dict(zip(("embeddings", "weight", "labels"), batch(), strict=True))
     with pytest.raises(error, match=message):
-        margin_softmax_loss(
-            embeddings, weight, labels, **({"margin": margin, "scale": 8.0} | change)
-        )
+        margin_softmax_loss(**given | {"margin": margin, "scale": 8.0} | change)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
