@@ -193,7 +193,7 @@ class MarginLoss(ClassCentres, nn.Module):
         shape = self.num_classes * self.sub_centers, self.embedding_size
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if class_weight is not None:
-            class_weight = class_weight.detach().to(self.weight.device)
+            class_weight = class_weight.detach().clone().to(self.weight.device)
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
         if self._scale_decides:
@@ -293,8 +293,8 @@ class MarginLoss(ClassCentres, nn.Module):
                 with the weights lam and 1 - lam.
             lam: The share of ``labels`` in [0, 1], a number or (N,); needed with ``other_labels``.
             return_correct: Whether to return which rows are classified correctly too, found in the
-                same pass: those where a class of their own has the largest cosine, without the
-                margin (with lengths of centres, where the loss keeps them).
+                same pass: those where a class of their own, of weight above 0, has the largest
+                cosine, without the margin (with lengths of centres, where the loss keeps them).
 
         Returns:
             A scalar, or (N,) for reduction "none"; float32 at least. With ``return_correct`` a pair
@@ -323,7 +323,7 @@ class MarginLoss(ClassCentres, nn.Module):
         if ranking is None:
             return loss
         own, other = self.shard.largest(ranking.both)
-        correct = own >= other if batch.kept is None else (own >= other) & batch.kept
+        correct = own >= other if counts is None else (own >= other) & (counts > 0)
         return loss, correct if each is None else correct.view(-1, each).any(1)
 
     def _pass(
@@ -475,6 +475,11 @@ class MarginLoss(ClassCentres, nn.Module):
         self.register_buffer(name, kept)
         return kept
 
+    def _register_number(self, name: str, value: float) -> None:
+        """Keep a number as a buffer ()."""
+        kept = torch.tensor(value, dtype=validation.kept_dtype(), device=self.weight.device)
+        self.register_buffer(name, kept)
+
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Scale times cosine for every class, without a margin: what to use for inference.
 
@@ -621,6 +626,7 @@ class MarginLoss(ClassCentres, nn.Module):
             for name, value in vars(self).items()
             if not name.startswith("_")
             and name not in _SHOWN_FIRST
+            and not isinstance(value, Tensor)
             and value != _DEFAULTS.get(name)
         )
         return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])

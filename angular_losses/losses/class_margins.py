@@ -84,7 +84,7 @@ class KappaFaceLoss(MarginLoss):
         self.temperature = validation.number("temperature", temperature, 0.0)
         self.gamma = validation.share("gamma", gamma)
         counts = validation.class_counts("class_counts", class_counts, num_classes)
-        counts = counts.to(self.weight.device)
+        counts = counts.clone().to(self.weight.device)
         self.register_buffer("class_counts", counts)
         self.register_buffer("margin", torch.full_like(counts, margin))
         self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
