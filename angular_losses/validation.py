@@ -313,6 +313,13 @@ def is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_transforming() -> bool:
+    """Whether such a transform is at work, on whatever tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether the tensor has values: not on the meta device, nor while tracing a graph."""
     is_traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)

@@ -627,7 +627,7 @@ class MarginLoss(ClassCentres, nn.Module):
             if not name.startswith("_")
             and name not in _SHOWN_FIRST
             and not isinstance(value, Tensor)
-            and value != _DEFAULTS.get(name)
+            and repr(value) != repr(_DEFAULTS.get(name))
         )
         return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])
 

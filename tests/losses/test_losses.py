@@ -3,6 +3,7 @@ import inspect
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -189,6 +190,9 @@ def test_repr_tells_the_settings():
     assert "reduction='sum'" in text
     assert "LambdaAnnealing(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)" in text
     assert "tensor" not in repr(al.KappaFaceLoss(5, 8, range(1, 6)))
+    module = al.ArcFaceLoss(5, 8)
+    module.counts = np.ones(2)
+    assert "counts=array([1., 1.])" in repr(module)
 
 
 def test_initial_weight():
