@@ -158,7 +158,8 @@ def _dense(
     factor = weight.to(dtype) if rule.keep_lengths else directions(weight, dtype)
     cosine = F.linear(directions(embeddings, dtype), factor)
     if ranking is not None:
-        of_class = cosine.detach().unflatten(1, (-1, rule.sub_centers)).amax(2)
+        shape = len(own), len(weight) // rule.sub_centers, rule.sub_centers
+        of_class = cosine.detach().view(shape).amax(2)
         of_own = of_class.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         of_others = _replaced(of_class, labels, -torch.inf, partial=partial).amax(1)
         ranking.add(of_own.masked_fill(own < 0, -torch.inf), of_others)
