@@ -232,6 +232,18 @@ def test_kappaface_sums_are_saved_but_no_buffers():
     assert not names & dict(loss.named_buffers()).keys()
 
 
+def test_kappaface_sums_are_no_parameters():
+    loss, other = (built(al.KappaFaceLoss, range(1, CLASSES + 1)) for _ in range(2))
+    loss(*batch())
+    for name in ("direction_sums", "seen"):
+        setattr(other, name, torch.nn.Parameter(getattr(loss, name).bfloat16()))
+    assert [name for name, _ in other.named_parameters()] == ["weight"]
+    assert torch.equal(other.seen, loss.seen)
+    assert torch.allclose(other.direction_sums, loss.direction_sums, rtol=0.01)
+    assert other.direction_sums.dtype == torch.float32
+    assert other.double().state_dict()["seen"].dtype == torch.float64
+
+
 def test_margins_of_counts():
     counts = torch.tensor([3, 1000, 20, 20])
     assert torch.allclose(
