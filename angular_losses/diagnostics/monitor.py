@@ -363,7 +363,8 @@ class AngularMonitor:
         size = 2 * BINS + (GRADIENT + 1) * self.loss.num_classes + 1
         # Another size: classes were added.
         if self._sums is None or self._sums.device != device or len(self._sums) != size:
-            self._sums = torch.zeros(size, dtype=precise_dtype(device), device=device)
+            with torch.inference_mode(False):  # to be added to outside of it too
+                self._sums = torch.zeros(size, dtype=precise_dtype(device), device=device)
         return self._sums
 
     def _views(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

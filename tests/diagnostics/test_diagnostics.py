@@ -255,6 +255,12 @@ def test_between_simplex_and_cross_polytope_the_bound_is_a_right_angle(size):
     assert diagnostics.separation_bound(2 * size + 1, size) < math.pi / 2
 
 
+def test_the_bound_on_any_default_device():
+    expected = diagnostics.separation_bound(100, 8)
+    with torch.device("meta"):
+        assert diagnostics.separation_bound(100, 8) == expected
+
+
 def test_no_random_centres_beat_the_bound():
     for size, count in itertools.product((1, 2, 3, 4, 6), (2, 3, 5, 8, 13, 40)):
         for seed in range(20):
@@ -490,6 +496,14 @@ def test_frozen_centres_are_watched_without_their_gradient():
     numbers = monitor.summary()
     assert numbers["rows"] == len(labels)
     assert math.isnan(numbers["gradient_norm_mean"])
+
+
+def test_a_window_begun_in_inference_mode_goes_on_outside():
+    monitor = watched()
+    with torch.inference_mode():
+        monitor.update(*rows_for(monitor))
+    monitor.update(*rows_for(monitor))
+    assert monitor.summary()["rows"] == 80
 
 
 def test_new_classes_begin_a_new_window():
