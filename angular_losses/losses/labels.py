@@ -50,8 +50,10 @@ def mixed(
         lam = embeddings.new_full((), lam, dtype=precise_dtype(device))
     elif lam.dim():
         validation.floating("lam", lam, num_rows, device=device)
-    if validation.is_readable(lam) and not ((lam >= 0) & (lam <= 1)).all():
-        raise ValueError(f"lam: expected shares in [0, 1], got {lam.tolist()}")
+    if validation.is_readable(lam):
+        outside = lam[~((lam >= 0) & (lam <= 1))]
+        if len(outside):
+            raise ValueError(f"lam: expected a share in [0, 1], got {outside[0].item()}")
     share = lam.to(device).expand(num_rows)
     both = torch.stack([labels.long(), other_labels.long()], 1)
     return both, torch.stack([share, 1 - share], 1)
