@@ -291,8 +291,8 @@ class MarginLoss(ClassCentres, nn.Module):
                 together.
             other_labels: (N,) second labels of mixed rows (mixup, CutMix): short for labels (N, 2)
                 with the weights lam and 1 - lam.
-            lam: The share of ``labels`` in [0, 1], a number or (N,), needed with ``other_labels``; the
-                values of a tensor are checked on the CPU alone.
+            lam: The share of ``labels`` in [0, 1], a number or (N,); needed with ``other_labels``.
+                The values of a tensor are checked on the CPU alone.
             return_correct: Whether to return which rows are classified correctly too, found in the
                 same pass: those where a class of their own, of weight above 0, has the largest
                 cosine, without the margin (with lengths of centres, where the loss keeps them).
