@@ -277,8 +277,8 @@ def _check_constant(
     found = function(batch.embeddings.new_zeros(1, len(batch.labels), dtype=dtype), given)
     if isinstance(found, Tensor) and found.requires_grad:
         raise ValueError(
-            f"{name}: expected it without parameters in mode {mode!r}, which finds no gradient of "
-            "them; pass mode='dense'"
+            f"{name}: expected it without variables of its own in mode {mode!r}, which finds no "
+            "gradient of them; detach them, or pass mode='dense'"
         )
 
 
