@@ -53,12 +53,13 @@ def mean(values: Tensor, weights: Tensor | None) -> Tensor:
 def mean_and_deviation(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean and the standard deviation (unbiased) of the rows, weighted, over all processes.
 
-    The deviation is not finite if the weights sum to 1 or less, nor the mean if they sum to 0.
+    The deviation is not finite if the weights sum to 1 (to rounding) or less, nor the mean if they
+    sum to 0.
     """
     centre, weights = mean(values, weights), _weights_of(values, weights)
     square = ((values - centre).square() * weights).sum()
     summed = total(torch.stack([square, weights.sum()]))
-    return centre, (summed[0] / (summed[1] - 1).clamp(min=0)).sqrt()
+    return centre, (summed[0] / torch.threshold(summed[1] - 1, 1e-6, 0)).sqrt()
 
 
 def _weights_of(values: Tensor, weights: Tensor | None) -> Tensor:

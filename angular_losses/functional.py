@@ -131,8 +131,8 @@ def margin_softmax_loss(
         negatives: A function that reweights the other classes: from some of their cosines (K, N)
             and the target logits before scaling (N,), without a graph, to what takes the place of
             those cosines (K, N): one of :mod:`angular_losses.negatives`, or your own. It must
-            treat every cosine by itself and have a finite derivative. By default the cosines stay
-            as they are.
+            treat every cosine by itself and have a finite derivative; parameters of its own need
+            "dense". By default the cosines stay as they are.
         sub_centers: The number of centres of a class, K. ``weight`` is (C * K, d) then, with
             sub-centre k of class c in row c * K + k, and a class's angle is that of its nearest.
         normalize_weight: Whether centres enter the other classes' logits by direction alone. If
@@ -192,10 +192,17 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         before = _target_before(batch, margin, dtype) if looks_at_target else None
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
+        if negatives is not None and looks_at_target:
+            _check_constant("negatives", negatives, before, batch, chosen.mode)
         others = Others(rule, before, of_rows, ranking=options.ranking)
         if _is_closed(batch, softmax, options, chosen.mode):
             return _closed_loss(batch, softmax, options, chosen, others)
         share = _class_share(batch, softmax, options, dtype)
+        if share is not None and share.requires_grad and chosen.mode != "dense":
+            raise ValueError(
+                "class_weight: expected none that needs a gradient with label_smoothing in mode "
+                f"{chosen.mode!r}, whose gradient would lack a part; pass mode='dense'"
+            )
         parts = modes.parts(
             batch,
             chosen,
@@ -255,6 +262,24 @@ def _closed_loss(
         is_mean=is_mean and batch.labels.shape[0] > 0,
     )
     return margin_loss(inputs, settings, others, ending)
+
+
+def _check_constant(
+    name: str, function: Callable[..., Tensor], given: Tensor | None, batch: Batch, mode: str
+) -> None:
+    """Raise if a function of the other classes has variables of its own, but in the dense mode.
+
+    The others differentiate it by the cosines and the bias alone.
+    """
+    if mode == "dense" or not torch.is_grad_enabled():
+        return
+    dtype = working_dtype(batch.embeddings, batch.weight)
+    found = function(batch.embeddings.new_zeros(1, len(batch.labels), dtype=dtype), given)
+    if isinstance(found, Tensor) and found.requires_grad:
+        raise ValueError(
+            f"{name}: expected it without variables of its own in mode {mode!r}, which finds no "
+            "gradient of them; detach them, or pass mode='dense'"
+        )
 
 
 def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> Tensor:
@@ -401,6 +426,7 @@ def rest_loss(
     with without_autocast(batch.embeddings.device):
         if bias is None:
             bias = batch.embeddings.new_zeros(())
+        _check_constant("negative", negative, bias.detach(), batch, chosen.mode)
         others = Others(rule, bias=bias.to(dtype).reshape(()), ranking=options.ranking)
         parts = modes.parts(batch, chosen, others)
         losses = positive(parts.theta) + parts.negatives

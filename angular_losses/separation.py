@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +83,16 @@ def _levenshtein(count: int, size: int) -> float:
     while count > _fewest_points_of_a_design(order + 1, size):
         order += 1
     nodes = (order + 1) // 2
-    degree = torch.arange(1, nodes + 1, dtype=torch.float64)
+    place: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    degree = torch.arange(1, nodes + 1, **place)
     off_diagonal = (
         degree * (degree + size - 3) / ((2 * degree + size - 2) * (2 * degree + size - 4))
     )
     jacobi = torch.diag(off_diagonal.sqrt(), 1) + torch.diag(off_diagonal.sqrt(), -1)
     squares = [_harmonics(j, size) for j in range(nodes)]
-    at_one = torch.tensor(squares, dtype=torch.float64).sqrt()
+    at_one = torch.tensor(squares, **place).sqrt()
     removed = torch.outer(at_one, at_one) / count
-    identity = torch.eye(nodes, dtype=torch.float64)
+    identity = torch.eye(nodes, **place)
     first, second = jacobi[:nodes, :nodes], (jacobi @ jacobi)[:nodes, :nodes]
     if order % 2:
         return _largest_eigenvalue(first - removed, identity - removed)

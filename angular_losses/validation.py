@@ -181,7 +181,13 @@ def of_classes(name: str, value: object) -> Tensor:
         isinstance(value, Sequence) or hasattr(value, "__array__")
     ):
         raise TypeError(f"{name}: expected a number for each class (C,), got {_describe(value)}")
-    return torch.tensor([number(name, each, -math.inf) for each in cast(Iterable[Any], value)])
+    numbers = [number(name, each, -math.inf) for each in cast(Iterable[Any], value)]
+    return torch.tensor(numbers, dtype=kept_dtype())
+
+
+def kept_dtype() -> torch.dtype:
+    """The dtype of numbers that a loss keeps: torch's default, but float32 at least."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def class_counts(name: str, value: object, num_classes: int | None = None) -> Tensor:
@@ -305,6 +311,13 @@ def is_transformed(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_transforming() -> bool:
+    """Whether such a transform is at work, on whatever tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def has_values(tensor: Tensor) -> bool:

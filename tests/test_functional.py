@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from angular_losses import arcface, margin_softmax_loss, sphereface
+from angular_losses import arcface, margin_softmax_loss, one_vs_rest_loss, sphereface
 from tests import reference
 from tests.cases import CASES, MODES, identifier, in_chunks_of, needs_compiler, spread
 
@@ -307,6 +307,59 @@ def test_per_sample_gradients_with_torch_func():
     assert torch.allclose(per_sample, expected, atol=1e-6)
 
 
+def test_scales_and_margins_with_torch_func():
+    embeddings, weight, labels = batch(torch.float32)
+
+    def of(scale, m):
+        return margin_softmax_loss(
+            embeddings.detach(),
+            weight.detach(),
+            labels.clamp(min=0),
+            margin=lambda theta: arcface(theta, m),
+            scale=scale,
+        )
+
+    scales, margins = torch.tensor([2.0, 8.0]), torch.tensor([0.1, 0.5])
+    each = torch.stack([of(*both) for both in zip(scales, margins, strict=True)])
+    assert torch.allclose(torch.func.vmap(of)(scales, margins), each)
+    assert torch.allclose(torch.func.vmap(of, (None, 0))(8.0, margins)[1], each[1])
+
+
+@pytest.mark.parametrize("call", ["negatives", "negative"])
+def test_parameters_of_the_negatives_need_the_dense_mode(call):
+    """The other modes find no gradient of them, and would leave them as they are."""
+    embeddings, weight, labels = batch()
+    factor = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def loss(factor, mode):
+        if call == "negative":
+            return one_vs_rest_loss(
+                embeddings,
+                weight,
+                labels,
+                positive=torch.square,
+                negative=lambda cosine, bias: factor * cosine.square(),
+                mode=mode,
+            )
+        return margin_softmax_loss(
+            embeddings,
+            weight,
+            labels,
+            margin=margin,
+            scale=8.0,
+            negatives=lambda cosine, target: factor * cosine,
+            mode=mode,
+        )
+
+    assert torch.autograd.gradcheck(lambda factor: loss(factor, "dense"), (factor,))
+    for mode in ("auto", "stash", "recompute"):
+        with pytest.raises(ValueError, match=rf"{call}: expected it without .*mode='dense'"):
+            loss(factor, mode)
+        with torch.no_grad():
+            assert torch.allclose(loss(factor, mode), loss(factor, "dense"))
+        assert loss(factor.detach(), mode).requires_grad
+
+
 def test_one_compiled_graph_with_the_same_values_and_gradients():
     embeddings, weight, labels = batch(torch.float32)
 
@@ -442,6 +495,26 @@ def test_symmetries(seed, case):
     assert torch.allclose(sum(halves), plain)
 
 
+@pytest.mark.parametrize("is_smoothed", [False, True])
+def test_gradient_of_class_weights(is_smoothed):
+    embeddings, weight, labels = batch()
+    class_weight = torch.rand(5, dtype=torch.float64).requires_grad_()
+    found = []
+    for mode in ("dense", "stash", "recompute", "auto"):
+        options = {"mode": mode, "label_smoothing": 0.1 * is_smoothed, "class_weight": class_weight}
+        options |= {"margin": margin, "scale": 8.0}
+        if is_smoothed and mode != "dense":
+            with pytest.raises(ValueError, match=r"class_weight: .*pass mode='dense'"):
+                margin_softmax_loss(embeddings, weight, labels, **options)
+            with torch.no_grad():
+                margin_softmax_loss(embeddings, weight, labels, **options)
+        else:
+            loss = margin_softmax_loss(embeddings, weight, labels, **options)
+            found.append(torch.autograd.grad(loss, class_weight)[0])
+    for gradient in found[1:]:
+        assert torch.allclose(gradient, found[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -462,14 +535,15 @@ def test_symmetries(seed, case):
         ({"memory_budget": 100}, ValueError, "memory_budget: expected at least .*, got 100"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: .*\[0, 1\)"),
         ({"ignore_index": -1}, ValueError, "labels: .* or ignore_index -1, got -100"),
+        ({"weight": [[1.0]]}, TypeError, r"weight: expected a floating-point .* \[\[1.0\]\]"),
+        ({"weight": torch.tensor(1.0)}, ValueError, r"weight: expected shape \(C, d\), got \(\)"),
+        ({"sub_centers": 0}, ValueError, "sub_centers: expected at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(change, error, message):
-    embeddings, weight, labels = batch()
+    given = dict(zip(("embeddings", "weight", "labels"), batch(), strict=True))
     with pytest.raises(error, match=message):
-        margin_softmax_loss(
-            embeddings, weight, labels, **({"margin": margin, "scale": 8.0} | change)
-        )
+        margin_softmax_loss(**given | {"margin": margin, "scale": 8.0} | change)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -162,6 +162,12 @@ def test_float32_fallback_of_devices_without_float64(monkeypatch):
         assert reference.relative_error(gradient, reference.tangent(*exact)) <= 1e-6 + 1e-6 / theta
 
 
+@pytest.mark.parametrize(("number", "error"), [(0, ValueError), (0.5, TypeError)])
+def test_bad_numbers_of_sub_centres_are_named(number, error):
+    with pytest.raises(error, match="sub_centers: expected"):
+        target_angle(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]), number)
+
+
 @pytest.mark.parametrize(
     ("embeddings", "weight", "labels", "error", "message"),
     [

@@ -122,6 +122,14 @@ def test_evaluation_uses_all_classes():
     assert not isinstance(whole, type(loss))
 
 
+def test_angles_between_steps_are_those_of_all_classes():
+    loss, whole, (embeddings, _) = made(), made(rate=1.0), batch()
+    loss(*batch())
+    labels = torch.arange(ROWS)
+    found, expected = (each.eval().target_angles(embeddings, labels) for each in (loss, whole))
+    assert torch.equal(found, expected)
+
+
 def test_copies_files_and_the_end_of_sampling():
     loss, (embeddings, labels) = made(), batch()
     torch.manual_seed(5)

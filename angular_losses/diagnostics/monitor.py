@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .. import collectives, validation
 from ..engine.placement import WHOLE
-from ..geometry import precise_dtype
+from ..geometry import lengths, precise_dtype
 from ..losses.centres import ClassCentres
 from ..losses.state import is_in_backward
+from ..margins import MarginFunction
 from .measures import (
     angle_histogram,
     batch_angles,
@@ -104,7 +105,10 @@ class AngularMonitor:
         if not isinstance(loss, ClassCentres):
             raise TypeError(f"loss: expected a MarginLoss, got {loss!r}")
         if getattr(loss, "shard", WHOLE) != WHOLE:
-            raise TypeError("loss: expected an unsharded loss, use unshard(loss)")
+            raise TypeError(
+                "loss: expected an unsharded loss, use unshard(loss), of all classes, use "
+                "sample_classes(loss, 1)"
+            )
         if loss.num_classes < 2:
             raise ValueError(f"loss: expected at least 2 classes, got {loss.num_classes}")
         self.loss = loss
@@ -120,6 +124,7 @@ class AngularMonitor:
         Args:
             embeddings: (N, d), floating point.
             labels: (N,) integers in [0, C), or the loss's ``ignore_index``: such rows are ignored.
+                With several labels (N, K) a row counts once for each.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -130,10 +135,13 @@ class AngularMonitor:
             return
         loss = self.loss
         centres = loss._by_centre(loss._centres)
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            embeddings = embeddings.repeat_interleave(labels.shape[1], 0)
+            labels = labels.flatten()
         kept = validation.batch(embeddings, centres, labels, loss.ignore_index, loss.sub_centers)
         labels = labels.long() if kept is None else labels.long().where(kept, 0)
         angles = batch_angles(embeddings, centres, labels, loss.sub_centers)
-        margin = loss.margin_function(embeddings, labels)
+        margin = self._margin(embeddings, labels)
         finite = angles.target.isfinite() & angles.nearest.isfinite()
         counted = finite if kept is None else finite & kept
         lost = ~finite if kept is None else ~finite & kept
@@ -185,9 +193,10 @@ class AngularMonitor:
         hooks = ExitStack()
         loss = cast(nn.Module, self.loss)
         before = loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        after = self.loss._centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
         hooks.callback(before.remove)
-        hooks.callback(after.remove)
+        if self.loss._centres.requires_grad:
+            after = self.loss._centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
+            hooks.callback(after.remove)
         return hooks
 
     def reset(self) -> None:
@@ -338,11 +347,24 @@ class AngularMonitor:
         if self.loss.training:
             self.update_gradients(gradient)
 
+    def _margin(self, embeddings: Tensor, labels: Tensor) -> MarginFunction:
+        """The margin of a batch, without lengths; of a random one, the loss's next draws."""
+        loss, devices = self.loss, [embeddings.device] if embeddings.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=loss.is_random):
+            margin = loss.margin_function(embeddings, labels)
+        if loss.normalize_weight:
+            return margin
+        centres = loss._by_centre(loss._centres)
+        length = lengths(centres.index_select(0, labels))  # a factor of the target logit
+        return lambda theta: margin(theta) / length.clamp(min=torch.finfo(length.dtype).tiny)
+
     def _sums_on(self, device: torch.device) -> Tensor:
         """All sums in one tensor, for a single all_reduce and a single copy to the host."""
-        if self._sums is None or self._sums.device != device:
-            size = 2 * BINS + (GRADIENT + 1) * self.loss.num_classes + 1
-            self._sums = torch.zeros(size, dtype=precise_dtype(device), device=device)
+        size = 2 * BINS + (GRADIENT + 1) * self.loss.num_classes + 1
+        # Another size: classes were added.
+        if self._sums is None or self._sums.device != device or len(self._sums) != size:
+            with torch.inference_mode(False):  # to be added to outside of it too
+                self._sums = torch.zeros(size, dtype=precise_dtype(device), device=device)
         return self._sums
 
     def _views(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

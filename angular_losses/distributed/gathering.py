@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..engine.shard import Shard
 
-# The header of a message: number of rows, bytes per row, dtype of the embeddings, columns present;
-# then, in UTF-8, the error message of a rank that rejects its batch.
+# The header of a message: number of rows, bytes per row, dtype of the embeddings, which columns are
+# present and whether a gradient is needed; then, in UTF-8, the error message of a rank that rejects
+# its batch.
 NUMBERS, TEXT = 4, 480
 HEADER = 8 * NUMBERS + TEXT
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -132,8 +133,9 @@ class Gathering:
                 raise ValueError(f"{text.decode(errors='replace')} (rank {rank}'s batch)")
         if len({tuple(kind) for _, *kind in headers}) > 1:
             raise ValueError(
-                "embeddings: expected one dtype on all ranks, as many labels a row, and "
-                "sample_weight and label_weight on all or none"
+                "embeddings: expected one dtype on all ranks, as many labels a row, and a "
+                "gradient, sample_weight and label_weight on all or none (a rank without a batch "
+                "passes 0 rows through its network too)"
             )
 
     def _unpacked(self, batch: Batch, columns: list[Tensor], found: Tensor, most: int) -> Batch:
@@ -158,8 +160,9 @@ class Gathering:
 def _header(columns: list[Tensor], batch: Batch) -> list[int]:
     bytes_of_row = sum(column[:0].new_empty(1, *column.shape[1:]).nbytes for column in columns)
     dtype = DTYPES.index(columns[-1].dtype)
-    optional = batch.label_weight, batch.sample_weight
-    present = sum(2**i for i, column in enumerate(optional) if column is not None)
+    needs_gradient = batch.embeddings.requires_grad and torch.is_grad_enabled()
+    optional = batch.label_weight is not None, batch.sample_weight is not None, needs_gradient
+    present = sum(2**i for i, is_present in enumerate(optional) if is_present)
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]
 
 

@@ -161,7 +161,10 @@ def _whole(loss: ShardedLoss, joined: dict[str, Tensor]) -> MarginLoss:
     whole = cast(MarginLoss, cls.__new__(cls))
     of_shards = {*inspect.get_annotations(ShardedLoss), "is_random"}
     own = {k: v for k, v in vars(loss).items() if k not in of_shards}
-    vars(whole).update({k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()})
+    # Copies, for both losses go on: one has its own hooks.
+    vars(whole).update(
+        {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in own.items()}
+    )
     whole._parameters = dict(loss._parameters)
     whole._buffers, whole._modules = copy.deepcopy(loss._buffers), copy.deepcopy(loss._modules)
     whole.shard = WHOLE

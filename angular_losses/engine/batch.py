@@ -52,6 +52,7 @@ def checked(
         ValueError: If a shape, a device or a label is out of place.
     """
     validation.positive_integer("sub_centers", sub_centers)
+    validation.floating("weight", weight, "C", "d")
     num_classes = shard.num_classes_of(weight, sub_centers)
     kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
     labels = labels.long()

@@ -29,7 +29,7 @@ def choose(batch: Batch, mode: str, memory_budget: int | None, rule: Rule = PLAI
     """:func:`plan` for this batch, as autocast and torch.func have it."""
     embeddings, weight = batch.embeddings, batch.weight
     validation.choice("mode", mode, MODES)
-    if mode == "auto" and any(map(validation.is_transformed, (embeddings, weight))):
+    if mode == "auto" and validation.is_transforming():
         mode = "dense"
     num_rows, size = embeddings.shape
     function = plan if torch.compiler.is_compiling() else cached_plan
@@ -158,7 +158,8 @@ def _dense(
     factor = weight.to(dtype) if rule.keep_lengths else directions(weight, dtype)
     cosine = F.linear(directions(embeddings, dtype), factor)
     if ranking is not None:
-        of_class = cosine.detach().view(len(own), -1, rule.sub_centers).amax(2)
+        shape = len(own), len(weight) // rule.sub_centers, rule.sub_centers
+        of_class = cosine.detach().view(shape).amax(2)
         of_own = of_class.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         of_others = _replaced(of_class, labels, -torch.inf, partial=partial).amax(1)
         ranking.add(of_own.masked_fill(own < 0, -torch.inf), of_others)

@@ -120,7 +120,6 @@ class _ClassificationLoss(
     margin: float
     scale: float
     sub_centers = 1
-    normalize_weight = True
     _centres_name = "W"
     _centres_are_columns = True
 

@@ -66,8 +66,7 @@ class AdaCosLoss(MarginLoss):
             raise ValueError(f"num_classes: expected at least 3 for AdaCos, got {num_classes}")
         self.dynamic = dynamic
         del self.scale
-        fixed = torch.tensor(_fixed_scale(num_classes), device=options.get("device"))
-        self.register_buffer("scale", fixed)
+        self._register_number("scale", _fixed_scale(num_classes))
 
     def _extend_buffers(self, num_new: int) -> None:
         """A fixed scale is that of all classes; a dynamic one finds its way."""
@@ -168,15 +167,15 @@ class AdaFaceLoss(MarginLoss):
         self.margin = validation.number("margin", margin, 0.0, math.pi / 2, "radians")
         self.h = validation.positive("h", h)
         self.momentum = validation.share("momentum", momentum)
-        self.register_buffer("mean", torch.tensor(20.0, device=options.get("device")))
-        self.register_buffer("deviation", torch.tensor(100.0, device=options.get("device")))
+        self._register_number("mean", 20.0)
+        self._register_number("deviation", 100.0)
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Move the statistics towards those of the batch."""
         found = collectives.mean_and_deviation(_clipped(embeddings), weights)
         for running, new in zip((self.mean, self.deviation), found, strict=True):
-            new = new.to(running.dtype)  # NaN where the batch has too few rows
-            running.lerp_(torch.where(new.isnan(), running, new), self.momentum)
+            new = new.to(running.dtype)  # not finite where the batch has too few rows
+            running.lerp_(torch.where(new.isfinite(), new, running), self.momentum)
 
     def quality(self, embeddings: Tensor) -> Tensor:
         """The quality z-hat of each row (N,), in [-1, 1]."""

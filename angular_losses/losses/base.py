@@ -123,8 +123,6 @@ class MarginLoss(ClassCentres, nn.Module):
 
     ignore_index: int
     statistics: tuple[str, ...] = ()
-    normalize_weight = True
-    is_random = False
     # Names of attributes (C, ...) of which a process that shares the classes keeps its own rows.
     _class_rows: tuple[str, ...] = ()
     # Whether the scale is all that makes logits of cosines, with a softmax after it.
@@ -195,7 +193,7 @@ class MarginLoss(ClassCentres, nn.Module):
         shape = self.num_classes * self.sub_centers, self.embedding_size
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if class_weight is not None:
-            class_weight = class_weight.detach().to(self.weight.device)
+            class_weight = class_weight.detach().clone().to(self.weight.device)
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
         if self._scale_decides:
@@ -294,9 +292,10 @@ class MarginLoss(ClassCentres, nn.Module):
             other_labels: (N,) second labels of mixed rows (mixup, CutMix): short for labels (N, 2)
                 with the weights lam and 1 - lam.
             lam: The share of ``labels`` in [0, 1], a number or (N,); needed with ``other_labels``.
+                The values of a tensor are checked on the CPU alone.
             return_correct: Whether to return which rows are classified correctly too, found in the
-                same pass: those where a class of their own has the largest cosine, without the
-                margin (with lengths of centres, where the loss keeps them).
+                same pass: those where a class of their own, of weight above 0, has the largest
+                cosine, without the margin (with lengths of centres, where the loss keeps them).
 
         Returns:
             A scalar, or (N,) for reduction "none"; float32 at least. With ``return_correct`` a pair
@@ -325,7 +324,7 @@ class MarginLoss(ClassCentres, nn.Module):
         if ranking is None:
             return loss
         own, other = self.shard.largest(ranking.both)
-        correct = own >= other if batch.kept is None else (own >= other) & batch.kept
+        correct = own >= other if counts is None else (own >= other) & (counts > 0)
         return loss, correct if each is None else correct.view(-1, each).any(1)
 
     def _pass(
@@ -477,6 +476,11 @@ class MarginLoss(ClassCentres, nn.Module):
         self.register_buffer(name, kept)
         return kept
 
+    def _register_number(self, name: str, value: float) -> None:
+        """Keep a number as a buffer ()."""
+        kept = torch.tensor(value, dtype=validation.kept_dtype(), device=self.weight.device)
+        self.register_buffer(name, kept)
+
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Scale times cosine for every class, without a margin: what to use for inference.
 
@@ -623,7 +627,8 @@ class MarginLoss(ClassCentres, nn.Module):
             for name, value in vars(self).items()
             if not name.startswith("_")
             and name not in _SHOWN_FIRST
-            and value != _DEFAULTS.get(name)
+            and not isinstance(value, Tensor)
+            and repr(value) != repr(_DEFAULTS.get(name))
         )
         return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])
 

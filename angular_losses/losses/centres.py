@@ -24,6 +24,8 @@ class ClassCentres:
     _centres_are_columns = False
     num_classes: int
     sub_centers: int
+    normalize_weight = True
+    is_random = False
     training: bool
     ignore_index: int | None = None
 

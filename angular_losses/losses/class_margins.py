@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import collectives, margins, validation
 from ..geometry import directions, lengths, precise_dtype
@@ -16,6 +16,10 @@ from .base import LossOptions, MarginLoss, Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
+
+
+# What KappaFace gathers in an epoch, kept with its state and yet no buffers.
+_GATHERED = ("direction_sums", "seen")
 
 
 class KappaFaceLoss(MarginLoss):
@@ -84,7 +88,7 @@ class KappaFaceLoss(MarginLoss):
         self.temperature = validation.number("temperature", temperature, 0.0)
         self.gamma = validation.share("gamma", gamma)
         counts = validation.class_counts("class_counts", class_counts, num_classes)
-        counts = counts.to(self.weight.device)
+        counts = counts.clone().to(self.weight.device)
         self.register_buffer("class_counts", counts)
         self.register_buffer("margin", torch.full_like(counts, margin))
         self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
@@ -109,13 +113,18 @@ class KappaFaceLoss(MarginLoss):
     @contextmanager
     def _gathered_as_buffers(self) -> Iterator[None]:
         """While this lasts; otherwise DistributedDataParallel copies rank 0's to all others."""
-        names = ("direction_sums", "seen")
-        for name in names:
+        for name in _GATHERED:
             self.register_buffer(name, vars(self).pop(name))
         try:
             yield
         finally:
-            vars(self).update({name: self._buffers.pop(name) for name in names})
+            vars(self).update({name: self._buffers.pop(name) for name in _GATHERED})
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """No parameter of what is gathered, as transformers makes of it, nor in half precision."""
+        if name in _GATHERED and isinstance(value, nn.Parameter):
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        super().__setattr__(name, value)
 
     def _apply(self, *arguments: Any) -> Self:  # noqa: ANN401
         with self._gathered_as_buffers():

@@ -62,7 +62,7 @@ class CurricularFaceLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, scale, **options)
         self.margin = validation.angular_margin("margin", margin)
         self.momentum = validation.share("momentum", momentum)
-        self.register_buffer("t", torch.zeros((), device=options.get("device")))
+        self._register_number("t", 0.0)
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Move t towards the mean cosine of the batch's targets."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import validation
+from ..geometry import precise_dtype
 
 
 def several(
@@ -28,7 +29,7 @@ def several(
             f"with K labels an embedding, got {tuple(labels.shape)}"
         )
     if label_weight is None:
-        kept = labels.long() != ignore_index
+        kept = (labels.long() != ignore_index).to(precise_dtype(labels.device))
         return labels, kept / kept.sum(1, keepdim=True).clamp(min=1)
     validation.floating("label_weight", label_weight, *labels.shape, device=embeddings.device)
     return labels, label_weight
@@ -46,9 +47,13 @@ def mixed(
     device, num_rows = embeddings.device, labels.shape[0]
     if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
         validation.share("lam", lam)
-        lam = embeddings.new_full((), lam, dtype=torch.float64)
+        lam = embeddings.new_full((), lam, dtype=precise_dtype(device))
     elif lam.dim():
         validation.floating("lam", lam, num_rows, device=device)
+    if validation.is_readable(lam):
+        outside = lam[~((lam >= 0) & (lam <= 1))]
+        if len(outside):
+            raise ValueError(f"lam: expected a share in [0, 1], got {outside[0].item()}")
     share = lam.to(device).expand(num_rows)
     both = torch.stack([labels.long(), other_labels.long()], 1)
     return both, torch.stack([share, 1 - share], 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import margins, negatives, validation
 from ..geometry import lengths
+from ..margins import MarginFunction
 from ..negatives import NegativeFunction
 from .base import LossOptions, MarginLoss, Target
 
@@ -207,6 +208,19 @@ class LSoftmaxLoss(MarginLoss):
             return length * margins.sphereface(theta, 1 + share * (self.margin - 1))
 
         return target
+
+    def margin_function(self, embeddings: Tensor, labels: Tensor) -> MarginFunction:
+        """The margin now in force; detached, it has the gradient of length times cosine."""
+        margin = super().margin_function(embeddings, labels)
+        if self.gradient == "exact":
+            return margin
+        plain = self.row_target(embeddings, labels)
+
+        def with_gradient_of_plain(theta: Tensor) -> Tensor:
+            without = plain(theta, 0.0)
+            return without + (margin(theta) - without).detach()
+
+        return with_gradient_of_plain
 
     def row_scale(self, embeddings: Tensor) -> Tensor:
         """The scale times the lengths of the embeddings (N,)."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..engine.placement import Sampled
 from .base import MarginLoss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SampledLoss(MarginLoss):
@@ -37,6 +40,11 @@ class SampledLoss(MarginLoss):
             # One class at least, for an empty batch.
             self.shard.draw(drawn, max(self.sample_rate, 1 / self.num_classes))
         return labels, label_weight
+
+    def train(self, mode: bool = True) -> Self:
+        """Forget the classes of the last step: evaluation uses all, also outside of a pass."""
+        self.shard.sampled = None
+        return super().train(mode)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the class by the one it was made of, for it has no name of its own."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import angular_losses as al
-from angular_losses import diagnostics
+from angular_losses import diagnostics, margins
 from angular_losses.diagnostics import measures
 from tests import family
 from tests.cases import CASES, NAMES
@@ -255,6 +255,12 @@ def test_between_simplex_and_cross_polytope_the_bound_is_a_right_angle(size):
     assert diagnostics.separation_bound(2 * size + 1, size) < math.pi / 2
 
 
+def test_the_bound_on_any_default_device():
+    expected = diagnostics.separation_bound(100, 8)
+    with torch.device("meta"):
+        assert diagnostics.separation_bound(100, 8) == expected
+
+
 def test_no_random_centres_beat_the_bound():
     for size, count in itertools.product((1, 2, 3, 4, 6), (2, 3, 5, 8, 13, 40)):
         for seed in range(20):
@@ -466,6 +472,76 @@ def test_every_loss_can_be_watched(row):
     assert numbers["rows"] == len(labels)
     assert all(math.isfinite(number) for number in numbers.values())
     assert 0 <= numbers["violation_rate"] <= 1
+
+
+def test_several_labels_count_once_each():
+    monitor, single = watched(), watched()
+    embeddings, labels = rows_for(monitor)
+    labels = torch.stack([labels, (labels + 1) % CLASSES], 1)
+    labels[:4, 1] = -100
+    with monitor.attach():
+        monitor.loss(embeddings, labels)
+    for of_rows in labels.T:
+        single.update(embeddings, of_rows)
+    assert monitor.summary() == pytest.approx(single.summary(), nan_ok=True)
+    assert monitor.summary()["rows"] == 2 * len(labels) - 4
+
+
+def test_frozen_centres_are_watched_without_their_gradient():
+    monitor = watched()
+    monitor.loss.weight.requires_grad_(False)
+    with monitor.attach():
+        embeddings, labels = rows_for(monitor)
+        monitor.loss(embeddings.requires_grad_(), labels).backward()
+    numbers = monitor.summary()
+    assert numbers["rows"] == len(labels)
+    assert math.isnan(numbers["gradient_norm_mean"])
+
+
+def test_a_window_begun_in_inference_mode_goes_on_outside():
+    monitor = watched()
+    with torch.inference_mode():
+        monitor.update(*rows_for(monitor))
+    monitor.update(*rows_for(monitor))
+    assert monitor.summary()["rows"] == 80
+
+
+def test_new_classes_begin_a_new_window():
+    monitor = watched()
+    monitor.update(*rows_for(monitor))
+    monitor.loss.extend(2)
+    assert monitor.summary()["rows"] == 0
+    monitor.update(torch.randn(3, SIZE), torch.tensor([0, CLASSES, CLASSES + 1]))
+    assert monitor.snapshot().rows.tolist() == [1, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_random_margins_are_those_of_the_pass(plus, monkeypatch):
+    """The monitor leaves the random numbers to the loss, and measures the draws to come."""
+    loss = al.ElasticFaceLoss(CLASSES, SIZE, plus=plus, deviation=0.1)
+    monitor, drawn = watched(loss), []
+    embeddings, labels = rows_for(monitor)
+    torch.manual_seed(5)
+    expected = loss(embeddings, labels)
+    additive = margins.additive
+    monkeypatch.setattr(margins, "additive", lambda kind, m: drawn.append(m) or additive(kind, m))
+    torch.manual_seed(5)
+    with monitor.attach():
+        assert torch.equal(loss(embeddings, labels), expected)
+    assert torch.equal(drawn[0], drawn[-1])
+    assert monitor.summary()["margin_mean"] == pytest.approx(drawn[0].mean().item(), rel=1e-6)
+
+
+def test_lengths_of_centres_are_no_part_of_the_margin():
+    monitor, angular = watched(al.LSoftmaxLoss(CLASSES, SIZE, margin=2)), watched()
+    with torch.no_grad():
+        monitor.loss.weight.mul_(torch.linspace(0.5, 5, CLASSES)[:, None])
+    angular.loss = al.SphereFaceLoss(CLASSES, SIZE, margin=2)
+    angular.loss.weight = monitor.loss.weight
+    embeddings, labels = rows_for(monitor)
+    for each in (monitor, angular):
+        each.update(embeddings, labels)
+    assert monitor.summary() == pytest.approx(angular.summary(), nan_ok=True)
 
 
 def test_updates_never_need_a_value():

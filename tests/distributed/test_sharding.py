@@ -182,7 +182,13 @@ def test_bad_batch_on_one_rank(processes, bad, kind, message):
 
 
 @pytest.mark.parametrize(
-    "other", [(GOOD[0].double(), GOOD[1]), (*GOOD, torch.ones(2))], ids=["dtype", "sample_weight"]
+    "other",
+    [
+        (GOOD[0].double(), GOOD[1]),
+        (*GOOD, torch.ones(2)),
+        (torch.ones(0, sharding.SIZE).requires_grad_(), GOOD[1][:0]),
+    ],
+    ids=["dtype", "sample_weight", "gradient"],
 )
 def test_batches_of_different_kinds_are_refused(processes, other):
     answers = processes.run(sharding.refusals, 2, [GOOD, other], GOOD)

@@ -133,6 +133,28 @@ def test_margins_of_classes_are_loaded_too(tmp_path):
     assert loaded.loss(torch.randn(4, SIZE), torch.arange(4)).isfinite()
 
 
+class OfCounts(Recogniser):
+    def __init__(self, config):
+        super().__init__(config)
+        margin = al.suggest_margin(100, 4)  # a number, whatever the default device
+        counts = range(1, config.num_classes + 1)
+        self.loss = al.KappaFaceLoss(config.num_classes, SIZE, counts, margin=margin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_are_loaded_too(tmp_path, dtype):
+    recogniser = OfCounts(Settings())
+    recogniser.loss(torch.randn(4, SIZE), torch.arange(4))
+    recogniser.save_pretrained(tmp_path)
+    loaded = OfCounts.from_pretrained(tmp_path, dtype=dtype).loss
+    for name, kept in recogniser.loss.state_dict().items():
+        if name != "weight":
+            found = loaded.state_dict()[name]
+            assert found.dtype == torch.float32, name
+            assert torch.allclose(found, kept, rtol=torch.finfo(dtype).eps, atol=0), name
+    assert [name for name, _ in loaded.named_parameters()] == ["weight"]
+
+
 def test_training_resumes_bit_for_bit(tmp_path):
     options = {"per_device_train_batch_size": 8, "save_strategy": "epoch"}
     whole, resumed = model(), model(1)

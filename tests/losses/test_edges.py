@@ -50,6 +50,17 @@ def test_empty_batches(name):
                 assert torch.equal(buffer, before[key]), key
 
 
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_no_row_of_an_empty_batch_is_correct(mode, sub_centers):
+    loss = al.ArcFaceLoss(CLASSES, SIZE, sub_centers=sub_centers, mode=mode)
+    for labels in (torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64)):
+        value, correct = loss(torch.empty(0, SIZE), labels, return_correct=True)
+        assert value == 0
+        assert correct.shape == (0,)
+        assert correct.dtype == torch.bool
+
+
 @pytest.mark.parametrize("call", ["softmax", "one_vs_rest"])
 def test_ignored_rows_of_the_functions_too(call):
     embeddings, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)

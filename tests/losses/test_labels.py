@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from angular_losses import AdaFaceLoss, ArcFaceLoss, CurricularFaceLoss, SphereFace2Loss
+from angular_losses.losses import labels as columns
 
 SIZE, CLASSES, ROWS = 6, 7, 5
 LOSSES = (ArcFaceLoss, AdaFaceLoss, CurricularFaceLoss, SphereFace2Loss)
@@ -65,6 +66,31 @@ def test_a_row_is_correct_for_any_of_its_labels():
     assert correct.tolist() == [True, True, False, True, False]
 
 
+def test_labels_without_weight_are_not_a_rows_own():
+    loss = made(ArcFaceLoss)
+    embeddings, of_each = loss.weight.detach()[:2], torch.arange(CLASSES).expand(2, CLASSES)
+    shares = torch.eye(CLASSES, dtype=torch.float64)[[0, 2]]
+    _, correct = loss(embeddings, of_each, label_weight=shares, return_correct=True)
+    assert correct.tolist() == [True, False]
+    labels, others = torch.tensor([0, 2]), torch.tensor([3, 1])
+    for lam, expected in ((1.0, [True, False]), (0.5, [True, True])):
+        _, correct = loss(embeddings, labels, other_labels=others, lam=lam, return_correct=True)
+        assert correct.tolist() == expected
+
+
+def test_even_weights_keep_the_digits_of_float64():
+    of_rows, labels = made(ArcFaceLoss, reduction="none"), LABELS[:1].expand(ROWS, 3)
+    each = torch.stack([of_rows(rows(), labels[:, k]) for k in range(3)])
+    assert torch.allclose(of_rows(rows(), labels), each.mean(0), rtol=1e-14)
+
+
+def test_weights_on_devices_without_float64(monkeypatch):
+    monkeypatch.setattr(columns, "precise_dtype", lambda device: torch.float32)
+    _, even = columns.several(rows(), LABELS, None, -100)
+    _, shares = columns.mixed(rows(), LABELS[:, 0], LABELS[:, 1], 0.3)
+    assert even.dtype == shares.dtype == torch.float32
+
+
 def test_ignored_rows_may_hold_anything():
     loss, embeddings = made(ArcFaceLoss), rows()
     embeddings[4] = math.nan
@@ -88,6 +114,16 @@ def test_ignored_rows_may_hold_anything():
         (LABELS[:, 0], {"label_weight": torch.ones(5), "lam": 0.3}, "label_weight: .* without"),
         (LABELS, {"other_labels": LABELS[:, 0], "lam": 0.3}, r"labels: expected shape \(5,\)"),
         (LABELS + 3, {}, "labels: "),
+        (
+            LABELS[:, 0],
+            {"other_labels": LABELS[:, 0], "lam": torch.tensor(1.5)},
+            r"lam: .* got 1.5",
+        ),
+        (
+            LABELS[:, 0],
+            {"other_labels": LABELS[:, 0], "lam": torch.tensor([0, 1, 0.5, 0, -0.1])},
+            r"lam: .*\[0, 1\], got -0.1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(labels, more, message):

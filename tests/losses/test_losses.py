@@ -3,6 +3,7 @@ import inspect
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -188,6 +189,10 @@ def test_repr_tells_the_settings():
     text = repr(al.SphereFaceLoss(5, 8, schedule=al.LambdaAnnealing(), reduction="sum"))
     assert "reduction='sum'" in text
     assert "LambdaAnnealing(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)" in text
+    assert "tensor" not in repr(al.KappaFaceLoss(5, 8, range(1, 6)))
+    module = al.ArcFaceLoss(5, 8)
+    module.counts = np.ones(2)
+    assert "counts=array([1., 1.])" in repr(module)
 
 
 def test_initial_weight():
@@ -204,6 +209,42 @@ def test_class_weight_is_a_buffer():
     module = al.ArcFaceLoss(3, 4, class_weight=torch.tensor([1.0, 2.0, 3.0]))
     assert "class_weight" in module.state_dict()
     assert module.double().class_weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda numbers: al.ArcFaceLoss(3, 4, class_weight=numbers),
+        lambda numbers: al.ArcFaceLoss(3, 4, margin=numbers),
+        lambda numbers: al.KappaFaceLoss(3, 4, numbers),
+    ],
+)
+def test_buffers_are_not_the_users_tensors(build):
+    numbers = torch.ones(3)
+    for buffer in build(numbers).buffers():
+        buffer.fill_(2.0)
+    assert numbers.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("schedule", [None, al.LambdaAnnealing(base=3.0, minimum=3.0)])
+def test_detached_l_softmax_keeps_the_gradient_of_lengths(schedule):
+    """With a margin the value is the margin's, and the gradient is that without one."""
+    options = {"gradient": "detached", "schedule": schedule, "dtype": torch.float64}
+    found, embeddings = [], torch.randn(6, 8, dtype=torch.float64).requires_grad_()
+    labels, drawn = torch.arange(6) % 5, 2 * torch.randn(5, 8, dtype=torch.float64)
+    for margin, more in ((1, {}), (1, options), (4, options), (4, {"schedule": schedule})):
+        loss = al.LSoftmaxLoss(5, 8, margin=margin, **{"dtype": torch.float64, **more})
+        loss.weight.data.copy_(drawn)
+        theta = loss.target_angles(embeddings, labels)
+        target = loss.margin_function(embeddings, labels)(theta)
+        variables = embeddings, loss.weight
+        found.append([target.detach(), *torch.autograd.grad(target.sum(), variables)])
+    (plain, *exact), (same, *of_same), (detached, *of_detached), (with_margin, *_) = found
+    assert torch.allclose(plain, same)
+    assert torch.allclose(detached, with_margin)
+    for one, other, expected in zip(of_same, of_detached, exact, strict=True):
+        assert torch.allclose(one, expected)
+        assert torch.allclose(other, expected)
 
 
 def test_schedule_in_a_compiled_graph():

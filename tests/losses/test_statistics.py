@@ -1,6 +1,7 @@
 """Running statistics against the papers' updates: in training, in eval, over processes."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -72,6 +73,41 @@ def test_adaface_takes_batches_of_one_and_none(num_rows, deviation):
     assert value.isfinite()
     assert loss.deviation.item() == deviation
     assert (loss.mean.item() == 20.0) == (num_rows == 0)
+
+
+@pytest.mark.parametrize("weight", [0.25 / 9, 0.5 / 9])
+def test_adaface_takes_labels_that_weigh_1_or_less_together(weight):
+    loss = built(al.AdaFaceLoss, momentum=0.5)
+    embeddings, labels = batch()
+    two = torch.stack([labels, (labels + 1) % CLASSES], 1)
+    loss(embeddings, two, label_weight=torch.full((9, 2), weight))
+    assert loss.deviation.item() == 100.0
+    assert loss.mean.item() == pytest.approx(10 + embeddings.norm(dim=1).mean().item() / 2)
+
+
+@pytest.fixture
+def default_bfloat16():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("default_bfloat16")
+@pytest.mark.parametrize(
+    ("build", "name", "expected"),
+    [
+        (lambda: al.AdaFaceLoss(CLASSES, SIZE), "deviation", 100.0),
+        (lambda: al.CurricularFaceLoss(CLASSES, SIZE), "t", 0.0),
+        (lambda: al.AdaCosLoss(1001, SIZE), "scale", 2**0.5 * math.log(1000)),
+        (lambda: al.CosFaceLoss(2, SIZE, margin=[0.1, 0.1]), "margin", 0.1),
+        (lambda: al.ArcFaceLoss(2, SIZE, class_weight=[0.1, 0.1]), "class_weight", 0.1),
+    ],
+)
+def test_buffers_made_in_half_precision(build, name, expected):
+    """As transformers makes them, which sets the default dtype while it makes a model."""
+    buffer = build().get_buffer(name)
+    assert buffer.dtype == torch.float32
+    assert buffer.max().item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["dense", "stash"])
@@ -194,6 +230,18 @@ def test_kappaface_sums_are_saved_but_no_buffers():
     loss.to("meta")
     assert loss.seen.is_meta
     assert not names & dict(loss.named_buffers()).keys()
+
+
+def test_kappaface_sums_are_no_parameters():
+    loss, other = (built(al.KappaFaceLoss, range(1, CLASSES + 1)) for _ in range(2))
+    loss(*batch())
+    for name in ("direction_sums", "seen"):
+        setattr(other, name, torch.nn.Parameter(getattr(loss, name).bfloat16()))
+    assert [name for name, _ in other.named_parameters()] == ["weight"]
+    assert torch.equal(other.seen, loss.seen)
+    assert torch.allclose(other.direction_sums, loss.direction_sums, rtol=0.01)
+    assert other.direction_sums.dtype == torch.float32
+    assert other.double().state_dict()["seen"].dtype == torch.float64
 
 
 def test_margins_of_counts():
