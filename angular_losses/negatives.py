@@ -218,10 +218,9 @@ def linear_angle(cosine: Tensor) -> Tensor:
 
 
 def _linear_angle_with_slope(cosine: Tensor) -> tuple[Tensor, Tensor]:
-    inside, beyond = _inside(cosine)
     one = torch.ones_like(cosine)
-    value = torch.sub(one, torch.acos(inside).sub_(beyond), alpha=2 / math.pi)
-    return value, torch.addcmul(one, inside, inside, value=-1).rsqrt_().mul_(2 / math.pi)
+    angle, descent = _angle_with_descent(cosine, one)
+    return torch.sub(one, angle, alpha=2 / math.pi), descent.mul_(2 / math.pi)
 
 
 LINEAR_ANGLE = KnownSlope(linear_angle, _linear_angle_with_slope)
@@ -244,10 +243,24 @@ def divided_angle(cosine: Tensor, m: float) -> Tensor:
     return torch.cos(_angle(cosine) / m)
 
 
+def divided_angle_with_slope(cosine: Tensor, m: float) -> tuple[Tensor, Tensor]:
+    """:func:`divided_angle` and its derivative, without a graph."""
+    angle, descent = _angle_with_descent(cosine, torch.ones_like(cosine))
+    angle /= m
+    return torch.cos(angle), descent.mul_(torch.sin(angle)).div_(m)
+
+
 def _angle(cosine: Tensor) -> Tensor:
     """acos, extended linearly where 1 - abs(cosine) is only rounding."""
     inside, beyond = _inside(cosine)
     return torch.acos(inside) - beyond
+
+
+def _angle_with_descent(cosine: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_angle` and minus its derivative, without a graph; ``one`` has the same shape."""
+    inside, beyond = _inside(cosine)
+    descent = torch.addcmul(one, inside, inside, value=-1).rsqrt_()
+    return torch.acos(inside).sub_(beyond), descent
 
 
 def _inside(cosine: Tensor) -> tuple[Tensor, Tensor]:

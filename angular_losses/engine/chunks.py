@@ -142,16 +142,21 @@ class Others(NamedTuple):
 
 
 class Terms:
-    """A rule applied to one chunk after another; its slopes are autograd's, inside the chunk."""
+    """A rule applied to one chunk after another, with its slopes: known, or autograd's."""
 
     def __init__(self, others: Others, *, differentiate: bool) -> None:
         self.rule, self.target, self.ranking = others.rule, others.target, others.ranking
         self.differentiate, bias = differentiate, others.bias
         self.bias = None if bias is None else bias.detach().requires_grad_(differentiate)
         self.bias_slope = None if bias is None else torch.zeros_like(bias)
+        knows = others.rule.has_slopes and bias is None and differentiate
+        self._with_slopes = others.rule.with_slopes if knows else None
 
     def __call__(self, cosines: Tensor) -> Tensor:
         """The terms of a chunk, without a graph."""
+        if self._with_slopes is not None:
+            terms, self._known = self._with_slopes(cosines)
+            return terms
         with torch.set_grad_enabled(self.differentiate):
             self._cosines = cosines.detach().requires_grad_(self.differentiate)
             self._terms = self.rule.of_classes(self._cosines, self.target, self.bias)
@@ -161,6 +166,8 @@ class Terms:
         """The derivative of the sum of weights (K, N) times terms, by each centre's cosine."""
         if not self.differentiate:
             return weights
+        if self._with_slopes is not None:
+            return weights.mul_(self._known)
         variables = [self._cosines] if self.bias is None else [self._cosines, self.bias]
         slopes, *of_bias = torch.autograd.grad(
             self._terms, variables, weights, materialize_grads=True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .. import margins, negatives, validation
 from ..geometry import lengths
 from ..margins import MarginFunction
-from ..negatives import NegativeFunction
+from ..negatives import KnownSlope, NegativeFunction
 from .base import LossOptions, MarginLoss, Target
 
 if TYPE_CHECKING:
@@ -142,11 +143,15 @@ class SphereFaceRLoss(MarginLoss):
             return None
         margin, is_detached = self.margin, self.gradient == "detached"
 
-        def eta(cosine: Tensor, target: Tensor) -> Tensor:
+        def eta(cosine: Tensor) -> Tensor:
             value = negatives.divided_angle(cosine, margin)
             return cosine + (value - cosine).detach() if is_detached else value
 
-        return eta
+        def with_slope(cosine: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = negatives.divided_angle_with_slope(cosine, margin)
+            return value, torch.ones_like(slope) if is_detached else slope
+
+        return KnownSlope(eta, with_slope)
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
         """The scale, or the lengths of the embeddings (N,)."""

@@ -18,8 +18,12 @@ LOSSES = {
     "Combined": al.CombinedMarginLoss,
 }
 # A parabola beside the cosine, and angles of all classes.
-MOST_OF_OTHERS = {"X2Softmax": 69, "LiArcFace": 70}
-OTHERS = {"X2Softmax": al.X2SoftmaxLoss, "LiArcFace": al.LiArcFaceLoss}
+MOST_OF_OTHERS = {"X2Softmax": 69, "LiArcFace": 70, "SphereFaceR-v2": 71}
+OTHERS = {
+    "X2Softmax": al.X2SoftmaxLoss,
+    "LiArcFace": al.LiArcFaceLoss,
+    "SphereFaceR-v2": lambda *sizes: al.SphereFaceRLoss(*sizes, kind="v2"),
+}
 
 
 def is_view(operator):
