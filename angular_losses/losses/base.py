@@ -673,7 +673,9 @@ class MarginLoss(ClassCentres, nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Labels (N,), or (N, K) with their weights (N, K), of what a user passes."""
         if other_labels is None and lam is None:
-            return label_columns.several(embeddings, labels, label_weight, self.ignore_index)
+            return label_columns.several(
+                embeddings, labels, label_weight, self.ignore_index, self.num_classes
+            )
         if label_weight is not None:
             raise ValueError("label_weight: expected it without other_labels and lam")
         self._checked(embeddings, labels)

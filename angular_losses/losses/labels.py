@@ -10,13 +10,17 @@ from ..geometry import precise_dtype
 
 
 def several(
-    embeddings: Tensor, labels: Tensor, label_weight: Tensor | None, ignore_index: int
+    embeddings: Tensor,
+    labels: Tensor,
+    label_weight: Tensor | None,
+    ignore_index: int,
+    num_classes: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Labels (N,), not checked, without weights; or (N, K) with their weights (N, K).
 
     Raises:
         TypeError: If the weights are not floating-point.
-        ValueError: If a shape or a device is out of place.
+        ValueError: If a shape or a device is out of place, or the labels look one-hot.
     """
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         if label_weight is not None:
@@ -27,6 +31,12 @@ def several(
         raise ValueError(
             f"labels: expected shape ({embeddings.shape[0]},), or ({embeddings.shape[0]}, K) "
             f"with K labels an embedding, got {tuple(labels.shape)}"
+        )
+    is_wide = labels.shape[1] == num_classes > 2
+    if is_wide and validation.is_readable(labels) and labels.numel() and labels.amax() <= 1:
+        raise ValueError(
+            "labels: expected numbers of classes, got (N, C) zeros and ones; pass "
+            "labels.argmax(1), or with several labels a row their numbers (N, K)"
         )
     if label_weight is None:
         kept = (labels.long() != ignore_index).to(precise_dtype(labels.device))

@@ -129,3 +129,13 @@ def test_ignored_rows_may_hold_anything():
 def test_what_does_not_fit_is_named(labels, more, message):
     with pytest.raises(ValueError, match=message):
         made(ArcFaceLoss)(rows(), labels, **more)
+
+
+def test_one_hot_labels_are_refused_and_soft_ones_over_all_classes_are_not():
+    loss, embeddings, labels = al.ArcFaceLoss(5, 8), torch.randn(3, 8), torch.tensor([1, 0, 4])
+    one_hot = torch.nn.functional.one_hot(labels, 5)
+    with pytest.raises(ValueError, match=r"^labels: .* zeros and ones; pass labels\.argmax\(1\)"):
+        loss(embeddings, one_hot)
+    of_all = torch.arange(5).expand(3, 5)
+    found = loss(embeddings, of_all, label_weight=one_hot.float())
+    assert found.item() == pytest.approx(loss(embeddings, labels).item(), rel=1e-6)
