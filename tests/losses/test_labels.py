@@ -86,7 +86,7 @@ def test_even_weights_keep_the_digits_of_float64():
 
 def test_weights_on_devices_without_float64(monkeypatch):
     monkeypatch.setattr(columns, "precise_dtype", lambda device: torch.float32)
-    _, even = columns.several(rows(), LABELS, None, -100)
+    _, even = columns.several(rows(), LABELS, None, -100, CLASSES)
     _, shares = columns.mixed(rows(), LABELS[:, 0], LABELS[:, 1], 0.3)
     assert even.dtype == shares.dtype == torch.float32
 
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_named(labels, more, message):
 
 
 def test_one_hot_labels_are_refused_and_soft_ones_over_all_classes_are_not():
-    loss, embeddings, labels = al.ArcFaceLoss(5, 8), torch.randn(3, 8), torch.tensor([1, 0, 4])
+    loss, embeddings, labels = ArcFaceLoss(5, 8), torch.randn(3, 8), torch.tensor([1, 0, 4])
     one_hot = torch.nn.functional.one_hot(labels, 5)
     with pytest.raises(ValueError, match=r"^labels: .* zeros and ones; pass labels\.argmax\(1\)"):
         loss(embeddings, one_hot)
