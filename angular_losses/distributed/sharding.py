@@ -99,8 +99,8 @@ def shard(
         validation.positive_integer("batch_size", batch_size)
     if sample_rate < 1:
         check_may_sample(loss)
-    for name, buffer in loss.named_buffers():
-        if buffer.is_meta:
+    for name, tensor in (*loss.named_buffers(), *loss.named_parameters()):
+        if tensor.is_meta and name != "weight":
             raise ValueError(f"loss: its {name} has values, and cannot be on the meta device")
     place = Shard(mesh, loss.num_classes)
     weight = _own_centres(loss, place, seed)

@@ -551,6 +551,7 @@ def whole_again(mesh):
         lambda: shard(al.P2SGradLoss(5, SIZE), mesh, sample_rate=0.5),
         lambda: shard(al.ArcFaceLoss(5, SIZE, label_smoothing=0.1), mesh, sample_rate=0.5),
         lambda: shard(al.CurricularFaceLoss(5, SIZE, device="meta"), mesh),
+        lambda: shard(al.UniFaceLoss(5, SIZE, device="meta"), mesh),
         lambda: shard(al.ArcFaceLoss(5, SIZE), init_device_mesh("cpu", (1, mesh.size()))),
         lambda: AngularMonitor(part),
     ):

@@ -335,6 +335,7 @@ def test_unshard_and_what_is_rejected(processes):
         "ValueError: sample_rate: expected 1 for P2SGradLoss, which is a sum over all classes",
         "ValueError: sample_rate: expected 1 with label smoothing",
         "ValueError: loss: its t has values, and cannot be on the meta device",
+        "ValueError: loss: its bias has values, and cannot be on the meta device",
         "ValueError: mesh: expected one dimension, such as mesh['classes'], got 2 dimensions",
         "TypeError: loss: expected an unsharded loss, use unshard(loss)",
     ]
