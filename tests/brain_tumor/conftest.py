@@ -111,6 +111,18 @@ def blob_split():
 
 
 @pytest.fixture(scope="session")
+def held_split():
+    """The same, but with three of the first held out to calibrate on."""
+    return Split(
+        train=torch.arange(12),
+        test=torch.arange(15, 24),
+        name="blobs",
+        description="By number.",
+        calibration=torch.arange(12, 15),
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_settings():
     """A network small enough for the blobs, which it need not turn around to know."""
     return load_settings(

@@ -14,7 +14,7 @@ from examples.brain_tumor.__main__ import main
 from examples.brain_tumor.data.matlab import Slice
 from examples.brain_tumor.data.phantoms import make_phantoms
 from examples.brain_tumor.data.slices import load_slices
-from examples.brain_tumor.data.splits import Split, make_split
+from examples.brain_tumor.data.splits import make_split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.calibration import BLOCKS, calibrated, read_calibration
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
@@ -28,14 +28,6 @@ from examples.brain_tumor.use import examination, prediction
 from examples.brain_tumor.use.examination import judge_strange, point, strange_pictures
 from examples.brain_tumor.use.prediction import describe_prediction, predict, read_reference
 
-HELD = Split(
-    train=torch.arange(12),
-    test=torch.arange(15, 24),
-    name="blobs",
-    description="By number.",
-    calibration=torch.arange(12, 15),
-)
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -43,10 +35,10 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, scaled, tiny_settings):
+def run(made, scaled, tiny_settings, held_split):
     """A run that held three slices out, evaluated."""
     if not made.exists():
-        train(override_settings(tiny_settings, {"epochs": 30}), scaled, HELD, made)
+        train(override_settings(tiny_settings, {"epochs": 30}), scaled, held_split, made)
         evaluate(made, scaled)
     return made
 
@@ -148,7 +140,7 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, scaled
     familiarity = reference.calibration.familiarity
     features = [
         familiarity.distances(embed(reference.network, pictures, blocks=BLOCKS).numpy())
-        for pictures in (scaled.images[HELD.test], kinds["noise"])
+        for pictures in (scaled.images[reference.test], kinds["noise"])
     ]
     truth = np.repeat([0, 1], [9, 3])
     noise = found["kinds"]["noise"]

@@ -16,7 +16,6 @@ import torch
 from torch.torch_version import TorchVersion
 
 from examples.brain_tumor.data.slices import CLASS_NAMES
-from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.calibration import BLOCKS, FLOOR, read_calibration
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
@@ -96,16 +95,10 @@ def test_exported_models_answer_as_the_evaluation(exported, run, blobs, name, lo
 
 
 @pytest.fixture
-def calibrated_run(shared, scaled, tiny_settings):
+def calibrated_run(shared, scaled, tiny_settings, held_split):
     if not (shared / "calibrated").exists():
-        held = Split(
-            train=torch.arange(12),
-            test=torch.arange(15, 24),
-            name="blobs",
-            description="By number.",
-            calibration=torch.arange(12, 15),
-        )
-        train(override_settings(tiny_settings, {"epochs": 30}), scaled, held, shared / "calibrated")
+        settings = override_settings(tiny_settings, {"epochs": 30})
+        train(settings, scaled, held_split, shared / "calibrated")
         evaluate(shared / "calibrated", scaled)
     return shared / "calibrated"
 
