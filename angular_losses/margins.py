@@ -185,12 +185,17 @@ def detached(margin: MarginFunction) -> MarginFunction:
         Liu et al., "SphereFace Revived: Unifying Hyperspherical Face Recognition", TPAMI 2022,
         arXiv:2109.05565, "characteristic gradient detachment".
     """
+    return with_gradient_of(torch.cos, margin)
 
-    def with_gradient_of_cosine(theta: Tensor) -> Tensor:
-        cosine = torch.cos(theta)
-        return cosine + (margin(theta) - cosine).detach()
 
-    return with_gradient_of_cosine
+def with_gradient_of(plain: MarginFunction, margin: MarginFunction) -> MarginFunction:
+    """The function of theta (N,) with the values of ``margin`` and the derivative of ``plain``."""
+
+    def function(theta: Tensor) -> Tensor:
+        value = plain(theta)
+        return value + (margin(theta) - value).detach()
+
+    return function
 
 
 def linear_angle(theta: Tensor, m: float | Tensor) -> Tensor:

@@ -244,7 +244,19 @@ def divided_angle(cosine: Tensor, m: float) -> Tensor:
 
 
 def divided_angle_with_slope(cosine: Tensor, m: float) -> tuple[Tensor, Tensor]:
-    """:func:`divided_angle` and its derivative, without a graph."""
+    """:func:`divided_angle` and its derivative by the cosine, without a graph.
+
+    Args:
+        cosine: (K, N).
+        m: The margin m >= 1.
+
+    Returns:
+        Both (K, N).
+
+    Example:
+        >>> divided_angle_with_slope(torch.tensor([[0.0]]), 2.0)
+        (tensor([[0.7071]]), tensor([[0.3536]]))
+    """
     angle, descent = _angle_with_descent(cosine, torch.ones_like(cosine))
     angle /= m
     return torch.cos(angle), descent.mul_(torch.sin(angle)).div_(m)

@@ -219,13 +219,8 @@ class LSoftmaxLoss(MarginLoss):
         margin = super().margin_function(embeddings, labels)
         if self.gradient == "exact":
             return margin
-        plain = self.row_target(embeddings, labels)
-
-        def with_gradient_of_plain(theta: Tensor) -> Tensor:
-            without = plain(theta, 0.0)
-            return without + (margin(theta) - without).detach()
-
-        return with_gradient_of_plain
+        target = self.row_target(embeddings, labels)
+        return margins.with_gradient_of(lambda theta: target(theta, 0.0), margin)
 
     def row_scale(self, embeddings: Tensor) -> Tensor:
         """The scale times the lengths of the embeddings (N,)."""

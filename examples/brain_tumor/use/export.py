@@ -110,8 +110,10 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
         "answered_otherwise": int((of_model != of_run).sum()),
     }
     if unknown is not None:
-        of_model = int((expected["distance"] > 1).sum())
-        description["held_out"]["called_unknown"] = {"model": of_model, "run": unknown}
+        description["held_out"]["called_unknown"] = {
+            "model": int((expected["distance"] > 1).sum()),
+            "run": unknown,
+        }
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
