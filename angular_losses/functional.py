@@ -315,7 +315,9 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
             )
         return found if bias is None else bias * found
 
-    with_slopes = negatives.with_slope if isinstance(negatives, KnownSlope) else None
+    with_slopes = None
+    if isinstance(negatives, KnownSlope) and not isinstance(softmax.scale, Tensor):
+        with_slopes = negatives.with_slope  # but not if each row's scale is a factor of the terms
     return Rule(terms, with_slopes, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 

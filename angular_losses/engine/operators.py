@@ -136,7 +136,7 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
     """
     embeddings, weight = inputs[:2]
     return (
-        1 < weight.shape[0] <= min(settings.chunk, embeddings.shape[0])
+        others.rule.sub_centers < weight.shape[0] <= min(settings.chunk, embeddings.shape[0])
         and embeddings.requires_grad
         and weight.requires_grad
         and settings.differentiate
