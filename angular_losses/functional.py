@@ -20,7 +20,7 @@ from .engine.chunks import PLAIN, Others, Ranking, Rule
 from .engine.operators import Ending, margin_loss
 from .engine.placement import WHOLE, Placement
 from .engine.planner import Plan
-from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
+from .geometry import pairs, precise_dtype, without_autocast, working_dtype
 from .margins import KnownDescent, MarginFunction
 from .negatives import KnownSlope, NegativeFunction
 
@@ -286,7 +286,7 @@ def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> 
     """The target logits before scaling (N,), for the negatives to be compared with."""
     with torch.no_grad():
         theta = batch.shard.of_targets(
-            lambda centres: angle_between(batch.embeddings, centres), batch.weight, batch.own
+            lambda centres: pairs(batch.embeddings, centres).theta[:, 0], batch.weight, batch.own
         )
         return _check_target(margin(theta), theta).to(dtype)
 
