@@ -21,7 +21,7 @@ from .engine.operators import Ending, margin_loss
 from .engine.placement import WHOLE, Placement
 from .engine.planner import Plan
 from .geometry import pairs, precise_dtype, without_autocast, working_dtype
-from .margins import KnownDescent, MarginFunction
+from .margins import MarginFunction, has_descent
 from .negatives import KnownSlope, NegativeFunction
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -233,7 +233,7 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
     weights = options.class_weight, options.sample_weight
     return (
         not torch.compiler.is_compiling()
-        and isinstance(softmax.margin, KnownDescent)
+        and has_descent(softmax.margin)
         and not isinstance(softmax.scale, Tensor)
         and not softmax.label_smoothing
         and options.penalty is None
@@ -248,7 +248,7 @@ def _closed_loss(
 ) -> Tensor:
     """The loss whose derivative is known, as one step of autograd."""
     margin, scale = softmax.margin, softmax.scale
-    assert isinstance(margin, KnownDescent)
+    assert has_descent(margin)
     assert not isinstance(scale, Tensor)
     inputs, settings = modes.inputs(batch, scale), modes.settings(batch, chosen, scale)
     of_class = _class_weights(batch, options, working_dtype(batch.embeddings, batch.weight))

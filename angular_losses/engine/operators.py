@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.nn import functional as F
 
 from ..geometry import precise_dtype, without_autocast, working_dtype
-from ..margins import KnownDescent
+from ..margins import Combined, KnownDescent
 from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
 from .passes import Gradients, Parts, Saved
@@ -28,7 +28,7 @@ class Ending(NamedTuple):
         is_mean: Whether that is their plain mean.
     """
 
-    margin: KnownDescent
+    margin: KnownDescent | Combined
     scale: float
     row_weight: float | Tensor
     is_summed: bool
