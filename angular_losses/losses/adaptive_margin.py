@@ -186,12 +186,7 @@ class AdaFaceLoss(MarginLoss):
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """The margin of each row, as its quality has it."""
         turned = self.margin * self.quality(embeddings)
-
-        def target(theta: Tensor, share: float | Tensor) -> Tensor:
-            cosine = margins.arcface(theta, -share * turned)
-            return cosine - share * (turned + self.margin)
-
-        return target
+        return margins.Combined(m2=-turned, m3=turned + self.margin)
 
 
 class MagFaceLoss(MarginLoss):
@@ -321,10 +316,12 @@ class ElasticFaceLoss(MarginLoss):
         if not self.training:
             return margins.additive(self.kind, self.margin)
         drawn = torch.randn(len(labels), device=labels.device) * self.deviation + self.margin
+        if not self.plus:
+            return margins.additive(self.kind, drawn)
         ascending = drawn.sort().values
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
-            of_rows = ascending[theta.detach().argsort().argsort()] if self.plus else drawn
+            of_rows = ascending[theta.detach().argsort().argsort()]
             return margins.additive(self.kind, of_rows)(theta, share)
 
         return target
