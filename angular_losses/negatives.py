@@ -147,6 +147,24 @@ def circle(cosine: Tensor, m: float) -> Tensor:
     return F.relu(cosine.detach() + m) * (cosine - m)
 
 
+def circle_with_slope(cosine: Tensor, m: float) -> tuple[Tensor, Tensor]:
+    """:func:`circle` and its derivative by the cosine, without a graph.
+
+    Args:
+        cosine: (K, N).
+        m: The relaxation m in (0, 1).
+
+    Returns:
+        Both (K, N).
+
+    Example:
+        >>> circle_with_slope(torch.tensor([[0.75]]), 0.25)
+        (tensor([[0.5000]]), tensor([[1.]]))
+    """
+    weight = F.relu(cosine + m)
+    return weight * (cosine - m), weight
+
+
 def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: bool = True) -> Tensor:
     r"""Inter-top-k: a penalty increases the logits of the nearest negatives.
 

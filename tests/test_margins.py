@@ -13,6 +13,8 @@ from angular_losses import angle_between, arcface, combined, cosface, detached, 
 from angular_losses.margins import ARCFACE_BEYOND, Combined, has_descent
 from angular_losses.negatives import (
     LINEAR_ANGLE,
+    circle,
+    circle_with_slope,
     divided_angle,
     divided_angle_with_slope,
     linear_angle,
@@ -285,6 +287,7 @@ def test_the_known_descents_of_a_parabola_and_a_line_are_those_of_50_digits(shar
 
 KNOWN = {
     "linear": (linear_angle, LINEAR_ANGLE.with_slope),
+    "circle": (lambda c: circle(c, 0.25), lambda c: circle_with_slope(c, 0.25)),
     "divided": (lambda c: divided_angle(c, 1.5), lambda c: divided_angle_with_slope(c, 1.5)),
 }
 

@@ -11,7 +11,8 @@ from .. import collectives, margins, negatives, validation
 from ..engine import modes
 from ..engine.nearest import nearest, sums_above
 from ..geometry import working_dtype
-from ..negatives import NegativeFunction
+from ..margins import KnownDescent
+from ..negatives import KnownSlope, NegativeFunction
 from .base import LossOptions, MarginLoss, Target
 
 if TYPE_CHECKING:
@@ -257,13 +258,29 @@ class CircleLoss(MarginLoss):
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """The cosine less its optimum, weighted."""
         cosine = torch.cos(theta)
-        weight = (1 + self.margin - cosine.detach()).clamp(min=0)
-        return weight * (cosine - (1 - self.margin))
+        return self._weight(cosine.detach()) * (cosine - (1 - self.margin))
+
+    def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
+        """The same with its descent."""
+        return KnownDescent(
+            self.target,
+            lambda theta, share: (
+                self.target(theta, share),
+                self._weight(torch.cos(theta)) * torch.sin(theta),
+            ),
+        )
+
+    def _weight(self, cosine: Tensor) -> Tensor:
+        """How far the targets are from their optimum."""
+        return (1 + self.margin - cosine).clamp(min=0)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The other side of the circle."""
         margin = self.margin
-        return lambda cosine, target: negatives.circle(cosine, margin)
+        return KnownSlope(
+            lambda cosine: negatives.circle(cosine, margin),
+            lambda cosine: negatives.circle_with_slope(cosine, margin),
+        )
 
 
 class InterTopKLoss(MarginLoss):
