@@ -39,16 +39,13 @@ class KappaFaceLoss(MarginLoss):
     classes with nearly the same w^kappa. So does, here too, a class of copies of one image.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         class_counts: (C,) the number of training images of each class, n, a tensor or any other
             sequence of numbers.
         margin: m in radians, in [0, pi).
-        scale: The scale s > 0.
         temperature: T >= 0.
         gamma: The share of concentration against rarity, in [0, 1]. The defaults are those of the
             authors' settings; their code's own are 0.62, 0.55 and 0.7.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Attributes:
         margin: (C,) buffer, the margins in force.

@@ -74,15 +74,14 @@ class SphereFace2Loss(_OneVsRest):
 
     Args:
         num_classes: The number of classes, C >= 2.
-        embedding_size: The length of an embedding, d.
         margin: m: in [0, 2) for "C", radians in [0, pi) for "A", where OpenSphere has 0.5.
         scale: r > 0.
         kind: "C" or "A".
         t: The power t > 0 of the similarity adjustment.
         balance: lambda in (0, 1), the weight of the positive against the negatives.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
-            ``gradient="detached"`` is OpenSphere's: every class has the gradient of its cosine,
-            without g and the margin.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``label_smoothing``. ``gradient="detached"`` is OpenSphere's: every class has the
+            gradient of its cosine, without g and the margin.
 
     Attributes:
         bias: b, a parameter (1,). It starts where it has no gradient while every angle is
@@ -166,12 +165,10 @@ class UniFaceLoss(_OneVsRest):
         + \lambda\sum_{j \ne y}\log(1 + e^{s\cos\theta_j - b})
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m in [0, 2).
-        scale: The scale s > 0.
         balance: lambda > 0, the weight of the negatives.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``label_smoothing``.
 
     Attributes:
         bias: b, a parameter (1,), log(10 C) at first, as in the authors' code. That code
@@ -222,9 +219,8 @@ class P2SGradLoss(_OneVsRest):
     by C.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``label_smoothing``.
 
     Example:
         >>> loss = P2SGradLoss(num_classes=10, embedding_size=64)
