@@ -253,13 +253,11 @@ def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for loss in _sampled:
         gradient = loss.weight.grad
         if gradient is not None and gradient.is_sparse and id(loss.weight) in held:
+            preparing = "sample_optimizer" if isinstance(loss, SampledLoss) else "shard_optimizer"
             raise RuntimeError(
                 "optimizer: expected it to be prepared for sampled classes by "
-                f"{_PREPARING[isinstance(loss, SampledLoss)]}(optimizer, loss)"
+                f"{preparing}(optimizer, loss)"
             )
-
-
-_PREPARING = {True: "sample_optimizer", False: "shard_optimizer"}
 
 
 def is_of_rows(value: object) -> TypeGuard[Tensor]:

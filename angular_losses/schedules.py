@@ -45,6 +45,10 @@ class Schedule(nn.Module, ABC):
         """Count one training step."""
         self.step += 1
 
+    def reset_parameters(self) -> None:
+        """Go back to step 0."""
+        self.step.zero_()
+
 
 class LambdaAnnealing(Schedule):
     r"""SphereFace's annealing: from the plain cosine to the margin.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +81,7 @@ class ShardedLoss(MarginLoss):
         rows = self.gathering(checked)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
         _used.add(self)
-        with self.shard.reductions(), self._same_random_numbers(self.weight.device):
+        with self.shard.reductions(), self._same_random_numbers():
             if self.shard.replicas is not None:
                 self._check_replicas(rows.labels)
             self._sample(rows)
@@ -177,8 +177,7 @@ class ShardedLoss(MarginLoss):
             TypeError: If an argument has the wrong type.
             ValueError: If one is out of range or has the wrong shape. Nothing is changed then.
         """
-        with torch.random.fork_rng([]):
-            torch.manual_seed(mixed(self.seed, self.num_classes))
+        with self._seeded(self.seed, self.num_classes):
             super().extend(num_new, init)
         self.shard = self.gathering.shard = Shard(self.shard.mesh, self.num_classes)
         self.own_weight = weakref.ref(self.weight)
@@ -228,10 +227,14 @@ class ShardedLoss(MarginLoss):
         )
 
     def reset_parameters(self, init: Tensor | None = None) -> None:
-        """Draw the centres of this rank anew; they start from directions before :func:`shard`."""
+        """Set anew what the constructor sets; centres start from directions before :func:`shard`.
+
+        Each rank draws other centres, whatever it is seeded with.
+        """
         if init is not None:
             raise RuntimeError("init: expected an unsharded loss, use unshard(loss)")
-        super().reset_parameters()
+        with self._seeded(int(torch.randint(2**62, (), device="cpu")), self.shard.rank):
+            super().reset_parameters()
 
     def drop_sub_centers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Not available for a shard; see :func:`unshard`."""
@@ -253,15 +256,18 @@ class ShardedLoss(MarginLoss):
             validation.floating("sample_weight", sample_weight, len(of_rows), device=device)
         return Batch(embeddings, of_rows, sample_weight, label_weight)
 
-    @contextmanager
-    def _same_random_numbers(self, device: torch.device) -> Iterator[None]:
+    def _same_random_numbers(self) -> AbstractContextManager[None]:
         """Context with the same random numbers on every rank, different for each batch."""
-        if not (self.training and self.is_random):
-            yield
-            return
+        is_needed = self.training and self.is_random
+        return self._seeded(self.seed, self._batch()) if is_needed else nullcontext()
+
+    @contextmanager
+    def _seeded(self, *seeds: int) -> Iterator[None]:
+        """Context with random numbers of its own, here and on the device of the centres."""
+        device = self.weight.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type):
-            torch.manual_seed(mixed(self.seed, self._batch()))
+            torch.manual_seed(mixed(*seeds))
             yield
 
     def _batch(self) -> int:

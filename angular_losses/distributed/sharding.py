@@ -14,7 +14,7 @@ from .. import validation
 from ..engine.placement import WHOLE
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
-from ..losses.centres import watch
+from ..losses.mistakes import watch
 from ..losses.sampled import SampledLoss
 from ..sampling import check_may_sample, refuse_unprepared_optimizers
 from .gathering import Gathering

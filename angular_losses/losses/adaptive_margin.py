@@ -69,8 +69,9 @@ class AdaCosLoss(MarginLoss):
     def _extend_buffers(self, num_new: int) -> None:
         """A fixed scale is that of all classes; a dynamic one finds its way."""
         super()._extend_buffers(num_new)
+        self._first_values["scale"] = _fixed_scale(self.num_classes + num_new)
         if not self.dynamic:
-            self.scale.fill_(_fixed_scale(self.num_classes + num_new))
+            self.scale.fill_(self._first_values["scale"])
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Make the scale that of this batch."""

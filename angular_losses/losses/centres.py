@@ -1,20 +1,13 @@
-"""The class centres that a loss owns, and a warning where no optimiser moves them."""
+"""The class centres that a loss owns: the logits of them, where they start, and which are kept."""
 
 from __future__ import annotations
 
-import functools
-import warnings
-import weakref
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .. import validation
+from ..geometry import cosines, directions, lengths, without_autocast
 from ..margins import MarginFunction
-
-# Steps of an optimiser, after the first with a gradient, that leave the centres as they are.
-FORGOTTEN_AFTER = 20
 
 
 class ClassCentres:
@@ -23,7 +16,7 @@ class ClassCentres:
     _centres_name = "weight"
     _centres_are_columns = False
     num_classes: int
-    sub_centers: int
+    sub_centers = 1
     normalize_weight = True
     is_random = False
     training: bool
@@ -39,67 +32,72 @@ class ClassCentres:
         """The margin now in force for a batch, as a function of its target angles (N,)."""
         raise NotImplementedError
 
+    def row_scale(self, embeddings: Tensor) -> float | Tensor:
+        """The scale of the logits, a number or (N,)."""
+        return 1.0
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Scale times cosine for every class, without a margin: what to use for inference.
+
+        Args:
+            embeddings: (N, d), floating point.
+
+        Returns:
+            (N, C), float32 at least.
+
+        Raises:
+            TypeError: If the embeddings are not floating-point.
+            ValueError: If their shape or device does not fit the class centres.
+        """
+        weight = self._by_centre(self._centres)
+        validation.floating("embeddings", embeddings, "N", "d", device=weight.device)
+        validation.width("embeddings", embeddings, weight.shape[1], self.num_classes)
+        with without_autocast(embeddings.device):
+            cosine = self._similarities(embeddings, weight)
+            if not self.normalize_weight:
+                cosine = cosine * lengths(weight).to(cosine.dtype)
+            if self.sub_centers > 1:
+                each = cosine.shape[1] // self.sub_centers
+                cosine = cosine.view(cosine.shape[0], each, self.sub_centers).amax(2)
+            scale = self.row_scale(embeddings)
+            if isinstance(scale, Tensor):
+                scale = scale.to(cosine.dtype).reshape(-1, 1)
+            return scale * cosine
+
+    def _similarities(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        """The cosines of embeddings (N, d) with all centres (K, d): (N, K), float32 at least."""
+        return cosines(embeddings, weight)
+
     def _by_centre(self, values: Tensor) -> Tensor:
         """What is laid out as the parameter of the centres, with a row for each of them."""
         return values.t() if self._centres_are_columns else values
 
 
-@dataclass
-class _Watch:
-    """What the centres were when an optimiser stepped first, and the steps since."""
+def first_directions(
+    init: Tensor | None, num_classes: int, sub_centers: int, like: Tensor
+) -> Tensor:
+    """Where the centres of some classes start: the given directions, drawn ones for none.
 
-    version: int
-    centre: Tensor
-    gradient: Tensor
-    steps: int = 0
-
-
-_watched: weakref.WeakKeyDictionary[ClassCentres, _Watch | None] = weakref.WeakKeyDictionary()
-
-
-def watch(loss: ClassCentres) -> None:
-    """Warn, once, if optimisers step while gradients reach the centres and those stay as they are.
-
-    In gradient accumulation no optimiser steps between the batches, so no batches are too many.
+    All are unit vectors, float32, on the device of ``like`` (K, d).
     """
-    _watched[loss] = None
-    _begin()
+    num_centres, size = num_classes * sub_centers, like.shape[1]
+    drawn = directions(torch.randn(num_centres, size, dtype=torch.float32, device="cpu"))
+    drawn = drawn.to(like.device)
+    if init is None:
+        return drawn
+    has_all = isinstance(init, Tensor) and init.shape[:1] == (num_centres,)
+    validation.floating("init", init, num_centres if has_all else num_classes, size)
+    given = directions(init.detach().to(drawn))
+    if not has_all:  # sub-centres at one place would stay together
+        given = directions(given.repeat_interleave(sub_centers, 0) + 0.1 * drawn)
+    return given.where(given.any(1, keepdim=True), drawn)
 
 
-@functools.cache
-def _begin() -> None:
-    register_optimizer_step_post_hook(_look)
+def dominant_centres(nearest: Tensor, num_centres: int, sub_centers: int) -> Tensor:
+    """The row of each class's dominant centre (C,): the nearest one of most rows, whose are (N,).
 
-
-def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
-    if torch.compiler.is_compiling():
-        return
-    for loss, seen in list(_watched.items()):
-        centres = loss._centres
-        gradient = centres.grad
-        if gradient is None or not (loss.training and centres.requires_grad):
-            continue
-        if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
-            continue  # nothing can be read, and what is kept would be the graph's
-        if seen is None:
-            first = centres.detach()[:1].clone()
-            _watched[loss] = _Watch(centres._version, first, gradient.detach().sum())
-        elif centres._version != seen.version:
-            del _watched[loss]
-        else:
-            seen.steps += 1
-            if seen.steps == FORGOTTEN_AFTER:
-                _warn(loss, seen, gradient)
-
-
-def _warn(loss: ClassCentres, seen: _Watch, gradient: Tensor) -> None:
-    del _watched[loss]
-    # A change through .data has no version; and the steps may all be those of another model.
-    is_same = torch.equal(seen.centre, loss._centres.detach()[:1])
-    if is_same and not torch.equal(seen.gradient, gradient.detach().sum()):
-        warnings.warn(
-            f"{loss._centres_name}: the class centres of {type(loss).__name__} have not changed in "
-            f"{FORGOTTEN_AFTER} steps of an optimiser; does it hold the loss's parameters? See "
-            "parameter_groups",
-            stacklevel=4,  # the call of step
-        )
+    For a class without rows it is the first.
+    """
+    votes = nearest.bincount(minlength=num_centres).view(-1, sub_centers)
+    first = torch.arange(0, num_centres, sub_centers, device=nearest.device)
+    return first + votes.argmax(1)

@@ -90,6 +90,7 @@ class KappaFaceLoss(MarginLoss):
         self.register_buffer("margin", torch.full_like(counts, margin))
         self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
         self.seen = torch.zeros_like(counts)
+        self._first_values = {"margin": self.base_margin, **dict.fromkeys(_GATHERED, 0.0)}
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Add the directions of the batch to those of its classes."""
@@ -123,9 +124,9 @@ class KappaFaceLoss(MarginLoss):
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         super().__setattr__(name, value)
 
-    def _apply(self, *arguments: Any) -> Self:  # noqa: ANN401
+    def _apply(self, *arguments: Any, **options: Any) -> Self:  # noqa: ANN401
         with self._gathered_as_buffers():
-            super()._apply(*arguments)
+            super()._apply(*arguments, **options)
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401

@@ -41,6 +41,10 @@ class _OneVsRest(MarginLoss):
                 f"got {self.label_smoothing}"
             )
 
+    def _register_bias(self, value: float) -> None:
+        self.bias = nn.Parameter(self.weight.new_full((1,), value))
+        self._first_values["bias"] = value
+
     def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
         """The loss of the target, a function of its angle, and of a negative: cosine and bias."""
         raise NotImplementedError
@@ -119,7 +123,7 @@ class SphereFace2Loss(_OneVsRest):
         )
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self.bias = nn.Parameter(self.weight.new_full((1,), self._balanced_bias(float(scale))))
+        self._register_bias(self._balanced_bias(float(scale)))
 
     def _balanced_bias(self, scale: float) -> float:
         at = torch.tensor(math.pi / 2, dtype=torch.float64, device="cpu")
@@ -196,7 +200,7 @@ class UniFaceLoss(_OneVsRest):
         super().__init__(num_classes, embedding_size, scale, **options)
         self.margin = validation.cosine_margin("margin", margin)
         self.balance = validation.positive("balance", balance)
-        self.bias = nn.Parameter(self.weight.new_full((1,), math.log(10 * self.num_classes)))
+        self._register_bias(math.log(10 * self.num_classes))
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta) less the share of the margin in force."""
