@@ -782,6 +782,7 @@ COUNTS = torch.ones(4)
         (lambda: diagnostics.gradient_norm_per_class(ONES, 4), ValueError, "gradient:"),
         (lambda: diagnostics.angle_histogram(LABELS), TypeError, "theta:"),
         (lambda: diagnostics.angle_histogram(COUNTS, 0), ValueError, "bins:"),
+        (lambda: diagnostics.histogram_quantile(COUNTS, 50), ValueError, "share:"),
         (lambda: diagnostics.AngularMonitor(torch.nn.Linear(1, 1)), TypeError, "loss:"),
         (lambda: diagnostics.AngularMonitor(al.ArcFaceLoss(1, 2)), ValueError, "loss:"),
         (lambda: watched(every=0), ValueError, "every:"),
