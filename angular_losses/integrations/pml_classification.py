@@ -65,7 +65,6 @@ class ClassificationLoss(
     """
 
     margin: float
-    scale: float
     _centres_name = "W"
     _centres_are_columns = True
 
@@ -116,10 +115,6 @@ class ClassificationLoss(
     def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
         """The target logits before scaling (N,) as a function of the target angles only."""
         return lambda theta: self.target(theta, labels)
-
-    def row_scale(self, embeddings: Tensor) -> float | Tensor:
-        """The scale of the logits: a number, or (N,)."""
-        return self.scale
 
     def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
         """Move W to the device and, outside autocast, the dtype of the embeddings."""

@@ -16,6 +16,7 @@ class ClassCentres:
     _centres_name = "weight"
     _centres_are_columns = False
     num_classes: int
+    scale: float | Tensor
     sub_centers = 1
     normalize_weight = True
     is_random = False
@@ -33,8 +34,8 @@ class ClassCentres:
         raise NotImplementedError
 
     def row_scale(self, embeddings: Tensor) -> float | Tensor:
-        """The scale of the logits, a number or (N,)."""
-        return 1.0
+        """The scale of the logits, a number or (N,); by default ``scale``."""
+        return self.scale
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Scale times cosine for every class, without a margin: what to use for inference.
