@@ -65,6 +65,7 @@ class ClassificationLoss(
     """
 
     margin: float
+    sub_centers = 1
     _centres_name = "W"
     _centres_are_columns = True
 

@@ -410,7 +410,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         Zhang et al., "P2SGrad", CVPR 2019, arXiv:1905.02479, eq. (11).
     """
 
-    scale = 1.0
+    scale, sub_centers = 1.0, 1
     _centres_are_columns = True
 
     def __init__(

@@ -17,7 +17,7 @@ class ClassCentres:
     _centres_are_columns = False
     num_classes: int
     scale: float | Tensor
-    sub_centers = 1
+    sub_centers: int
     normalize_weight = True
     is_random = False
     training: bool
