@@ -184,6 +184,8 @@ class MarginLoss(ClassCentres, nn.Module):
             warn_of_small_scale(self.scale, self.num_classes)
         self._first_values: dict[str, float] = {}  # by the name of a tensor
         self.reset_parameters()
+        if schedule is not None and not self.weight.is_meta:
+            schedule.to(self.weight.device)
         self.schedule = schedule  # which goes on at its step
         watch(self)
 
