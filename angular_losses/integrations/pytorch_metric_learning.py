@@ -48,10 +48,8 @@ except ModuleNotFoundError as error:
 
 from .. import margins, validation
 from ..geometry import (
-    angle_between,
     directions,
     lengths,
-    nearest_sub_centers,
     without_autocast,
 )
 from ..losses.centres import ClassCentres, dominant_centres
@@ -190,16 +188,12 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
             ValueError: If shapes do not fit, or a label is out of range.
         """
         centres, labels = self.W.t().to(embeddings.device), labels.to(embeddings.device)
-        validation.batch(embeddings, centres, labels, sub_centers=self.sub_centers)
-        labels = labels.long()
-        nearest = nearest_sub_centers(embeddings, centres, labels, self.sub_centers)
-        dominant = centres[dominant_centres(nearest, len(centres), self.sub_centers)]
-        far = angle_between(embeddings, dominant[labels]) > math.radians(threshold)
-        by_class = labels.argsort(stable=True)
-        outliers = by_class[far[by_class]]
+        rows, angles = dominant_centres([(embeddings, labels)], centres, self.sub_centers)
+        by_class = labels.long().argsort(stable=True)
+        outliers = by_class[angles[by_class] > math.radians(threshold)]
         if not return_dominant_centers:
             return outliers
-        return outliers, dominant.t().to(embeddings).contiguous()
+        return outliers, centres[rows].t().to(embeddings).contiguous()
 
 
 class CosFaceLoss(ClassificationLoss):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -516,33 +515,18 @@ class MarginLoss(ClassCentres, nn.Module):
             >>> from angular_losses import SubCenterArcFaceLoss
             >>> loss = SubCenterArcFaceLoss(10, 64, sub_centers=2)
             >>> angles = loss.drop_sub_centers([(torch.randn(30, 64), torch.arange(30) % 10)])
-            >>> far = (angles > math.radians(75)).nonzero()[:, 0]
+            >>> far = (angles.rad2deg() > 75).nonzero()[:, 0]
             >>> loss.weight.shape
             torch.Size([10, 64])
 
         References:
             Deng et al., "Sub-center ArcFace", ECCV 2020, section 3.3.
         """
-        each, angles, first = self.sub_centers, [], []
-        for embeddings, labels in batches:
-            batch = self._checked(embeddings, labels)
-            first.append(batch.labels * each)
-            of_centres = [
-                angle_between(embeddings, self.weight[first[-1] + k]) for k in range(each)
-            ]
-            angle = torch.stack(of_centres, 1)
-            angles.append(
-                angle if batch.kept is None else angle.where(batch.kept[:, None], math.nan)
-            )
-        if not angles:
-            raise ValueError("batches: expected at least one, got none")
-        angle, row = torch.cat(angles), torch.cat(first)
-        nearest = (row + angle.argmin(1))[~angle[:, 0].isnan()]
-        dominant = dominant_centres(nearest, len(self.weight), each)
-        self.weight = nn.Parameter(self.weight[dominant], self.weight.requires_grad)
+        kept, angles = dominant_centres(batches, self.weight, self.sub_centers, self.ignore_index)
+        self.weight = nn.Parameter(self.weight[kept], self.weight.requires_grad)
         self.sub_centers = 1
         watch(self)
-        return angle.gather(1, dominant[row // each, None] % each)[:, 0]
+        return angles
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .. import validation
-from ..geometry import cosines, directions, lengths, without_autocast
+from ..geometry import angle_between, cosines, directions, lengths, without_autocast
 from ..margins import MarginFunction
 
 
@@ -94,11 +97,36 @@ def first_directions(
     return given.where(given.any(1, keepdim=True), drawn)
 
 
-def dominant_centres(nearest: Tensor, num_centres: int, sub_centers: int) -> Tensor:
-    """The row of each class's dominant centre (C,): the nearest one of most rows, whose are (N,).
+def dominant_centres(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    weight: Tensor,
+    sub_centers: int,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The centre of each class that is the nearest of most of its rows; the first without rows.
 
-    For a class without rows it is the first.
+    Args:
+        batches: Embeddings (N, d) and labels (N,), batch by batch.
+        weight: (C * sub_centers, d) all centres.
+        sub_centers: The number of centres of a class.
+        ignore_index: The label of rows that do not count.
+
+    Returns:
+        Which rows of the weight they are (C,), and the angle of each embedding to that of its
+        class, in the order of the batches; NaN for an ignored row.
     """
-    votes = nearest.bincount(minlength=num_centres).view(-1, sub_centers)
-    first = torch.arange(0, num_centres, sub_centers, device=nearest.device)
-    return first + votes.argmax(1)
+    angles, own = [], []
+    for embeddings, labels in batches:
+        kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers)
+        own.append(labels.long() if kept is None else labels.long().where(kept, 0))
+        first = own[-1] * sub_centers
+        of_centres = [angle_between(embeddings, weight[first + k]) for k in range(sub_centers)]
+        angle = torch.stack(of_centres, 1)
+        angles.append(angle if kept is None else angle.where(kept[:, None], math.nan))
+    if not angles:
+        raise ValueError("batches: expected at least one, got none")
+    angle, labels = torch.cat(angles), torch.cat(own)
+    nearest = (labels * sub_centers + angle.argmin(1))[~angle[:, 0].isnan()]
+    dominant = nearest.bincount(minlength=len(weight)).view(-1, sub_centers).argmax(1)
+    rows = torch.arange(0, len(weight), sub_centers).to(dominant) + dominant
+    return rows, angle.gather(1, dominant[labels, None])[:, 0]
