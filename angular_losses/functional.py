@@ -20,8 +20,8 @@ from .engine.chunks import PLAIN, Others, Ranking, Rule
 from .engine.operators import Ending, margin_loss
 from .engine.placement import WHOLE, Placement
 from .engine.planner import Plan
-from .geometry import angle_between, precise_dtype, without_autocast, working_dtype
-from .margins import KnownDescent, MarginFunction
+from .geometry import pairs, precise_dtype, without_autocast, working_dtype
+from .margins import MarginFunction, has_descent
 from .negatives import KnownSlope, NegativeFunction
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -233,7 +233,7 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
     weights = options.class_weight, options.sample_weight
     return (
         not torch.compiler.is_compiling()
-        and isinstance(softmax.margin, KnownDescent)
+        and has_descent(softmax.margin)
         and not isinstance(softmax.scale, Tensor)
         and not softmax.label_smoothing
         and options.penalty is None
@@ -248,7 +248,7 @@ def _closed_loss(
 ) -> Tensor:
     """The loss whose derivative is known, as one step of autograd."""
     margin, scale = softmax.margin, softmax.scale
-    assert isinstance(margin, KnownDescent)
+    assert has_descent(margin)
     assert not isinstance(scale, Tensor)
     inputs, settings = modes.inputs(batch, scale), modes.settings(batch, chosen, scale)
     of_class = _class_weights(batch, options, working_dtype(batch.embeddings, batch.weight))
@@ -286,7 +286,7 @@ def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> 
     """The target logits before scaling (N,), for the negatives to be compared with."""
     with torch.no_grad():
         theta = batch.shard.of_targets(
-            lambda centres: angle_between(batch.embeddings, centres), batch.weight, batch.own
+            lambda centres: pairs(batch.embeddings, centres).theta[:, 0], batch.weight, batch.own
         )
         return _check_target(margin(theta), theta).to(dtype)
 
@@ -315,7 +315,9 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
             )
         return found if bias is None else bias * found
 
-    with_slopes = negatives.with_slope if isinstance(negatives, KnownSlope) else None
+    with_slopes = None
+    if isinstance(negatives, KnownSlope) and not isinstance(softmax.scale, Tensor):
+        with_slopes = negatives.with_slope  # but not if each row's scale is a factor of the terms
     return Rule(terms, with_slopes, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 

@@ -214,10 +214,10 @@ def nearest_sub_centers(
         return labels
     first = labels.clamp(min=0) * sub_centers
     rows = first[:, None] + torch.arange(sub_centers, device=labels.device)
-    centres = weight.detach().index_select(0, rows.flatten()).view(*rows.shape, weight.shape[1])
-    dtype = precise_dtype(embeddings.device)
-    unit = directions(embeddings.detach(), dtype)[:, None]
-    nearest: Tensor = torch.linalg.vecdot(unit, directions(centres, dtype)).argmax(1)
+    unit, _ = _normalized(embeddings.detach())
+    centres, _ = _normalized(weight.detach().index_select(0, rows.flatten()))
+    each = centres.view(*rows.shape, weight.shape[1])
+    nearest: Tensor = torch.linalg.vecdot(unit[:, None], each).argmax(1)
     return (first + nearest).where(labels >= 0, -1)
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -266,7 +266,6 @@ class KnownDescent:
 
     function: Callable[..., Tensor]
     with_descent: Callable[..., tuple[Tensor, Tensor]]
-    has_descent = True
 
     def __call__(self, theta: Tensor, *share: float | Tensor) -> Tensor:
         """The target logits before scaling."""
@@ -293,12 +292,6 @@ class Combined:
         """The target logits before scaling with a share of the margin in force, in [0, 1]."""
         return _less(*self._angle(theta, share))
 
-    @property
-    def has_descent(self) -> bool:
-        """Whether :meth:`with_descent` is all that there is to differentiate."""
-        variables = (m for m in (self.m1, self.m2, self.m3) if isinstance(m, Tensor))
-        return not any(m.requires_grad for m in variables)
-
     def with_descent(self, theta: Tensor, share: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The same and its descent, minus the derivative by theta, without a graph."""
         phi, offset = self._angle(theta, share)
@@ -317,6 +310,14 @@ class Combined:
             m2 = 0.0 if _is_number(self.m2, 0.0) else share * self.m2
             theta, offset = PAST_PI[self.beyond](theta, m2)
         return theta, offset if _is_number(self.m3, 0.0) else offset + share * self.m3
+
+
+def has_descent(margin: object) -> TypeGuard[KnownDescent | Combined]:
+    """Whether a margin brings its derivative by theta, which is all there is to differentiate."""
+    if not isinstance(margin, Combined):
+        return isinstance(margin, KnownDescent)
+    of = margin.m1, margin.m2, margin.m3
+    return not any(isinstance(each, Tensor) and each.requires_grad for each in of)
 
 
 def _less(phi: Tensor, offset: float | Tensor) -> Tensor:

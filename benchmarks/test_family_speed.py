@@ -20,6 +20,7 @@ LOSSES = {
     "ArcFace, per-class margins": lambda *sizes, **options: al.ArcFaceLoss(
         *sizes, al.power_law_margins(COUNTS), **options
     ),
+    "Sub-center ArcFace, three centres a class": al.SubCenterArcFaceLoss,
     "AdaFace": al.AdaFaceLoss,
     "AdaCos, dynamic": al.AdaCosLoss,
     "CurricularFace": al.CurricularFaceLoss,

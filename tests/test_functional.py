@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from angular_losses import arcface, margin_softmax_loss, one_vs_rest_loss, sphereface
+from angular_losses.margins import Combined
 from tests import reference
 from tests.cases import CASES, MODES, identifier, in_chunks_of, needs_compiler, spread
 
@@ -268,6 +269,24 @@ def test_a_users_own_function_of_theta():
 
     loss = margin_softmax_loss(embeddings, weight, labels, margin=own, scale=8.0)
     assert torch.allclose(loss, cross_entropy(embeddings, weight, labels, own, 8.0))
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+@pytest.mark.parametrize(("mode", "chunk"), MODES)
+def test_a_combined_margin_that_may_be_learned(mode, chunk, is_learned):
+    embeddings, weight, labels = batch()
+    m2 = torch.tensor(0.4, dtype=torch.float64, requires_grad=is_learned)
+    variables = [embeddings, weight, m2] if is_learned else [embeddings, weight]
+    results = []
+    for function in (margin_softmax_loss, cross_entropy):
+        options = {"mode": mode} if function is margin_softmax_loss else {}
+        with in_chunks_of(chunk):
+            loss = function(
+                embeddings, weight, labels, margin=Combined(1.1, m2, 0.2), scale=8.0, **options
+            )
+        results.append((loss, *torch.autograd.grad(loss, variables)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("mode", "chunk"), MODES)

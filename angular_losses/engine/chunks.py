@@ -68,7 +68,7 @@ class Rule(NamedTuple):
             row (N,), each or None: the target's logit before scaling, and a bias. It returns what
             takes the place of the cosines (K, N).
         with_slopes: A function of the cosines alone that returns the same, in [-1, 1] then, and its
-            derivatives; None leaves those to autograd.
+            derivatives; None leaves those to autograd, as it must be with a bias.
         summed: Whether the terms themselves are summed, and not exp(scale * term).
         sub_centers: The number of centres of a class; the largest of their cosines is its own.
             Sub-centre k of class c is row c * sub_centers + k of the weight.
@@ -88,17 +88,43 @@ class Rule(NamedTuple):
 
     @property
     def has_slopes(self) -> bool:
-        """Whether each centre enters as a number in [-1, 1], whose derivative is known."""
+        """Whether each class enters as a number in [-1, 1], whose derivative is known."""
         is_known = self.terms is None or self.with_slopes is not None
-        return is_known and self.sub_centers == 1 and not (self.summed or self.keep_lengths)
+        return is_known and not (self.summed or self.keep_lengths)
+
+    def nearest(self, cosines: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the centres' cosines (K * sub_centers, N) the largest of each class (K, N).
+
+        And, in their place, its derivatives by them, not yet shared where several are the
+        largest; None where a class has one centre.
+        """
+        if self.sub_centers == 1:
+            return cosines, None
+        of_class = self._by_class(cosines)
+        largest = of_class.amax(1)
+        of_class.eq_(largest[:, None])  # in floats, unlike ==, far faster than indices on a CPU
+        return largest, cosines
+
+    def of_centres(self, values: Tensor, slopes: Tensor | None) -> Tensor:
+        """Values of classes (K, N) times the slopes of :meth:`nearest`, in the place of these.
+
+        Where several centres are the nearest they have even shares, as with ``amax``.
+        """
+        if slopes is None:
+            return values
+        of_class = self._by_class(slopes)
+        of_class *= (values / of_class.sum(1))[:, None]
+        return slopes
 
     def of_classes(self, cosines: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         """The terms of classes (K, N), from the cosines of their centres (K * sub_centers, N)."""
         if self.sub_centers > 1:
-            num_centres, num_rows = cosines.shape
-            shape = (num_centres // self.sub_centers, self.sub_centers, num_rows)
-            cosines = cosines.view(shape).max(1).values
+            cosines = self._by_class(cosines).amax(1)
         return cosines if self.terms is None else self.terms(cosines, target, bias)
+
+    def _by_class(self, values: Tensor) -> Tensor:
+        """Values of centres (K * sub_centers, N) as (K, sub_centers, N)."""
+        return values.view(values.shape[0] // self.sub_centers, self.sub_centers, values.shape[1])
 
 
 PLAIN = Rule()
@@ -149,13 +175,14 @@ class Terms:
         self.differentiate, bias = differentiate, others.bias
         self.bias = None if bias is None else bias.detach().requires_grad_(differentiate)
         self.bias_slope = None if bias is None else torch.zeros_like(bias)
-        knows = others.rule.has_slopes and bias is None and differentiate
-        self._with_slopes = others.rule.with_slopes if knows else None
+        self._has_slopes = others.rule.has_slopes and differentiate
 
     def __call__(self, cosines: Tensor) -> Tensor:
         """The terms of a chunk, without a graph."""
-        if self._with_slopes is not None:
-            terms, self._known = self._with_slopes(cosines)
+        if self._has_slopes:
+            terms, self._of_centres = self.rule.nearest(cosines)
+            if self.rule.with_slopes is not None:
+                terms, self._slopes = self.rule.with_slopes(terms)
             return terms
         with torch.set_grad_enabled(self.differentiate):
             self._cosines = cosines.detach().requires_grad_(self.differentiate)
@@ -166,8 +193,10 @@ class Terms:
         """The derivative of the sum of weights (K, N) times terms, by each centre's cosine."""
         if not self.differentiate:
             return weights
-        if self._with_slopes is not None:
-            return weights.mul_(self._known)
+        if self._has_slopes:
+            if self.rule.with_slopes is not None:
+                weights *= self._slopes
+            return self.rule.of_centres(weights, self._of_centres)
         variables = [self._cosines] if self.bias is None else [self._cosines, self.bias]
         slopes, *of_bias = torch.autograd.grad(
             self._terms, variables, weights, materialize_grads=True

@@ -125,12 +125,7 @@ def parts(
                 later=meanwhile if shard.is_partial else None,
             ),
         )
-    is_bounded = (
-        not isinstance(scale, Tensor)
-        and scale <= BOUNDED_SCALE
-        and rule.terms is None
-        and not rule.keep_lengths
-    )
+    is_bounded = not isinstance(scale, Tensor) and scale <= BOUNDED_SCALE and rule.has_slopes
     return shard.completed(here, batch.own, meanwhile, summed=rule.summed, is_bounded=is_bounded)
 
 

@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.nn import functional as F
 
 from ..geometry import precise_dtype, without_autocast, working_dtype
-from ..margins import KnownDescent
+from ..margins import Combined, KnownDescent
 from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
 from .passes import Gradients, Parts, Saved
@@ -28,7 +28,7 @@ class Ending(NamedTuple):
         is_mean: Whether that is their plain mean.
     """
 
-    margin: KnownDescent
+    margin: KnownDescent | Combined
     scale: float
     row_weight: float | Tensor
     is_summed: bool
@@ -136,7 +136,7 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
     """
     embeddings, weight = inputs[:2]
     return (
-        1 < weight.shape[0] <= min(settings.chunk, embeddings.shape[0])
+        others.rule.sub_centers < weight.shape[0] <= min(settings.chunk, embeddings.shape[0])
         and embeddings.requires_grad
         and weight.requires_grad
         and settings.differentiate

@@ -352,19 +352,22 @@ def whole_step(
     found = pairs(embeddings, weight, own)
     both = found.directions.to(dtype)
     unit, centres = both[:num_rows], both[num_rows:]
-    terms, slopes = torch.mm(centres, unit.T), None
+    rule, slopes = others.rule, None
+    terms, is_nearest = rule.nearest(torch.mm(centres, unit.T))
+    labels = own if rule.sub_centers == 1 else own // rule.sub_centers
     if others.ranking is not None:
-        of_others = terms.scatter(0, own[None], -math.inf).amax(0)
-        others.ranking.add(terms.gather(0, own[None])[0], of_others)
-    if others.rule.with_slopes is not None:
-        terms, slopes = others.rule.with_slopes(terms)
-    exponentials = terms.mul_(scale).scatter_(0, own[None], -math.inf).exp_()
+        of_others = terms.scatter(0, labels[None], -math.inf).amax(0)
+        others.ranking.add(terms.gather(0, labels[None])[0], of_others)
+    if rule.with_slopes is not None:
+        terms, slopes = rule.with_slopes(terms)
+    exponentials = terms.mul_(scale).scatter_(0, labels[None], -math.inf).exp_()
     total = exponentials.sum(0)
     if slopes is not None:
         exponentials *= slopes
     excess, of_theta, pull = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
     of_theta = of_theta.to(dtype)[:, None]
     exponentials *= pull.to(dtype).div_(total)
+    exponentials = rule.of_centres(exponentials, is_nearest)
     gradient = torch.empty_like(both)
     of_rows, of_centres = gradient[:num_rows], gradient[num_rows:]
     torch.mm(exponentials.T, centres, out=of_rows)
@@ -400,5 +403,5 @@ def scales_of(
     """The scale of each row, (N, 1) or one for all; whether no maximum has to be subtracted."""
     if inputs.row_scale is not None:
         return (settings.scale * inputs.row_scale.to(dtype))[:, None], rule.summed
-    is_small = settings.scale <= BOUNDED_SCALE and rule.is_linear and not rule.keep_lengths
+    is_small = settings.scale <= BOUNDED_SCALE and rule.has_slopes
     return settings.scale, rule.summed or is_small

@@ -130,7 +130,7 @@ def plan(
 
 
 # The same batch comes again and again. (The compiler traces the function itself.)
-cached_plan = functools.cache(plan)
+cached_plan = functools.lru_cache(1024)(plan)
 
 
 def _fitting(extra: Callable[[int], int], budget: int, chunk: int, least: int) -> int:

@@ -33,9 +33,7 @@ def in_force(target: Target, schedule: Schedule | None, gradient: str) -> margin
         return margins.KnownDescent(
             margins.detached(margin), lambda theta: (margin(theta), torch.sin(theta))
         )
-    if not isinstance(target, (margins.Combined, margins.KnownDescent)):
-        return margin
-    if not target.has_descent or not (schedule is None or schedule.is_linear):
+    if not margins.has_descent(target) or not (schedule is None or schedule.is_linear):
         return margin
 
     def with_descent(theta: Tensor) -> tuple[Tensor, Tensor]:

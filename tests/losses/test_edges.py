@@ -61,6 +61,24 @@ def test_no_row_of_an_empty_batch_is_correct(mode, sub_centers):
         assert correct.dtype == torch.bool
 
 
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+@pytest.mark.parametrize("cls", [al.ArcFaceLoss, al.LiArcFaceLoss, al.CurricularFaceLoss])
+@pytest.mark.parametrize("num_rows", [CLASSES - 1, 4 * CLASSES])  # more: both passes at once
+def test_equal_sub_centres_count_as_one(num_rows, cls, mode):
+    embeddings = torch.randn(num_rows, SIZE, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (num_rows,))
+    one, three = (cls(CLASSES, SIZE, mode=mode, sub_centers=k, dtype=torch.float64) for k in (1, 3))
+    with torch.no_grad():
+        three.weight.copy_(one.weight.repeat_interleave(3, 0))
+    rows = [embeddings.clone().requires_grad_() for _ in range(2)]
+    values = [loss(x, labels) for loss, x in zip((one, three), rows, strict=True)]
+    for value in values:
+        value.backward()
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(rows[1].grad, rows[0].grad)
+    torch.testing.assert_close(three.weight.grad.view(CLASSES, 3, SIZE).sum(1), one.weight.grad)
+
+
 @pytest.mark.parametrize("call", ["softmax", "one_vs_rest"])
 def test_ignored_rows_of_the_functions_too(call):
     embeddings, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
