@@ -185,7 +185,6 @@ def target_angle(
         >>> target_angle(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), weight, torch.tensor([0, 1]))
         tensor([0.0000, 0.7854], dtype=torch.float64)
     """
-    validation.positive_integer("sub_centers", sub_centers)
     validation.batch(embeddings, weight, labels, sub_centers=sub_centers)
     own = nearest_sub_centers(embeddings, weight, labels.long(), sub_centers)
     return angle_between(embeddings, weight.index_select(0, own))

@@ -95,8 +95,7 @@ def mv_softmax(
                 [1.4000]])
 
     References:
-        Wang et al., "Mis-classified Vector Guided Softmax Loss for Face Recognition",
-        AAAI 2020, arXiv:1912.00833.
+        Wang et al., "Mis-classified Vector Guided Softmax Loss", AAAI 2020, arXiv:1912.00833.
     """
     emphasis = t * (cosine + 1) if adaptive else t
     return torch.where(cosine > target, cosine + emphasis, cosine)
@@ -119,8 +118,7 @@ def npcface(cosine: Tensor, target: Tensor, t: float = 1.1, a: float = 0.2) -> T
                 [0.8600]])
 
     References:
-        Zeng et al., "NPCFace: Negative-Positive Collaborative Training for Large-scale Face
-        Recognition", 2020, arXiv:2007.10172.
+        Zeng et al., "NPCFace", 2020, arXiv:2007.10172.
     """
     return torch.where(cosine > target, t * cosine + a, cosine)
 
@@ -183,8 +181,7 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
                 [0.7000]])
 
     References:
-        Zhao et al., "Multi-query Multi-head Attention Pooling and Inter-topK Penalty for Speaker
-        Verification", ICASSP 2022, arXiv:2110.05042.
+        Zhao et al., "Inter-topK Penalty", ICASSP 2022, arXiv:2110.05042.
     """
     nearer = cosine + m
     if angular:
@@ -210,8 +207,7 @@ def interclass_filter(cosine: Tensor, target: Tensor, threshold: float) -> Tenso
                 [0.0000]])
 
     References:
-        An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
-        Recognition CNNs by Partial FC", CVPR 2022, arXiv:2203.15565; insightface's
+        An et al., "Partial FC", CVPR 2022, arXiv:2203.15565; insightface's
         ``interclass_filtering_threshold``.
     """
     return torch.where(cosine > threshold, 0, cosine)
@@ -229,8 +225,7 @@ def linear_angle(cosine: Tensor) -> Tensor:
                 [0.3333]])
 
     References:
-        Li et al., "AirFace: Lightweight and Efficient Model for Face Recognition", ICCV
-        workshops 2019, arXiv:1907.12256.
+        Li et al., "AirFace", ICCV workshops 2019, arXiv:1907.12256.
     """
     return 1 - 2 / math.pi * _angle(cosine)
 

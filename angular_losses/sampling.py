@@ -76,11 +76,7 @@ def sample_classes(loss: _Loss, sample_rate: float) -> _Loss:
 
 
 def check_may_sample(loss: MarginLoss) -> None:
-    """Raise if a loss needs all classes.
-
-    Raises:
-        ValueError: Then.
-    """
+    """Raise ValueError if a loss needs all classes."""
     if type(loss)._batch_loss is not MarginLoss._batch_loss:
         raise ValueError(
             f"sample_rate: expected 1 for {type(loss).__name__}, which is a sum over all classes"
@@ -122,11 +118,7 @@ def sample_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None
 
 
 def place_of_weight(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> int:
-    """Which of the parameters of an optimiser is the weight of a loss.
-
-    Raises:
-        ValueError: If none is.
-    """
+    """Which of the parameters of an optimiser is the weight of a loss; ValueError if none is."""
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = next((i for i, parameter in enumerate(held) if parameter is loss.weight), None)
     if index is None:
@@ -143,11 +135,7 @@ _NOT_BY_ROWS = tuple(
 
 
 def step_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
-    """Make each step of an optimiser one of the rows that a sparse gradient of a weight has.
-
-    Raises:
-        TypeError: If the optimiser cannot step rows.
-    """
+    """Make each step of an optimiser one of the rows that a sparse gradient of a weight has."""
     if isinstance(optimizer, _NOT_BY_ROWS):
         raise TypeError(
             "optimizer: expected one that can begin with a row at any step, such as SGD or "
@@ -253,13 +241,11 @@ def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for loss in _sampled:
         gradient = loss.weight.grad
         if gradient is not None and gradient.is_sparse and id(loss.weight) in held:
+            preparing = "sample_optimizer" if isinstance(loss, SampledLoss) else "shard_optimizer"
             raise RuntimeError(
                 "optimizer: expected it to be prepared for sampled classes by "
-                f"{_PREPARING[isinstance(loss, SampledLoss)]}(optimizer, loss)"
+                f"{preparing}(optimizer, loss)"
             )
-
-
-_PREPARING = {True: "sample_optimizer", False: "shard_optimizer"}
 
 
 def is_of_rows(value: object) -> TypeGuard[Tensor]:

@@ -45,6 +45,15 @@ class Schedule(nn.Module, ABC):
         """Count one training step."""
         self.step += 1
 
+    def reset_parameters(self) -> None:
+        """Go back to step 0."""
+        self.step.zero_()
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        shown = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return ", ".join(f"{name}={value}" for name, value in shown.items() if name != "training")
+
 
 class LambdaAnnealing(Schedule):
     r"""SphereFace's annealing: from the plain cosine to the margin.
@@ -97,10 +106,6 @@ class LambdaAnnealing(Schedule):
         plain = target(theta, 0.0)
         return plain + share * (target(theta, 1.0) - plain)
 
-    def extra_repr(self) -> str:
-        """The settings."""
-        return f"base={self.base}, gamma={self.gamma}, power={self.power}, minimum={self.minimum}"
-
 
 class MarginWarmup(Schedule):
     r"""Margin warm-up: the margin increases linearly from zero to its full value.
@@ -136,7 +141,3 @@ class MarginWarmup(Schedule):
     def forward(self, target: Callable[[Tensor, float | Tensor], Tensor], theta: Tensor) -> Tensor:
         """See :class:`Schedule`."""
         return target(theta, self.value())
-
-    def extra_repr(self) -> str:
-        """The settings."""
-        return f"steps={self.steps}"

@@ -1,5 +1,6 @@
 """Validation of arguments: messages start with the argument and state what was expected.
 
+A wrong type is a TypeError; a value, shape or device out of place is a ValueError.
 None of these functions synchronises with an accelerator: shapes, dtypes and devices are available
 on the host, and label values are asserted on the device.
 """
@@ -20,12 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, unit: str = "") -> float:
-    """Return ``value``, a number of Python or NumPy, as a float when low <= value < high.
-
-    Raises:
-        TypeError: If ``value`` is not a real number.
-        ValueError: If it is outside the range or not finite.
-    """
+    """Return ``value``, a number of Python or NumPy, as a float when low <= value < high."""
     if isinstance(value, bool) or not isinstance(value, Real):
         of_unit = f" of {unit}" if unit else ""
         raise TypeError(f"{name}: expected a number{of_unit}, got {_describe(value)}")
@@ -36,34 +32,29 @@ def number(name: str, value: object, low: float, high: float = math.inf, unit: s
 
 
 def positive(name: str, value: object) -> float:
-    """Return ``value`` as a float when it is above 0 and finite.
-
-    Raises:
-        TypeError: If ``value`` is not a real number.
-        ValueError: If it is not positive and finite.
-    """
+    """Return ``value`` as a float when it is above 0 and finite."""
     if isinstance(value, Real) and value == 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     return number(name, value, 0.0)
 
 
 def negative(name: str, value: object) -> float:
-    """Return ``value`` as a float when it is below 0 and finite. Raises as :func:`number`."""
+    """Return ``value`` as a float when it is below 0 and finite."""
     return number(name, value, -math.inf, 0.0)
 
 
 def finite(name: str, value: object) -> float:
-    """Return ``value`` as a float when it is finite. Raises as :func:`number`."""
+    """Return ``value`` as a float when it is finite."""
     return number(name, value, -math.inf)
 
 
 def multiplicative_margin(name: str, value: object) -> float:
-    """Return a margin that multiplies the angle: at least 1. Raises as :func:`number`."""
+    """Return a margin that multiplies the angle: at least 1."""
     return number(name, value, 1.0)
 
 
 def angular_margin(name: str, value: object) -> float:
-    """Return a margin that is added to the angle: radians in [0, pi). Raises as :func:`number`."""
+    """Return a margin that is added to the angle: radians in [0, pi)."""
     try:
         return number(name, value, 0.0, math.pi, "radians")
     except ValueError as error:
@@ -74,12 +65,12 @@ def angular_margin(name: str, value: object) -> float:
 
 
 def cosine_margin(name: str, value: object) -> float:
-    """Return a margin that is subtracted from the cosine: in [0, 2). Raises as :func:`number`."""
+    """Return a margin that is subtracted from the cosine: in [0, 2)."""
     return number(name, value, 0.0, 2.0)
 
 
 def share(name: str, value: object) -> float:
-    """Return ``value`` as a float when it is in [0, 1]. Raises as :func:`number`."""
+    """Return ``value`` as a float when it is in [0, 1]."""
     found = number(name, value, -math.inf)
     if not 0 <= found <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
@@ -89,11 +80,7 @@ def share(name: str, value: object) -> float:
 def bounds(
     name: str, value: tuple[float, float], check: Callable[[str, object], float]
 ) -> tuple[float, float]:
-    """Return two numbers, the lower first, each as ``check`` returns it, which raises for them.
-
-    Raises:
-        ValueError: If there are not two, or the first is not the lower.
-    """
+    """Return two numbers, the lower first, each as ``check`` returns it."""
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"{name}: expected two numbers, the lower first, got {value!r}")
     low, high = (check(name, each) for each in value)
@@ -103,12 +90,7 @@ def bounds(
 
 
 def positive_integer(name: str, value: object) -> int:
-    """Return ``value``, anything with ``__index__``, as an int when it is at least 1.
-
-    Raises:
-        TypeError: If ``value`` is not an integer.
-        ValueError: If it is below 1.
-    """
+    """Return ``value``, anything with ``__index__``, as an int when it is at least 1."""
     found: int | None
     try:
         # Under torch.compile operator.index would make a constant of a size that changes.
@@ -131,12 +113,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 def floating(
     name: str, value: object, *shape: int | str, device: torch.device | None = None
 ) -> None:
-    """Raise unless ``value`` is a floating-point tensor of ``shape`` (a str stands for any size).
-
-    Raises:
-        TypeError: If it is not a floating-point tensor.
-        ValueError: If its shape or device is another.
-    """
+    """Raise unless ``value`` is a floating-point tensor of ``shape``; a str stands for any size."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {_describe(value)}")
     sizes = value.shape
@@ -170,11 +147,7 @@ def width(name: str, value: Tensor, size: int, num_classes: int) -> None:
 
 
 def of_classes(name: str, value: object) -> Tensor:
-    """Return a tensor as it is, and any other sequence of numbers, one a class, as a tensor (C,).
-
-    Raises:
-        TypeError: If ``value`` is neither.
-    """
+    """Return a tensor as it is, and another sequence of numbers, one a class, as a tensor (C,)."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (str, bytes)) or not (
@@ -191,12 +164,7 @@ def kept_dtype() -> torch.dtype:
 
 
 def class_counts(name: str, value: object, num_classes: int | None = None) -> Tensor:
-    """Return the number of samples of each class (C,), all at least 1, as float32.
-
-    Raises:
-        TypeError: If ``value`` is neither a tensor nor a sequence of numbers.
-        ValueError: If the shape does not fit, or a class has no sample.
-    """
+    """Return the number of samples of each class (C,), all at least 1, as float32."""
     value = of_classes(name, value)
     if value.dim() != 1 or value.numel() == 0 or num_classes not in (None, len(value)):
         expected = "C" if num_classes is None else num_classes
@@ -205,6 +173,15 @@ def class_counts(name: str, value: object, num_classes: int | None = None) -> Te
     if has_values(smallest) and not smallest.item() >= 1:
         raise ValueError(f"{name}: expected at least 1 sample of each class, got {smallest.item()}")
     return value.detach().float()
+
+
+def classes_of(name: str, weight: Tensor, sub_centers: int) -> int:
+    """Return the number of classes that have the rows of ``weight`` (C * sub_centers, d)."""
+    if weight.shape[0] % positive_integer("sub_centers", sub_centers):
+        raise ValueError(
+            f"{name}: expected a multiple of sub_centers {sub_centers} rows, got {weight.shape[0]}"
+        )
+    return weight.shape[0] // sub_centers
 
 
 def batch(
@@ -228,19 +205,11 @@ def batch(
 
     Returns:
         A mask (N,) of the labels that are not ``ignore_index``; None if certainly none is.
-
-    Raises:
-        TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
-        ValueError: If shapes or devices do not fit, or a label is out of range.
     """
     floating("embeddings", embeddings, "N", "d")
     floating("weight", weight, "C", "d", device=embeddings.device)
-    if weight.shape[0] % sub_centers:
-        raise ValueError(
-            f"weight: expected a multiple of sub_centers {sub_centers} rows, got {weight.shape[0]}"
-        )
-    if num_classes is None:
-        num_classes = weight.shape[0] // sub_centers
+    here = classes_of("weight", weight, sub_centers)
+    num_classes = here if num_classes is None else num_classes
     width("embeddings", embeddings, weight.shape[1], num_classes)
     if 0 in (num_classes, embeddings.shape[1]):
         raise ValueError(

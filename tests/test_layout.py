@@ -29,6 +29,7 @@ OPTIONAL = {  # imported where they are used
     "engine/kernels": {"triton"},
     "diagnostics/monitor": {"matplotlib"},
     "diagnostics/plots": {"matplotlib"},
+    "integrations/pml_classification": {"pytorch_metric_learning"},
     "integrations/pytorch_metric_learning": {"pytorch_metric_learning"},
 }
 OUTSIDE = {"torch", "typing_extensions", *sys.stdlib_module_names}

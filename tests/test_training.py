@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import angular_losses as al
-from angular_losses.losses.centres import FORGOTTEN_AFTER
+from angular_losses.losses.mistakes import FORGOTTEN_AFTER
 from tests.family import FAMILY, NAMES
 
 
@@ -386,6 +386,41 @@ class TestExtend:
             loss.extend(*arguments)
         assert loss.weight is weight
         assert loss.num_classes == 3
+
+
+class TestReset:
+    @pytest.mark.parametrize("name", al.available())
+    def test_all_that_the_constructor_sets_is_set_anew(self, name):
+        counts = {"class_counts": [1, 2, 5, 9, 50, 500, 70]} if name == "KappaFaceLoss" else {}
+        with torch.device("meta"):
+            loss = getattr(al, name)(7, 64, **counts)
+        loss.to_empty(device="cpu")
+        for values in loss.state_dict().values():
+            values.fill_(math.nan)
+        loss.reset_parameters()
+        found, expected = loss.state_dict(), getattr(al, name)(7, 64, **counts).state_dict()
+        drawn = found.pop("weight")
+        assert drawn.isfinite().all()
+        assert 0.5 < drawn.norm(dim=1).mean() < 1.5
+        for state in (found, expected):  # what was given stays, for it is kept nowhere else
+            state.pop("class_counts", None)
+            state.pop("weight", None)
+        torch.testing.assert_close(found, expected)
+
+    def test_the_schedule_begins_anew(self):
+        loss = al.ArcFaceLoss(7, 8, schedule=al.MarginWarmup(4))
+        loss(*batch(num_classes=7))
+        going_on = al.ArcFaceLoss(7, 8, schedule=loss.schedule)
+        loss.reset_parameters(torch.randn(7, 8))
+        assert loss.schedule.step == going_on.schedule.step == 1
+        loss.reset_parameters()
+        assert loss.schedule.step == 0
+
+    def test_adacos_has_the_scale_of_all_classes(self):
+        loss = al.AdaCosLoss(50, 4)
+        loss.extend(50)
+        loss.reset_parameters()
+        assert loss.scale.item() == pytest.approx(al.suggest_scale(100))
 
 
 def rows_of(num_classes=5, size=8, num_rows=60, seed=0):

@@ -280,7 +280,7 @@ def gradient_norm_per_class(gradient: Tensor, sub_centers: int = 1) -> Tensor:
         tensor([5., 0.])
     """
     validation.floating("gradient", gradient, "C", "d")
-    num_classes = _classes_of("gradient", gradient, sub_centers)
+    num_classes = validation.classes_of("gradient", gradient, sub_centers)
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(
         gradient.detach().reshape(num_classes, -1), dim=1, dtype=dtype
@@ -324,12 +324,16 @@ def histogram_quantile(counts: Tensor, share: float) -> float:
     Returns:
         Radians; NaN for an empty histogram.
 
+    Raises:
+        TypeError: If the share is not a number.
+        ValueError: If it is outside [0, 1], such as a percentage.
+
     Example:
         >>> histogram_quantile(torch.tensor([0, 4]), 0.5) == 0.75 * math.pi
         True
     """
     counted: list[float] = counts.tolist()
-    wanted, below = share * sum(counted), 0.0
+    wanted, below = validation.share("share", share) * sum(counted), 0.0
     for position, count in enumerate(counted):
         if count and below + count >= wanted:
             return (position + (wanted - below) / count) * math.pi / len(counted)
@@ -370,19 +374,9 @@ def _has_direction(unit: Tensor) -> Tensor:
 
 def _check_weight(weight: Tensor, sub_centers: int) -> int:
     validation.floating("weight", weight, "C", "d")
-    num_classes = _classes_of("weight", weight, sub_centers)
+    num_classes = validation.classes_of("weight", weight, sub_centers)
     if num_classes < 2 or weight.shape[1] == 0:
         raise ValueError(
             f"weight: expected at least two classes and one dimension, got {tuple(weight.shape)}"
         )
     return num_classes
-
-
-def _classes_of(name: str, tensor: Tensor, sub_centers: int) -> int:
-    validation.positive_integer("sub_centers", sub_centers)
-    if tensor.shape[0] % sub_centers:
-        raise ValueError(
-            f"{name}: expected a multiple of sub_centers = {sub_centers} rows, "
-            f"got {tensor.shape[0]}"
-        )
-    return tensor.shape[0] // sub_centers

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
 
 from .. import collectives, validation
 from ..engine.placement import WHOLE
@@ -116,6 +118,8 @@ class AngularMonitor:
         self.history: list[dict[str, float]] = []
         self._batches = 0
         self._sums: Tensor | None = None
+        # The centres whose gradient is measured, and the hook that does.
+        self._watched: tuple[nn.Parameter, RemovableHandle] | None = None
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
@@ -194,9 +198,8 @@ class AngularMonitor:
         loss = cast(nn.Module, self.loss)
         before = loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         hooks.callback(before.remove)
-        if self.loss._centres.requires_grad:
-            after = self.loss._centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
-            hooks.callback(after.remove)
+        self._watch(self.loss._centres)
+        hooks.callback(self._watch, None)
         return hooks
 
     def reset(self) -> None:
@@ -340,8 +343,22 @@ class AngularMonitor:
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if loss.training and not is_in_backward():  # where checkpointing runs a pass again
-            given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
-            self.update(given["embeddings"], given["labels"])
+            self._watch(self.loss._centres)
+            given = inspect.signature(loss.forward).bind(*args, **kwargs)
+            given.apply_defaults()
+            self.update(given.arguments["embeddings"], given.arguments["labels"])
+
+    @_disable_dynamo
+    def _watch(self, centres: nn.Parameter | None) -> None:
+        """Measure the gradient of these centres, new ones after ``extend``, and of no others."""
+        if self._watched is not None:
+            if self._watched[0] is centres:
+                return
+            self._watched[1].remove()
+            self._watched = None
+        if centres is not None and centres.requires_grad:
+            handle = centres.register_hook(self._after_backward)  # type: ignore[no-untyped-call]
+            self._watched = centres, handle
 
     def _after_backward(self, gradient: Tensor) -> None:
         if self.loss.training:

@@ -61,7 +61,9 @@ class Gathering:
         batch: Batch | None = None
         try:
             batch = checked()
-            self._check_size(batch)
+            rows, most = len(batch.labels), self._batch_size
+            if most is not None and rows > most:
+                raise ValueError(f"embeddings: expected at most batch_size {most} rows, got {rows}")
             columns = self._columns(batch)
             header = _header(columns, batch)
         except (ValueError, TypeError) as error:
@@ -81,13 +83,6 @@ class Gathering:
             self._capacity = max(most, capacity[0]), header[1]
         assert batch is not None  # who is rejected has raised
         return self._unpacked(batch, columns, found[:, HEADER:], most)
-
-    def _check_size(self, batch: Batch) -> None:
-        rows = len(batch.labels)
-        if self._batch_size is not None and rows > self._batch_size:
-            raise ValueError(
-                f"embeddings: expected at most batch_size {self._batch_size} rows, got {rows}"
-            )
 
     def _columns(self, batch: Batch) -> list[Tensor]:
         """The per-row tensors: labels first, embeddings last."""

@@ -48,11 +48,9 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
         }
         return {**state, "state": {**state["state"], key: of_weight}}
 
-    def to_save(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return converted(state, loss.shard.distributed)
-
-    def to_load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return converted(state, loss.shard.undistributed)
-
-    optimizer.register_state_dict_post_hook(to_save)
-    optimizer.register_load_state_dict_pre_hook(to_load)
+    optimizer.register_state_dict_post_hook(
+        lambda optimizer, state: converted(state, loss.shard.distributed)
+    )
+    optimizer.register_load_state_dict_pre_hook(
+        lambda optimizer, state: converted(state, loss.shard.undistributed)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 class ShardedLoss(MarginLoss):
     """A loss converted by :func:`shard`: the same loss over the rows of all ranks.
+
+    Every rank has to call its methods, even without rows; the number of rows N may differ. What one
+    rank rejects is an error on all: there the TypeError or ValueError of the unsharded loss,
+    elsewhere a ValueError with its message (on a GPU with ``batch_size`` that of the timeout).
 
     Attributes:
         weight: The centres of this rank's classes, a parameter.
@@ -52,11 +56,11 @@ class ShardedLoss(MarginLoss):
         lam: float | Tensor | None = None,
         return_correct: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of the batches of all ranks; every rank has to call it, even without rows.
+        """The loss of the batches of all ranks.
 
         The arguments are those of :meth:`angular_losses.MarginLoss.forward`, for this rank's rows.
-        Their number N may differ between ranks, and be 0; K, the number of labels of a row, may
-        not, and an optional argument is given on all ranks or none.
+        K, the number of labels of a row, is the same on all ranks, and an optional argument is
+        given on all or none.
 
         Returns:
             The loss of all rows, the same scalar on every rank; with reduction "none" (N,), the
@@ -65,9 +69,6 @@ class ShardedLoss(MarginLoss):
             classified correctly, among the classes that take part.
 
         Raises:
-            TypeError: If a dtype is wrong, on every rank.
-            ValueError: If a batch of any rank is invalid, on every rank, with its message (on a GPU
-                only without ``batch_size``).
             RuntimeError: If a rank cannot be reached within the process group's timeout; or if
                 DistributedDataParallel or fully_shard wraps the loss as if all ranks had the same
                 centres, with what to do instead.
@@ -81,7 +82,7 @@ class ShardedLoss(MarginLoss):
         rows = self.gathering(checked)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
         _used.add(self)
-        with self.shard.reductions(), self._same_random_numbers(self.weight.device):
+        with self.shard.reductions(), self._same_random_numbers():
             if self.shard.replicas is not None:
                 self._check_replicas(rows.labels)
             self._sample(rows)
@@ -112,14 +113,10 @@ class ShardedLoss(MarginLoss):
         Gathers the logits of the rows of all ranks; :meth:`topk` gathers only the largest.
 
         Args:
-            embeddings: (N, d), of this rank; N may differ between ranks. Every rank has to call it.
+            embeddings: (N, d), of this rank.
 
         Returns:
             (N, C), float32 at least.
-
-        Raises:
-            TypeError: If the embeddings are not floating-point, on every rank.
-            ValueError: If their shape or device does not fit, on every rank.
         """
         here = self._logits_here(embeddings)
         own = self.shard.joined(here.T).T[self.shard.block(len(here))]
@@ -130,7 +127,7 @@ class ShardedLoss(MarginLoss):
         """The largest logits and their classes, such as for the accuracy during training.
 
         Args:
-            embeddings: (N, d), of this rank; N may differ between ranks. Every rank has to call it.
+            embeddings: (N, d), of this rank.
             k: How many, at most C.
 
         Returns:
@@ -138,8 +135,8 @@ class ShardedLoss(MarginLoss):
             (N, k), int64.
 
         Raises:
-            TypeError: If the embeddings are not floating-point, on every rank.
-            ValueError: If their shape or device does not fit, on every rank, or k is out of range.
+            TypeError: If k is not an int.
+            ValueError: If it is out of range.
         """
         k = validation.positive_integer("k", k)
         if k > self.num_classes:
@@ -162,33 +159,19 @@ class ShardedLoss(MarginLoss):
         return super().get_logits(rows.embeddings)
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
-        """Add classes, as to the unsharded loss, and partition all of them anew.
+        """Add classes, as :meth:`angular_losses.MarginLoss.extend`, and partition all of them anew.
 
-        Every rank has to call it with the same arguments. A rank's part of the weight passes
-        through the memory of all ranks, one at a time. Call :func:`shard_optimizer` for the new
-        optimiser.
-
-        Args:
-            num_new: The number of classes added.
-            init: (num_new, d) the directions of their centres; drawn at random by default, the same
-                on all ranks.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If one is out of range or has the wrong shape. Nothing is changed then.
+        The arguments are the same on all ranks, as are centres drawn at random. A rank's part of
+        the weight passes through the memory of all ranks, one at a time. Call
+        :func:`shard_optimizer` for the new optimiser.
         """
-        with torch.random.fork_rng([]):
-            torch.manual_seed(mixed(self.seed, self.num_classes))
+        with self._seeded(self.seed, self.num_classes):
             super().extend(num_new, init)
         self.shard = self.gathering.shard = Shard(self.shard.mesh, self.num_classes)
         self.own_weight = weakref.ref(self.weight)
 
     def _replicas(self) -> ProcessGroup | None:
-        """The processes with the same classes that average their gradients by DDP, if any.
-
-        Raises:
-            RuntimeError: If a wrapper treats different classes as replicas.
-        """
+        """The processes with the same classes that average their gradients by DDP, if any."""
         if getattr(self, "_is_fsdp_managed_module", False) and self.weight is not self.own_weight():
             raise RuntimeError(
                 "fully_shard: expected it without the centres of a sharded loss, which it would "
@@ -228,10 +211,14 @@ class ShardedLoss(MarginLoss):
         )
 
     def reset_parameters(self, init: Tensor | None = None) -> None:
-        """Draw the centres of this rank anew; they start from directions before :func:`shard`."""
+        """Set anew what the constructor sets; centres start from directions before :func:`shard`.
+
+        Each rank draws other centres, whatever it is seeded with.
+        """
         if init is not None:
             raise RuntimeError("init: expected an unsharded loss, use unshard(loss)")
-        super().reset_parameters()
+        with self._seeded(int(torch.randint(2**62, (), device="cpu")), self.shard.rank):
+            super().reset_parameters()
 
     def drop_sub_centers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Not available for a shard; see :func:`unshard`."""
@@ -253,15 +240,18 @@ class ShardedLoss(MarginLoss):
             validation.floating("sample_weight", sample_weight, len(of_rows), device=device)
         return Batch(embeddings, of_rows, sample_weight, label_weight)
 
-    @contextmanager
-    def _same_random_numbers(self, device: torch.device) -> Iterator[None]:
+    def _same_random_numbers(self) -> AbstractContextManager[None]:
         """Context with the same random numbers on every rank, different for each batch."""
-        if not (self.training and self.is_random):
-            yield
-            return
+        is_needed = self.training and self.is_random
+        return self._seeded(self.seed, self._batch()) if is_needed else nullcontext()
+
+    @contextmanager
+    def _seeded(self, *seeds: int) -> Iterator[None]:
+        """Context with random numbers of its own, here and on the device of the centres."""
+        device = self.weight.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type):
-            torch.manual_seed(mixed(self.seed, self._batch()))
+            torch.manual_seed(mixed(*seeds))
             yield
 
     def _batch(self) -> int:

@@ -14,7 +14,7 @@ from .. import validation
 from ..engine.placement import WHOLE
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
-from ..losses.centres import watch
+from ..losses.mistakes import watch
 from ..losses.sampled import SampledLoss
 from ..sampling import check_may_sample, refuse_unprepared_optimizers
 from .gathering import Gathering
@@ -106,7 +106,8 @@ def shard(
     weight = _own_centres(loss, place, seed)
     vars(loss).update({k: place.undistributed(vars(loss)[k], 1).clone() for k in loss._class_rows})
     sharded = cast(ShardedLoss, loss)
-    sharded.__class__ = _sharded(type(loss))
+    cls = type(loss)
+    sharded.__class__ = type(f"Sharded{cls.__name__}", (ShardedLoss, cls), {})
     sharded.shard, sharded.seed = place, seed
     sharded.sample_rate = float(sample_rate)
     sharded.factor = float(place.size) if backbone == "ddp" else 1.0
@@ -137,10 +138,6 @@ def unshard(loss: MarginLoss) -> MarginLoss:
     rows = loss.rows_of_a_class().items()
     joined = {name: loss.shard.joined(getattr(loss, name), each).clone() for name, each in rows}
     return _whole(loss, joined)
-
-
-def _sharded(cls: type[MarginLoss]) -> type[ShardedLoss]:
-    return cast("type[ShardedLoss]", type(f"Sharded{cls.__name__}", (ShardedLoss, cls), {}))
 
 
 def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:

@@ -45,12 +45,7 @@ def checked(
     sub_centers: int = 1,
     shard: Placement = WHOLE,
 ) -> Batch:
-    """The batch of what a user passes.
-
-    Raises:
-        TypeError: If a dtype is not floating-point (embeddings, weight) or integer (labels).
-        ValueError: If a shape, a device or a label is out of place.
-    """
+    """The batch of what a user passes, checked by :func:`angular_losses.validation.batch`."""
     validation.positive_integer("sub_centers", sub_centers)
     validation.floating("weight", weight, "C", "d")
     num_classes = shard.num_classes_of(weight, sub_centers)

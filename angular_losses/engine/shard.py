@@ -168,25 +168,12 @@ class Shard(Sampled):
         shared: Tensor = _SharedRows.apply(rows, self)  # type: ignore[no-untyped-call]
         return shared
 
-    def log_total(
-        self, values: Tensor, others: Tensor, meanwhile: Later, *, is_bounded: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The log of the sum over ranks of exp(values) (N,), and the sums of others (k, N).
-
-        One stack is reduced; where exp(values) might overflow, their maximum before it.
-        """
-        shift = torch.zeros_like(values)
-        if not is_bounded:
-            shift = self.largest(values.detach()).clamp(min=torch.finfo(values.dtype).min)
-        summed = self.total(torch.cat([(values - shift).exp()[None], others]), meanwhile)
-        is_none = summed[0] == 0  # its logarithm has no gradient
-        log = summed[0].masked_fill(is_none, 1).log() + shift
-        return log.masked_fill(is_none, -torch.inf), summed[1:]
-
     def completed(
         self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
     ) -> Parts:
         """The parts over all classes, from those of the classes here.
+
+        One stack is reduced; where exp(negatives) might overflow, their maximum before it.
 
         Args:
             parts: theta of each row whose target is here; negatives and mean cosine of all rows.
@@ -199,12 +186,16 @@ class Shard(Sampled):
         if summed:
             theta, negatives = self.total(torch.stack([theta, parts.negatives]), meanwhile)
             return Parts(theta, negatives, parts.mean_cosine)
-        mean = parts.mean_cosine
-        others = [theta] if mean is None else [theta, mean.to(dtype)]
-        negatives, sums = self.log_total(
-            parts.negatives, torch.stack(others), meanwhile, is_bounded=is_bounded
-        )
-        return Parts(sums[0], negatives, None if mean is None else sums[1].to(mean.dtype))
+        values, mean, shift = parts.negatives, parts.mean_cosine, torch.zeros_like(parts.negatives)
+        if not is_bounded:
+            shift = self.largest(values.detach()).clamp(min=torch.finfo(values.dtype).min)
+        here = [(values - shift).exp(), theta]
+        if mean is not None:
+            here.append(mean.to(dtype))
+        total, theta, *means = self.total(torch.stack(here), meanwhile)
+        is_none = total == 0  # its logarithm has no gradient
+        negatives = (total.masked_fill(is_none, 1).log() + shift).masked_fill(is_none, -torch.inf)
+        return Parts(theta, negatives, None if mean is None else means[0].to(mean.dtype))
 
     def largest(self, values: Tensor) -> Tensor:
         """The maximum over ranks, without a gradient."""
@@ -289,11 +280,7 @@ class Shard(Sampled):
 
 
 def _reached(collective: Callable[[], _Result]) -> _Result:
-    """What the collective returns; its failure is that of another rank, and says so.
-
-    Raises:
-        RuntimeError: If another rank has died, or did not arrive in the group's time.
-    """
+    """What the collective returns; its failure is that of another rank, and says so."""
     try:
         return collective()
     except RuntimeError as error:

@@ -22,25 +22,11 @@ only the outliers; second derivatives need ``mode="dense"``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .. import margins, validation
-from ..functional import margin_softmax_loss
-from ..geometry import (
-    angle_between,
-    directions,
-    is_autocast_enabled,
-    lengths,
-    nearest_sub_centers,
-    target_angle,
-    without_autocast,
-)
-from ..losses.centres import ClassCentres, watch
 
 try:
     import pytorch_metric_learning
@@ -53,14 +39,22 @@ try:
         )
     from pytorch_metric_learning import losses as pml_losses
     from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
-    from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
-    from pytorch_metric_learning.reducers import ThresholdReducer
+    from pytorch_metric_learning.losses import BaseMetricLossFunction
     from pytorch_metric_learning.utils import common_functions as c_f
-    from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weights
 except ModuleNotFoundError as error:
     raise ImportError(
         "angular_losses.integrations needs pytorch-metric-learning: pip install angular-losses[pml]"
     ) from error
+
+from .. import margins, validation
+from ..geometry import (
+    directions,
+    lengths,
+    without_autocast,
+)
+from ..losses.centres import ClassCentres, dominant_centres
+from ..losses.mistakes import watch
+from .pml_classification import BaseOptions, ClassificationLoss, Options, follow
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,195 +70,7 @@ __all__ = [
 ]
 
 
-_HOOKS_OF_PML = {
-    "get_angles",
-    "get_cos_with_margin",
-    "get_cosine",
-    "get_target_mask",
-    "modify_cosine_of_target_classes",
-    "scale_logits",
-}
-
-
-class BaseOptions(TypedDict, total=False):
-    """The keyword arguments of PML's base class."""
-
-    embedding_regularizer: nn.Module | None
-    embedding_reg_weight: float
-    reducer: nn.Module | None
-    distance: nn.Module | None
-    collect_stats: bool | None
-
-
-class Options(BaseOptions, total=False):
-    """The keyword arguments of PML's classification losses, and two more."""
-
-    weight_regularizer: nn.Module | None
-    weight_reg_weight: float
-    weight_init_func: Callable[[Tensor], object] | None
-    mode: str
-    memory_budget: int | None
-
-
-class _ClassificationLoss(
-    ClassCentres,
-    WeightRegularizerMixin,  # type: ignore[misc]
-    BaseMetricLossFunction,  # type: ignore[misc]
-):
-    """Base class: the centres W, the margin softmax, and PML's interface.
-
-    A new loss defines ``target``, and optionally ``row_scale`` or ``init_margin``. PML's own hooks
-    operate on the N x C cosines, which are never computed.
-    """
-
-    margin: float
-    scale: float
-    sub_centers = 1
-    _centres_name = "W"
-    _centres_are_columns = True
-
-    def __init_subclass__(cls, **arguments: object) -> None:
-        super().__init_subclass__(**arguments)
-        for name in _HOOKS_OF_PML & vars(cls).keys():
-            raise TypeError(f"{name}: {cls.__name__} defines it, but only target would be called")
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        settings: dict[str, float],
-        **options: Unpack[Options],
-    ) -> None:
-        self.mode = options.pop("mode", "auto")
-        self.memory_budget = options.pop("memory_budget", None)
-        super().__init__(**options)
-        self.num_classes = validation.positive_integer("num_classes", num_classes)
-        self.embedding_size = validation.positive_integer("embedding_size", embedding_size)
-        self.check_distance()
-        for name, value in settings.items():
-            setattr(self, name, value)
-        self.init_margin()
-        self.add_to_recordable_attributes(list_of_names=["num_classes", *settings], is_stat=False)
-        self.add_to_recordable_attributes(name="avg_angle", is_stat=True)
-        centres = torch.empty(self.embedding_size, self.num_classes * self.sub_centers)
-        self.W = nn.Parameter(centres)
-        self.weight_init_func(self.W)
-        watch(self)
-
-    def get_default_distance(self) -> nn.Module:
-        """CosineSimilarity."""
-        distance: nn.Module = CosineSimilarity()
-        return distance
-
-    def check_distance(self) -> None:
-        """Raise AssertionError, like PML, unless the distance is the cosine."""
-        c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
-
-    def init_margin(self) -> None:
-        """Validate ``margin`` and convert its unit."""
-
-    def target(self, theta: Tensor, labels: Tensor) -> Tensor:
-        """The target logits before scaling (N,) from the target angles (N,), in radians."""
-        raise NotImplementedError(f"{type(self).__name__} does not define target")
-
-    def margin_function(self, embeddings: Tensor, labels: Tensor) -> margins.MarginFunction:
-        """The target logits before scaling (N,) as a function of the target angles only."""
-        return lambda theta: self.target(theta, labels)
-
-    def row_scale(self, embeddings: Tensor) -> float | Tensor:
-        """The scale of the logits: a number, or (N,)."""
-        return self.scale
-
-    def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Move W to the device and, outside autocast, the dtype of the embeddings."""
-        _follow(self.W, dtype, device)
-
-    def compute_loss(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None,
-        indices_tuple: tuple[Tensor, ...] | None,
-        ref_emb: Tensor | None,
-        ref_labels: Tensor | None,
-    ) -> dict[str, dict[str, Any]]:
-        """The losses of the rows, in the format of PML's reducers."""
-        c_f.labels_required(labels)
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        assert labels is not None
-        self.cast_types(embeddings.dtype, embeddings.device)
-        # No label is ignored, not even -100.
-        validation.batch(embeddings, self.W.t(), labels, sub_centers=self.sub_centers)
-        self._record_statistics(embeddings, labels)
-        losses = self.row_losses(embeddings, labels.long())
-        if any(isinstance(part, ThresholdReducer) for part in self.reducer.modules()):
-            # Such a reducer excludes from its mean what PML's cross-entropy rounds to 0.
-            losses = losses.where(losses > torch.finfo(losses.dtype).eps / 2, 0)
-        loss_dict = {
-            "loss": {
-                "losses": losses * convert_to_weights(indices_tuple, labels, dtype=losses.dtype),
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-            }
-        }
-        self.add_weight_regularization_to_loss_dict(loss_dict, self.W.t())
-        return loss_dict
-
-    def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The margin softmax of each row, (N,)."""
-        return margin_softmax_loss(
-            embeddings,
-            self.W.t().contiguous(),  # centres as columns take up to 50 % longer
-            labels,
-            margin=self.margin_function(embeddings, labels),
-            scale=self.row_scale(embeddings),
-            sub_centers=self.sub_centers,
-            normalize_weight=self.normalize_weight,
-            reduction="none",
-            mode=self.mode,
-            memory_budget=self.memory_budget,
-        )
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The scaled logits (N, C) without a margin, float32 at least: for inference.
-
-        Args:
-            embeddings: (N, d), floating point, on the device of W.
-
-        Raises:
-            TypeError: If the embeddings are not floating-point.
-            ValueError: If their shape or device does not fit W.
-        """
-        validation.floating("embeddings", embeddings, "N", "d", device=self.W.device)
-        validation.width("embeddings", embeddings, self.W.shape[0], self.num_classes)
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        with without_autocast(embeddings.device):
-            return self.logits(embeddings.to(dtype), self.W.to(dtype))
-
-    def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
-        """The logits of embeddings (N, d) and a weight (d, C * K), by PML's distance."""
-        cosine = self.distance(embeddings, weight.t())
-        cosine = cosine.view(-1, self.num_classes, self.sub_centers).amax(2)
-        if not self.normalize_weight:
-            cosine = cosine * lengths(weight.t()).to(cosine.dtype)
-        scale = self.row_scale(embeddings)
-        if isinstance(scale, Tensor):
-            scale = scale.to(cosine).reshape(-1, 1)
-        scaled: Tensor = cosine * scale
-        return scaled
-
-    @torch.no_grad()
-    def _record_statistics(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Record PML's statistics, if enabled; the only synchronisation with the device."""
-        centres = self.W.t()
-        if self.collect_stats:
-            theta = target_angle(embeddings, centres, labels, self.sub_centers)
-            self.avg_angle = math.degrees(theta.mean().item())
-        if self.distance.collect_stats:
-            vectors = (embeddings, centres)
-            self.distance.set_default_stats(*vectors, *map(self.distance.maybe_normalize, vectors))
-
-
-class ArcFaceLoss(_ClassificationLoss):
+class ArcFaceLoss(ClassificationLoss):
     r"""PML's ArcFaceLoss: the margin, in degrees, is added to the target angle.
 
     .. math:: f = s\cos(\theta_y + m), \quad
@@ -330,12 +136,8 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
     The angle to a class is that to its nearest centre.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The dimension of the embeddings, d.
-        margin: As in :class:`ArcFaceLoss`, in **degrees**.
-        scale: The scale s > 0.
         sub_centers: The number of centres per class, K.
-        **options: As in :class:`ArcFaceLoss`, whose shapes and errors are these too.
+        **options: See :class:`ArcFaceLoss`, for all other arguments, shapes and errors too.
 
     Attributes:
         W: (d, C * K) parameter; sub-centre k of class c is column c * K + k.
@@ -386,31 +188,22 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
             ValueError: If shapes do not fit, or a label is out of range.
         """
         centres, labels = self.W.t().to(embeddings.device), labels.to(embeddings.device)
-        validation.batch(embeddings, centres, labels, sub_centers=self.sub_centers)
-        labels = labels.long()
-        nearest = nearest_sub_centers(embeddings, centres, labels, self.sub_centers)
-        counts = torch.bincount(nearest, minlength=len(centres)).view(-1, self.sub_centers)
-        first = torch.arange(0, len(centres), self.sub_centers, device=labels.device)
-        dominant = centres[first + counts.argmax(1)]
-        far = angle_between(embeddings, dominant[labels]) > math.radians(threshold)
-        by_class = labels.argsort(stable=True)
-        outliers = by_class[far[by_class]]
+        rows, angles = dominant_centres([(embeddings, labels)], centres, self.sub_centers)
+        by_class = labels.long().argsort(stable=True)
+        outliers = by_class[angles[by_class] > math.radians(threshold)]
         if not return_dominant_centers:
             return outliers
-        return outliers, dominant.t().to(embeddings).contiguous()
+        return outliers, centres[rows].t().to(embeddings).contiguous()
 
 
-class CosFaceLoss(_ClassificationLoss):
+class CosFaceLoss(ClassificationLoss):
     r"""PML's CosFaceLoss: the margin is subtracted from the target cosine.
 
     .. math:: f = s\,(\cos\theta_y - m)
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The dimension of the embeddings, d.
         margin: m, any number.
-        scale: The scale s > 0.
-        **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
+        **options: See :class:`ArcFaceLoss`, for all other arguments, shapes and errors too.
 
     Example:
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
@@ -440,18 +233,15 @@ class CosFaceLoss(_ClassificationLoss):
         return theta.cos() - self.margin
 
 
-class LargeMarginSoftmaxLoss(_ClassificationLoss):
+class LargeMarginSoftmaxLoss(ClassificationLoss):
     r"""PML's LargeMarginSoftmaxLoss (L-Softmax): embeddings and centres are not normalised.
 
     .. math:: f = s\,|w_y|\,|x|\,\psi(\theta_y), \quad z_j = s\,w_j \cdot x, \quad
         \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad k = \lfloor m\theta / \pi \rfloor
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The dimension of the embeddings, d.
         margin: m >= 1, any real number; PML truncates it to an integer.
-        scale: The scale s > 0.
-        **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too.
+        **options: See :class:`ArcFaceLoss`, for all other arguments, shapes and errors too.
 
     Example:
         >>> loss = LargeMarginSoftmaxLoss(num_classes=10, embedding_size=64)
@@ -508,18 +298,16 @@ class SphereFaceLoss(LargeMarginSoftmaxLoss):
     normalize_weight = True
 
 
-class NormalizedSoftmaxLoss(_ClassificationLoss):
+class NormalizedSoftmaxLoss(ClassificationLoss):
     r"""PML's NormalizedSoftmaxLoss: softmax of cosines divided by a temperature, no margin.
 
     .. math:: z_j = \cos\theta_j / T
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The dimension of the embeddings, d.
         temperature: T > 0.
-        **options: As in :class:`ArcFaceLoss`, whose attributes, shapes and errors are these too,
-            except for the ``distance``: any other than the dot product of normalised embeddings is
-            computed by PML, with N x C logits.
+        **options: See :class:`ArcFaceLoss`, for all other arguments, shapes and errors too. A
+            ``distance`` other than the dot product of normalised embeddings is computed by PML,
+            with N x C logits.
 
     Example:
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
@@ -569,12 +357,13 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
             return super().row_losses(embeddings, labels)
         return F.cross_entropy(self.get_logits(embeddings), labels, reduction="none")
 
-    def logits(self, embeddings: Tensor, weight: Tensor) -> Tensor:
-        """Similarities, or negative distances, divided by T."""
-        centres = self.distance.normalize(weight, dim=0).t()
+    def _similarities(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        """Similarities, or negative distances, by PML."""
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
         sign = 1 if self.distance.is_inverted else -1
-        logits: Tensor = sign * self.distance(embeddings, centres) / self.temperature
-        return logits
+        centres = self.distance.normalize(weight.to(dtype))
+        similarities: Tensor = sign * self.distance(embeddings.to(dtype), centres)
+        return similarities
 
     def _is_cosine(self) -> bool:
         distance = self.distance
@@ -615,7 +404,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         Zhang et al., "P2SGrad", CVPR 2019, arXiv:1905.02479, eq. (11).
     """
 
-    sub_centers = 1
+    scale, sub_centers = 1.0, 1
     _centres_are_columns = True
 
     def __init__(
@@ -647,7 +436,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         assert labels is not None
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         self.weight.data = directions(self.weight.data.t(), dtype).t().to(self.weight.dtype)
-        _follow(self.weight, embeddings.dtype, embeddings.device)
+        follow(self.weight, embeddings.dtype, embeddings.device)
         validation.batch(embeddings, self.weight.t(), labels)
         with without_autocast(embeddings.device):
             cosine = directions(embeddings, dtype) @ self.weight.to(dtype)
@@ -655,13 +444,6 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
             error = cosine.scatter_add(1, labels.long()[:, None], -one)
             loss = error.square().mean()
         return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
-
-
-def _follow(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
-    """Bring a parameter where PML would, but leave its dtype alone under autocast."""
-    if is_autocast_enabled(device):
-        dtype = parameter.dtype
-    parameter.data = parameter.data.to(device, dtype)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -32,10 +32,8 @@ class AdaCosLoss(MarginLoss):
 
     Args:
         num_classes: The number of classes, C >= 3.
-        embedding_size: The length of an embedding, d.
-        dynamic: Whether the scale follows the batches.
-        **options: See :class:`MarginLoss`, for shapes and errors too. A dynamic scale takes one
-            more matrix product.
+        dynamic: Whether the scale follows the batches, which takes one more matrix product.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Attributes:
         scale: The scale, a buffer.
@@ -71,8 +69,9 @@ class AdaCosLoss(MarginLoss):
     def _extend_buffers(self, num_new: int) -> None:
         """A fixed scale is that of all classes; a dynamic one finds its way."""
         super()._extend_buffers(num_new)
+        self._first_values["scale"] = _fixed_scale(self.num_classes + num_new)
         if not self.dynamic:
-            self.scale.fill_(_fixed_scale(self.num_classes + num_new))
+            self.scale.fill_(self._first_values["scale"])
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Make the scale that of this batch."""
@@ -123,14 +122,12 @@ class AdaFaceLoss(MarginLoss):
     theta is below m z-hat the cosine goes on falling (unrolled), as :func:`arcface` does past pi.
 
     Args:
-        num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d. Do not normalise embeddings before.
         margin: m in radians, in [0, pi / 2).
-        scale: The scale s > 0.
         h: The concentration h > 0.
         momentum: The share of the new batch in mu and sigma: 0.01 as in the authors' README. Their
             code's default is 1.0, and the paper prints 0.99.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Attributes:
         mean: mu, a buffer, 20 at first, as in the authors' code.
@@ -199,9 +196,7 @@ class MagFaceLoss(MarginLoss):
     To the loss of each row is added lambda_g (1 / a + a / u_a^2).
 
     Args:
-        num_classes: The number of classes, C.
         embedding_size: The length of an embedding, d. Do not normalise embeddings before.
-        scale: The scale s > 0.
         length_bounds: (l_a, u_a), the bounds of the length.
         margin_bounds: (l_m, u_m), the margins at those, in radians, in [0, pi).
         lambda_g: The weight of the regulariser, 35 as in the authors' runs (20 in their code). For
@@ -209,7 +204,7 @@ class MagFaceLoss(MarginLoss):
             (u_a^2 - l_a^2): 22.6 with the defaults.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`. The authors'
             code has "easy" by default.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
         >>> loss = MagFaceLoss(num_classes=10, embedding_size=64)
@@ -267,15 +262,12 @@ class ElasticFaceLoss(MarginLoss):
     applies the inverse of that order.) In eval mode the margin is m.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m: radians in [0, pi) for "arc", by default 0.5; in [0, 2) for "cos", 0.35.
-        scale: The scale s > 0.
         kind: "arc" or "cos".
         plus: Whether draws are handed out by difficulty (ElasticFace+).
         deviation: sigma >= 0; by default that of the authors' settings: 0.05, but with ``plus``
             0.0175 for "arc" and 0.02 for "cos".
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
         >>> loss = ElasticFaceLoss(num_classes=10, embedding_size=64, plus=True)

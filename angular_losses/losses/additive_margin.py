@@ -23,13 +23,10 @@ class NormalizedSoftmaxLoss(MarginLoss):
     .. math:: L_i = -\log\frac{e^{s\cos\theta_{y_i}}}{\sum_j e^{s\cos\theta_j}}
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         scale: The scale s > 0; the default is the paper's temperature 0.05 as 1 / 0.05.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -60,14 +57,10 @@ class CosFaceLoss(MarginLoss):
     .. math:: f = s\,(\cos\theta_{y} - m)
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m in [0, 2), or one for each class (C,), such as :func:`ldam_margins`.
-        scale: The scale s > 0.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = CosFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -98,16 +91,12 @@ class ArcFaceLoss(MarginLoss):
     .. math:: f = s\cos(\theta_{y} + m)
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m in radians, in [0, pi), or one for each class (C,), such as
             :func:`power_law_margins`. One in degrees is an error.
-        scale: The scale s > 0.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = ArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -145,16 +134,10 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
     Any other loss does the same with ``sub_centers``.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        margin: m in radians, in [0, pi), or one for each class (C,).
-        scale: The scale s > 0.
-        beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`.
         sub_centers: The number of centres of a class, K.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`ArcFaceLoss`, for all other arguments, shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = SubCenterArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss.weight.shape
         torch.Size([30, 64])
@@ -190,15 +173,11 @@ class LiArcFaceLoss(MarginLoss):
     71 % (:mod:`angular_losses.negatives`); float64 does not.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m in radians, in [0, pi). The paper's value could not be checked; code that
             follows it has 0.40, 0.42 and 0.45.
-        scale: The scale s > 0.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = LiArcFaceLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -241,18 +220,14 @@ class X2SoftmaxLoss(MarginLoss):
     .. math:: f = s\,(a\,(\theta_y - h)^2 + k)
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         a: The curvature, below 0. The paper's a, h and k could not be checked; the defaults are
             those of a training command in the authors' code.
         h: The angle of the vertex in radians. Above 0 the logit increases from theta = 0 to h.
         k: The value at the vertex.
-        scale: The scale s > 0.
-        **options: See :class:`MarginLoss`, for shapes and errors too. The authors' code has the
-            gradient of the cosine: ``gradient="detached"``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
+            The authors' code has the gradient of the cosine: ``gradient="detached"``.
 
     Example:
-        >>> import torch
         >>> loss = X2SoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -299,19 +274,15 @@ class CombinedMarginLoss(MarginLoss):
     .. math:: f = s\,(\cos(m_1\theta_{y} + m_2) - m_3)
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         m1: Multiplicative margin, above 0.
         m2: Additive margin on the angle in radians, in [0, pi).
         m3: Additive margin on the cosine, in [0, 2).
-        scale: The scale s > 0.
         beyond: See :func:`angular_losses.combined`.
         interclass_filtering_threshold: In [0, 1]: other classes with a larger cosine do not push
             (:func:`angular_losses.negatives.interclass_filter`), as in insightface; 0: all do.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
-        >>> import torch
         >>> loss = CombinedMarginLoss(num_classes=10, embedding_size=64, m1=1.0, m2=0.3, m3=0.2)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import NoReturn, TypeAlias, TypedDict
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +19,6 @@ from ..engine.planner import MODES
 from ..functional import REDUCTIONS, Options, Softmax, softmax_loss
 from ..geometry import (
     angle_between,
-    cosines,
-    directions,
     lengths,
     nearest_sub_centers,
     without_autocast,
@@ -32,26 +27,13 @@ from ..geometry import (
 from ..negatives import NegativeFunction
 from ..schedules import Schedule
 from . import labels as label_columns
-from .centres import ClassCentres, watch
-from .state import Pass, begin_pass, copied, is_in_backward, recomputed_copies
-
-Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
-
-
-class LossOptions(TypedDict, total=False):
-    """The keyword arguments that every loss takes; :class:`MarginLoss` describes them."""
-
-    schedule: Schedule | None
-    gradient: str
-    sub_centers: int
-    reduction: str
-    class_weight: Tensor | Sequence[float] | None
-    label_smoothing: float
-    ignore_index: int
-    mode: str
-    memory_budget: int | None
-    device: torch.device | str | None
-    dtype: torch.dtype | None
+from .centres import ClassCentres, dominant_centres, first_directions
+from .mistakes import warn_of_small_scale, warn_of_unit_vectors, watch
+from .options import LossOptions as LossOptions
+from .options import settings, with_options
+from .scheduled import Target as Target
+from .scheduled import in_force
+from .state import is_in_backward, state_of_a_pass
 
 
 class MarginLoss(ClassCentres, nn.Module):
@@ -138,7 +120,8 @@ class MarginLoss(ClassCentres, nn.Module):
         """Show all options in the signature of the class, which ``**options`` would hide."""
         super().__init_subclass__(**arguments)
         if "__init__" in vars(cls):
-            vars(cls)["__init__"].__signature__ = _with_options(vars(cls)["__init__"])
+            init = vars(cls)["__init__"]
+            init.__signature__ = with_options(init, MarginLoss.__init__)
 
     def __init__(
         self,
@@ -181,7 +164,7 @@ class MarginLoss(ClassCentres, nn.Module):
         if schedule is not None:  # a copy; of buffers as clones, which those without values have
             clones = {id(buffer): buffer.clone() for buffer in schedule.buffers()}
             schedule = copy.deepcopy(schedule, clones)
-        self.schedule = schedule
+        self.schedule: Schedule | None = None
         self.gradient = gradient
         self.sub_centers = validation.positive_integer("sub_centers", sub_centers)
         self.reduction = reduction
@@ -197,26 +180,38 @@ class MarginLoss(ClassCentres, nn.Module):
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
         if self._scale_decides:
-            self._warn_of_small_scale(self.scale)
+            warn_of_small_scale(self.scale, self.num_classes)
+        self._first_values: dict[str, float] = {}  # by the name of a tensor
         self.reset_parameters()
+        if schedule is not None and not self.weight.is_meta:
+            schedule.to(self.weight.device)
+        self.schedule = schedule  # which goes on at its step
         watch(self)
 
     @torch.no_grad()
     def reset_parameters(self, init: Tensor | None = None) -> None:
-        """Draw the class centres anew, or start them from directions.
+        """Set anew what the constructor sets, or start the class centres from directions.
+
+        The centres are drawn, biases and statistics have their first values, and the schedule is at
+        step 0. What was given for each class, such as ``class_weight``, stays as it is.
 
         Args:
             init: The directions, as in :meth:`extend`, such as :func:`mean_directions` of the
-                training data; (C, d), or (C * sub_centers, d).
+                training data; (C, d), or (C * sub_centers, d). Nothing but the centres is set then.
 
         Raises:
             TypeError: If ``init`` is not a floating-point tensor.
             ValueError: If its shape does not fit. Nothing is changed then.
         """
-        if init is None:
-            nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
-        else:
-            self.weight.copy_(self._first_directions(init, self.num_classes))
+        if init is not None:
+            sizes = self.num_classes, self.sub_centers
+            self.weight.copy_(first_directions(init, *sizes, self.weight))
+            return
+        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+        for name, value in self._first_values.items():
+            getattr(self, name).fill_(value)
+        if self.schedule is not None:
+            self.schedule.reset_parameters()
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """The target logits before scaling.
@@ -339,7 +334,7 @@ class MarginLoss(ClassCentres, nn.Module):
         is_step = self.training and torch.is_grad_enabled() and not repeats
         if is_step:
             self._begin_step(batch, counts)
-        with self._state_of_a_pass(repeats) as this:
+        with state_of_a_pass(self, self.statistics, self.schedule, repeats=repeats) as this:
             options = Options(
                 self.penalty(batch.embeddings),
                 self.reduction,
@@ -362,7 +357,8 @@ class MarginLoss(ClassCentres, nn.Module):
         """What precedes the loss of a training step: a look at the first batch, statistics."""
         if self._looks_at_lengths and validation.is_readable(batch.embeddings):
             self._looks_at_lengths = False
-            self._warn_of_unit_vectors(batch)
+            rows = batch.embeddings.detach()
+            warn_of_unit_vectors(self, rows if batch.kept is None else rows[batch.kept])
         if type(self).observe is not MarginLoss.observe:
             with torch.no_grad(), without_autocast(batch.embeddings.device):
                 self.observe(batch.embeddings.detach(), batch.labels, counts)
@@ -432,29 +428,8 @@ class MarginLoss(ClassCentres, nn.Module):
         Returns:
             A function of theta (N,), in radians, that returns the target logits before scaling.
         """
-        target, schedule = self.row_target(embeddings, labels), self.schedule
-
-        def margin(theta: Tensor) -> Tensor:
-            if schedule is None:
-                return target(theta, 1.0)
-            scheduled: Tensor = schedule(target, theta)
-            return scheduled
-
-        if self.gradient == "detached":
-            return margins.KnownDescent(
-                margins.detached(margin), lambda theta: (margin(theta), torch.sin(theta))
-            )
-        if not margins.has_descent(target) or not (schedule is None or schedule.is_linear):
-            return margin
-
-        def with_descent(theta: Tensor) -> tuple[Tensor, Tensor]:
-            if schedule is None:
-                return target.with_descent(theta, 1.0)
-            both: Tensor = schedule(lambda *at: torch.stack(target.with_descent(*at)), theta)
-            value, descent = both
-            return value, descent
-
-        return margins.KnownDescent(margin, with_descent)
+        target = self.row_target(embeddings, labels)
+        return in_force(target, self.schedule, self.gradient)
 
     def _of_classes(
         self,
@@ -478,33 +453,7 @@ class MarginLoss(ClassCentres, nn.Module):
         """Keep a number as a buffer ()."""
         kept = torch.tensor(value, dtype=validation.kept_dtype(), device=self.weight.device)
         self.register_buffer(name, kept)
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Scale times cosine for every class, without a margin: what to use for inference.
-
-        Args:
-            embeddings: (N, d), floating point.
-
-        Returns:
-            (N, C), float32 at least.
-
-        Raises:
-            TypeError: If the embeddings are not floating-point.
-            ValueError: If their shape or device does not fit ``weight``.
-        """
-        validation.floating("embeddings", embeddings, "N", "d", device=self.weight.device)
-        validation.width("embeddings", embeddings, self.embedding_size, self.num_classes)
-        with without_autocast(embeddings.device):
-            cosine = cosines(embeddings, self.weight)
-            if not self.normalize_weight:
-                cosine = cosine * lengths(self.weight).to(cosine.dtype)
-            if self.sub_centers > 1:
-                each = cosine.shape[1] // self.sub_centers
-                cosine = cosine.view(cosine.shape[0], each, self.sub_centers).amax(2)
-            scale = self.row_scale(embeddings)
-            if isinstance(scale, Tensor):
-                scale = scale.to(cosine.dtype).reshape(-1, 1)
-            return scale * cosine
+        self._first_values[name] = value
 
     @torch.no_grad()
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
@@ -532,7 +481,7 @@ class MarginLoss(ClassCentres, nn.Module):
             torch.Size([1, 12])
         """
         num_new = validation.positive_integer("num_new", num_new)
-        old, new = self.weight, self._first_directions(init, num_new)
+        old, new = self.weight, first_directions(init, num_new, self.sub_centers, self.weight)
         mean_length = self.shard.total(lengths(old).sum()) / (self.num_classes * self.sub_centers)
         new = new * mean_length.to(new.dtype)
         self._extend_buffers(num_new)
@@ -540,20 +489,6 @@ class MarginLoss(ClassCentres, nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
         self.num_classes += num_new
         watch(self)
-
-    def _first_directions(self, init: Tensor | None, num_classes: int) -> Tensor:
-        """Where the centres of some classes start: the given directions, drawn ones for none."""
-        size, num_centres = self.embedding_size, num_classes * self.sub_centers
-        drawn = directions(torch.randn(num_centres, size, dtype=torch.float32, device="cpu"))
-        drawn = drawn.to(self.weight.device)
-        if init is None:
-            return drawn
-        has_all = isinstance(init, Tensor) and init.shape[:1] == (num_centres,)
-        validation.floating("init", init, num_centres if has_all else num_classes, size)
-        given = directions(init.detach().to(drawn))
-        if not has_all:  # sub-centres at one place would stay together
-            given = directions(given.repeat_interleave(self.sub_centers, 0) + 0.1 * drawn)
-        return given.where(given.any(1, keepdim=True), drawn)
 
     @torch.no_grad()
     def drop_sub_centers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -580,35 +515,18 @@ class MarginLoss(ClassCentres, nn.Module):
             >>> from angular_losses import SubCenterArcFaceLoss
             >>> loss = SubCenterArcFaceLoss(10, 64, sub_centers=2)
             >>> angles = loss.drop_sub_centers([(torch.randn(30, 64), torch.arange(30) % 10)])
-            >>> far = (angles > math.radians(75)).nonzero()[:, 0]
+            >>> far = (angles.rad2deg() > 75).nonzero()[:, 0]
             >>> loss.weight.shape
             torch.Size([10, 64])
 
         References:
             Deng et al., "Sub-center ArcFace", ECCV 2020, section 3.3.
         """
-        each, angles, first = self.sub_centers, [], []
-        for embeddings, labels in batches:
-            batch = self._checked(embeddings, labels)
-            first.append(batch.labels * each)
-            of_centres = [
-                angle_between(embeddings, self.weight[first[-1] + k]) for k in range(each)
-            ]
-            angle = torch.stack(of_centres, 1)
-            angles.append(
-                angle if batch.kept is None else angle.where(batch.kept[:, None], math.nan)
-            )
-        if not angles:
-            raise ValueError("batches: expected at least one, got none")
-        angle, row = torch.cat(angles), torch.cat(first)
-        nearest = row + angle.argmin(1)
-        votes = nearest[~angle[:, 0].isnan()].bincount(minlength=len(self.weight))
-        dominant = votes.view(-1, each).argmax(1)
-        kept = self.weight[torch.arange(0, len(self.weight), each).to(dominant) + dominant]
-        self.weight = nn.Parameter(kept, requires_grad=self.weight.requires_grad)
+        kept, angles = dominant_centres(batches, self.weight, self.sub_centers, self.ignore_index)
+        self.weight = nn.Parameter(self.weight[kept], self.weight.requires_grad)
         self.sub_centers = 1
         watch(self)
-        return angle.gather(1, dominant[row // each, None])[:, 0]
+        return angles
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
@@ -620,41 +538,8 @@ class MarginLoss(ClassCentres, nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, with options left at their defaults left out."""
-        settings = (
-            f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if not name.startswith("_")
-            and name not in _SHOWN_FIRST
-            and not isinstance(value, Tensor)
-            and repr(value) != repr(_DEFAULTS.get(name))
-        )
-        return ", ".join([str(self.num_classes), str(self.embedding_size), *settings])
-
-    def _warn_of_small_scale(self, scale: float) -> None:
-        """Warn if even embeddings on their centres would be far from sure of their class."""
-        if self.num_classes < 2:
-            return
-        # CosFace's bound: the smallest scale for probability 0.9 with the best of all centres.
-        share = (self.num_classes - 1) / self.num_classes
-        least = share * math.log(9 * (self.num_classes - 1))
-        if scale < least:
-            warnings.warn(
-                f"scale: {scale:g} is small for {self.num_classes} classes: with less than "
-                f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
-                stacklevel=4,
-            )
-
-    def _warn_of_unit_vectors(self, batch: Batch) -> None:
-        """Warn if all embeddings have length 1, to the rounding of their dtype."""
-        embeddings = batch.embeddings.detach()
-        length = lengths(embeddings if batch.kept is None else embeddings[batch.kept])
-        rounding = max(8 * torch.finfo(embeddings.dtype).eps, 1e-6)
-        if len(length) and bool((length - 1).abs().amax() < rounding):
-            warnings.warn(
-                f"embeddings: all have length 1, and {type(self).__name__} learns from their "
-                "lengths: do not normalise them before the loss",
-                stacklevel=7,  # the call of the loss, through torch's Module
-            )
+        sizes = str(self.num_classes), str(self.embedding_size)
+        return ", ".join([*sizes, *settings(self, MarginLoss.__init__)])
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> Batch:
         return checked(
@@ -700,21 +585,6 @@ class MarginLoss(ClassCentres, nn.Module):
         elif is_step and self._uncounted:  # a module is slow to set what is as it was
             self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
-    @contextmanager
-    def _state_of_a_pass(self, repeats: bool) -> Iterator[Pass | None]:
-        """While this lasts, the loss reads copies of its state: that now, or of the step before."""
-        moving: list[tuple[nn.Module, str]] = [(self, name) for name in self.statistics]
-        if self.schedule is not None:
-            moving.append((self.schedule, "step"))
-        if not moving:
-            yield None
-            return
-        before = recomputed_copies(self) if repeats else None
-        with copied(moving, before) as copies:
-            if repeats and before is None and self.schedule is not None:
-                self.schedule.step.sub_(1).clamp_(min=0)
-            yield None if torch.compiler.is_compiling() else begin_pass(self, copies)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
         """Keep the buffers in float32 at least: in half precision running statistics stall."""
         buffers, self._buffers = self._buffers, {}
@@ -729,19 +599,3 @@ class MarginLoss(ClassCentres, nn.Module):
                 is_kept = moved.dtype in (dtype, buffer.dtype)
                 buffers[name] = moved if is_kept else buffer.to(moved.device, dtype)
         return self
-
-
-_SHOWN_FIRST = ("training", "num_classes", "embedding_size")
-_OPTIONS = inspect.signature(MarginLoss.__init__).parameters
-_DEFAULTS = {name: each.default for name, each in _OPTIONS.items()}
-_DEFAULTS |= {"beyond": "decreasing", "keeps_lengths": False, "shard": WHOLE}
-
-
-def _with_options(init: Callable[..., None]) -> inspect.Signature:
-    """The signature of an ``__init__``, with each of :class:`LossOptions` for ``**options``."""
-    signature = inspect.signature(init)
-    shown = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
-    if len(shown) < len(signature.parameters):
-        names = LossOptions.__optional_keys__ - signature.parameters.keys()
-        shown += [each for name, each in _OPTIONS.items() if name in names]
-    return signature.replace(parameters=shown)

@@ -1,25 +1,10 @@
-"""Which losses there are."""
+"""Which losses there are: those that the package exports."""
 
 from __future__ import annotations
 
-from . import (
-    adaptive_margin,
-    additive_margin,
-    class_margins,
-    hard_negatives,
-    multiplicative_margin,
-    one_vs_rest,
-)
-from .base import MarginLoss
+import sys
 
-_MODULES = (
-    adaptive_margin,
-    additive_margin,
-    class_margins,
-    hard_negatives,
-    multiplicative_margin,
-    one_vs_rest,
-)
+from .base import MarginLoss
 
 
 def available() -> dict[str, str]:
@@ -39,11 +24,7 @@ def available() -> dict[str, str]:
     """
     found = {
         name: (loss.__doc__ or "").partition("\n")[0]
-        for module in _MODULES
-        for name, loss in vars(module).items()
-        if isinstance(loss, type)
-        and issubclass(loss, MarginLoss)
-        and loss is not MarginLoss
-        and not name.startswith("_")
+        for name, loss in vars(sys.modules["angular_losses"]).items()
+        if isinstance(loss, type) and issubclass(loss, MarginLoss) and loss is not MarginLoss
     }
     return dict(sorted(found.items()))

@@ -39,16 +39,13 @@ class KappaFaceLoss(MarginLoss):
     classes with nearly the same w^kappa. So does, here too, a class of copies of one image.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         class_counts: (C,) the number of training images of each class, n, a tensor or any other
             sequence of numbers.
         margin: m in radians, in [0, pi).
-        scale: The scale s > 0.
         temperature: T >= 0.
         gamma: The share of concentration against rarity, in [0, 1]. The defaults are those of the
             authors' settings; their code's own are 0.62, 0.55 and 0.7.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Attributes:
         margin: (C,) buffer, the margins in force.
@@ -93,6 +90,7 @@ class KappaFaceLoss(MarginLoss):
         self.register_buffer("margin", torch.full_like(counts, margin))
         self.direction_sums = counts.new_zeros(self.num_classes, self.embedding_size)
         self.seen = torch.zeros_like(counts)
+        self._first_values = {"margin": self.base_margin, **dict.fromkeys(_GATHERED, 0.0)}
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Add the directions of the batch to those of its classes."""
@@ -126,9 +124,9 @@ class KappaFaceLoss(MarginLoss):
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         super().__setattr__(name, value)
 
-    def _apply(self, *arguments: Any) -> Self:  # noqa: ANN401
+    def _apply(self, *arguments: Any, **options: Any) -> Self:  # noqa: ANN401
         with self._gathered_as_buffers():
-            super()._apply(*arguments)
+            super()._apply(*arguments, **options)
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:  # noqa: ANN401

@@ -29,13 +29,10 @@ class CurricularFaceLoss(MarginLoss):
     before it is used.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m in radians, in [0, pi).
-        scale: The scale s > 0.
         momentum: The share of the new batch in t. The paper prints 0.99; its author says that the
             code, with 0.01, is right. TFace has 0.1.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
         >>> loss = CurricularFaceLoss(num_classes=10, embedding_size=64)
@@ -88,15 +85,12 @@ class MVSoftmaxLoss(MarginLoss):
         \quad \text{where } s\,c_j > f, \text{ else } s\,c_j
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m: radians in [0, pi) for "arc", in [0, 2) for "cos".
-        scale: The scale s > 0.
         kind: "arc", f = s cos(theta + m), or "cos", f = s (cos(theta) - m), the paper's AM.
         adaptive: Whether the emphasis grows with the cosine.
         t: The emphasis t >= 0. The defaults are those of the authors' code, which leaves the margin
             out where the target's cosine is below 0; FaceX-Zoo's ``mv_weight`` 1.12 is t = 0.12.
-        **options: See :class:`MarginLoss`, for shapes and errors too.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:
         >>> loss = MVSoftmaxLoss(num_classes=10, embedding_size=64, kind="cos", adaptive=False)
@@ -146,10 +140,7 @@ class NPCFaceLoss(MarginLoss):
     0 where there is none, taken as a constant.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m, the paper's m0, in radians, in [0, pi).
-        scale: The scale s > 0.
         m1: How much the hard negatives add to the margin.
         t: The factor of hard negatives.
         a: The offset of hard negatives.
@@ -157,8 +148,8 @@ class NPCFaceLoss(MarginLoss):
             FaceX-Zoo, by one of the paper's authors; the paper's could not be checked.
         beyond: What happens past theta + m = pi; see :mod:`angular_losses.margins`. FaceX-Zoo has
             "easy": no margin where the target's cosine is 0 or less.
-        **options: See :class:`MarginLoss`, for shapes and errors too. Each forward pass takes one
-            more matrix product.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
+            Each forward pass takes one more matrix product.
 
     Example:
         >>> loss = NPCFaceLoss(num_classes=10, embedding_size=64)
@@ -225,12 +216,10 @@ class CircleLoss(MarginLoss):
     with the brackets taken as constants by the gradient, as the paper has it.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: The relaxation m in (0, 1).
         scale: gamma > 0.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``schedule``: it has a
-            pace of its own.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``schedule``: it has a pace of its own.
 
     Example:
         >>> loss = CircleLoss(num_classes=10, embedding_size=64)
@@ -294,14 +283,12 @@ class InterTopKLoss(MarginLoss):
 
     Args:
         num_classes: The number of classes, C > k.
-        embedding_size: The length of an embedding, d.
         margin: m: radians in [0, pi) for "arc", in [0, 2) for "cos".
-        scale: The scale s > 0.
         k: How many classes are penalised; classes that tie with the last are too.
         penalty: m': radians for "arc". The defaults are WeSpeaker's, which has 3 sub-centres.
         kind: "arc" or "cos".
-        **options: See :class:`MarginLoss`, for shapes and errors too. Each forward pass takes one
-            more matrix product.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
+            Each forward pass takes one more matrix product.
 
     Example:
         >>> loss = InterTopKLoss(num_classes=10, embedding_size=64, sub_centers=3)

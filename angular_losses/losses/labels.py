@@ -16,12 +16,7 @@ def several(
     ignore_index: int,
     num_classes: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels (N,), not checked, without weights; or (N, K) with their weights (N, K).
-
-    Raises:
-        TypeError: If the weights are not floating-point.
-        ValueError: If a shape or a device is out of place, or the labels look one-hot.
-    """
+    """Labels (N,), not checked, without weights; or (N, K) with their weights (N, K)."""
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         if label_weight is not None:
             raise ValueError("label_weight: expected it with labels (N, K)")
@@ -48,12 +43,7 @@ def several(
 def mixed(
     embeddings: Tensor, labels: Tensor, other_labels: Tensor, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Labels (N, 2) of mixed rows, and their weights (N, 2), from two checked labels a row.
-
-    Raises:
-        TypeError: If ``lam`` is neither a number nor a floating-point tensor.
-        ValueError: If it is out of range or has the wrong shape.
-    """
+    """Labels (N, 2) of mixed rows, and their weights (N, 2), from two checked labels a row."""
     device, num_rows = embeddings.device, labels.shape[0]
     if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
         validation.share("lam", lam)

@@ -41,6 +41,10 @@ class _OneVsRest(MarginLoss):
                 f"got {self.label_smoothing}"
             )
 
+    def _register_bias(self, value: float) -> None:
+        self.bias = nn.Parameter(self.weight.new_full((1,), value))
+        self._first_values["bias"] = value
+
     def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
         """The loss of the target, a function of its angle, and of a negative: cosine and bias."""
         raise NotImplementedError
@@ -74,15 +78,14 @@ class SphereFace2Loss(_OneVsRest):
 
     Args:
         num_classes: The number of classes, C >= 2.
-        embedding_size: The length of an embedding, d.
         margin: m: in [0, 2) for "C", radians in [0, pi) for "A", where OpenSphere has 0.5.
         scale: r > 0.
         kind: "C" or "A".
         t: The power t > 0 of the similarity adjustment.
         balance: lambda in (0, 1), the weight of the positive against the negatives.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
-            ``gradient="detached"`` is OpenSphere's: every class has the gradient of its cosine,
-            without g and the margin.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``label_smoothing``. ``gradient="detached"`` is OpenSphere's: every class has the
+            gradient of its cosine, without g and the margin.
 
     Attributes:
         bias: b, a parameter (1,). It starts where it has no gradient while every angle is
@@ -120,7 +123,7 @@ class SphereFace2Loss(_OneVsRest):
         )
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self.bias = nn.Parameter(self.weight.new_full((1,), self._balanced_bias(float(scale))))
+        self._register_bias(self._balanced_bias(float(scale)))
 
     def _balanced_bias(self, scale: float) -> float:
         at = torch.tensor(math.pi / 2, dtype=torch.float64, device="cpu")
@@ -166,12 +169,10 @@ class UniFaceLoss(_OneVsRest):
         + \lambda\sum_{j \ne y}\log(1 + e^{s\cos\theta_j - b})
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m in [0, 2).
-        scale: The scale s > 0.
         balance: lambda > 0, the weight of the negatives.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``label_smoothing``.
 
     Attributes:
         bias: b, a parameter (1,), log(10 C) at first, as in the authors' code. That code
@@ -199,7 +200,7 @@ class UniFaceLoss(_OneVsRest):
         super().__init__(num_classes, embedding_size, scale, **options)
         self.margin = validation.cosine_margin("margin", margin)
         self.balance = validation.positive("balance", balance)
-        self.bias = nn.Parameter(self.weight.new_full((1,), math.log(10 * self.num_classes)))
+        self._register_bias(math.log(10 * self.num_classes))
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta) less the share of the margin in force."""
@@ -222,9 +223,8 @@ class P2SGradLoss(_OneVsRest):
     by C.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``label_smoothing``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
+            no ``label_smoothing``.
 
     Example:
         >>> loss = P2SGradLoss(num_classes=10, embedding_size=64)

@@ -10,37 +10,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
 
-
-@contextmanager
-def copied(
-    buffers: Sequence[tuple[nn.Module, str]], copies: Sequence[Tensor] | None = None
-) -> Iterator[list[Tensor]]:
-    """While this lasts, these buffers, each named by its module, are copies: of now, or those."""
-    kept = [module.get_buffer(name) for module, name in buffers]
-    copy = _copy if torch.compiler.is_compiling() else Tensor.clone
-    read = [copy(buffer) for buffer in kept] if copies is None else list(copies)
-    for (module, name), buffer in zip(buffers, read, strict=True):
-        setattr(module, name, buffer)
-    try:
-        yield read
-    finally:
-        for (module, name), buffer in zip(buffers, kept, strict=True):
-            setattr(module, name, buffer)
+from ..schedules import Schedule
 
 
-@dataclass(eq=False)
 class Pass:
     """A forward pass, to be told by the place of its nodes in the order in which all were made."""
 
-    loss: weakref.ref[nn.Module]
-    first_node: int
-    copies: list[Tensor]
+    @_disable_dynamo
+    def __init__(self, loss: nn.Module, copies: list[Tensor]) -> None:
+        self.loss, self.copies = weakref.ref(loss), copies
+        self.first_node: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
     @_disable_dynamo
     def keep(self, value: Tensor) -> None:
@@ -53,15 +37,34 @@ class Pass:
 _passes: weakref.WeakSet[Pass] = weakref.WeakSet()
 
 
-@_disable_dynamo
-def begin_pass(loss: nn.Module, copies: list[Tensor]) -> Pass:
-    """A forward pass that reads these copies and begins now."""
-    number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-    return Pass(weakref.ref(loss), number, copies)
+@contextmanager
+def state_of_a_pass(
+    loss: nn.Module, statistics: Sequence[str], schedule: Schedule | None, *, repeats: bool
+) -> Iterator[Pass | None]:
+    """While this lasts, a loss reads copies of its state: that now, or of the step it repeats."""
+    moving: list[tuple[nn.Module, str]] = [(loss, name) for name in statistics]
+    if schedule is not None:
+        moving.append((schedule, "step"))
+    if not moving:
+        yield None
+        return
+    kept = [module.get_buffer(name) for module, name in moving]
+    before = _recomputed_copies(loss) if repeats else None
+    copy = _copy if torch.compiler.is_compiling() else Tensor.clone
+    copies = [copy(buffer) for buffer in kept] if before is None else before
+    for (module, name), buffer in zip(moving, copies, strict=True):
+        setattr(module, name, buffer)
+    try:
+        if repeats and before is None and schedule is not None:
+            schedule.step.sub_(1).clamp_(min=0)
+        yield None if torch.compiler.is_compiling() else Pass(loss, copies)
+    finally:
+        for (module, name), buffer in zip(moving, kept, strict=True):
+            setattr(module, name, buffer)
 
 
 @_disable_dynamo
-def recomputed_copies(loss: nn.Module) -> list[Tensor] | None:
+def _recomputed_copies(loss: nn.Module) -> list[Tensor] | None:
     """What the pass read that a backward pass needs again; None where it is not known.
 
     ``torch.utils.checkpoint`` recomputes what the node at work saved: of the passes that began

@@ -515,6 +515,20 @@ def test_new_classes_begin_a_new_window():
     assert monitor.snapshot().rows.tolist() == [1, 0, 0, 0, 0, 1, 1]
 
 
+def test_an_attached_monitor_measures_the_gradient_of_new_classes():
+    monitor = watched()
+    embeddings, labels = rows_for(monitor)
+    with monitor.attach():
+        monitor.loss(embeddings, labels).backward()
+        old = monitor.loss.weight
+        monitor.loss.extend(2)
+        monitor.loss(embeddings, labels).backward()
+        norms = monitor.loss.weight.grad.norm(dim=1)
+        assert torch.allclose(monitor.snapshot().gradient_norm.float(), norms)
+    assert not old._backward_hooks
+    assert not monitor.loss.weight._backward_hooks
+
+
 @pytest.mark.parametrize("plus", [False, True])
 def test_random_margins_are_those_of_the_pass(plus, monkeypatch):
     """The monitor leaves the random numbers to the loss, and measures the draws to come."""
@@ -768,6 +782,7 @@ COUNTS = torch.ones(4)
         (lambda: diagnostics.gradient_norm_per_class(ONES, 4), ValueError, "gradient:"),
         (lambda: diagnostics.angle_histogram(LABELS), TypeError, "theta:"),
         (lambda: diagnostics.angle_histogram(COUNTS, 0), ValueError, "bins:"),
+        (lambda: diagnostics.histogram_quantile(COUNTS, 50), ValueError, "share:"),
         (lambda: diagnostics.AngularMonitor(torch.nn.Linear(1, 1)), TypeError, "loss:"),
         (lambda: diagnostics.AngularMonitor(al.ArcFaceLoss(1, 2)), ValueError, "loss:"),
         (lambda: watched(every=0), ValueError, "every:"),

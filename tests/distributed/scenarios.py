@@ -524,6 +524,16 @@ def two_dimensions(mesh, classes_over_all):
     return max(errors)
 
 
+def drawn_anew(mesh):
+    """All centres after each rank, with the same seed as the others, has drawn its own."""
+    part = shard(al.ArcFaceLoss(4 * mesh.size(), SIZE), mesh)
+    torch.manual_seed(0)
+    part.reset_parameters()
+    first = unshard(part).weight.detach()
+    part.reset_parameters()
+    return first, unshard(part).weight.detach()
+
+
 def whole_again(mesh):
     torch.manual_seed(3)
     loss = al.SubCenterArcFaceLoss(5, SIZE, schedule=al.MarginWarmup(10))

@@ -344,3 +344,11 @@ def test_unshard_and_what_is_rejected(processes):
         assert has_its_centres
         for found, start in zip(told, expected, strict=True):
             assert found.startswith(start)
+
+
+def test_ranks_draw_their_own_centres_anew(processes):
+    answers = processes.run(sharding.drawn_anew, 2)
+    for first, second in answers:
+        assert torch.equal(first, answers[0][0])
+        assert not (first == second).any()
+        assert len(first.unique()) == first.numel()

@@ -16,7 +16,7 @@ from torch import distributed
 import angular_losses
 from angular_losses import arcface, margin_softmax_loss, parameter_groups
 from angular_losses.diagnostics import AngularMonitor
-from angular_losses.losses.centres import FORGOTTEN_AFTER
+from angular_losses.losses.mistakes import FORGOTTEN_AFTER
 from tests.profiling import peak_bytes
 
 pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is missing")
@@ -222,6 +222,12 @@ def test_a_monitor_of_p2sgrad():
         loss(embeddings, labels).backward()
     assert monitor.summary()["margin_mean"] == pytest.approx(0, abs=1e-6)
     assert monitor.summary()["gradient_norm_max"] > 0
+
+
+def test_a_call_without_labels_says_so_under_a_monitor():
+    loss = ours.ArcFaceLoss(CLASSES, SIZE)
+    with AngularMonitor(loss).attach(), pytest.raises(TypeError, match="labels: expected"):
+        loss(torch.randn(4, SIZE))
 
 
 @each_class
@@ -608,6 +614,12 @@ def test_p2s_grad_trains_as_pmls():
             loss(embeddings, labels).backward()
             optimiser.step()
     assert not torch.allclose(second.weight.norm(dim=0), torch.ones(CLASSES).double(), atol=1e-2)
+
+
+def test_logits_of_p2s_grad_are_cosines():
+    loss, embeddings = p2s_pair()[1], torch.randn(4, SIZE)
+    expected = torch.cosine_similarity(embeddings[:, None], loss.weight.T[None], dim=2)
+    torch.testing.assert_close(loss.get_logits(embeddings), expected)
 
 
 def test_p2s_grad_in_half_precision_and_under_autocast():

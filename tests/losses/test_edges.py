@@ -167,6 +167,13 @@ def test_settings_without_values(build):
         loss(torch.randn(5, SIZE, device="meta"), torch.zeros(5, device="meta").long()).backward()
 
 
+def test_a_schedule_is_where_the_loss_is_made():
+    with FakeTensorMode():
+        loss = al.ArcFaceLoss(CLASSES, SIZE, schedule=al.MarginWarmup(3), device="cuda")
+    assert loss.schedule.step.device == loss.weight.device
+    assert al.ArcFaceLoss(3, 4, schedule=al.MarginWarmup(3), device="meta").schedule.step == 0
+
+
 def test_labels_on_a_device_without_assertions(monkeypatch):
     def no_kernel(*_):
         raise NotImplementedError

@@ -1,0 +1,106 @@
+"""Warnings of likely mistakes: centres no optimiser moves, a small scale, normalised embeddings."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..geometry import lengths
+from .centres import ClassCentres
+
+# Steps of an optimiser, after the first with a gradient, that leave the centres as they are.
+FORGOTTEN_AFTER = 20
+
+
+@dataclass
+class _Watch:
+    """What the centres were when an optimiser stepped first, and the steps since."""
+
+    version: int
+    centre: Tensor
+    gradient: Tensor
+    steps: int = 0
+
+
+_watched: weakref.WeakKeyDictionary[ClassCentres, _Watch | None] = weakref.WeakKeyDictionary()
+
+
+def watch(loss: ClassCentres) -> None:
+    """Warn, once, if optimisers step while gradients reach the centres and those stay as they are.
+
+    In gradient accumulation no optimiser steps between the batches, so no batches are too many.
+    """
+    _watched[loss] = None
+    _begin()
+
+
+@functools.cache
+def _begin() -> None:
+    register_optimizer_step_post_hook(_look)
+
+
+def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for loss, seen in list(_watched.items()):
+        centres = loss._centres
+        gradient = centres.grad
+        if gradient is None or not (loss.training and centres.requires_grad):
+            continue
+        if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
+            continue  # nothing can be read, and what is kept would be the graph's
+        if seen is None:
+            first = centres.detach()[:1].clone()
+            _watched[loss] = _Watch(centres._version, first, gradient.detach().sum())
+        elif centres._version != seen.version:
+            del _watched[loss]
+        else:
+            seen.steps += 1
+            if seen.steps == FORGOTTEN_AFTER:
+                _warn(loss, seen, gradient)
+
+
+def _warn(loss: ClassCentres, seen: _Watch, gradient: Tensor) -> None:
+    del _watched[loss]
+    # A change through .data has no version; and the steps may all be those of another model.
+    is_same = torch.equal(seen.centre, loss._centres.detach()[:1])
+    if is_same and not torch.equal(seen.gradient, gradient.detach().sum()):
+        warnings.warn(
+            f"{loss._centres_name}: the class centres of {type(loss).__name__} have not changed in "
+            f"{FORGOTTEN_AFTER} steps of an optimiser; does it hold the loss's parameters? See "
+            "parameter_groups",
+            stacklevel=4,  # the call of step
+        )
+
+
+def warn_of_small_scale(scale: float, num_classes: int) -> None:
+    """Warn if even embeddings on their centres would be far from sure of their class."""
+    if num_classes < 2:
+        return
+    # CosFace's bound: the smallest scale for probability 0.9 with the best of all centres.
+    least = (num_classes - 1) / num_classes * math.log(9 * (num_classes - 1))
+    if scale < least:
+        warnings.warn(
+            f"scale: {scale:g} is small for {num_classes} classes: with less than "
+            f"{least:.1f} the loss stays large for perfect embeddings; see suggest_scale",
+            stacklevel=4,
+        )
+
+
+def warn_of_unit_vectors(loss: object, embeddings: Tensor) -> None:
+    """Warn if all embeddings have length 1, to the rounding of their dtype."""
+    length = lengths(embeddings)
+    rounding = max(8 * torch.finfo(embeddings.dtype).eps, 1e-6)
+    if len(length) and bool((length - 1).abs().amax() < rounding):
+        warnings.warn(
+            f"embeddings: all have length 1, and {type(loss).__name__} learns from their "
+            "lengths: do not normalise them before the loss",
+            stacklevel=7,  # the call of the loss, through torch's Module
+        )
