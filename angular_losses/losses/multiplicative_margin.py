@@ -27,16 +27,13 @@ class SphereFaceLoss(MarginLoss):
         \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad k = \lfloor m\theta / \pi \rfloor
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m >= 1, any real number; 1 is no margin.
         scale: The scale s > 0, or None for the length of each embedding.
         beyond: See :func:`angular_losses.sphereface`.
-        **options: See :class:`MarginLoss`, for shapes and errors too. The paper trains with the
-            margin annealed: ``schedule=LambdaAnnealing()``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too. The
+            paper trains with the margin annealed: ``schedule=LambdaAnnealing()``.
 
     Example:
-        >>> import torch
         >>> loss = SphereFaceLoss(num_classes=10, embedding_size=64, margin=4)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -84,18 +81,16 @@ class SphereFaceRLoss(MarginLoss):
     lw 50 and s 30, is 0.006 here.
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m >= 1.
         scale: The scale s > 0, or the length to come near to.
         kind: "v1", "v2", or "v0": SphereFace's psi.
         normalization: "hard" or "soft".
         t: The weight of the soft normalisation. Whether the paper's power of the difference is 1,
             as in OpenSphere, could not be checked.
-        **options: See :class:`MarginLoss`, for shapes and errors too; for "v2" no ``schedule``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too; for
+            "v2" no ``schedule``.
 
     Example:
-        >>> import torch
         >>> loss = SphereFaceRLoss(num_classes=10, embedding_size=64, normalization="soft")
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
@@ -170,15 +165,12 @@ class LSoftmaxLoss(MarginLoss):
     .. math:: f = |w_y|\,|x|\,\psi(\theta_y), \qquad z_j = w_j \cdot x
 
     Args:
-        num_classes: The number of classes, C.
-        embedding_size: The length of an embedding, d.
         margin: m >= 1, any real number; the paper has 2, 3 and 4.
         scale: A factor of all logits; the paper has none.
-        **options: See :class:`MarginLoss`, for shapes and errors too; no ``sub_centers``. The
-            paper anneals: ``schedule=LambdaAnnealing()``.
+        **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too; no
+            ``sub_centers``. The paper anneals: ``schedule=LambdaAnnealing()``.
 
     Example:
-        >>> import torch
         >>> loss = LSoftmaxLoss(num_classes=10, embedding_size=64)
         >>> loss(torch.randn(8, 64), torch.arange(8)).shape
         torch.Size([])
