@@ -20,6 +20,7 @@ from ..files import (
     check_sum,
     column,
     locked,
+    read_json,
     read_table,
     readable,
     write_array,
@@ -37,9 +38,11 @@ from ..training.run_folder import (
     EMBEDDINGS,
     FIXED,
     METRICS,
+    POINTING,
     PREDICTIONS,
     RECORDS,
     SETTINGS,
+    STRANGE,
     VIEW_PREDICTIONS,
     read_precision,
     read_split,
@@ -101,6 +104,9 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
 
 def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> Metrics:
     network, epoch = load_network(run, settings.network)
+    if not (run / METRICS).is_file() or read_json(run / METRICS)["epoch"] != epoch:
+        for name in (POINTING, STRANGE):  # what `examine` found of another network
+            (run / name).unlink(missing_ok=True)
     own = settings.evaluation.views
     embeddings = _embed_views(run, network, slices, split, max(own, 2))
     centres = class_centres(
@@ -129,9 +135,11 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
     if len(split.calibration):
         results["calibration"] = _calibrate(run, network, epoch, slices, split, embeddings[own])
     write_json(run / METRICS, results)
-    tables = [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
-    kept = RECORDS if epoch == settings.training.epochs else FIXED
-    write_sums(run, [*kept, EMBEDDINGS, ANGLES, PREDICTIONS, *tables, METRICS])
+    kept = [*(RECORDS if epoch == settings.training.epochs else FIXED), EMBEDDINGS, ANGLES]
+    kept += [PREDICTIONS, METRICS]
+    kept += [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
+    kept += [CALIBRATION] if len(split.calibration) else []
+    write_sums(run, kept)
     return by_views[own]
 
 

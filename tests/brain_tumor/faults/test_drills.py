@@ -246,6 +246,20 @@ def test_bytes_are_stored_before_the_name(tmp_path, monkeypatch):
     assert seen == [(12, False)]
 
 
+def test_lines_are_stored_before_what_follows(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda one: seen.append(os.fstat(one).st_size))
+    append_text(tmp_path / "log", "twelve bytes")
+    assert seen == [12]
+
+
+def test_without_locks_there_is_no_file_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows, which removes no open file
+    with files.locked(tmp_path / "new"):
+        assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_missing_folder_is_named(tmp_path):
     path, fault = tmp_path / "absent" / "x", "absent.x: cannot be written: No such file"
     with pytest.raises(UserError, match=fault):
