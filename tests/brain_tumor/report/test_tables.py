@@ -304,6 +304,28 @@ def test_variants_are_compared_on_the_same_folds(reproduction, folder):
     assert rows["no-upside-down"] == own
 
 
+def test_what_is_called_seed_0_is_seed_0(tmp_path):
+    made = write_reproduction(tmp_path / "out", unfinished=(f"slice-{PROPOSED}-seed0",))
+    reproduction = read_reproduction(made)
+    assert reproduction.proposed is None
+    (row, *_) = tables.paper_table(reproduction, (PROPOSED,), {}).rows
+    assert row[-4] == "2"
+    assert row[-2:] == ["-", "-"]  # Wilson's interval and the bootstrap of seed 0
+    rows = {row[0]: row[1:] for row in tables.beyond_table(reproduction).rows}
+    assert rows[tables.TITLES[PROPOSED]][:2] == ["-", "-"]
+    assert rows[tables.TITLES["arcface"]][0] != "-"
+
+
+def test_other_folds_than_those_tried_are_not_compared(tmp_path):
+    """As many folds of other slices would have other answers, or as many answers by accident."""
+    unfinished = (f"patient-{PROPOSED}-fold1", "patient-no-upside-down-fold2")
+    made = write_reproduction(tmp_path / "out", unfinished=unfinished)
+    reproduction = read_reproduction(made)
+    assert tables.variant_table(reproduction).rows == []
+    rows = {row[0]: row[1:] for row in tables.beyond_table(reproduction).rows}
+    assert rows[tables.TITLES[PROPOSED]][2:] == ["-", "-"]
+
+
 def test_other_answers_from_the_same_networks(reproduction, folder):
     results = reproduction.select("patient", PROPOSED)
     names = [one.run.name for one in results]
