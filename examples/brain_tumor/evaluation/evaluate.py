@@ -184,13 +184,14 @@ def embed(
     precision: torch.dtype = torch.float32,
     views: int = 1,
     blocks: int | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`.
 
     With `blocks` they are instead MobileNet's features (n, channels) after so many blocks, averaged
-    over each image and normalised alike.
+    over each image and normalised alike. Without a `device` a GPU computes, if there is one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     answer = network if blocks is None else partial(network.pooled, blocks=blocks)

@@ -21,12 +21,12 @@ from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
 from ..files import locked, write_json, write_sums
-from ..network.mobilenet import load_imagenet_weights
+from ..network.mobilenet import EmbeddingNetwork, load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
 from . import run_folder
 from .batches import augment, batch_bounds, shuffled
-from .checkpoint import TrainingState, make_network
+from .checkpoint import TrainingState
 from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
 
 PAPER_EPOCHS = 275  # to which the paper's steps of the learning rate belong
@@ -91,7 +91,7 @@ def start(
     """
     training = settings.training
     torch.manual_seed(training.seed)
-    network = make_network(settings.network)
+    network = EmbeddingNetwork(settings.network)
     if settings.network.weights and pretrained:
         load_imagenet_weights(network.backbone, Path(settings.network.weights))
     network = network.to(device, memory_format=torch.channels_last)

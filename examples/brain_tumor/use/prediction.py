@@ -60,6 +60,19 @@ class Reference:
         """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
         return self.labels[nearest_neighbour(self.embeddings, embeddings)[0]]
 
+    def shares(self, scores: np.ndarray) -> np.ndarray:
+        """Return the probability (n, C) of each class from cosines (n, C), see `class_scores`."""
+        if self.calibration is None:
+            return probabilities(scores, self.scale)
+        return calibrated(scores, self.calibration.exponent)
+
+    def unknown(self, images: Tensor) -> np.ndarray | None:
+        """Return which images (n,) are unlike all training slices; None without a calibration."""
+        if self.calibration is None:
+            return None
+        features = embed(self.network, images, self.precision, blocks=BLOCKS)
+        return self.calibration.unlike(features.numpy())
+
 
 @dataclasses.dataclass(frozen=True)
 class Neighbour:
@@ -258,13 +271,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
     classes = reference.slices.classes
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(classes))
-    calibration, unknown = reference.calibration, None
-    if calibration is None:
-        shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
-    else:
-        shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
-        features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
-        unknown = bool(calibration.unlike(features.numpy())[0])
+    shares = reference.shares(scores.numpy())[0].tolist()
+    unknown = reference.unknown(pixels)
     heat = explain(reference, image, pixels, cosines)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
@@ -272,8 +280,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         synthetic=reference.slices.synthetic,
         predicted=classes[reference.labels[nearest[0]]],
         probabilities=dict(zip(classes, shares, strict=True)),
-        calibrated=calibration is not None,
-        unknown=unknown,
+        calibrated=reference.calibration is not None,
+        unknown=None if unknown is None else bool(unknown[0]),
         truth=truth,
         itself=_find_itself(reference, pixels),
         neighbours=[

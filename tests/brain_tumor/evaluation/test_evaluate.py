@@ -20,6 +20,7 @@ from examples.brain_tumor.evaluation.evaluate import (
     probabilities,
     read_predictions,
 )
+from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
 from examples.brain_tumor.report.run_report import describe_result, write_report
 from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.training.loop import train
@@ -40,10 +41,8 @@ def test_nearest_neighbour_is_sklearns():
 
 
 def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(blobs, tiny_settings):
-    from examples.brain_tumor.training.checkpoint import make_network
-
     torch.manual_seed(0)
-    network = make_network(tiny_settings.network).train()
+    network = EmbeddingNetwork(tiny_settings.network).train()
     together = embed(network, blobs.images)
     alone = torch.cat([embed(network, image[None]) for image in blobs.images])
     assert together.norm(dim=1).numpy() == pytest.approx(np.ones(24), abs=1e-6)
