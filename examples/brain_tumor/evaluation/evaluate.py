@@ -103,18 +103,17 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
 
 
 def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> Metrics:
+    # All at once, for a training that goes on replaces the checkpoint.
     network, epoch = load_network(run, settings.network)
+    loss = load_loss(run, settings, len(slices.classes))
+    last = load_network(run, settings.network, averaged=False)[0] if settings.training.ema else None
     if not (run / METRICS).is_file() or read_json(run / METRICS)["epoch"] != epoch:
         for name in (POINTING, STRANGE):  # what `examine` found of another network
             (run / name).unlink(missing_ok=True)
     own = settings.evaluation.views
     embeddings = _embed_views(run, network, slices, split, max(own, 2))
-    centres = class_centres(
-        load_loss(run, settings, len(slices.classes)),
-        embeddings[own][split.train],
-        slices.labels[split.train],
-        len(slices.classes),
-    )
+    train = embeddings[own][split.train], slices.labels[split.train]
+    centres = class_centres(loss, *train, len(slices.classes))
     write_array(run / EMBEDDINGS, embeddings[own].float().numpy())
     write_array(run / ANGLES, class_angles(embeddings[own], centres).float().numpy())
     by_views = {}
@@ -126,8 +125,7 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
         **dataclasses.asdict(by_views[own]),
         "accuracy_by_views": {views: metrics.accuracy for views, metrics in by_views.items()},
     }
-    if settings.training.ema:
-        last, _ = load_network(run, settings.network, averaged=False)
+    if last is not None:
         results["accuracy_by_views_without_ema"] = {
             views: _classify(slices, split, averaged)[1].accuracy
             for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()

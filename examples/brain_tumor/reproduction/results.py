@@ -172,10 +172,12 @@ def is_finished(folder: Path, run: Run) -> bool:
 
 def read_reproduction(folder: Path) -> Reproduction:
     """Read a reproduction's folder."""
-    description = read_json(folder / REPRODUCTION)
-    empty = Reproduction(folder, description, [], [])
+    path = folder / REPRODUCTION
+    description = read_json(path)
+    with readable(path, "a reproduction of this version"):
+        budget = Reproduction(folder, description, [], []).budget
     results, missing = [], []
-    for run in plan_runs(empty.budget, None):
+    for run in plan_runs(budget, None):
         own = folder / RUNS / run.name
         if is_finished(own, run):
             # As it was trained; the plan made here knows nothing of the weights.

@@ -10,6 +10,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation import evaluate as evaluation_module
 from examples.brain_tumor.evaluation.calibration import read_calibration
 from examples.brain_tumor.evaluation.evaluate import (
     class_angles,
@@ -208,6 +209,22 @@ def test_a_cell_longer_than_csv_takes_is_one_line(trained, blobs):
         file.write('"' + 200_000 * "x")
     with pytest.raises(UserError, match=r"predictions\.csv: not readable as predictions: field"):
         read_predictions(trained / "predictions.csv")
+
+
+def test_a_training_that_goes_on_meanwhile_changes_nothing(trained, blobs, monkeypatch):
+    evaluate(trained, blobs)
+    angles = np.load(trained / "angles.npy")
+    original = evaluation_module.embed
+    contents = torch.load(trained / "checkpoint.pt", weights_only=True)
+    later = {**contents, "epoch": 3, "loss": {key: -one for key, one in contents["loss"].items()}}
+
+    def embed_while_training(*arguments, **options):
+        torch.save(later, trained / "checkpoint.pt")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(evaluation_module, "embed", embed_while_training)
+    evaluate(trained, blobs)
+    np.testing.assert_array_equal(np.load(trained / "angles.npy"), angles)
 
 
 def test_what_was_found_of_a_network_trained_on_since_is_removed(trained, blobs):

@@ -100,6 +100,15 @@ def test_a_run_short_of_its_epochs_is_not_finished(tmp_path):
     assert read_reproduction(made).missing == [name]
 
 
+@pytest.mark.parametrize("change", [{"lengths": None}, {"a later version's": 1}])
+def test_a_reproduction_of_another_version_is_one_line(tmp_path, change):
+    path = write_reproduction(tmp_path / "out") / "reproduction.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({"budget": {**description["budget"], **change}}))
+    with pytest.raises(UserError, match=r"reproduction\.json: not readable as a reproduction of"):
+        read_reproduction(tmp_path / "out")
+
+
 def test_a_run_is_read_with_the_settings_it_was_trained_with(tmp_path):
     made = write_reproduction(tmp_path / "out")
     path = made / "runs" / f"slice-{PROPOSED}-seed0" / "settings.toml"
