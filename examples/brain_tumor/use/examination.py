@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH
 from ..files import as_csv, write_json, write_text
-from ..training.run_folder import POINTING, STRANGE
+from ..training.run_folder import METRICS, POINTING, STRANGE
 from .gradcam import measure_overlap
 from .prediction import Reference, explain, read_reference
 
@@ -37,10 +37,16 @@ def examine(run: Path, slices: SliceSet, data: Path) -> None:
     """Write into a run's folder how it does on strange pictures, and where its Grad-CAM points.
 
     The folder of its slices has the outlines of the tumours.
+
+    Raises:
+        UserError: The run is at fault or not evaluated, or its slices have no outlines.
     """
     reference = read_reference(run, slices)
-    write_json(run / STRANGE, judge_strange(reference))
-    write_text(run / POINTING, point(reference, data))
+    if not (run / METRICS).is_file():
+        raise UserError(f"{run}: is not evaluated yet, and its report is to hold what is found")
+    pointing, strange = point(reference, data), judge_strange(reference)
+    write_json(run / STRANGE, strange)
+    write_text(run / POINTING, pointing)
 
 
 def judge_strange(reference: Reference) -> dict[str, object]:
