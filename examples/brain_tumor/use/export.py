@@ -39,7 +39,7 @@ DESCRIPTION = "model.json"
 OLDEST_TORCH = "2.8"  # whose exporters take the network; 2.6 fails on it
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
-TOLERANCE = 1e-4  # of each output; float32 itself makes some 1e-6
+TOLERANCE = 1e-4  # of each output, relative where it is above 1; float32 itself makes some 1e-6
 CPU = torch.device("cpu")  # a GPU's float32 may be rounded to ten bits
 CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has the rule); "}
 
@@ -307,6 +307,8 @@ def _largest_difference(
 ) -> dict[str, float]:
     """Return the largest difference of each output from what is expected of the images.
 
+    It is relative where above 1 is expected, as distances may be by any factor.
+
     Raises:
         UserError: It exceeds the tolerance.
     """
@@ -315,7 +317,8 @@ def _largest_difference(
         answers = [answer(part.float()) for part in parts if len(part)]
     largest = {}
     for (output, own), *found in zip(expected.items(), *answers, strict=True):
-        largest[output] = (own - torch.cat(found)).abs().max().item()
+        differences = (own - torch.cat(found)).abs() / own.abs().clamp(min=1)
+        largest[output] = differences.max().item()
         if not largest[output] <= TOLERANCE:  # false for NaN too
             raise UserError(
                 f"{name}: its {output} differs from the network's by {largest[output]:.2g}, "

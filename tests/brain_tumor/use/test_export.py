@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,14 @@ def test_files_are_checked_on_one_slice_and_on_several(count, sizes):
     export_module._largest_difference("model", answer, images, {"out": images.float()})
     assert [len(part) for part in asked] == sizes
     torch.testing.assert_close(torch.cat(asked), images.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("expected", "refused"), [(0.9, True), (30.0, False)])
+def test_large_distances_may_differ_by_more(expected, refused):
+    outputs = {"distance": torch.full((3,), expected)}
+    answer = lambda part: (outputs["distance"][: len(part)] + 1e-3,)  # noqa: E731
+    with pytest.raises(UserError, match="its distance differs") if refused else nullcontext():
+        export_module._largest_difference("model", answer, torch.zeros(3, 1, 2, 2), outputs)
 
 
 # ------------------------------------------------------------------------- all three files or none
