@@ -287,10 +287,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     if len(options.runs) > 1:
         options.out.mkdir(parents=True, exist_ok=True)
         synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
+        names = [run.absolute().name for run in options.runs]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in options.runs]
         plot_early(
             options.out / "comparison.png",
             f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
-            {printable(str(run)): read_rows(run / STEPS) for run in options.runs},
+            {
+                printable(name): read_rows(run / STEPS)
+                for name, run in zip(names, options.runs, strict=True)
+            },
         )
         print(f"comparison of the first steps: {options.out / 'comparison.png'}")
 
