@@ -90,25 +90,6 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append all of `text` to a file, which need not exist yet, or nothing.
-
-    Raises:
-        UserError: The system refused to write the file: a full disk, no permission.
-    """
-    size = path.stat().st_size if path.exists() else 0
-    with explained(path):
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # or a checkpoint may outlive the log's lines
-        except OSError:
-            if path.exists():
-                os.truncate(path, size)
-            raise
-
-
 def write_text(path: Path, text: str) -> None:
     """Write all of `text`, or nothing."""
     with replacing(path) as temporary:
@@ -139,8 +120,23 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one JSON line per row, all of them or none."""
-    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    """Append one JSON line per row, all of them or none, to a file that need not exist yet.
+
+    Raises:
+        UserError: The system refused to write the file: a full disk, no permission.
+    """
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    size = path.stat().st_size if path.exists() else 0
+    with explained(path):
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a checkpoint may outlive the log's lines
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
