@@ -266,7 +266,7 @@ def lengths(reproduction: Reproduction) -> dict[float, Sequence[float]]:
         return {}
     runs = dict(sorted(runs.items()))
     drawn = reproduction.figure("length", "accuracy by slice against the length of training")
-    plot_budget(*drawn, runs, own, paper.ACCURACY, paper.ACCURACY)
+    plot_budget(*drawn, runs, own, paper.ACCURACY)
     return runs
 
 
