@@ -225,7 +225,7 @@ def _resume_train(options: argparse.Namespace) -> str:
 def _train(options: argparse.Namespace) -> None:
     from .data.splits import make_split
     from .training.loop import train
-    from .training.run_folder import SETTINGS, refuse_existing
+    from .training.run_folder import CHECKPOINT, SETTINGS, refuse_existing
 
     if options.resume:
         settings = override_settings(read_settings(options.out / SETTINGS), vars(options))
@@ -233,7 +233,8 @@ def _train(options: argparse.Namespace) -> None:
         refuse_existing(options.out)
         settings = load_settings(options.preset, vars(options))
     weights = settings.network.weights
-    if weights and not Path(weights).is_file():
+    begun = options.resume and (options.out / CHECKPOINT).is_file()  # which has all weights
+    if weights and not begun and not Path(weights).is_file():
         raise UserError(
             f"{weights}: no such weights file; name MobileNet's with --weights FILE "
             "(the README says where it is), or train from scratch with --weights ''"
@@ -286,10 +287,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     if len(options.runs) > 1:
         options.out.mkdir(parents=True, exist_ok=True)
         synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
+        names = [run.absolute().name for run in options.runs]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in options.runs]
         plot_early(
             options.out / "comparison.png",
             f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
-            {printable(run.name): read_rows(run / STEPS) for run in options.runs},
+            {
+                printable(name): read_rows(run / STEPS)
+                for name, run in zip(names, options.runs, strict=True)
+            },
         )
         print(f"comparison of the first steps: {options.out / 'comparison.png'}")
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +39,31 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     made = not folder.exists()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / name).open("a")
     try:
-        with file:
-            _lock(file.fileno(), folder, Path(file.name))
-            try:
-                yield
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        # Windows has no such locks, and would not remove a file that is open.
+        with nullcontext() if fcntl is None else _lock(folder, folder / name):
+            yield
     finally:
         if made:
             with suppress(OSError):  # it holds something, as it should
                 folder.rmdir()
 
 
-def _lock(descriptor: int, folder: Path, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise BlockingIOError  # the last one removed it while this one came
-    except OSError:
-        raise UserError(f"{folder}: another process is at work in this folder") from None
+@contextmanager
+def _lock(folder: Path, path: Path) -> Iterator[None]:
+    with explained(folder):
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # the last one removed it while this one came
+        except OSError:
+            raise UserError(f"{folder}: another process is at work in this folder") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,23 +88,6 @@ def replacing(path: Path) -> Iterator[Path]:
 def printable(text: str) -> str:
     """Replace what a terminal may take amiss: line breaks, control characters, what is no text."""
     return "".join(letter if letter.isprintable() else "_" for letter in text)
-
-
-def append_text(path: Path, text: str) -> None:
-    """Append all of `text` to a file, which need not exist yet, or nothing.
-
-    Raises:
-        UserError: The system refused to write the file: a full disk, no permission.
-    """
-    size = path.stat().st_size if path.exists() else 0
-    with explained(path):
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:
-            if path.exists():
-                os.truncate(path, size)
-            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -135,8 +120,23 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one JSON line per row, all of them or none."""
-    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    """Append one JSON line per row, all of them or none, to a file that need not exist yet.
+
+    Raises:
+        UserError: The system refused to write the file: a full disk, no permission.
+    """
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    size = path.stat().st_size if path.exists() else 0
+    with explained(path):
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a checkpoint may outlive the log's lines
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -199,7 +199,10 @@ def readable(path: Path, what: str) -> Iterator[None]:
     check_sum(path)
     try:
         yield
-    except (OSError, EOFError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        *(OSError, EOFError, LookupError, RecursionError, TypeError, ValueError),
+        csv.Error,
+    ) as error:
         raise UserError(f"{path}: not readable as {what}: {error}") from None
 
 

@@ -62,8 +62,9 @@ class DataSettings:
         0.0,
         0.0,
         0.5,
-        "share of the training side held out to calibrate answers on: of its patients in a split "
-        "by patient, of its slices in others; 0: none, and answers are not calibrated",
+        "share of the training side held out to calibrate answers on, to the nearest of 1/2, 1/3, "
+        "1/4, ...: of its patients in a split by patient, of its slices in others; 0: none, and "
+        "answers are not calibrated",
     )
 
 

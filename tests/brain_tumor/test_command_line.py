@@ -20,7 +20,7 @@ from examples.brain_tumor.data.slices import default_cache_folder
 from examples.brain_tumor.download import sources
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import read_rows
-from examples.brain_tumor.report import reproduction_report
+from examples.brain_tumor.report import figures, reproduction_report
 from examples.brain_tumor.reproduction import running
 from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
@@ -316,6 +316,66 @@ def test_pictures_by_class_go_all_the_way(tmp_path, capsys):
     command = ["reproduce", "--data", str(data), "--out", str(tmp_path / "all")]
     assert main(command) == 2
     assert "reproduce needs the archive's slices" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_odd_names_of_classes_and_pictures(tmp_path, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    for name in (b"$\\frac$", b"a|b\x1b[31m", b"\xff"):
+        folder = data / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        for index in range(8):
+            pixels = np.random.default_rng(index).integers(0, 60, (40, 40), np.uint8)
+            with (folder / os.fsdecode(b"\xfe%d.png" % index)).open("wb") as file:
+                Image.fromarray(pixels).save(file, "PNG")
+    command = ["train", "--data", str(data), "--out", str(run), *SMALL, "--split", "paper"]
+    assert main(command) == 0
+    assert main(["evaluate", str(run), "--data", str(data)]) == 0
+    printed = capsys.readouterr()
+    assert "recall \\xff | " in printed.out
+    assert "recall a\\|b_[31m | " in printed.out
+    assert "\x1b" not in printed.out + printed.err
+    with (run / "predictions.csv").open(encoding="utf-8") as file:
+        assert "score_\\xff" in file.readline()
+
+
+def test_runs_of_one_name_are_compared_by_their_folders(
+    phantoms, finished_run, tmp_path, monkeypatch, blank_figures
+):
+    runs = [shutil.copytree(finished_run, tmp_path / name / "run") for name in ("one", "two")]
+    drawn = []
+    monkeypatch.setattr(figures, "plot_early", lambda path, title, runs: drawn.append(list(runs)))
+    command = ["evaluate", *map(str, runs), "--data", str(phantoms), "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert drawn[-1] == list(map(str, runs))
+
+
+def test_a_run_is_called_as_its_folder_from_inside_too(
+    phantoms, finished_run, tmp_path, monkeypatch, blank_figures
+):
+    monkeypatch.chdir(shutil.copytree(finished_run, tmp_path / "inside"))
+    assert main(["evaluate", ".", "--data", str(phantoms)]) == 0
+    assert Path("report.md").read_text().startswith("# SYNTHETIC: HSADML, run inside\n")
+
+
+def test_resuming_needs_no_imagenet_weights(phantoms, tmp_path, monkeypatch, capsys):
+    weights, out = tmp_path / "weights", tmp_path / "run"
+    weights.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_imagenet_weights", lambda network, path: None)
+        original = training.finish_epoch
+
+        def stop_late(state, *arguments):
+            if state.epoch:
+                raise KeyboardInterrupt
+            return original(state, *arguments)
+
+        patch.setattr(training, "finish_epoch", stop_late)
+        command = ["train", "--data", str(phantoms), "--out", str(out), *SMALL]
+        assert main([*command, "--weights", str(weights)]) == 130
+    weights.unlink()
+    assert main(["train", "--data", str(phantoms), "--out", str(out), "--resume"]) == 0
+    assert len(read_rows(out / "log.jsonl")) == 2
 
 
 def test_what_the_system_refuses_is_one_line(phantoms, finished_run, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import printable
 from .matlab import CLASS_NAMES
 from .pictures import PICTURES
 
@@ -108,8 +109,8 @@ def check_complete(folder: Path, count: int) -> None:
 def tell_left_out(folder: Path, lines: Sequence[str]) -> None:
     """Say on standard error which files are left out, and why."""
     if lines:
-        print(f"{folder}: left out, {len(lines)} in all:", file=sys.stderr)
-        print(*shortened(lines), sep="\n", file=sys.stderr)
+        head = f"{folder}: left out, {len(lines)} in all:"
+        print(*map(printable, [head, *shortened(lines)]), sep="\n", file=sys.stderr)
 
 
 def shortened(lines: Sequence[str]) -> list[str]:
@@ -127,17 +128,27 @@ def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[
         names = path.relative_to(above).parts[:-1]
         names = [name.lower() for name in names if name.lower() not in SIDES]
         if names:
-            class_of[path] = names[0]
+            class_of[path] = _as_text(names[0])
     known = {name: label for label, name in enumerate(CLASS_NAMES)}
     # As the archive has them; others come after them.
     classes = sorted(set(class_of.values()), key=lambda name: (known.get(name, 3), name))
     if len(classes) == 1:
         raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
     sources = [
-        Source(path, number, path.relative_to(folder).as_posix(), classes.index(class_of[path]))
+        Source(
+            path,
+            number,
+            _as_text(path.relative_to(folder).as_posix()),
+            classes.index(class_of[path]),
+        )
         for number, path in enumerate(class_of, start=1)
     ]
     return sources, tuple(classes)
+
+
+def _as_text(name: str) -> str:
+    """Return a name that UTF-8 can write: on Linux any bytes make a file's name."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _hint(files: Iterable[Path]) -> str:

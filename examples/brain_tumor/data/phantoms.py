@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..files import explained, locked, replacing, write_text
 from .anatomy import PLANES, SELLA, Anatomy, Head, slice_points, smooth_noise
 from .folders import MARKER_NAME, PLANES_NAME, count_listed
+from .matlab import LARGEST_SIDE
 
 MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing about patients.\n"
 # The text that opens a .mat file; its platform marks the file as a phantom.
@@ -31,6 +32,7 @@ HEADER = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5
 CLASS_SHARES = (0.33, 0.37, 0.30)  # meningioma, glioma, pituitary
 SLICES_PER_PATIENT = 4  # of the archive 13; more patients teach more than more slices
 LEAST_PATIENTS = 5  # per class: one for each of five folds
+MOST_SLICES = 999_999_999  # the largest number that a slice's name may have
 LEAST_AREA = 80.0  # mm^2 of tumour on a slice
 
 
@@ -202,9 +204,13 @@ def make_phantoms(
     Raises:
         UserError: If the folder holds other .mat files, or an argument is out of range.
     """
-    for name, value, least in (("count", count, 1), ("seed", seed, 0), ("size", size, 64)):
-        if value < least:
-            raise UserError(f"{name}: must be at least {least}, not {value}")
+    for name, value, least, most in (
+        ("count", count, 1, MOST_SLICES),
+        ("seed", seed, 0, math.inf),
+        ("size", size, 64, LARGEST_SIDE),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"{name}: must be from {least} to {most}, not {value}")
     with locked(folder):
         _prepare(folder)
         _make(folder, count, seed, size, progress)

@@ -64,7 +64,7 @@ class Reader:
         with self._lock:
             try:
                 answer = self._ask(json.dumps([reader, str(path.absolute()), *arguments]))
-            except EOFError:
+            except (EOFError, BrokenPipeError):  # the latter is no closed output of this process
                 self.stop()
                 answer = "damaged: reading it crashes or never ends"
             except BaseException:  # the answer may still be on its way

@@ -6,11 +6,11 @@ import zlib
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
+from ..data.matlab import ARCHIVE_SIZE
 from ..errors import UserError
 from ..files import replacing
 
 WANTED = re.compile(r"([1-9][0-9]{0,3})\.mat|cvind\.mat")
-LAST_SLICE = 3064
 MAX_MEMBER_BYTES = 64_000_000  # a slice has less than 1 MB
 MAX_TOTAL_BYTES = 2_000_000_000  # an archive has 766 slices
 ENCRYPTED = 0x1  # a zip member's flag
@@ -48,13 +48,13 @@ def _find_slices(path: Path, archive: ZipFile) -> dict[str, ZipInfo]:
         _check_member(path, member)
         name = member.filename.rpartition("/")[2]
         match = WANTED.fullmatch(name)
-        if match is None or int(match[1] or 1) > LAST_SLICE:
+        if match is None or int(match[1] or 1) > ARCHIVE_SIZE:
             continue
         if name in members:
             raise UserError(f"{path}: refused: holds {name} twice")
         members[name] = member
     if not members:
-        raise UserError(f"{path}: holds no slices (1.mat to {LAST_SLICE}.mat)")
+        raise UserError(f"{path}: holds no slices (1.mat to {ARCHIVE_SIZE}.mat)")
     if sum(member.file_size for member in members.values()) > MAX_TOTAL_BYTES:
         raise UserError(f"{path}: refused: would unpack to more than {MAX_TOTAL_BYTES} bytes")
     return members

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.folders import MARKER_NAME
 from ..errors import UserError
 from ..files import explained, locked, write_text
 from ..network.mobilenet import MobileNetV1, load_imagenet_weights
@@ -60,7 +61,7 @@ def download_slices(
         UserError: The folder is not fit for it or the disk is too full, the server refuses or
             cannot be reached, or a file is not the one expected.
     """
-    if (folder / "SYNTHETIC.txt").exists():
+    if (folder / MARKER_NAME).exists():
         raise UserError(f"{folder}: holds synthetic slices; download into another folder")
     with locked(folder), explained(folder):
         missing = [file for file in files if not _is_unpacked(folder, file)]

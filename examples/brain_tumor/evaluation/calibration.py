@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from sklearn.covariance import LedoitWolf
 
 from ..errors import UserError
-from ..files import replacing
+from ..files import check_sum, replacing
 
 # Added to every distance, for two slices may be equal. On validation slices every value up to this
 # gives the same likelihood, and larger ones a smaller.
@@ -104,6 +104,7 @@ def read_calibration(path: Path) -> Calibration | None:
     """Return what `Calibration.write` kept, or None without the file."""
     if not path.exists():
         return None
+    check_sum(path)
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             mean, precision = file["mean"], file["precision"]

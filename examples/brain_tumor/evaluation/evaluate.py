@@ -20,6 +20,7 @@ from ..files import (
     check_sum,
     column,
     locked,
+    read_json,
     read_table,
     readable,
     write_array,
@@ -37,9 +38,11 @@ from ..training.run_folder import (
     EMBEDDINGS,
     FIXED,
     METRICS,
+    POINTING,
     PREDICTIONS,
     RECORDS,
     SETTINGS,
+    STRANGE,
     VIEW_PREDICTIONS,
     read_precision,
     read_split,
@@ -100,15 +103,17 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
 
 
 def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> Metrics:
+    # All at once, for a training that goes on replaces the checkpoint.
     network, epoch = load_network(run, settings.network)
+    loss = load_loss(run, settings, len(slices.classes))
+    last = load_network(run, settings.network, averaged=False)[0] if settings.training.ema else None
+    if not (run / METRICS).is_file() or read_json(run / METRICS)["epoch"] != epoch:
+        for name in (POINTING, STRANGE):  # what `examine` found of another network
+            (run / name).unlink(missing_ok=True)
     own = settings.evaluation.views
     embeddings = _embed_views(run, network, slices, split, max(own, 2))
-    centres = class_centres(
-        load_loss(run, settings, len(slices.classes)),
-        embeddings[own][split.train],
-        slices.labels[split.train],
-        len(slices.classes),
-    )
+    train = embeddings[own][split.train], slices.labels[split.train]
+    centres = class_centres(loss, *train, len(slices.classes))
     write_array(run / EMBEDDINGS, embeddings[own].float().numpy())
     write_array(run / ANGLES, class_angles(embeddings[own], centres).float().numpy())
     by_views = {}
@@ -120,8 +125,7 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
         **dataclasses.asdict(by_views[own]),
         "accuracy_by_views": {views: metrics.accuracy for views, metrics in by_views.items()},
     }
-    if settings.training.ema:
-        last, _ = load_network(run, settings.network, averaged=False)
+    if last is not None:
         results["accuracy_by_views_without_ema"] = {
             views: _classify(slices, split, averaged)[1].accuracy
             for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()
@@ -129,9 +133,11 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
     if len(split.calibration):
         results["calibration"] = _calibrate(run, network, epoch, slices, split, embeddings[own])
     write_json(run / METRICS, results)
-    tables = [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
-    kept = RECORDS if epoch == settings.training.epochs else FIXED
-    write_sums(run, [*kept, EMBEDDINGS, ANGLES, PREDICTIONS, *tables, METRICS])
+    kept = [*(RECORDS if epoch == settings.training.epochs else FIXED), EMBEDDINGS, ANGLES]
+    kept += [PREDICTIONS, METRICS]
+    kept += [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
+    kept += [CALIBRATION] if len(split.calibration) else []
+    write_sums(run, kept)
     return by_views[own]
 
 
@@ -176,13 +182,14 @@ def embed(
     precision: torch.dtype = torch.float32,
     views: int = 1,
     blocks: int | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`.
 
     With `blocks` they are instead MobileNet's features (n, channels) after so many blocks, averaged
-    over each image and normalised alike.
+    over each image and normalised alike. Without a `device` a GPU computes, if there is one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     answer = network if blocks is None else partial(network.pooled, blocks=blocks)

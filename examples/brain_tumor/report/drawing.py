@@ -10,7 +10,7 @@ from ..data.matlab import FOLDS
 from ..evaluation.calibration import calibrated, fit_exponent
 from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import reliability, seed_interval, wilson_interval
-from ..files import read_array, read_rows
+from ..files import read_array, read_rows, write_array
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
 from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
 from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
@@ -95,10 +95,10 @@ def _embedded(reproduction: Reproduction, result: Result) -> Embedded:
     _, test = reproduction.slices.sides(result.folder / SPLIT)
     path = result.folder / TSNE
     if path.is_file() and path.stat().st_mtime >= (result.folder / EMBEDDINGS).stat().st_mtime:
-        points = np.load(path, allow_pickle=False)
+        points = read_array(path)
     else:
         points = compute_tsne(result.embeddings()[test], seed=0)
-        np.save(path, points, allow_pickle=False)
+        write_array(path, points)
     return Embedded(points, result.predictions.truth, ~result.predictions.right)
 
 
@@ -266,7 +266,7 @@ def lengths(reproduction: Reproduction) -> dict[float, Sequence[float]]:
         return {}
     runs = dict(sorted(runs.items()))
     drawn = reproduction.figure("length", "accuracy by slice against the length of training")
-    plot_budget(*drawn, runs, own, paper.ACCURACY, paper.ACCURACY)
+    plot_budget(*drawn, runs, own, paper.ACCURACY)
     return runs
 
 

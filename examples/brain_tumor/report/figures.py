@@ -8,11 +8,13 @@ import functools
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -28,16 +30,20 @@ LARGEST_DRAWN = 1024  # pixels a side; more cost memory and are not seen
 
 
 def saved(draw: Callable[Arguments, Figure]) -> Callable[Concatenate[Path, str, Arguments], Figure]:
-    """Let what draws a figure take first the PNG file that it is written to, and its title."""
+    """Let what draws a figure take first the PNG file that it is written to, and its title.
+
+    Names of files, classes and runs are drawn as they are: no `$` in them begins a formula.
+    """
 
     @functools.wraps(draw)
     def plot(
         path: Path, title: str, *arguments: Arguments.args, **options: Arguments.kwargs
     ) -> Figure:
-        figure = draw(*arguments, **options)
-        width = figure.get_figwidth()
-        figure.suptitle(wrap_title(title, width), fontsize=11, parse_math=False)
-        save(figure, path)
+        with warnings.catch_warnings(), rc_context({"text.parse_math": False}):
+            warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
+            figure = draw(*arguments, **options)
+            figure.suptitle(wrap_title(title, figure.get_figwidth()), fontsize=11)
+            save(figure, path)
         return figure
 
     return plot

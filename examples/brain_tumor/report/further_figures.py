@@ -28,7 +28,6 @@ CORNER = 0.1  # side of the part of the ROC plane that is enlarged
 LINE_STYLES = ("-", "--", "-.")
 CROSS = {"marker": "x", "color": "black"}
 BOUNDARY = {"color": "black", "linestyle": "--", "linewidth": 1.0}
-AIM = {"color": COLOURS[3], "linewidth": 4.0, "alpha": 0.5}  # seen under the paper's line too
 MARGIN = {"color": COLOURS[3], "linestyle": "-.", "linewidth": 1.5}
 
 
@@ -159,16 +158,13 @@ def plot_slice_and_patient(
 
 
 @saved
-def plot_budget(
-    runs: Mapping[float, Sequence[float]], budget: float, paper: float, aim: float
-) -> Figure:
+def plot_budget(runs: Mapping[float, Sequence[float]], budget: float, paper: float) -> Figure:
     """Draw the accuracies of seeds against the epochs of training, `budget` of which are usual."""
     figure, (axes,) = make_panels(1, 1, (6.5, 4.6))
     lengths = sorted(runs)
     means = [100 * float(np.mean(runs[length])) for length in lengths]
     x = [length for length in lengths for _ in runs[length]]
     y = [100 * accuracy for length in lengths for accuracy in runs[length]]
-    axes.axhline(100 * aim, **AIM, label=f"aim, {100 * aim:.2f} %")
     axes.axhline(100 * paper, **BOUNDARY, label=f"the paper, {100 * paper:.2f} %")
     axes.plot(lengths, means, color=COLOURS[0], label="mean of the seeds")
     dots = {"markersize": 5, "markerfacecolor": "white", "color": COLOURS[0]}

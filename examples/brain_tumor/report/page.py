@@ -9,6 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
+from ..files import printable
+
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8"),
     undefined=StrictUndefined,
@@ -44,13 +46,19 @@ class Table:
     def __str__(self) -> str:
         if not self.header:
             return ""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [self.header, ["-" * max(width, 3) for width in widths], *self.rows]
+        header, *rows = ([_cell(one) for one in row] for row in (self.header, *self.rows))
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [header, ["-" * max(width, 3) for width in widths], *rows]
         text = "\n".join(
             f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
             for line in lines
         )
         return f"{text}\n\n{self.caption}" if self.caption else text
+
+
+def _cell(text: str) -> str:
+    """Return what stays within its cell, whatever a class or a run is called."""
+    return printable(text).replace("|", r"\|")
 
 
 def to_markdown(template: str, **values: object) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
+from sklearn.preprocessing import normalize
 
 from ..data.slices import CLASS_NAMES, PLANES
 from ..errors import UserError
@@ -133,11 +134,9 @@ def compute_tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
         raise UserError(f"embeddings: t-SNE needs (n, d), at least 2 x 2, not {embeddings.shape}")
     if not np.isfinite(embeddings).all():
         raise UserError("embeddings: t-SNE needs finite numbers, but some are NaN or infinite")
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    directions = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
     perplexity = min(PERPLEXITY, (len(embeddings) - 1) / 3)
     method = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
-    return method.fit_transform(directions.astype(np.float32))
+    return method.fit_transform(normalize(embeddings).astype(np.float32))
 
 
 @saved

@@ -3,14 +3,13 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from ..settings import Settings
-from .figures import COLOURS, save, wrap_title
+from .figures import COLOURS, saved
 
 # All lengths in inches, from the upper left corner.
 WIDTH, TITLE = 9.2, 0.5
@@ -23,7 +22,8 @@ GAP = 0.12  # between bands
 FONT_SIZE = 8.5
 
 
-def plot_pipeline(path: Path, title: str, settings: Settings, pretrained: bool) -> Figure:
+@saved
+def plot_pipeline(settings: Settings, pretrained: bool) -> Figure:
     """Draw the training phase, the network and the testing phase with the numbers of a run.
 
     `pretrained` is whether the backbone started from ImageNet weights.
@@ -66,7 +66,6 @@ def plot_pipeline(path: Path, title: str, settings: Settings, pretrained: bool) 
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
-    axes.text(WIDTH / 2, TITLE / 2, wrap_title(title, WIDTH), ha="center", va="center", fontsize=11)
     top = TITLE
     for name, steps, colour, band_height in bands:
         ground = (0.1, top), WIDTH - 0.2, band_height
@@ -74,7 +73,6 @@ def plot_pipeline(path: Path, title: str, settings: Settings, pretrained: bool) 
         _draw_band(axes, top, name, steps, colour)
         top += band_height + GAP
     _draw_gradient(axes, _lefts(len(training)), TITLE)
-    save(figure, path)
     return figure
 
 

@@ -88,19 +88,19 @@ def search_table(reproduction: Reproduction) -> Table:
     rows = []
     for name in SEARCH:
         pair = [
-            reproduction.first(f"search-{name}", f"search-{side}") for side in ("slice", "patient")
+            reproduction.select(f"search-{side}", f"search-{name}") for side in ("slice", "patient")
         ]
         if any(pair):
-            rows.append([name, *(cell for result in pair for cell in _by_views(result))])
+            rows.append([name, *(cell for results in pair for cell in _by_views(results))])
     views = ("1 view", "2", "3", "3, no EMA")
     header = [f"{side}: {one}" for side in ("by slice", "by patient") for one in views]
     return Table(["", *header], rows)
 
 
-def _by_views(result: Result | None) -> list[str]:
-    if result is None:
+def _by_views(results: Sequence[Result]) -> list[str]:
+    if not results:
         return ["-"] * 4
-    stored = read_json(result.folder / METRICS)
+    stored = read_json(results[0].folder / METRICS)
     averaged, last = (
         stored.get(key, {}) for key in ("accuracy_by_views", "accuracy_by_views_without_ema")
     )

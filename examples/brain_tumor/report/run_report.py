@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.matlab import ARCHIVE_SIZE
 from ..data.slices import CLASS_NAMES
 from ..evaluation.calibration import calibrated
 from ..evaluation.evaluate import read_predictions
@@ -22,7 +23,6 @@ PAPER_ROWS = {
     "paper": ("70-30", "sphereface-m5"),
     "paper-swapped": ("30-70", "sphereface-m5-swapped"),
 }
-ARCHIVE_SIZE = 3064  # the paper's rows stand beside results on the whole archive only
 EARLY_STEPS = (1, 10, 50, 100, 200, 500)
 
 
@@ -31,7 +31,7 @@ def write_report(run: Path) -> Path:
     split, metrics = read_json(run / run_folder.SPLIT), read_json(run / run_folder.METRICS)
     epochs, steps = read_rows(run / run_folder.EPOCHS), read_rows(run / run_folder.STEPS)
     mark = "SYNTHETIC: " if split["synthetic"] else ""
-    name = printable(run.name)
+    name = printable(run.absolute().name)
     plot_loss(run / "loss.png", f"{mark}training of {name}", epochs)
     plot_confusion(
         run / "confusion.png",
@@ -67,7 +67,8 @@ def describe_result(run: Path) -> str:
         columns = (*(f"recall {name}" for name in classes), "accuracy")
         columns += (*(f"F1 {name}" for name in classes), "macro", "micro", "MCC")
     count = len(split["train"]) + len(split["test"])
-    comparable = settings.loss.loss == "sphereface" and count == ARCHIVE_SIZE
+    proposed = (settings.loss.loss, settings.loss.margin) == ("sphereface", 5.0)
+    comparable = proposed and count == ARCHIVE_SIZE
     if comparable and not split["synthetic"] and settings.data.split in PAPER_ROWS:
         name, training = PAPER_ROWS[settings.data.split]
         rows.append([f"the paper, Table 1, {name}", *BY_TRAINING[training]])

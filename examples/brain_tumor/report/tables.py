@@ -88,12 +88,11 @@ def paper_table(
     """Return a table of the paper's form: per training our row, and beneath it what is cited."""
     rows = []
     for training in trainings:
-        results = reproduction.select("slice", training)
+        results, first = reproduction.select("slice", training), reproduction.first(training)
         if results:
-            cells = _over_seeds([one.metrics for one in results])
-            rows.append(
-                [TITLES[training], *cells, bounds(patient_interval(results[0].predictions))]
-            )
+            cells = _over_seeds(results, [one.metrics for one in results])
+            drawn = "-" if first is None else bounds(patient_interval(first.predictions))
+            rows.append([TITLES[training], *cells, drawn])
         elif training in cited:
             rows.append([TITLES[training], *["-"] * len(COLUMNS), "0", "-", "-", "-"])
         if training in cited and not reproduction.synthetic:
@@ -101,11 +100,15 @@ def paper_table(
     return Table(["", *COLUMNS, *INTERVALS, "bootstrap of patients, seed 0"], rows)
 
 
-def _over_seeds(every: Sequence[Metrics]) -> list[str]:
-    """Return means in the paper's columns, and what stands under `INTERVALS`."""
+def _over_seeds(results: Sequence[Result], every: Sequence[Metrics]) -> list[str]:
+    """Return means in the paper's columns, and what stands under `INTERVALS`.
+
+    `every` has the metrics of each of the results.
+    """
     _, interval = seed_interval([one.accuracy for one in every])
-    intervals = bounds(interval), bounds(every[0].accuracy_interval)
-    return [*metrics_row(mean_metrics(every)), str(len(every)), *intervals]
+    seeds = [one.run.settings.training.seed for one in results]
+    wilson = bounds(every[seeds.index(0)].accuracy_interval) if 0 in seeds else "-"
+    return [*metrics_row(mean_metrics(every)), str(len(every)), bounds(interval), wilson]
 
 
 def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
@@ -158,7 +161,7 @@ def classifier_table(
     rows = []
     for same in zip(*every, strict=True):
         metrics = [measure(truth, one.predicted) for truth, one in zip(truths, same, strict=True)]
-        rows.append([same[0].name, *_over_seeds(metrics)])
+        rows.append([same[0].name, *_over_seeds(results, metrics)])
         if same[0].name in paper.CLASSIFIERS and not synthetic:
             rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
     return Table(["", *COLUMNS, *INTERVALS], rows)
@@ -226,7 +229,8 @@ def beyond_table(reproduction: Reproduction) -> Table:
             ("slice", "patient") if training == PROPOSED else ("beyond-slice", "beyond-patient")
         )
         # The proposed training has more seeds and folds: only what the others have is compared.
-        by_slice = reproduction.select(groups[0], training)[:1]
+        first = reproduction.first(training, groups[0])
+        by_slice = [] if first is None else [first]
         folds = _tried(reproduction, groups[1], training)
         if by_slice or folds:
             rows.append([TITLES[training], *accuracy(by_slice), *accuracy(folds)])
@@ -234,11 +238,13 @@ def beyond_table(reproduction: Reproduction) -> Table:
 
 
 def _tried(reproduction: Reproduction, group: str, training: str) -> list[Result]:
-    """Return the runs on the folds on which what goes beyond the paper is tried."""
+    """Return the runs on the folds on which what goes beyond the paper is tried, once all are.
+
+    What is compared has the same test slices then.
+    """
     tried = range(1, reproduction.budget.folds + 1)
-    return [
-        one for one in reproduction.select(group, training) if one.run.settings.data.fold in tried
-    ]
+    runs = {one.run.settings.data.fold: one for one in reproduction.select(group, training)}
+    return [runs[fold] for fold in tried] if all(fold in runs for fold in tried) else []
 
 
 def variant_table(reproduction: Reproduction) -> Table:
@@ -250,8 +256,8 @@ def variant_table(reproduction: Reproduction) -> Table:
     if proposed:
         rights = {"as proposed": pooled(one.predictions for one in proposed).right}
         for name in names:
-            results = reproduction.select("variant", name)
-            if len(results) == len(proposed):
+            results = _tried(reproduction, "variant", name)
+            if results:
                 rights[name] = pooled(one.predictions for one in results).right
     return _compared("trained", rights)
 

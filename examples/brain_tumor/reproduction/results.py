@@ -153,8 +153,10 @@ class Reproduction:
         ]
 
     def first(self, training: str, group: str = "slice") -> Result | None:
-        """Return a training's first run of a group, that of seed 0 or of fold 1, if finished."""
-        return next(iter(self.select(group, training)), None)
+        """Return a training's run of a group of seed 0 or, by patient, of fold 1, if finished."""
+        firsts = ("-seed0", "-fold1")
+        every = self.select(group, training)
+        return next((one for one in every if one.run.name.endswith(firsts)), None)
 
     def with_embeddings(self, group: str) -> list[Result]:
         """Return the proposed training's finished runs of a group whose embeddings are there."""
@@ -170,10 +172,12 @@ def is_finished(folder: Path, run: Run) -> bool:
 
 def read_reproduction(folder: Path) -> Reproduction:
     """Read a reproduction's folder."""
-    description = read_json(folder / REPRODUCTION)
-    empty = Reproduction(folder, description, [], [])
+    path = folder / REPRODUCTION
+    description = read_json(path)
+    with readable(path, "a reproduction of this version"):
+        budget = Reproduction(folder, description, [], []).budget
     results, missing = [], []
-    for run in plan_runs(empty.budget, None):
+    for run in plan_runs(budget, None):
         own = folder / RUNS / run.name
         if is_finished(own, run):
             # As it was trained; the plan made here knows nothing of the weights.

@@ -72,9 +72,9 @@ def run_plan(
         UserError: The folder holds another reproduction, or the data are at fault.
     """
     with locked(out):
+        runs = plan_runs(budget, weights)  # first: faulty weights are to begin no folder
         slices = load(data, budget.settings(None))
         _begin(out, _describe(slices, weights, budget), slices)
-        runs = plan_runs(budget, weights)
         if merged is not None:
             taken = merge(merged, out, runs)
             print(f"{merged}: {len(taken)} finished runs taken in", flush=True)
@@ -249,8 +249,6 @@ def _begin(out: Path, description: dict[str, Any], slices: SliceSet) -> None:
 def _describe(slices: SliceSet, weights: Path | None, budget: Budget) -> dict[str, Any]:
     if slices.classes != CLASS_NAMES or not slices.patients_known:
         raise UserError("--data: reproduce needs the archive's slices, for it splits by patient")
-    if weights and not weights.is_file():
-        raise UserError(f"{weights}: no such weights file")
     return {
         # Through JSON and back, a tuple is a list.
         "budget": {**dataclasses.asdict(budget), "lengths": list(budget.lengths)},

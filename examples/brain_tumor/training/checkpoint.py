@@ -21,11 +21,6 @@ from ..settings import NetworkSettings, Settings
 from .run_folder import CHECKPOINT
 
 
-def make_network(settings: NetworkSettings) -> EmbeddingNetwork:
-    """Return the network, untrained."""
-    return EmbeddingNetwork(settings)
-
-
 @dataclasses.dataclass
 class TrainingState:
     """All that changes while training, which is all that a checkpoint holds."""
@@ -97,7 +92,7 @@ def load_network(
 
     Where there is a moving average of the weights they are those, if `averaged`.
     """
-    network = make_network(settings)
+    network = EmbeddingNetwork(settings)
     with _read(folder, "the network") as contents:
         average = contents.get("average") if averaged else None
         if average is None:

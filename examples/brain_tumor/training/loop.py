@@ -21,12 +21,12 @@ from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
 from ..files import locked, write_json, write_sums
-from ..network.mobilenet import load_imagenet_weights
+from ..network.mobilenet import EmbeddingNetwork, load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
 from . import run_folder
 from .batches import augment, batch_bounds, shuffled
-from .checkpoint import TrainingState, make_network
+from .checkpoint import TrainingState
 from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
 
 PAPER_EPOCHS = 275  # to which the paper's steps of the learning rate belong
@@ -49,18 +49,22 @@ def train(
             slices.labels[split.train].to(device),
         )
         batches = batch_bounds(len(labels), settings.training.batch_size)
-        state = start(settings, device, len(slices.classes))
+        begun = resume and (out / run_folder.CHECKPOINT).is_file()
+        state = start(settings, device, len(slices.classes), pretrained=not begun)
         if resume:
             run_folder.check_resumable(out, settings, slices, split)
             restore(state, out, len(batches))
         else:
             run_folder.start_run(out, settings, slices, split)
-        write_sums(out, run_folder.FIXED)  # of the other files, which grow, `evaluate` keeps them
-        write_json(out / run_folder.ENVIRONMENT, run_folder.describe_environment(device, precision))
+            # Of the other files, which grow, `evaluate` keeps them.
+            write_sums(out, run_folder.FIXED)
+        epochs, save = settings.training.epochs, Saver(state, out)
+        if state.epoch < epochs:  # else it says what the last epoch was trained on
+            environment = run_folder.describe_environment(device, precision)
+            write_json(out / run_folder.ENVIRONMENT, environment)
 
         if settings.training.compile:
             state.network.compile()
-        epochs, save = settings.training.epochs, Saver(state, out)
         done, steps_in_all = state.epoch * len(batches), epochs * len(batches)
         hidden = not sys.stderr.isatty()
         with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
@@ -76,13 +80,19 @@ def train(
 
 
 def start(
-    settings: Settings, device: torch.device, num_classes: int = len(CLASS_NAMES)
+    settings: Settings,
+    device: torch.device,
+    num_classes: int = len(CLASS_NAMES),
+    pretrained: bool = True,
 ) -> TrainingState:
-    """Return the state before the first step: network, loss and optimiser."""
+    """Return the state before the first step: network, loss and optimiser.
+
+    ImageNet weights are left out unless `pretrained`: those of a checkpoint will replace them.
+    """
     training = settings.training
     torch.manual_seed(training.seed)
-    network = make_network(settings.network)
-    if settings.network.weights:
+    network = EmbeddingNetwork(settings.network)
+    if settings.network.weights and pretrained:
         load_imagenet_weights(network.backbone, Path(settings.network.weights))
     network = network.to(device, memory_format=torch.channels_last)
     loss = make_loss(settings.loss, settings.network.embedding_size, num_classes).to(device)

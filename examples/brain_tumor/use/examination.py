@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from ..data.crop import above_background, find_box, largest_region
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH
 from ..files import as_csv, write_json, write_text
-from ..training.run_folder import POINTING, STRANGE
+from ..training.run_folder import METRICS, POINTING, STRANGE
 from .gradcam import measure_overlap
 from .prediction import Reference, explain, read_reference
 
@@ -36,10 +37,16 @@ def examine(run: Path, slices: SliceSet, data: Path) -> None:
     """Write into a run's folder how it does on strange pictures, and where its Grad-CAM points.
 
     The folder of its slices has the outlines of the tumours.
+
+    Raises:
+        UserError: The run is at fault or not evaluated, or its slices have no outlines.
     """
     reference = read_reference(run, slices)
-    write_json(run / STRANGE, judge_strange(reference))
-    write_text(run / POINTING, point(reference, data))
+    if not (run / METRICS).is_file():
+        raise UserError(f"{run}: is not evaluated yet, and its report is to hold what is found")
+    pointing, strange = point(reference, data), judge_strange(reference)
+    write_json(run / STRANGE, strange)
+    write_text(run / POINTING, pointing)
 
 
 def judge_strange(reference: Reference) -> dict[str, object]:
@@ -52,17 +59,17 @@ def judge_strange(reference: Reference) -> dict[str, object]:
     images, test = reference.slices.images, reference.test
     calibration, labels = reference.calibration, reference.labels
     early, last, embeddings = _answers(reference, images[reference.train])
-    familiarity = calibration.familiarity if calibration else fit_familiarity(_unit(early))
-    of_last, embeddings = fit_familiarity(_unit(last)), _unit(embeddings)
-    centres = _unit(np.stack([embeddings[labels == one].mean(0) for one in labels.unique()]))
+    familiarity = calibration.familiarity if calibration else fit_familiarity(normalize(early))
+    of_last, embeddings = fit_familiarity(normalize(last)), normalize(embeddings)
+    centres = normalize(np.stack([embeddings[labels == one].mean(0) for one in labels.unique()]))
 
     def judge(pictures: Tensor) -> dict[str, np.ndarray]:
         early, last, answers = _answers(reference, pictures)
         return {
-            "Mahalanobis, early features": familiarity.distances(_unit(early)),
-            "Mahalanobis, last features": of_last.distances(_unit(last)),
-            "nearest, embeddings": -(_unit(answers) @ embeddings.T).max(1),
-            "nearest centre, embeddings": -(_unit(answers) @ centres.T).max(1),
+            "Mahalanobis, early features": familiarity.distances(normalize(early)),
+            "Mahalanobis, last features": of_last.distances(normalize(last)),
+            "nearest, embeddings": -(normalize(answers) @ embeddings.T).max(1),
+            "nearest centre, embeddings": -(normalize(answers) @ centres.T).max(1),
             "length of embedding": -np.linalg.norm(answers, axis=1),
         }
 
@@ -159,10 +166,6 @@ def _answers(reference: Reference, images: Tensor) -> list[np.ndarray]:
             last = network.pooled(pictures)
             parts.append((network.pooled(pictures, BLOCKS), last, network.output(last)))
     return [torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)]
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _part(image: np.ndarray, random: np.random.Generator) -> np.ndarray:

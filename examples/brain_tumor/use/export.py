@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..data.slices import SliceSet
 from ..errors import UserError
-from ..evaluation.calibration import BLOCKS, FLOOR, calibrated
-from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, embed, normalised, probabilities
+from ..evaluation.calibration import BLOCKS, FLOOR
+from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, embed, normalised
 from ..files import locked, read_json, replacing
 from ..training.run_folder import SETTINGS, SPLIT
 from .prediction import NOTICE, Reference, check_finite, read_reference
@@ -39,7 +39,8 @@ DESCRIPTION = "model.json"
 OLDEST_TORCH = "2.8"  # whose exporters take the network; 2.6 fails on it
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
-TOLERANCE = 1e-4  # of each output; float32 itself makes some 1e-6
+TOLERANCE = 1e-4  # of each output, relative where it is above 1; float32 itself makes some 1e-6
+CPU = torch.device("cpu")  # a GPU's float32 may be rounded to ten bits
 CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has the rule); "}
 
 
@@ -99,7 +100,7 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     _require_packages()
     reference = read_reference(run, slices)
     images, truth = slices.images[reference.test], slices.labels[reference.test]
-    of_run, unknown = reference.answers(reference.embed(images)), _unknown_to_run(reference, images)
+    of_run, unknown = reference.answers(reference.embed(images)), reference.unknown(images)
     description = _describe(run, reference)
     reference = _in_float32(run, reference)
     expected = _expected(reference, images)
@@ -112,7 +113,7 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     if unknown is not None:
         description["held_out"]["called_unknown"] = {
             "model": int((expected["distance"] > 1).sum()),
-            "run": unknown,
+            "run": int(unknown.sum()),
         }
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
@@ -218,45 +219,27 @@ def _describe_outputs(reference: Reference) -> dict[str, dict[str, Any]]:
     return outputs
 
 
-def _unknown_to_run(reference: Reference, images: Tensor) -> int | None:
-    """Return how many pictures a run calls unknown, None without a calibration."""
-    if reference.calibration is None:
-        return None
-    features = embed(reference.network, images, reference.precision, blocks=BLOCKS)
-    return int(reference.calibration.unlike(features.numpy()).sum())
-
-
 def _in_float32(run: Path, reference: Reference) -> Reference:
     """Return the reference with the training slices embedded as the exported model embeds."""
-    reference.network.cpu()  # a GPU's float32 may be rounded to ten bits
     train = reference.slices.images[reference.train]
-    embeddings = _embed(reference.network, train, reference.views)
+    embeddings = embed(reference.network, train, views=reference.views, device=CPU)
     check_finite(run, embeddings)
     return dataclasses.replace(reference, precision=torch.float32, embeddings=embeddings)
 
 
-def _embed(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
-    """Return the embeddings (n, d) of images in float32."""
-    with torch.no_grad():
-        return torch.cat([normalised(network, part, views) for part in _batches(images)])
-
-
 def _expected(reference: Reference, images: Tensor) -> dict[str, Tensor]:
     """Return what the exported model is to answer, by its outputs."""
-    embeddings = _embed(reference.network, images, reference.views)
+    network, calibration = reference.network, reference.calibration
+    embeddings = embed(network, images, views=reference.views, device=CPU)
     train, test = (F.normalize(each.double()) for each in (reference.embeddings, embeddings))
     scores = class_scores(train, reference.labels, test, len(reference.slices.classes)).numpy()
-    calibration = reference.calibration
-    if calibration is None:
-        shares = probabilities(scores, reference.scale)
-        return {"embedding": embeddings, "probabilities": torch.from_numpy(shares)}
-    features = _embed(partial(reference.network.pooled, blocks=BLOCKS), images, views=1)
-    distances = calibration.familiarity.distances(features.numpy()) / calibration.limit
-    return {
-        "embedding": embeddings,
-        "probabilities": torch.from_numpy(calibrated(scores, calibration.exponent)),
-        "distance": torch.from_numpy(distances),
-    }
+    shares = torch.from_numpy(reference.shares(scores))
+    expected = {"embedding": embeddings, "probabilities": shares}
+    if calibration is not None:
+        features = embed(network, images, blocks=BLOCKS, device=CPU)
+        distances = calibration.familiarity.distances(features.numpy()) / calibration.limit
+        expected["distance"] = torch.from_numpy(distances)
+    return expected
 
 
 @contextmanager
@@ -319,25 +302,23 @@ def _run_onnx(content: bytes) -> Answerer:
     )
 
 
-def _batches(images: Tensor) -> list[Tensor]:
-    """Return the images in float32: one alone, then the others in batches."""
-    parts = [images[:1], *images[1:].split(EMBEDDING_BATCH)]
-    return [part.float() for part in parts if len(part)]
-
-
 def _largest_difference(
     name: str, answer: Answerer, images: Tensor, expected: dict[str, Tensor]
 ) -> dict[str, float]:
     """Return the largest difference of each output from what is expected of the images.
 
+    It is relative where above 1 is expected, as distances may be by any factor.
+
     Raises:
         UserError: It exceeds the tolerance.
     """
+    parts = [images[:1], *images[1:].split(EMBEDDING_BATCH)]  # one alone, then in batches
     with torch.no_grad():
-        answers = [answer(part) for part in _batches(images)]
+        answers = [answer(part.float()) for part in parts if len(part)]
     largest = {}
-    for (output, own), *parts in zip(expected.items(), *answers, strict=True):
-        largest[output] = (own - torch.cat(parts)).abs().max().item()
+    for (output, own), *found in zip(expected.items(), *answers, strict=True):
+        differences = (own - torch.cat(found)).abs() / own.abs().clamp(min=1)
+        largest[output] = differences.max().item()
         if not largest[output] <= TOLERANCE:  # false for NaN too
             raise UserError(
                 f"{name}: its {output} differs from the network's by {largest[output]:.2g}, "

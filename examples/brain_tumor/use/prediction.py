@@ -2,11 +2,9 @@
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,6 +60,19 @@ class Reference:
         """Return the classes (n,) of the training slices nearest to embeddings (n, d)."""
         return self.labels[nearest_neighbour(self.embeddings, embeddings)[0]]
 
+    def shares(self, scores: np.ndarray) -> np.ndarray:
+        """Return the probability (n, C) of each class from cosines (n, C), see `class_scores`."""
+        if self.calibration is None:
+            return probabilities(scores, self.scale)
+        return calibrated(scores, self.calibration.exponent)
+
+    def unknown(self, images: Tensor) -> np.ndarray | None:
+        """Return which images (n,) are unlike all training slices; None without a calibration."""
+        if self.calibration is None:
+            return None
+        features = embed(self.network, images, self.precision, blocks=BLOCKS)
+        return self.calibration.unlike(features.numpy())
+
 
 @dataclasses.dataclass(frozen=True)
 class Neighbour:
@@ -112,7 +123,7 @@ def predict(
     predictions: list[Prediction] = []
     faults: list[str] = []
     with locked(out):
-        for position, file in enumerate(expand(files), start=1):
+        for position, file in enumerate(expand(files, out), start=1):
             picture = out / f"{position}-{printable(file.stem)[:LONGEST_NAME]}.png"
             try:
                 predictions.append(_predict_file(reference, file, picture))
@@ -130,17 +141,20 @@ def predict(
     return predictions, faults
 
 
-def expand(paths: Sequence[Path]) -> list[Path]:
+def expand(paths: Sequence[Path], out: Path) -> list[Path]:
     """Return the files named, and those in the folders named that may be slices.
 
-    What else is in the folders is named on standard error.
+    What else is in the folders is named on standard error. A folder of answers, `out`, inside of
+    one is passed over: it holds the figures of another call.
     """
-    files = []
+    files, answers = [], out.resolve()
     for path in paths:
         if not os.path.isdir(path):  # noqa: PTH112 - unlike Path's, it never raises
             files.append(path)
             continue
         inside = list(visible_files(path))
+        if path.resolve() in answers.parents:
+            inside = [one for one in inside if answers not in one.resolve().parents]
         slices = [
             one
             for one in inside
@@ -168,8 +182,8 @@ def describe_prediction(prediction: Prediction) -> str:
     if prediction.overlap is not None:
         parts.append(_describe_overlap(prediction.overlap))
     mark = "SYNTHETIC: " if prediction.synthetic else ""
-    name = printable(prediction.file)
-    return f"{mark}{name}: {_answer(prediction)} ({'; '.join(parts)}); see {prediction.picture}"
+    answer = f"{_answer(prediction)} ({'; '.join(parts)}); see {prediction.picture}"
+    return printable(f"{mark}{prediction.file}: {answer}")
 
 
 def read_reference(run: Path, slices: SliceSet) -> Reference:
@@ -191,7 +205,7 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         embeddings = embed(network, slices.images[split.train], precision, views)
     check_finite(run, embeddings)
     return Reference(
-        name=run.name,
+        name=run.absolute().name,
         network=network,
         epoch=epoch,
         precision=precision,
@@ -257,13 +271,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
     classes = reference.slices.classes
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(classes))
-    calibration, unknown = reference.calibration, None
-    if calibration is None:
-        shares = probabilities(scores.numpy(), reference.scale)[0].tolist()
-    else:
-        shares = calibrated(scores.numpy(), calibration.exponent)[0].tolist()
-        features = embed(reference.network, pixels, reference.precision, blocks=BLOCKS)
-        unknown = bool(calibration.unlike(features.numpy())[0])
+    shares = reference.shares(scores.numpy())[0].tolist()
+    unknown = reference.unknown(pixels)
     heat = explain(reference, image, pixels, cosines)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
@@ -271,8 +280,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         synthetic=reference.slices.synthetic,
         predicted=classes[reference.labels[nearest[0]]],
         probabilities=dict(zip(classes, shares, strict=True)),
-        calibrated=calibration is not None,
-        unknown=unknown,
+        calibrated=reference.calibration is not None,
+        unknown=None if unknown is None else bool(unknown[0]),
         truth=truth,
         itself=_find_itself(reference, pixels),
         neighbours=[
@@ -356,19 +365,17 @@ def _plot(
         notes.insert(0, _describe_overlap(prediction.overlap))
     if prediction.itself is not None:
         notes.insert(0, f"This file is training slice {prediction.itself}: its answer is no test.")
-    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
-        warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
-        plot_prediction(
-            path,
-            f"{mark}{name}: {_answer(prediction)}{truth}",
-            image,
-            heat,
-            mask,
-            prediction.probabilities,
-            list(zip(neighbours, captions, strict=True)),
-            notes="\n".join(notes),
-            meaning="calibrated" if prediction.calibrated else UNCALIBRATED,
-        )
+    plot_prediction(
+        path,
+        f"{mark}{name}: {_answer(prediction)}{truth}",
+        image,
+        heat,
+        mask,
+        prediction.probabilities,
+        list(zip(neighbours, captions, strict=True)),
+        notes="\n".join(notes),
+        meaning="calibrated" if prediction.calibrated else UNCALIBRATED,
+    )
 
 
 def _answer(prediction: Prediction) -> str:

@@ -60,6 +60,15 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
             assert f"  {folder / name}: is not named like a slice" in said
 
 
+def test_names_of_what_is_left_out_do_nothing_to_a_terminal(tmp_path, capsys):
+    folder = write_slices(tmp_path / "data", PLAIN)
+    (folder / "red\x1b[31m\nline.txt").touch()
+    load(folder)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"  {folder}/red_[31m_line.txt: is not named like a slice (1.mat, 2.mat, ...)"
+    ]
+
+
 def test_of_many_left_out_the_first_are_named(tmp_path, capsys):
     folder = write_slices(tmp_path / "data", PLAIN)
     for number in range(30):

@@ -243,11 +243,11 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("count", 0), ("count", -5), ("seed", -1), ("size", 63)]
+    ("name", "value"), [("count", 0), ("count", -5), ("seed", -1), ("size", 63), ("size", 4097)]
 )
 def test_arguments_out_of_range_are_refused(tmp_path, name, value):
     arguments = {"count": 2, "seed": 0, "size": SIZE} | {name: value}
-    with pytest.raises(UserError, match=f"{name}: must be at least"):
+    with pytest.raises(UserError, match=f"{name}: must be from"):
         make_phantoms(tmp_path / "new", progress=False, **arguments)
     assert not (tmp_path / "new").exists()
 

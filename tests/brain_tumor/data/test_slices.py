@@ -340,6 +340,18 @@ def test_a_process_that_ended_between_two_files_costs_none(tmp_path):
     read_slice(path)
 
 
+def test_a_process_that_ends_as_it_is_asked_is_no_closed_output(tmp_path):
+    path = write_mat(tmp_path / "1.mat", fields())
+    read_slice(path)
+    process = READER.process
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.poll = lambda: None  # it ended since it was looked at
+    with pytest.raises(UserError, match=r"1\.mat: damaged: reading it crashes"):
+        read_slice(path)
+    read_slice(path)
+
+
 def test_an_interrupted_answer_is_not_taken_for_the_next(tmp_path, monkeypatch):
     path = write_mat(tmp_path / "1.mat", fields())
     other = write_mat(tmp_path / "2.mat", fields(2 * GRADIENT))

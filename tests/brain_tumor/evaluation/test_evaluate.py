@@ -1,6 +1,7 @@
 """Evaluation: what answers a trained network gives, and what a run keeps of them."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation import evaluate as evaluation_module
+from examples.brain_tumor.evaluation.calibration import read_calibration
 from examples.brain_tumor.evaluation.evaluate import (
     class_angles,
     class_scores,
@@ -18,6 +21,7 @@ from examples.brain_tumor.evaluation.evaluate import (
     probabilities,
     read_predictions,
 )
+from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
 from examples.brain_tumor.report.run_report import describe_result, write_report
 from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.training.loop import train
@@ -38,10 +42,8 @@ def test_nearest_neighbour_is_sklearns():
 
 
 def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(blobs, tiny_settings):
-    from examples.brain_tumor.training.checkpoint import make_network
-
     torch.manual_seed(0)
-    network = make_network(tiny_settings.network).train()
+    network = EmbeddingNetwork(tiny_settings.network).train()
     together = embed(network, blobs.images)
     alone = torch.cat([embed(network, image[None]) for image in blobs.images])
     assert together.norm(dim=1).numpy() == pytest.approx(np.ones(24), abs=1e-6)
@@ -94,6 +96,9 @@ def test_papers_numbers_stand_beside_the_whole_archive_on_its_split_only(trained
 
     assert "98.69" in with_paper_row(False, "paper", 920)
     assert "95.47" in with_paper_row(False, "paper-swapped", 920)
+    settings = settings.replace("margin = 5.0", "margin = 4.0")
+    assert "the paper" not in with_paper_row(False, "paper", 920)  # whose table 1 is of m = 5
+    settings = settings.replace("margin = 4.0", "margin = 5.0")
     for arguments in ((True, "paper", 920), (False, "patient", 920), (False, "paper", 60)):
         assert "the paper" not in with_paper_row(*arguments)
 
@@ -195,6 +200,55 @@ def test_damaged_predictions_are_one_line(trained, blobs):
         with pytest.raises(UserError, match=r"predictions\.csv: ") as error:
             read_predictions(path)
         assert "\n" not in str(error.value)
+
+
+def test_a_cell_longer_than_csv_takes_is_one_line(trained, blobs):
+    evaluate(trained, blobs)
+    (trained / "SHA256SUMS").unlink()  # as of an older version, which kept none
+    with (trained / "predictions.csv").open("a") as file:
+        file.write('"' + 200_000 * "x")
+    with pytest.raises(UserError, match=r"predictions\.csv: not readable as predictions: field"):
+        read_predictions(trained / "predictions.csv")
+
+
+def test_a_training_that_goes_on_meanwhile_changes_nothing(trained, blobs, monkeypatch):
+    evaluate(trained, blobs)
+    angles = np.load(trained / "angles.npy")
+    original = evaluation_module.embed
+    contents = torch.load(trained / "checkpoint.pt", weights_only=True)
+    later = {**contents, "epoch": 3, "loss": {key: -one for key, one in contents["loss"].items()}}
+
+    def embed_while_training(*arguments, **options):
+        torch.save(later, trained / "checkpoint.pt")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(evaluation_module, "embed", embed_while_training)
+    evaluate(trained, blobs)
+    np.testing.assert_array_equal(np.load(trained / "angles.npy"), angles)
+
+
+def test_what_was_found_of_a_network_trained_on_since_is_removed(trained, blobs):
+    evaluate(trained, blobs)
+    for name in ("strange.json", "pointing.csv"):
+        (trained / name).touch()
+    evaluate(trained, blobs)
+    assert (trained / "strange.json").exists()
+    (trained / "SHA256SUMS").unlink()  # of what is changed here
+    path = trained / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "epoch": 1}))
+    evaluate(trained, blobs)
+    assert not (trained / "strange.json").exists()
+    assert not (trained / "pointing.csv").exists()
+
+
+def test_an_edited_calibration_is_refused(tmp_path, tiny_settings, blobs, held_split):
+    run = tmp_path / "run"
+    train(tiny_settings, blobs, held_split, run)
+    evaluate(run, blobs)
+    path = run / "calibration.npz"
+    dataclasses.replace(read_calibration(path), limit=1e9).write(path)
+    with pytest.raises(UserError, match=r"calibration\.npz: is damaged: it differs from its sum"):
+        read_calibration(path)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"precision": "float8"}'])

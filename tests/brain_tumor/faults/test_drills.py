@@ -16,7 +16,7 @@ import torch
 from examples.brain_tumor import files
 from examples.brain_tumor.data.matlab import read_slice
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.files import append_text, replacing
+from examples.brain_tumor.files import append_rows, read_rows, replacing
 from examples.brain_tumor.settings import override_settings
 from tests.brain_tumor.faults import drills, hostile_files, mutations, trial_reader
 from tests.brain_tumor.faults.drills import full_disk, is_same_run, killed_runs, run_drills
@@ -246,18 +246,33 @@ def test_bytes_are_stored_before_the_name(tmp_path, monkeypatch):
     assert seen == [(12, False)]
 
 
+def test_lines_are_stored_before_what_follows(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda one: seen.append(os.fstat(one).st_size))
+    append_rows(tmp_path / "log", [{"loss": 0.5}])
+    assert seen == [len('{"loss": 0.5}\n')]
+
+
+def test_without_locks_there_is_no_file_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows, which removes no open file
+    with files.locked(tmp_path / "new"):
+        assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_missing_folder_is_named(tmp_path):
     path, fault = tmp_path / "absent" / "x", "absent.x: cannot be written: No such file"
     with pytest.raises(UserError, match=fault):
-        append_text(path, "x")
+        append_rows(path, [{}])
     with pytest.raises(UserError, match=fault), replacing(path) as temporary:
         temporary.write_text("x")
 
 
 def test_appending_adds_to_the_end(tmp_path):
-    for text in ("one\n", "two ü\n"):
-        append_text(tmp_path / "log", text)
-    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\ntwo ü\n"
+    for name in ("one", "two ü"):
+        append_rows(tmp_path / "log", [{"name": name}])
+    assert read_rows(tmp_path / "log") == [{"name": "one"}, {"name": "two ü"}]
+    assert (tmp_path / "log").read_text().count("\n") == 2
 
 
 # ----------------------------------------------------------------------------------- archives

@@ -14,7 +14,6 @@ from examples.brain_tumor.network.mobilenet import (
     load_imagenet_weights,
 )
 from examples.brain_tumor.settings import NetworkSettings
-from examples.brain_tumor.training.checkpoint import make_network
 
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
 
@@ -307,7 +306,7 @@ def test_input_range_is_what_it_says():
 
 def test_the_layout_is_a_setting():
     for layout in ("slim", "timm"):
-        network = make_network(NetworkSettings(width=0.25, embedding_size=8, layout=layout))
+        network = EmbeddingNetwork(NetworkSettings(width=0.25, embedding_size=8, layout=layout))
         assert network.backbone.layout == layout
     assert NetworkSettings().layout == "slim"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +241,23 @@ def test_embeddings_of_the_test_slices_are_shown_with_their_errors(
     np.testing.assert_array_equal(points, 2 * own[:, :2])
     assert labels.tolist() == LABELS[test].tolist()
     assert wrong.tolist() == wrong_of(folder, "slice-triplet-seed0").tolist()
+
+
+def test_an_interrupted_t_sne_is_computed_again(report, folder, drawn, monkeypatch):
+    for kept in folder.glob("runs/*/tsne.npy"):
+        kept.unlink()
+    monkeypatch.setattr(drawing, "compute_tsne", lambda embeddings, seed: embeddings[:, :2])
+
+    def cut_off(file, *arguments, **options):
+        path = file if isinstance(file, Path) else Path(file.name)
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            drawing.tsne(report, "figure5")
+    assert drawing.tsne(report, "figure5")
 
 
 def test_angles_to_the_own_centre_and_to_the_nearest_other(report, folder, drawn):

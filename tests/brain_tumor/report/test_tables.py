@@ -100,6 +100,15 @@ def test_a_run_short_of_its_epochs_is_not_finished(tmp_path):
     assert read_reproduction(made).missing == [name]
 
 
+@pytest.mark.parametrize("change", [{"lengths": None}, {"a later version's": 1}])
+def test_a_reproduction_of_another_version_is_one_line(tmp_path, change):
+    path = write_reproduction(tmp_path / "out") / "reproduction.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({"budget": {**description["budget"], **change}}))
+    with pytest.raises(UserError, match=r"reproduction\.json: not readable as a reproduction of"):
+        read_reproduction(tmp_path / "out")
+
+
 def test_a_run_is_read_with_the_settings_it_was_trained_with(tmp_path):
     made = write_reproduction(tmp_path / "out")
     path = made / "runs" / f"slice-{PROPOSED}-seed0" / "settings.toml"
@@ -302,6 +311,28 @@ def test_variants_are_compared_on_the_same_folds(reproduction, folder):
     _, p = p_of(other, proposed)
     own = [f"{100 * other.mean():.2f}", wilson_text(other), tables.p_text(p)]
     assert rows["no-upside-down"] == own
+
+
+def test_what_is_called_seed_0_is_seed_0(tmp_path):
+    made = write_reproduction(tmp_path / "out", unfinished=(f"slice-{PROPOSED}-seed0",))
+    reproduction = read_reproduction(made)
+    assert reproduction.proposed is None
+    (row, *_) = tables.paper_table(reproduction, (PROPOSED,), {}).rows
+    assert row[-4] == "2"
+    assert row[-2:] == ["-", "-"]  # Wilson's interval and the bootstrap of seed 0
+    rows = {row[0]: row[1:] for row in tables.beyond_table(reproduction).rows}
+    assert rows[tables.TITLES[PROPOSED]][:2] == ["-", "-"]
+    assert rows[tables.TITLES["arcface"]][0] != "-"
+
+
+def test_other_folds_than_those_tried_are_not_compared(tmp_path):
+    """As many folds of other slices would have other answers, or as many answers by accident."""
+    unfinished = (f"patient-{PROPOSED}-fold1", "patient-no-upside-down-fold2")
+    made = write_reproduction(tmp_path / "out", unfinished=unfinished)
+    reproduction = read_reproduction(made)
+    assert tables.variant_table(reproduction).rows == []
+    rows = {row[0]: row[1:] for row in tables.beyond_table(reproduction).rows}
+    assert rows[tables.TITLES[PROPOSED]][2:] == ["-", "-"]
 
 
 def test_other_answers_from_the_same_networks(reproduction, folder):

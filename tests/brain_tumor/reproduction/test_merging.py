@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from examples.brain_tumor.reproduction.results import read_reproduction
 from tests.brain_tumor.report.made_results import BUDGET, LATE, SUMS, reproduction
 
 RUNS = plan_runs(BUDGET, None)
+RESULTS = Path(__file__).parents[3] / "examples/brain_tumor/results"
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,13 @@ def test_a_merge_that_was_cut_off_goes_on(kept, tmp_path):
     assert merge(kept, out, RUNS) == [RUNS[0].name]
     assert not half.exists()
     assert read_reproduction(out).results[0].metrics
+
+
+def test_git_leaves_the_committed_results_as_they_are():
+    """Their sums are of bytes, and git for Windows would end their lines otherwise."""
+    run = next((RESULTS / "runs").iterdir())
+    command = ["git", "check-attr", "text", str(run / "predictions.csv")]
+    found = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("not in a repository")
+    assert found.stdout.endswith("text: unset\n")

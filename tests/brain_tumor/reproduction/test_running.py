@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from examples.brain_tumor.data.phantoms import MARKER_NAME, _write
 from examples.brain_tumor.data.slices import load_slices
@@ -191,7 +193,7 @@ def test_another_reproduction_is_not_mixed_in(copy, data, few, tmp_path, other):
         budget = replace(TINY, changes={**CHANGES, "epochs": 2})
     elif other == "weights":
         weights = tmp_path / "weights.safetensors"
-        weights.write_bytes(b"something")
+        save_file({"stem.conv.weight": torch.zeros(1)}, weights)
     else:
         data = Path(shutil.copytree(data, tmp_path / "data"))
         (data / "90.mat").unlink()
@@ -210,6 +212,14 @@ def test_a_folder_of_something_else_is_refused(data, few, tmp_path):
     with pytest.raises(UserError, match=r"reproduction\.json"):
         write_reproduction_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["notes.txt"]
+
+
+def test_faulty_weights_leave_a_folder_that_others_can_begin(data, few, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        run_plan(data, weights, tmp_path / "new", TINY, jobs=1)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_failing_run_keeps_none_of_the_others(data, tmp_path, monkeypatch):

@@ -160,6 +160,15 @@ def test_resuming_a_blob_run_changes_nothing(tiny_settings, blobs, blob_split, t
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
+def test_resuming_what_is_finished_keeps_its_sums_and_precision(
+    tiny_settings, blobs, blob_split, trained
+):
+    with (trained / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  metrics.json\n")  # as after an evaluation
+    (trained / "environment.json").write_text('{"precision": "another machine\'s"}')
+    test_resuming_a_blob_run_changes_nothing(tiny_settings, blobs, blob_split, trained)
+
+
 def test_another_run_is_not_overwritten(tmp_path, tiny_settings, blobs, blob_split):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")

@@ -15,10 +15,11 @@ from examples.brain_tumor.data.slices import SliceSet, resize
 from examples.brain_tumor.data.splits import ARCHIVE_COUNTS, paper_split, validation_split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate
+from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
 from examples.brain_tumor.network.objectives import make_loss
 from examples.brain_tumor.settings import LossSettings, load_settings, override_settings
 from examples.brain_tumor.training import loop as training
-from examples.brain_tumor.training.checkpoint import load_network, make_network
+from examples.brain_tumor.training.checkpoint import load_network
 from examples.brain_tumor.training.loop import learning_rate, start, train
 from examples.brain_tumor.use import prediction as prediction_module
 from examples.brain_tumor.use.gradcam import grad_cam
@@ -189,7 +190,7 @@ def predict_blob(folder, slices, index):
 
 def test_views_are_the_slice_its_mirror_image_and_upside_down(tiny_settings, blobs):
     torch.manual_seed(0)
-    network = make_network(tiny_settings.network)
+    network = EmbeddingNetwork(tiny_settings.network)
     views = (blobs.images, blobs.images.flip(3), blobs.images.flip(2))
     every = torch.stack([embed(network, one) for one in views])
     for count in (1, 2, 3):
@@ -200,7 +201,7 @@ def test_views_are_the_slice_its_mirror_image_and_upside_down(tiny_settings, blo
 def test_grad_cam_of_views_is_mirrored_back(tiny_settings, blobs):
     torch.manual_seed(0)
     settings = override_settings(tiny_settings, {"width": 0.5})
-    network = make_network(settings.network).eval()
+    network = EmbeddingNetwork(settings.network).eval()
     image = F.interpolate(blobs.images[:1].float(), (96, 96))
     direction = F.normalize(torch.randn(16), dim=0)
     plain, mirrored, upside_down = (

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from examples.brain_tumor.report.run_report import write_report
 from examples.brain_tumor.settings import load_settings, override_settings
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.use import examination, prediction
-from examples.brain_tumor.use.examination import judge_strange, point, strange_pictures
+from examples.brain_tumor.use.examination import examine, judge_strange, point, strange_pictures
 from examples.brain_tumor.use.prediction import describe_prediction, predict, read_reference
 
 
@@ -241,6 +242,21 @@ def test_pointing_by_size_of_tumour_and_chance(tmp_path):
     path.write_text("slice\n1\n")
     with pytest.raises(UserError, match=r"pointing\.csv"):
         pointing_table({"m": [path]})
+
+
+def test_what_cannot_be_reported_is_refused_at_once(run, scaled, tmp_path, monkeypatch):
+    monkeypatch.setattr(examination, "judge_strange", lambda reference: pytest.fail("minutes"))
+    own = shutil.copytree(run, tmp_path / "run")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8)
+    for name in ("glioma", "meningioma"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / name / "1.png")
+    with pytest.raises(UserError, match="pictures have no outlines"):
+        examine(own, scaled, tmp_path / "data")
+    (own / "metrics.json").unlink()
+    with pytest.raises(UserError, match="is not evaluated yet"):
+        examine(own, scaled, tmp_path / "data")
+    assert not (own / "strange.json").exists()
 
 
 def test_refusals_come_one_a_line(capsys, monkeypatch, tmp_path, run, scaled):

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -332,9 +333,19 @@ def test_what_the_precision_changes_is_said_in_a_line():
 )
 def test_files_are_checked_on_one_slice_and_on_several(count, sizes):
     images = torch.rand(count, 1, 2, 2).half()
-    batches = export_module._batches(images)
-    assert [len(batch) for batch in batches] == sizes
-    torch.testing.assert_close(torch.cat(batches), images.float(), rtol=0, atol=0)
+    asked = []
+    answer = lambda part: (asked.append(part) or part,)  # noqa: E731
+    export_module._largest_difference("model", answer, images, {"out": images.float()})
+    assert [len(part) for part in asked] == sizes
+    torch.testing.assert_close(torch.cat(asked), images.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("expected", "refused"), [(0.9, True), (30.0, False)])
+def test_large_distances_may_differ_by_more(expected, refused):
+    outputs = {"distance": torch.full((3,), expected)}
+    answer = lambda part: (outputs["distance"][: len(part)] + 1e-3,)  # noqa: E731
+    with pytest.raises(UserError, match="its distance differs") if refused else nullcontext():
+        export_module._largest_difference("model", answer, torch.zeros(3, 1, 2, 2), outputs)
 
 
 # ------------------------------------------------------------------------- all three files or none

@@ -654,6 +654,15 @@ def test_a_folder_is_its_slices(tmp_path, run, scaled, drawn, capsys):
     assert "notes.txt: no slice by its name" in capsys.readouterr().err
 
 
+def test_answers_are_not_classified_the_next_time(tmp_path, run, scaled):
+    folder = tmp_path / "patient"
+    folder.mkdir()
+    path = write_mat(folder, scaled, 20)
+    for _ in range(2):
+        answers, _ = predict(run, [folder], scaled, folder / "answers")
+        assert [answer.file for answer in answers] == [str(path)]
+
+
 def test_names_keep_their_letters(tmp_path, run, scaled):
     (answer,), _ = predict(run, [write_png(tmp_path / "é脑$x.png", scaled, 20)], scaled, tmp_path)
     assert answer.picture == "1-é脑$x.png"
