@@ -276,7 +276,7 @@ _add_setting_flags(COMMANDS.choices["train"])
 )
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation.evaluate import evaluate
-    from .report.figures import plot_early
+    from .report.figures.run import plot_early
     from .report.run_report import describe_result, write_report
     from .training.run_folder import SPLIT, STEPS
 

@@ -20,7 +20,8 @@ from examples.brain_tumor.data.slices import default_cache_folder
 from examples.brain_tumor.download import sources
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import read_rows
-from examples.brain_tumor.report import figures, reproduction_report
+from examples.brain_tumor.report import reproduction_report
+from examples.brain_tumor.report.figures import run as run_figures
 from examples.brain_tumor.reproduction import running
 from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
@@ -344,7 +345,9 @@ def test_runs_of_one_name_are_compared_by_their_folders(
 ):
     runs = [shutil.copytree(finished_run, tmp_path / name / "run") for name in ("one", "two")]
     drawn = []
-    monkeypatch.setattr(figures, "plot_early", lambda path, title, runs: drawn.append(list(runs)))
+    monkeypatch.setattr(
+        run_figures, "plot_early", lambda path, title, runs: drawn.append(list(runs))
+    )
     command = ["evaluate", *map(str, runs), "--data", str(phantoms), "--out", str(tmp_path)]
     assert main(command) == 0
     assert drawn[-1] == list(map(str, runs))

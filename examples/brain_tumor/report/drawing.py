@@ -15,7 +15,7 @@ from ..reproduction.plan import PAPER_LOSSES, PROPOSED
 from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
 from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
 from . import paper, tables
-from .further_figures import (
+from .figures.further import (
     Angles,
     plot_angles,
     plot_budget,
@@ -24,7 +24,7 @@ from .further_figures import (
     plot_roc,
     plot_slice_and_patient,
 )
-from .paper_figures import (
+from .figures.paper import (
     Embedded,
     Score,
     compute_tsne,
@@ -34,7 +34,7 @@ from .paper_figures import (
     plot_scores,
     plot_tsne,
 )
-from .pipeline_figure import plot_pipeline
+from .figures.pipeline import plot_pipeline
 
 TSNE = "tsne.npy"
 

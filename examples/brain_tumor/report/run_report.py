@@ -12,8 +12,8 @@ from ..files import printable, read_json, read_rows, write_text
 from ..settings import read_settings
 from ..training import run_folder
 from .examination_tables import pointing_table, strange_table
-from .figures import plot_confusion, plot_early, plot_loss
-from .further_figures import plot_reliability
+from .figures.further import plot_reliability
+from .figures.run import plot_confusion, plot_early, plot_loss
 from .page import Table, to_markdown
 from .paper import BY_TRAINING
 

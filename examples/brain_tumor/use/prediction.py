@@ -19,7 +19,7 @@ from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calib
 from ..evaluation.evaluate import class_scores, embed, nearest_neighbour, probabilities
 from ..files import locked, printable, read_array, read_json, write_json
 from ..network.mobilenet import EmbeddingNetwork
-from ..report.figures import plot_prediction
+from ..report.figures.run import plot_prediction
 from ..settings import read_settings
 from ..training import run_folder
 from ..training.checkpoint import load_network

@@ -23,7 +23,7 @@ from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import embed, evaluate
 from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
-from examples.brain_tumor.report.figures import plot_prediction
+from examples.brain_tumor.report.figures.run import plot_prediction
 from examples.brain_tumor.settings import NetworkSettings, override_settings
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.use import prediction as prediction_module

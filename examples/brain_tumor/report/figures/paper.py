@@ -1,6 +1,6 @@
 """The paper's figures 1 and 3 to 7; each function writes a PNG and returns what it drew.
 
-Figure 2 is in pipeline_figure.py, and what the paper does not show in further_figures.py.
+Figure 2 is in pipeline.py, and what the paper does not show in further.py.
 Accuracies are shares from 0 to 1 and are drawn in percent.
 """
 
@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize
 
-from ..data.slices import CLASS_NAMES, PLANES
-from ..errors import UserError
-from .figures import COLOURS, draw_confusion, make_panels, saved
+from ...data.slices import CLASS_NAMES, PLANES
+from ...errors import UserError
+from .run import COLOURS, draw_confusion, make_panels, saved
 
 # The paper's blue, orange and green; the shapes tell the classes apart without colour.
 CLASS_STYLES = tuple(

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc, roc_curve
 
-from ..data.slices import CLASS_NAMES
-from .figures import COLOURS, draw_shares, make_panels, saved
-from .paper_figures import (
+from ...data.slices import CLASS_NAMES
+from .paper import (
     CLASS_STYLES,
     add_class_legend,
     add_legend,
@@ -23,6 +22,7 @@ from .paper_figures import (
     make_rows,
     start_accuracy_axis,
 )
+from .run import COLOURS, draw_shares, make_panels, saved
 
 CORNER = 0.1  # side of the part of the ROC plane that is enlarged
 LINE_STYLES = ("-", "--", "-.")

@@ -17,8 +17,8 @@ from sklearn.metrics import roc_auc_score
 
 from examples.brain_tumor.data.slices import CLASS_NAMES, PLANES, SAMPLE_NUMBERS
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.report import paper_figures
-from examples.brain_tumor.report.further_figures import (
+from examples.brain_tumor.report.figures import paper
+from examples.brain_tumor.report.figures.further import (
     Angles,
     plot_angles,
     plot_budget,
@@ -27,7 +27,7 @@ from examples.brain_tumor.report.further_figures import (
     plot_roc,
     plot_slice_and_patient,
 )
-from examples.brain_tumor.report.paper_figures import (
+from examples.brain_tumor.report.figures.paper import (
     CLASS_STYLES,
     Embedded,
     Score,
@@ -38,7 +38,7 @@ from examples.brain_tumor.report.paper_figures import (
     plot_scores,
     plot_tsne,
 )
-from examples.brain_tumor.report.pipeline_figure import plot_pipeline
+from examples.brain_tumor.report.figures.pipeline import plot_pipeline
 from examples.brain_tumor.settings import load_settings
 
 SLICES_TABLE = Path(__file__).parents[4] / "shared/data/figshare/slices.csv"
@@ -246,7 +246,7 @@ def test_tsne_is_set_as_the_docstring_says(monkeypatch, count, perplexity):
             np.testing.assert_allclose(np.square(embeddings).sum(1), 1, rtol=1e-6)
             return embeddings[:, :2]
 
-    monkeypatch.setattr(paper_figures, "TSNE", Spy)
+    monkeypatch.setattr(paper, "TSNE", Spy)
     compute_tsne(np.random.default_rng(0).normal(size=(count, 4)), 7)
     expected = {"metric": "cosine", "init": "pca", "perplexity": perplexity, "random_state": 7}
     assert made == expected

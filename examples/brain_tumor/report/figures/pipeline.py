@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from ..settings import Settings
-from .figures import COLOURS, saved
+from ...settings import Settings
+from .run import COLOURS, saved
 
 # All lengths in inches, from the upper left corner.
 WIDTH, TITLE = 9.2, 0.5

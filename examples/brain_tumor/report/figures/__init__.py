@@ -1,0 +1,1 @@
+"""Figures, each written as a PNG."""
