@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import validation
 from .engine.placement import WHOLE, Sampled
 from .losses.base import MarginLoss
-from .losses.sampled import SampledLoss, sampled_class
+from .losses.sampled_loss import SampledLoss, sampled_class
 
 _Loss = TypeVar("_Loss", bound=MarginLoss)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import angular_losses as al
-from angular_losses.losses.mistakes import FORGOTTEN_AFTER
+from angular_losses.losses.usage_warnings import FORGOTTEN_AFTER
 from tests.family import FAMILY, NAMES
 
 

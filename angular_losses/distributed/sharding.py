@@ -14,8 +14,8 @@ from .. import validation
 from ..engine.placement import WHOLE
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
-from ..losses.mistakes import watch
-from ..losses.sampled import SampledLoss
+from ..losses.sampled_loss import SampledLoss
+from ..losses.usage_warnings import watch
 from ..sampling import check_may_sample, refuse_unprepared_optimizers
 from .gathering import Gathering
 from .sharded_loss import ShardedLoss, mixed

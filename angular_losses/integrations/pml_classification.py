@@ -18,7 +18,7 @@ from .. import margins, validation
 from ..functional import margin_softmax_loss
 from ..geometry import is_autocast_enabled, target_angle
 from ..losses.centres import ClassCentres
-from ..losses.mistakes import watch
+from ..losses.usage_warnings import watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -53,7 +53,7 @@ from ..geometry import (
     without_autocast,
 )
 from ..losses.centres import ClassCentres, dominant_centres
-from ..losses.mistakes import watch
+from ..losses.usage_warnings import watch
 from .pml_classification import BaseOptions, ClassificationLoss, Options, follow
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ from ..negatives import NegativeFunction
 from ..schedules import Schedule
 from . import labels as label_columns
 from .centres import ClassCentres, dominant_centres, first_directions
-from .mistakes import warn_of_small_scale, warn_of_unit_vectors, watch
+from .margin_in_force import Target as Target
+from .margin_in_force import in_force
 from .options import LossOptions as LossOptions
 from .options import settings, with_options
-from .scheduled import Target as Target
-from .scheduled import in_force
 from .state import is_in_backward, state_of_a_pass
+from .usage_warnings import warn_of_small_scale, warn_of_unit_vectors, watch
 
 
 class MarginLoss(ClassCentres, nn.Module):

@@ -16,7 +16,7 @@ from torch import distributed
 import angular_losses
 from angular_losses import arcface, margin_softmax_loss, parameter_groups
 from angular_losses.diagnostics import AngularMonitor
-from angular_losses.losses.mistakes import FORGOTTEN_AFTER
+from angular_losses.losses.usage_warnings import FORGOTTEN_AFTER
 from tests.profiling import peak_bytes
 
 pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is missing")
