@@ -17,7 +17,7 @@ from . import validation
 from .engine import modes
 from .engine.batch import Batch, checked
 from .engine.chunks import PLAIN, Others, Ranking, Rule
-from .engine.operators import Ending, margin_loss
+from .engine.operators import RowLoss, margin_loss
 from .engine.placement import WHOLE, Placement
 from .engine.planner import Plan
 from .geometry import pairs, precise_dtype, without_autocast, working_dtype
@@ -232,14 +232,12 @@ def _is_closed(batch: Batch, softmax: Softmax, options: Options, mode: str) -> b
     """Whether the derivative of the loss by the cosines is known, and autograd not needed."""
     weights = options.class_weight, options.sample_weight
     return (
-        not torch.compiler.is_compiling()
+        modes.is_one_step(batch, mode)
         and has_descent(softmax.margin)
         and not isinstance(softmax.scale, Tensor)
         and not softmax.label_smoothing
         and options.penalty is None
         and not any(weight is not None and weight.requires_grad for weight in weights)
-        and not batch.shard.is_partial
-        and mode != "dense"
     )
 
 
@@ -254,14 +252,14 @@ def _closed_loss(
     of_class = _class_weights(batch, options, working_dtype(batch.embeddings, batch.weight))
     row_weight = _row_weights(batch, options, of_class)
     is_mean = options.reduction == "mean" and not isinstance(row_weight, Tensor)
-    ending = Ending(
+    row_loss = RowLoss(
         margin,
         scale,
         row_weight if of_class is None else row_weight * of_class,
         is_summed=options.reduction != "none",
         is_mean=is_mean and batch.labels.shape[0] > 0,
     )
-    return margin_loss(inputs, settings, others, ending)
+    return margin_loss(inputs, settings, others, row_loss)
 
 
 def _check_constant(

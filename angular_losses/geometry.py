@@ -92,8 +92,8 @@ class Pairs(NamedTuple):
 
     Attributes:
         theta: (N, 1) the angle.
-        turn: (2, N, 1) its cosine, exactly 0 with a zero vector, and its sine, the smallest number
-            where the pair is parallel to rounding.
+        cos_sin: (2, N, 1) its cosine, exactly 0 with a zero vector, and its sine, the smallest
+            number where the pair is parallel to rounding.
         tangent: (N, d) the unit tangent t at the first's direction, towards the second's; 0 where
             the pair is parallel to rounding.
         directions: (N + K, d) the directions u of the first, and those of the second.
@@ -101,7 +101,7 @@ class Pairs(NamedTuple):
     """
 
     theta: Tensor
-    turn: Tensor
+    cos_sin: Tensor
     tangent: Tensor
     directions: Tensor
     inverse: Tensor

@@ -234,7 +234,8 @@ class ShardedLoss(MarginLoss):
         of_rows, label_weight = labels
         each = of_rows.T if label_weight is not None else [of_rows]
         for of_row in each:
-            self._checked(embeddings, of_row)
+            sizes = self.sub_centers, self.num_classes
+            validation.batch(embeddings, self.weight, of_row, self.ignore_index, *sizes)
         if sample_weight is not None:
             device = embeddings.device
             validation.floating("sample_weight", sample_weight, len(of_rows), device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import kernels
 
-Later: TypeAlias = list[Callable[[], object]]
+Deferred: TypeAlias = list[Callable[[], object]]
 BeginSum: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 # Up to this scale exp(s cos), its sums over classes and their inverses stay inside float32
@@ -140,7 +140,7 @@ class Ranking:
         self.both = rows.new_full((2, rows.shape[0]), -torch.inf, dtype=dtype)
 
     def add(self, own: Tensor, other: Tensor) -> None:
-        """Take notice of a chunk's; -inf where it has none."""
+        """Update both with those of a chunk; -inf where it has none."""
         self.both = torch.maximum(self.both, torch.stack([own, other]))
 
 
@@ -155,7 +155,7 @@ class Others(NamedTuple):
             of the embeddings over them, and returns how to end that. Between the two the gradient
             of the weight is computed.
         ranking: What the forward pass is to fill, where it is asked for.
-        later: Where the forward pass puts what is to be done while its parts are summed over
+        deferred: Where the forward pass puts what is to be done while its parts are summed over
             processes, if they are.
     """
 
@@ -164,7 +164,7 @@ class Others(NamedTuple):
     bias: Tensor | None = None
     begin_sum: BeginSum | None = None
     ranking: Ranking | None = None
-    later: Later | None = None
+    deferred: Deferred | None = None
 
 
 class Terms:
@@ -296,7 +296,7 @@ class Chunks:
         return products
 
     def _rank(self, ranking: Ranking, span: slice | None, products: Tensor) -> None:
-        """Take notice of the largest products; those of the own class are hidden meanwhile."""
+        """Add the largest products to a ranking; the own class's are hidden for that time."""
         each, (row, is_here) = self.rule.sub_centers, self.own_row(span)
         rows = row[None]
         if each > 1:

@@ -15,7 +15,7 @@ from ..geometry import (
     working_dtype,
 )
 from .batch import Batch
-from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Later, Others, Rule, Settings
+from .chunks import BOUNDED_SCALE, PLAIN, Deferred, Inputs, Others, Rule, Settings
 from .operators import margin_parts
 from .passes import Parts
 from .planner import MODES, Plan, cached_plan, plan
@@ -66,6 +66,11 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def is_one_step(batch: Batch, mode: str) -> bool:
+    """Whether one step of autograd can lead from the inputs of a batch to its loss."""
+    return mode != "dense" and not (torch.compiler.is_compiling() or batch.shard.is_partial)
+
+
 def settings(batch: Batch, chosen: Plan, scale: float | Tensor, *others: Tensor | None) -> Settings:
     """Those of the passes over a batch; ``others`` are variables beside embeddings and weight."""
     differentiate = torch.is_grad_enabled() and any(
@@ -110,7 +115,7 @@ def parts(
     scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
     bias = None if bias is None else shard.shared(bias)
     share = None if class_share is None else shard.of_classes(class_share)
-    meanwhile: Later = []
+    deferred: Deferred = []
     if not batch.weight.shape[0]:
         here = _no_parts(batch, rule, scale, bias, has_mean=share is not None)
     elif chosen.mode == "dense":
@@ -122,11 +127,11 @@ def parts(
             others._replace(
                 bias=None if bias is None else bias.expand(batch.own.shape[0]),
                 begin_sum=shard.begin_sum,
-                later=meanwhile if shard.is_partial else None,
+                deferred=deferred if shard.is_partial else None,
             ),
         )
     is_bounded = not isinstance(scale, Tensor) and scale <= BOUNDED_SCALE and rule.has_slopes
-    return shard.completed(here, batch.own, meanwhile, summed=rule.summed, is_bounded=is_bounded)
+    return shard.completed(here, batch.own, deferred, summed=rule.summed, is_bounded=is_bounded)
 
 
 def _no_parts(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +18,7 @@ from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
 from .passes import Gradients, Parts, Saved
 
 
-class Ending(NamedTuple):
+class RowLoss(NamedTuple):
     """From the parts to the loss of a batch, where the margin knows its derivative.
 
     Attributes:
@@ -41,8 +42,8 @@ class Ending(NamedTuple):
         """
         target, descent = self.margin.with_descent(theta)
         excess = torch.sub(negatives, target, alpha=self.scale)
-        pull = torch.sigmoid(excess) * (self.row_weight * self.scale)
-        return excess, pull * descent, pull
+        of_negatives = torch.sigmoid(excess) * (self.row_weight * self.scale)
+        return excess, of_negatives * descent, of_negatives
 
     def reduced(self, excess: Tensor) -> Tensor:
         """The weighted losses of the rows, or their sum, from what :meth:`gradients` finds."""
@@ -70,11 +71,11 @@ def _eager(*problem: Any) -> Parts:
     return Parts(*_Parts.apply(*variables, problem))  # type: ignore[no-untyped-call]
 
 
-def margin_loss(inputs: Inputs, settings: Settings, others: Others, ending: Ending) -> Tensor:
+def margin_loss(inputs: Inputs, settings: Settings, others: Others, row_loss: RowLoss) -> Tensor:
     """The weighted losses of the rows (N,), or their sum: one step of autograd."""
     problem = inputs, settings, others
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        inputs.embeddings, inputs.weight, None, None, problem, ending
+        inputs.embeddings, inputs.weight, None, None, problem, row_loss
     )
     return loss
 
@@ -103,18 +104,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        (inputs, settings, others), ending = arguments[4:]
-        ctx.is_done = ending.is_summed and _fits_whole_step(inputs, settings, others)
+        (inputs, settings, others), row_loss = arguments[4:]
+        ctx.is_done = row_loss.is_summed and _fits_whole_step(inputs, settings, others)
         if ctx.is_done:  # but for the factor to come
-            excess, *found = passes.whole_step(inputs, ending.scale, others, ending.gradients)
+            excess, *found = passes.whole_step(inputs, row_loss.scale, others, row_loss.gradients)
             ctx.save_for_backward(*found)
             ctx.variables = inputs[:2]  # never read, so not saved
         else:
             parts, saved = passes.forward(inputs, settings, others)
-            excess, of_theta, pull = ending.gradients(parts.theta, parts.negatives)
+            excess, of_theta, scaled = row_loss.gradients(parts.theta, parts.negatives)
             if settings.differentiate:
-                _save(ctx, inputs, settings, saved, others, of_theta, pull / ending.scale)
-        loss: Tensor = ending.reduced(excess)
+                _save(ctx, inputs, settings, saved, others, of_theta, scaled / row_loss.scale)
+        loss: Tensor = row_loss.reduced(excess)
         return loss.to(working_dtype(*inputs[:2]))
 
     @staticmethod
@@ -214,12 +215,18 @@ def _refuse(*_: object) -> NoReturn:
     )
 
 
-# Under torch.compile the passes are operators of a plain rule, of tensors and numbers alone. What
-# is None is a tensor () there.
+# Under torch.compile the passes are operators of a plain rule, of tensors and numbers alone: the
+# fields of named tuples, one after another. What is None is a tensor () there.
+
+
+def _named(values: Iterable[Any], *types: Any) -> list[Any]:
+    """The named tuples of these types whose fields the values are, one after another."""
+    remaining = iter(values)
+    return [cls(*itertools.islice(remaining, len(cls._fields))) for cls in types]
 
 
 def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, settings = Inputs(*arguments[:5]), Settings(*arguments[5:])
+    inputs, settings = _named(arguments, Inputs, Settings)
     with without_autocast(inputs.weight.device):
         parts, saved = passes.forward(inputs, settings, Others())
     nothing = saved.unit.new_zeros(())
@@ -227,13 +234,12 @@ def _operator_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors: list[Any] = [
-        None if each is None or each.dim() == 0 else each for each in arguments[:20]
+    given = [
+        None if isinstance(each, Tensor) and each.dim() == 0 else each for each in arguments[:-1]
     ]
-    grads, inputs, saved = Parts(*tensors[:3]), Inputs(*tensors[3:8]), Saved(*tensors[8:])
-    settings, needed = Settings(*arguments[20:-1]), arguments[-1]
+    grads, inputs, saved, settings = _named(given, Parts, Inputs, Saved, Settings)
     with without_autocast(saved.unit.device):
-        found = passes.backward(grads, inputs, settings, saved, Others(), needed)
+        found = passes.backward(grads, inputs, settings, saved, Others(), needed=arguments[-1])
     nothing = saved.unit.new_zeros(())
     return tuple(nothing.clone() if each is None else each for each in found)
 
@@ -262,11 +268,11 @@ _backward_operator = torch.library.custom_op(
 
 
 @_forward_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, settings = Inputs(*arguments[:5]), Settings(*arguments[5:])
+def _(*arguments: Any) -> tuple[Tensor | None, ...]:
+    inputs, settings = _named(arguments, Inputs, Settings)
     (num_rows, size), num_classes = inputs.embeddings.shape, inputs.weight.shape[0]
     dtype = working_dtype(inputs.embeddings, inputs.weight)
-    unit = inputs.embeddings.new_empty(num_rows, size, dtype=dtype)
+    unit: Tensor = inputs.embeddings.new_empty(num_rows, size, dtype=dtype)
     theta = unit.new_empty(num_rows, dtype=precise_dtype(unit.device))
     _, bounded = passes.scales_of(inputs, settings, dtype, PLAIN)
     has_mean, differentiate = inputs.class_share is not None, settings.differentiate
@@ -276,31 +282,30 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     def optional(exists: bool, *shape: Any, dtype: torch.dtype = dtype) -> Tensor:
         return unit.new_empty(shape if exists else (), dtype=dtype)
 
-    return (
-        theta,
-        torch.empty_like(theta),
-        optional(has_mean, num_rows),
-        unit,
-        unit.new_empty(num_rows, 1),
-        unit.new_empty(num_classes, 1),
-        optional(settings.stash and chunks == 1, num_classes, size),
-        unit.new_empty(num_rows, size),
-        unit.new_empty(2, num_rows, 1),
-        optional(differentiate, num_rows, size),
-        optional(differentiate, num_rows, 1),
-        optional(has_mean, size),
-        optional(settings.stash, num_classes, num_rows, dtype=stash_dtype),
-        optional(differentiate and not bounded, chunks, num_rows),
-        optional(False),
+    parts = Parts(theta, torch.empty_like(theta), optional(has_mean, num_rows))
+    saved = Saved(
+        unit=unit,
+        inverse_of_rows=unit.new_empty(num_rows, 1),
+        inverse=unit.new_empty(num_classes, 1),
+        directions=optional(settings.stash and chunks == 1, num_classes, size),
+        tangent=unit.new_empty(num_rows, size),
+        cos_sin=unit.new_empty(2, num_rows, 1),
+        weighted_centres=optional(differentiate, num_rows, size),
+        over_total=optional(differentiate, num_rows, 1),
+        mean_direction=optional(has_mean, size),
+        stashed=optional(settings.stash, num_classes, num_rows, dtype=stash_dtype),
+        shifts=optional(differentiate and not bounded, chunks, num_rows),
+        bias_slope=optional(False),
     )
+    return *parts, *saved
 
 
 @_backward_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    embeddings, weight = arguments[3:5]
-    nothing = embeddings.new_empty((), dtype=working_dtype(embeddings, weight))
+    _, inputs = _named(arguments, Parts, Inputs)
+    nothing = inputs.embeddings.new_empty((), dtype=working_dtype(*inputs[:2]))
     # Not len(), which would be a constant of the compiled graph.
-    like = embeddings, weight, nothing.new_empty(embeddings.shape[0])
+    like = inputs.embeddings, inputs.weight, nothing.new_empty(inputs.embeddings.shape[0])
     return tuple(
         each.new_empty(each.shape) if wanted else torch.empty_like(nothing)
         for each, wanted in zip(like, arguments[-1], strict=True)
@@ -308,23 +313,22 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.settings = inputs[5:]
+    tensors, ctx.settings = _named(inputs, Inputs, Settings)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate_operator(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, theta, negatives, mean_cosine = ctx.saved_tensors[:8]
+    inputs, parts, saved = _named(ctx.saved_tensors, Inputs, Parts, Saved)
     of_parts = [
         torch.zeros_like(part) if grad is None else grad
-        for part, grad in zip((theta, negatives, mean_cosine), grads, strict=False)
+        for part, grad in zip(parts, grads, strict=False)
     ]
-    needed = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
-    saved = ctx.saved_tensors[8:]
+    of = ctx.needs_input_grad
+    needed = [of[Inputs._fields.index(name)] for name in Gradients._fields]
     found = _backward_operator(*of_parts, *inputs, *saved, *ctx.settings, needed)
-    embeddings, weight, row_scale = (
-        grad if wanted else None for grad, wanted in zip(found, needed, strict=True)
-    )
-    return embeddings, weight, None, row_scale, *[None] * 7
+    gradients = Gradients(*(g if wanted else None for g, wanted in zip(found, needed, strict=True)))
+    of_inputs = (getattr(gradients, name, None) for name in Inputs._fields)
+    return *of_inputs, *[None] * len(Settings._fields)
 
 
 _forward_operator.register_autograd(_differentiate_operator, setup_context=_save_operator)

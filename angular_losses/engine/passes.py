@@ -37,8 +37,8 @@ from ..geometry import inverse_lengths, pairs, working_dtype
 from .chunks import (
     BOUNDED_SCALE,
     Chunks,
+    Deferred,
     Inputs,
-    Later,
     Others,
     Rule,
     Settings,
@@ -72,9 +72,9 @@ class Saved(NamedTuple):
         inverse: (C, 1) 1 / lengths of the centres.
         directions: (C, d) of the centres, where one chunk has all of them and E is kept.
         tangent: (N, d) unit tangents at the embeddings' directions, towards their targets' centres.
-        turn: (2, N, 1) cosine and sine of theta over the lengths of those centres, whose gradients
-            of theta are the first times the tangent less the second times ``unit``.
-        pull: (N, d) E times the centres: where the negatives pull an embedding.
+        cos_sin: (2, N, 1) cosine and sine of theta over the lengths of those centres, whose
+            gradients of theta are the first times the tangent less the second times ``unit``.
+        weighted_centres: (N, d) E times the centres.
         over_total: (N, 1) 1 / the sum of E; None where terms are summed.
         mean_direction: (d,) the gradient of the mean cosine by each direction, or None.
         stashed: (C, N) E, each chunk's relative to its own of the shifts, or None.
@@ -87,8 +87,8 @@ class Saved(NamedTuple):
     inverse: Tensor
     directions: Tensor | None
     tangent: Tensor
-    turn: Tensor
-    pull: Tensor | None
+    cos_sin: Tensor
+    weighted_centres: Tensor | None
     over_total: Tensor | None
     mean_direction: Tensor | None
     stashed: Tensor | None
@@ -109,7 +109,7 @@ class _Sums:
 
     def __init__(self, terms: Terms, dtype: torch.dtype) -> None:
         self.total: Tensor | None = None
-        self.pull: Tensor | None = None
+        self.weighted_centres: Tensor | None = None
         self.shifts: list[Tensor] = []
         self._terms, self._dtype = terms, dtype
 
@@ -122,40 +122,42 @@ class _Sums:
             decay = (self.shifts[-1] - largest).exp()
             self.total *= decay
             self._terms.rescale(decay)
-            if self.pull is not None:
-                self.pull *= decay[:, None]
+            if self.weighted_centres is not None:
+                self.weighted_centres *= decay[:, None]
         self.shifts.append(largest)
         return largest
 
     def add(
-        self, exponentials: Tensor, sums: Tensor, factors: Tensor, later: Later | None = None
+        self, exponentials: Tensor, sums: Tensor, factors: Tensor, deferred: Deferred | None = None
     ) -> None:
-        """Add a chunk's; its part of ``pull`` later, where that is given."""
+        """Add a chunk's; its product with the centres is put in ``deferred``, where given."""
         self.total = sums if self.total is None else self.total.add_(sums)
         if not self._terms.differentiate:
             return
-        is_more = self.pull is not None
-        if self.pull is None:
+        is_more = self.weighted_centres is not None
+        if self.weighted_centres is None:
             shape = exponentials.shape[1], factors.shape[1]
-            self.pull = factors.new_empty(shape, dtype=self._dtype)
-        out = self.pull if later is None else self.pull.data  # which autograd has saved by then
+            self.weighted_centres = factors.new_empty(shape, dtype=self._dtype)
+        out = (
+            self.weighted_centres if deferred is None else self.weighted_centres.data
+        )  # which autograd has saved by then
         product = partial(
             multiply, exponentials.T, factors, self._dtype, out=out, accumulate=is_more
         )
-        if later is None:
+        if deferred is None:
             product()
         else:
-            later.append(product)
+            deferred.append(product)
 
 
 def forward(inputs: Inputs, settings: Settings, others: Others) -> tuple[Parts, Saved]:
     """The parts of a loss, and what the backward pass needs.
 
-    The product of the last chunk is no part of the former: it is put in ``later``, where there is
-    that, to be done before the backward pass, while the parts are summed over processes.
+    The product of the last chunk is no part of the former: it is put in ``deferred``, where given,
+    to be done before the backward pass, while the parts are summed over processes.
     """
     weight, rule, dtype = inputs.weight, others.rule, working_dtype(*inputs[:2])
-    terms, later = Terms(others, differentiate=settings.differentiate), others.later
+    terms, deferred = Terms(others, differentiate=settings.differentiate), others.deferred
     own = inputs.own.clamp(min=0) if settings.partial else inputs.own
     num_rows, found = len(own), pairs(inputs.embeddings, weight.index_select(0, own))
     theta, unit = found.theta[:, 0], found.directions[:num_rows].to(dtype)
@@ -177,7 +179,7 @@ def forward(inputs: Inputs, settings: Settings, others: Others) -> tuple[Parts, 
             exponentials, of_chunk = chunks.exponentiate(logits, sums.shift_for(logits), out)
         # Several chunks are summed in the wider type.
         of_chunk = of_chunk if span is None else of_chunk.to(theta.dtype)
-        sums.add(exponentials, of_chunk, factors, later if span is chunks.spans[-1] else None)
+        sums.add(exponentials, of_chunk, factors, deferred if span is chunks.spans[-1] else None)
         if share is not None and mean_direction is not None:
             of_centre = chunks.rows(share, span) * inverse[:, 0]
             mean_direction.addmv_(part.to(dtype).T, of_centre)
@@ -201,8 +203,8 @@ def forward(inputs: Inputs, settings: Settings, others: Others) -> tuple[Parts, 
         inverse=kept.inverse,
         directions=kept.directions,
         tangent=found.tangent.to(dtype),
-        turn=(found.turn * found.inverse[num_rows:]).to(dtype),
-        pull=sums.pull,
+        cos_sin=(found.cos_sin * found.inverse[num_rows:]).to(dtype),
+        weighted_centres=sums.weighted_centres,
         over_total=over_total,
         mean_direction=mean_direction,
         stashed=kept.stashed,
@@ -251,48 +253,48 @@ def backward(
     needed: Sequence[bool],
 ) -> Gradients:
     """The gradients of embeddings, weight and row_scale, where they are needed."""
-    unit, pull, dtype = saved.unit, saved.pull, saved.unit.dtype
-    assert pull is not None
+    unit, weighted_centres, dtype = saved.unit, saved.weighted_centres, saved.unit.dtype
+    assert weighted_centres is not None
     scales, _ = scales_of(inputs, settings, dtype, others.rule)
     of_negatives = grads.negatives.to(dtype)[:, None]
-    pulled = of_negatives if saved.over_total is None else of_negatives * saved.over_total
-    scaled = pulled * scales
+    factor = of_negatives if saved.over_total is None else of_negatives * saved.over_total
+    scaled = factor * scales
     of_theta = grads.theta.to(dtype)[:, None]
     of_embeddings = of_weight = of_scale = None
     if needed[0]:
-        along = scaled * pull
+        along = scaled * weighted_centres
         if saved.mean_direction is not None and grads.mean_cosine is not None:
             along.addr_(grads.mean_cosine, saved.mean_direction)
         _take_off_along(unit, along)
         along.addcmul_(saved.tangent, of_theta, value=-1).mul_(saved.inverse_of_rows)
         of_embeddings = along.to(inputs.embeddings.dtype)
     if needed[2]:
-        of_scale = settings.scale * (pulled * pull * unit).sum(1)
+        of_scale = settings.scale * (factor * weighted_centres * unit).sum(1)
     if needed[1]:
         of_mean = None
         if saved.mean_direction is not None and grads.mean_cosine is not None:
             of_mean = grads.mean_cosine @ unit
         terms = Terms(others, differentiate=settings.differentiate)
         chunks = Chunks(inputs, settings, unit, scales, terms)
-        cosine, sine = saved.turn * of_theta
+        cosine, sine = saved.cos_sin * of_theta
         of_targets = torch.mul(saved.tangent, cosine).addcmul_(unit, sine, value=-1)
         of_weight = _weight_gradient(chunks, saved, unit * scaled, of_targets, of_mean)
     return Gradients(of_embeddings, of_weight, of_scale)
 
 
 def _weight_gradient(
-    chunks: Chunks, saved: Saved, push: Tensor, of_targets: Tensor, of_mean: Tensor | None
+    chunks: Chunks, saved: Saved, rows: Tensor, of_targets: Tensor, of_mean: Tensor | None
 ) -> Tensor:
-    """The gradient of the weight, (C, d), from E and what each row pushes its negatives with.
+    """The gradient of the weight, (C, d), from E and the rows that it is multiplied with.
 
     Args:
         chunks: The classes.
         saved: What the forward pass kept.
-        push: (N, d), to be multiplied with E relative to the last shift.
+        rows: (N, d) the scaled directions of the embeddings, relative to the last shift.
         of_targets: (N, d), the gradients of the targets' centres through their angles.
-        of_mean: (d,), what the mean cosine pushes each class with, by its share.
+        of_mean: (d,), the gradient of each direction by the mean cosine, over its share.
     """
-    weight, dtype = chunks.weight, push.dtype
+    weight, dtype = chunks.weight, rows.dtype
     is_whole, same = chunks.spans[0] is None, weight.dtype == dtype
     gradient = weight if is_whole else weight.new_empty(weight.shape)
     for index, span in enumerate(chunks.spans):
@@ -300,7 +302,7 @@ def _weight_gradient(
         directions = saved.directions
         if directions is None:
             directions = chunks.directions(part, inverse)
-        exponentials, factor = _exponentials(chunks, saved, index, span, directions, push)
+        exponentials, factor = _exponentials(chunks, saved, index, span, directions, rows)
         result = chunks.rows(gradient, span)
         out = result if same and not is_whole else chunks.workspace("gradient", part.shape, dtype)
         found = multiply(exponentials, factor.to(exponentials.dtype), dtype, out=out)
@@ -364,16 +366,16 @@ def whole_step(
     total = exponentials.sum(0)
     if slopes is not None:
         exponentials *= slopes
-    excess, of_theta, pull = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
+    excess, of_theta, of_negatives = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
     of_theta = of_theta.to(dtype)[:, None]
-    exponentials *= pull.to(dtype).div_(total)
+    exponentials *= of_negatives.to(dtype).div_(total)
     exponentials = rule.of_centres(exponentials, is_nearest)
     gradient = torch.empty_like(both)
     of_rows, of_centres = gradient[:num_rows], gradient[num_rows:]
     torch.mm(exponentials.T, centres, out=of_rows)
     torch.mm(exponentials, unit, out=of_centres)
     _take_off_along(both, gradient)
-    tangent, (cosine, sine) = found.tangent.to(dtype), found.turn.to(dtype) * of_theta
+    tangent, (cosine, sine) = found.tangent.to(dtype), found.cos_sin.to(dtype) * of_theta
     of_rows.addcmul_(tangent, of_theta, value=-1)
     of_centres.index_add_(0, own, tangent.mul_(cosine).addcmul_(unit, sine, value=-1))
     gradient *= found.inverse.to(dtype)
@@ -386,15 +388,15 @@ def _exponentials(
     index: int,
     span: slice | None,
     directions: Tensor,
-    push: Tensor,
+    rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """E of a chunk, kept or computed again, and what to multiply it with (N, d)."""
     if saved.stashed is None:
         last = None if saved.shifts is None else saved.shifts[-1]
-        return chunks.exponentials(span, chunks.factors(directions), last)[0], push
+        return chunks.exponentials(span, chunks.factors(directions), last)[0], rows
     if saved.shifts is not None and span is not None:
-        push = push * (saved.shifts[index] - saved.shifts[-1]).exp()[:, None]
-    return chunks.rows(saved.stashed, span), push
+        rows = rows * (saved.shifts[index] - saved.shifts[-1]).exp()[:, None]
+    return chunks.rows(saved.stashed, span), rows
 
 
 def scales_of(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunks import BeginSum, Later
+from .chunks import BeginSum, Deferred
 from .passes import Parts
 
 
@@ -46,7 +46,7 @@ class Placement:
         return weight
 
     def completed(
-        self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
+        self, parts: Parts, own: Tensor, deferred: Deferred, *, summed: bool, is_bounded: bool
     ) -> Parts:
         """The parts."""
         return parts

@@ -12,7 +12,7 @@ from .. import validation
 
 MODES = ("auto", "dense", "stash", "recompute")
 DEFAULT_BUDGET = 256 * 2**20
-# A chunk smaller than this is slow, and one smaller than that is hopeless.
+# A smaller chunk than the first is slow; than the second, slower than the memory is worth.
 SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
 # Copies of a chunk's cosines that a function of negatives and its derivative take.

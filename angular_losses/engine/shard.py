@@ -1,4 +1,4 @@
-"""What processes that share the classes of a loss tell each other, and how gradients travel back.
+"""The collectives of processes that share the classes of a loss, and their gradients.
 
 Each process (rank) holds the centres of some classes and embeds some rows. The rows of all ranks
 are gathered, each rank does all rows with its own classes, and sums over classes become sums over
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import collectives
-from .chunks import Later
+from .chunks import Deferred
 from .passes import Parts
 from .placement import Sampled
 
@@ -38,7 +38,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 class Shard(Sampled):
-    """The classes of one rank, and its line to the others.
+    """The classes of one rank, and the collectives over all ranks.
 
     Rows are in blocks of equal size, one a rank, in the order of the ranks.
 
@@ -153,9 +153,9 @@ class Shard(Sampled):
         """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
         return collectives.over(self.replicas)
 
-    def total(self, values: Tensor, meanwhile: Later | None = None) -> Tensor:
+    def total(self, values: Tensor, deferred: Deferred | None = None) -> Tensor:
         """The sum over ranks, with a gradient; for what every rank then uses alike."""
-        total: Tensor = _Total.apply(values, self, meanwhile or ())  # type: ignore[no-untyped-call]
+        total: Tensor = _Total.apply(values, self, deferred or ())  # type: ignore[no-untyped-call]
         return total
 
     def shared(self, values: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Shard(Sampled):
         return shared
 
     def completed(
-        self, parts: Parts, own: Tensor, meanwhile: Later, *, summed: bool, is_bounded: bool
+        self, parts: Parts, own: Tensor, deferred: Deferred, *, summed: bool, is_bounded: bool
     ) -> Parts:
         """The parts over all classes, from those of the classes here.
 
@@ -178,13 +178,13 @@ class Shard(Sampled):
         Args:
             parts: theta of each row whose target is here; negatives and mean cosine of all rows.
             own: (N,) -1 where a row's target is not here.
-            meanwhile: What to do while they are summed.
+            deferred: What to do while they are summed.
             summed: Whether the negatives are a sum, and not the log of one.
             is_bounded: Whether exp(negatives) cannot overflow.
         """
         theta, dtype = parts.theta.where(own >= 0, 0), parts.theta.dtype
         if summed:
-            theta, negatives = self.total(torch.stack([theta, parts.negatives]), meanwhile)
+            theta, negatives = self.total(torch.stack([theta, parts.negatives]), deferred)
             return Parts(theta, negatives, parts.mean_cosine)
         values, mean, shift = parts.negatives, parts.mean_cosine, torch.zeros_like(parts.negatives)
         if not is_bounded:
@@ -192,7 +192,7 @@ class Shard(Sampled):
         here = [(values - shift).exp(), theta]
         if mean is not None:
             here.append(mean.to(dtype))
-        total, theta, *means = self.total(torch.stack(here), meanwhile)
+        total, theta, *means = self.total(torch.stack(here), deferred)
         is_none = total == 0  # its logarithm has no gradient
         negatives = (total.masked_fill(is_none, 1).log() + shift).masked_fill(is_none, -torch.inf)
         return Parts(theta, negatives, None if mean is None else means[0].to(mean.dtype))
@@ -293,10 +293,10 @@ def _reached(collective: Callable[[], _Result]) -> _Result:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shard: Shard, meanwhile: Later) -> Tensor:
+    def forward(ctx: Any, values: Tensor, shard: Shard, deferred: Deferred) -> Tensor:
         values = values.clone()
         work = _reached(lambda: dist.all_reduce(values, group=shard.group, async_op=True))
-        for each in meanwhile:
+        for each in deferred:
             each()
         _reached(work.wait)
         return values
