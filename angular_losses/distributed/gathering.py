@@ -18,7 +18,7 @@ HEADER = 8 * NUMBERS + TEXT
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Batch(NamedTuple):
+class RankBatch(NamedTuple):
     """The arguments of a loss, of one rank or of all."""
 
     embeddings: Tensor
@@ -43,7 +43,7 @@ class Gathering:
         self.shard, self._ignore_index, self._batch_size = shard, ignore_index, batch_size
         self._capacity = (batch_size or 0, 0)  # rows, bytes per row
 
-    def __call__(self, checked: Callable[[], Batch]) -> Batch:
+    def __call__(self, checked: Callable[[], RankBatch]) -> RankBatch:
         """The rows of all ranks, padded to blocks of equal size with ignored rows.
 
         Args:
@@ -58,7 +58,7 @@ class Gathering:
         """
         rejection: ValueError | TypeError | None = None
         columns: list[Tensor] = []
-        batch: Batch | None = None
+        batch: RankBatch | None = None
         try:
             batch = checked()
             rows, most = len(batch.labels), self._batch_size
@@ -84,7 +84,7 @@ class Gathering:
         assert batch is not None  # who is rejected has raised
         return self._unpacked(batch, columns, found[:, HEADER:], most)
 
-    def _columns(self, batch: Batch) -> list[Tensor]:
+    def _columns(self, batch: RankBatch) -> list[Tensor]:
         """The per-row tensors: labels first, embeddings last."""
         weights = batch.label_weight, batch.sample_weight
         given = [weight.detach().double() for weight in weights if weight is not None]
@@ -133,7 +133,9 @@ class Gathering:
                 "passes 0 rows through its network too)"
             )
 
-    def _unpacked(self, batch: Batch, columns: list[Tensor], found: Tensor, most: int) -> Batch:
+    def _unpacked(
+        self, batch: RankBatch, columns: list[Tensor], found: Tensor, most: int
+    ) -> RankBatch:
         """The columns of all ranks, ``most`` rows of each."""
         place, unpacked = 0, []
         for column in columns:
@@ -149,10 +151,10 @@ class Gathering:
         sample_weight = None if batch.sample_weight is None else next(present)
         # The gradients of the ranks are summed in this dtype.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        return Batch(embeddings.to(dtype), labels, sample_weight, label_weight)
+        return RankBatch(embeddings.to(dtype), labels, sample_weight, label_weight)
 
 
-def _header(columns: list[Tensor], batch: Batch) -> list[int]:
+def _header(columns: list[Tensor], batch: RankBatch) -> list[int]:
     bytes_of_row = sum(column[:0].new_empty(1, *column.shape[1:]).nbytes for column in columns)
     dtype = DTYPES.index(columns[-1].dtype)
     needs_gradient = batch.embeddings.requires_grad and torch.is_grad_enabled()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import collectives, validation
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
-from .gathering import Batch, Gathering
+from .gathering import Gathering, RankBatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,7 +75,7 @@ class ShardedLoss(MarginLoss):
         """
         self.shard.replicas = self._replicas()
 
-        def checked() -> Batch:
+        def checked() -> RankBatch:
             of_rows = self._labels(embeddings, labels, label_weight, other_labels, lam)
             return self._own_batch(embeddings, of_rows, sample_weight)
 
@@ -229,7 +229,7 @@ class ShardedLoss(MarginLoss):
         embeddings: Tensor,
         labels: tuple[Tensor, Tensor | None],
         sample_weight: Tensor | None = None,
-    ) -> Batch:
+    ) -> RankBatch:
         """This rank's batch; raises unless it is valid."""
         of_rows, label_weight = labels
         each = of_rows.T if label_weight is not None else [of_rows]
@@ -239,7 +239,7 @@ class ShardedLoss(MarginLoss):
         if sample_weight is not None:
             device = embeddings.device
             validation.floating("sample_weight", sample_weight, len(of_rows), device=device)
-        return Batch(embeddings, of_rows, sample_weight, label_weight)
+        return RankBatch(embeddings, of_rows, sample_weight, label_weight)
 
     def _same_random_numbers(self) -> AbstractContextManager[None]:
         """Context with the same random numbers on every rank, different for each batch."""
@@ -259,7 +259,7 @@ class ShardedLoss(MarginLoss):
         """The number of the training step of this pass, from 1."""
         return self.batches if self._repeats_a_step() else self.batches + 1
 
-    def _sample(self, rows: Batch) -> None:
+    def _sample(self, rows: RankBatch) -> None:
         """Choose the classes of a step: those of the batch's labels, and random others."""
         shard = self.shard
         shard.sampled, shard.most = None, shard.each
