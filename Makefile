@@ -25,7 +25,7 @@ bench: .venv/dev.done  ## accuracy, time and memory, compared with other librari
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sharded_costs
 
-gpu: .venv/dev.done  ## whether all works on a GPU, how fast, and where the time goes; six minutes
+gpu: .venv/dev.done  ## on a GPU: correctness, speed and a profile; six minutes
 	$(BIN)/python -m benchmarks.gpu
 
 docs: .venv/dev.done  ## the site, in docs/_build/html; nothing is fetched

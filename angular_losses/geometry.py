@@ -108,7 +108,7 @@ class Pairs(NamedTuple):
 
 
 def pairs(first: Tensor, second: Tensor, own: Tensor | None = None) -> Pairs:
-    r"""The angle of each pair of vectors and what its gradients are made of.
+    r"""The angle of each pair of vectors and the terms of its gradients.
 
     .. math:: r = v - (u \cdot v)\,u, \qquad \theta = \mathrm{atan2}(|r|,\ u \cdot v), \qquad
         t = r / |r|, \\
@@ -121,7 +121,7 @@ def pairs(first: Tensor, second: Tensor, own: Tensor | None = None) -> Pairs:
     Args:
         first: x (N, d), floating point.
         second: w (N, d) likewise, or (K, d) if there is ``own``.
-        own: (N,) which of the second is with each of the first.
+        own: (N,) for each row of the first, the row of the second that it is paired with.
     """
     if first.dtype == second.dtype:
         units, inverse = _normalized(torch.cat([first, second]))
@@ -148,7 +148,7 @@ def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Of the computation and the result, no narrower than that of the vectors.
     """
     smallest = _smallest(vectors.dtype)
-    if validation.is_readable(vectors):  # whether a pass more is needed for safety
+    if validation.is_readable(vectors):  # whether lengths may overflow or underflow
         length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
         limits = torch.finfo(dtype)
         if torch.equal(length, length.clamp(max(limits.tiny**0.4, smallest), limits.max)):
@@ -267,9 +267,9 @@ def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(vectors: Tensor, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors (..., d) over their largest component, their lengths then, and that (..., 1).
+    """Vectors (..., d) divided by their largest component, their lengths, that component (..., 1).
 
-    So no square overflows or underflows. The length of what counts as zero is infinite.
+    No square overflows or underflows. The length of a vector that counts as zero is infinite.
     """
     largest = torch.threshold(_largest(vectors), torch.finfo(vectors.dtype).tiny, 1.0)
     scaled = vectors / largest

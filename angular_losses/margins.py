@@ -256,7 +256,7 @@ def x2_softmax(theta: Tensor, a: float | Tensor, h: float | Tensor, k: float | T
 
 @dataclass(frozen=True)
 class KnownDescent:
-    """A margin together with its derivative, which then is not autograd's work.
+    """A margin with its derivative, which autograd then need not find.
 
     Attributes:
         function: The margin: a function of theta (N,), or of theta and the share in force.
@@ -274,7 +274,7 @@ class KnownDescent:
 
 @dataclass(frozen=True)
 class Combined:
-    """:func:`angular_losses.combined` as a loss hands it to a schedule: of theta and of a share.
+    """:func:`angular_losses.combined` as schedules take it: a function of theta and of a share.
 
     Attributes:
         m1: Multiplicative margin, a float or a tensor that broadcasts against theta, as all three.
@@ -313,7 +313,7 @@ class Combined:
 
 
 def has_descent(margin: object) -> TypeGuard[KnownDescent | Combined]:
-    """Whether a margin brings its derivative by theta, which is all there is to differentiate."""
+    """Whether a margin provides its derivative by theta, and depends on nothing else trained."""
     if not isinstance(margin, Combined):
         return isinstance(margin, KnownDescent)
     of = margin.m1, margin.m2, margin.m3

@@ -8,8 +8,8 @@ function can be used wherever one of these can.
 Three convert a cosine back to an angle (:func:`linear_angle`, :func:`divided_angle` and the angular
 :func:`nearest_penalty`) and have the precision of float32 cosines near a *wrong* centre. For 64
 rows (d = 128) at angles of 1e-2, 3e-3, 1e-3 and 3e-4 rad to one, the largest gradient error was
-0.2, 3, 14 and 56 % in :class:`angular_losses.LiArcFaceLoss`, by 0.02, 0.3, 1 and 4 % in
-:class:`angular_losses.InterTopKLoss` and by 0.01 % at most in "v2" of
+0.2, 3, 14 and 56 % in :class:`angular_losses.LiArcFaceLoss`, 0.02, 0.3, 1 and 4 % in
+:class:`angular_losses.InterTopKLoss` and 0.01 % at most in "v2" of
 :class:`angular_losses.SphereFaceRLoss`; at smaller angles the contribution of that class to
 the gradient is lost: 71 and 6 % in the first two. In float64 all errors were below 2e-6 down to
 1e-5 rad. For example::
@@ -39,10 +39,10 @@ NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class KnownSlope:
-    """A function of the cosines alone together with its derivative, which then is not autograd's.
+    """A function of the cosines alone, with its derivative, which autograd then need not find.
 
     Attributes:
-        function: From cosines (K, N) to what takes their place, in [-1, 1] too.
+        function: From cosines (K, N) to the values that replace them, in [-1, 1] too.
         with_slope: From cosines (K, N) to the same and its derivatives, without a graph.
     """
 
@@ -50,7 +50,7 @@ class KnownSlope:
     with_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def __call__(self, cosine: Tensor, target: Tensor) -> Tensor:
-        """What takes the place of the cosines."""
+        """The values that replace the cosines."""
         return self.function(cosine)
 
 
@@ -192,14 +192,14 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
 
 
 def interclass_filter(cosine: Tensor, target: Tensor, threshold: float) -> Tensor:
-    r"""Interclass filtering: a class too near to be another one has the logit 0.
+    r"""Interclass filtering: a class so near that it may be the same one has the logit 0.
 
     .. math:: N(c) = 0 \text{ where } c > \text{threshold, else } c
 
     Args:
         cosine: (K, N).
         target: (N,) the target logits before scaling, not used.
-        threshold: The largest cosine of a class that is taken for another one.
+        threshold: The largest cosine at which a class counts as a different one.
 
     Example:
         >>> interclass_filter(torch.tensor([[0.2], [0.6]]), torch.tensor([0.4]), 0.4)

@@ -1,4 +1,4 @@
-"""Sampled classes: a loss that uses some of them in a step, and optimisers that step their rows."""
+"""Sampled classes: losses that use some of them per step, optimisers that update their rows."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def sample_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None
     the momentum of a row is that of its own steps. A step that raises, or is interrupted, leaves
     weight and state of the loss as they were before. As in ``torch.optim.SparseAdam``, a count of
     steps is that of the whole weight: the bias correction of a row sampled for the first time late
-    in the training is that of the other rows.
+    in training is that of the other rows.
 
     Args:
         optimizer: An element-wise optimiser of ``torch.optim``, such as SGD or AdamW; not Rprop,
@@ -126,7 +126,7 @@ def place_of_weight(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> int:
     return index
 
 
-# Whose state of a row does not begin with zeros, or mixes rows.
+# Those whose state of a row does not begin with zeros, or mixes rows.
 _NOT_BY_ROWS = tuple(
     getattr(torch.optim, name)
     for name in ("Rprop", "LBFGS", "Adafactor", "Muon", "SparseAdam")
@@ -135,7 +135,7 @@ _NOT_BY_ROWS = tuple(
 
 
 def step_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
-    """Make each step of an optimiser one of the rows that a sparse gradient of a weight has."""
+    """Make each step of an optimiser update only the rows of a weight's sparse gradient."""
     if isinstance(optimizer, _NOT_BY_ROWS):
         raise TypeError(
             "optimizer: expected one that can begin with a row at any step, such as SGD or "
@@ -163,7 +163,7 @@ def step_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
 
 @contextmanager
 def _sampled_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[None]:
-    """While this lasts, weight, gradient and state are their sampled rows alone."""
+    """Context in which weight, gradient and state are their sampled rows alone."""
     gradient = weight.grad
     if gradient is None or not gradient.is_sparse:
         yield
@@ -225,7 +225,7 @@ _sampled: weakref.WeakSet[MarginLoss] = weakref.WeakSet()
 def refuse_unprepared_optimizers(loss: MarginLoss) -> None:
     """Make each step with the sparse gradient of a loss raise.
 
-    None reaches an optimiser that :func:`sample_optimizer` or ``shard_optimizer`` has prepared.
+    Optimisers prepared by :func:`sample_optimizer` or ``shard_optimizer`` step with a dense one.
     """
     _sampled.add(loss)
     _begin()

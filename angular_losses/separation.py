@@ -96,7 +96,7 @@ def _levenshtein(count: int, size: int) -> float:
     first, second = jacobi[:nodes, :nodes], (jacobi @ jacobi)[:nodes, :nodes]
     if order % 2:
         return _largest_eigenvalue(first - removed, identity - removed)
-    # Radau: the weight 1 + t takes the node at -1 out.
+    # Radau: the weight 1 + t removes the node at -1.
     return _largest_eigenvalue(first + second - 2 * removed, identity + first - 2 * removed)
 
 

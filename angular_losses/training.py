@@ -1,4 +1,4 @@
-"""Utilities for setting up a training: scale, margin, and the parameter groups of an optimiser."""
+"""Utilities for setting up training: scale, margin, first centres, an optimiser's groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .losses.centres import ClassCentres
 from .margins import ADDITIVE
 from .separation import separation_bound
 
-# Of k-means, which mostly ends before.
+# Of k-means, which usually converges earlier.
 MOST_ROUNDS = 50
 
 
@@ -113,7 +113,7 @@ def mean_directions(
             loader; it runs without gradients.
         num_classes: The number of classes, C.
         sub_centers: The number of directions of a class, K: with several, those of spherical
-            k-means of its embeddings, of which all directions are kept meanwhile.
+            k-means of its embeddings, all of whose directions are then kept in memory.
         ignore_index: Rows with this label do not count.
 
     Returns:
@@ -167,7 +167,7 @@ def mean_directions(
 
 
 def _clusters(unit: Tensor, labels: Tensor, means: Tensor, sub_centers: int) -> Tensor:
-    """Spherical k-means in each class, of all classes at once, begun with the farthest rows.
+    """Spherical k-means within each class, for all classes at once, from the farthest rows.
 
     Args:
         unit: (N, d) directions.

@@ -1,6 +1,6 @@
 """Validation of arguments: messages start with the argument and state what was expected.
 
-A wrong type is a TypeError; a value, shape or device out of place is a ValueError.
+A wrong type is a TypeError; a wrong value, shape or device is a ValueError.
 None of these functions synchronises with an accelerator: shapes, dtypes and devices are available
 on the host, and label values are asserted on the device.
 """
@@ -113,7 +113,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 def floating(
     name: str, value: object, *shape: int | str, device: torch.device | None = None
 ) -> None:
-    """Raise unless ``value`` is a floating-point tensor of ``shape``; a str stands for any size."""
+    """Raise unless ``value`` is a floating-point tensor of ``shape``; a str allows any size."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {_describe(value)}")
     sizes = value.shape
@@ -283,7 +283,7 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether such a transform is at work, on whatever tensor."""
+    """Whether such a transform is active, on any tensor."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -11,14 +11,6 @@ from hypothesis import strategies as st
 import angular_losses as al
 from angular_losses import angle_between, arcface, combined, cosface, detached, sphereface
 from angular_losses.margins import ARCFACE_BEYOND, Combined, has_descent
-from angular_losses.negatives import (
-    LINEAR_ANGLE,
-    circle,
-    circle_with_slope,
-    divided_angle,
-    divided_angle_with_slope,
-    linear_angle,
-)
 from tests import reference, strategies
 from tests.cases import CASES, NAMES
 from tests.strategies import ANGLES, kinks, pair_at
@@ -283,29 +275,6 @@ def test_the_known_descents_of_a_parabola_and_a_line_are_those_of_50_digits(shar
             value, descent = formula(mp.mpf(at)), -mp.diff(formula, mp.mpf(at))
             expected = float(value), float(value), float(descent)
             assert numbers == pytest.approx(expected, rel=1e-14, abs=1e-15)
-
-
-KNOWN = {
-    "linear": (linear_angle, LINEAR_ANGLE.with_slope),
-    "circle": (lambda c: circle(c, 0.25), lambda c: circle_with_slope(c, 0.25)),
-    "divided": (lambda c: divided_angle(c, 1.5), lambda c: divided_angle_with_slope(c, 1.5)),
-}
-
-
-@pytest.mark.parametrize("name", KNOWN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_known_slope_is_that_of_autograd(dtype, name):
-    function, with_slope = KNOWN[name]
-    eps = torch.finfo(dtype).eps
-    ends = [1.0, 1 + 2 * eps, 1 - eps, 1 - 4 * eps, 1 - 8 * eps, 0.999]
-    cosine = torch.tensor([[-each for each in ends], ends, [0.0, 0.1, -0.1, 0.6, 1e-30, -0.9]])
-    cosine = cosine.to(dtype).requires_grad_()
-    value = function(cosine)
-    (expected,) = torch.autograd.grad(value.sum(), cosine)
-    found, slope = with_slope(cosine.detach())
-    assert torch.allclose(found, value, rtol=4 * eps, atol=2 * eps)
-    assert torch.allclose(slope, expected, rtol=64 * eps, atol=0)  # of 1 - c^2, near 1
-    assert found.abs().max() <= 1
 
 
 def test_a_descent_is_known_only_where_autograd_has_nothing_else_to_do():

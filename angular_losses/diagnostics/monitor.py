@@ -118,7 +118,7 @@ class AngularMonitor:
         self.history: list[dict[str, float]] = []
         self._batches = 0
         self._sums: Tensor | None = None
-        # The centres whose gradient is measured, and the hook that does.
+        # The centres whose gradient is measured, and the hook that measures it.
         self._watched: tuple[nn.Parameter, RemovableHandle] | None = None
 
     @torch.no_grad()
@@ -342,7 +342,7 @@ class AngularMonitor:
     def _before_forward(
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        if loss.training and not is_in_backward():  # where checkpointing runs a pass again
+        if loss.training and not is_in_backward():  # where checkpointing recomputes a pass
             self._watch(self.loss._centres)
             given = inspect.signature(loss.forward).bind(*args, **kwargs)
             given.apply_defaults()

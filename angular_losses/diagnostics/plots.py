@@ -199,7 +199,7 @@ def plot_gradient_norms(norms: Tensor, rows: Tensor | None = None) -> Figure:
 
 
 def plot_history(history: Sequence[dict[str, float]]) -> Figure:
-    """Angles, violations and errors over the steps of a training.
+    """Angles, violations and errors over the steps of a training run.
 
     Args:
         history: ``AngularMonitor.history``: a dict for each logged step.

@@ -1,1 +1,1 @@
-"""The published losses, a class each."""
+"""The published losses, and what they share: base class, centres, options, labels, state."""

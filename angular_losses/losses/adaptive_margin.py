@@ -1,4 +1,4 @@
-"""Losses whose margin or scale follows the batch or chance."""
+"""Losses whose margin or scale depends on the embeddings, or is drawn at random."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AdaCosLoss(MarginLoss):
 
     Args:
         num_classes: The number of classes, C >= 3.
-        dynamic: Whether the scale follows the batches, which takes one more matrix product.
+        dynamic: Whether each batch updates the scale, which takes one more matrix product.
         **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Attributes:
@@ -48,7 +48,7 @@ class AdaCosLoss(MarginLoss):
     """
 
     scale: Tensor
-    _scale_decides = False  # as it is when the base class looks
+    _scale_decides = False  # the base class is given 1.0, which is replaced
     statistics = ("scale",)
 
     def __init__(
@@ -67,7 +67,7 @@ class AdaCosLoss(MarginLoss):
         self._register_number("scale", _fixed_scale(num_classes))
 
     def _extend_buffers(self, num_new: int) -> None:
-        """A fixed scale is that of all classes; a dynamic one finds its way."""
+        """Set a fixed scale to that of all classes; training steps adapt a dynamic one."""
         super()._extend_buffers(num_new)
         self._first_values["scale"] = _fixed_scale(self.num_classes + num_new)
         if not self.dynamic:
@@ -103,7 +103,7 @@ class AdaCosLoss(MarginLoss):
         self.scale.copy_(torch.where(found.isfinite(), found, self.scale))
 
     def row_scale(self, embeddings: Tensor) -> Tensor:
-        """The scale as it is now."""
+        """The current scale."""
         return self.scale
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
@@ -112,14 +112,14 @@ class AdaCosLoss(MarginLoss):
 
 
 class AdaFaceLoss(MarginLoss):
-    r"""AdaFace: the margin of a row follows the quality of its image, read off its length.
+    r"""AdaFace: the margin depends on the image's quality, estimated by the embedding's length.
 
     .. math:: f = s\,\bigl(\cos(\theta_y - m\hat z) - m\hat z - m\bigr), \qquad
         \hat z = \mathrm{clip}\Bigl(\frac{|x| - \mu}{\sigma / h},\ -1,\ 1\Bigr)
 
-    The quality is a constant to the gradient. mu and sigma are running statistics of the lengths,
-    of all processes, updated by each training step before they are used. Where
-    theta is below m z-hat the cosine goes on falling (unrolled), as :func:`arcface` does past pi.
+    The gradient treats the quality as a constant. mu and sigma are running statistics of the
+    lengths, of all processes, updated by each training step before they are used. For theta below
+    m z-hat the cosine is unrolled, so that it decreases there too, as in :func:`arcface` past pi.
 
     Args:
         embedding_size: The length of an embedding, d. Do not normalise embeddings before.
@@ -181,13 +181,13 @@ class AdaFaceLoss(MarginLoss):
         return ((length - self.mean) / deviation * self.h).clamp(-1, 1)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
-        """The margin of each row, as its quality has it."""
+        """The margin of each row, from its quality."""
         turned = self.margin * self.quality(embeddings)
         return margins.Combined(m2=-turned, m3=turned + self.margin)
 
 
 class MagFaceLoss(MarginLoss):
-    r"""MagFace: the margin grows with the embedding's length, which learns to tell quality.
+    r"""MagFace: the margin increases with the embedding's length, a learned measure of quality.
 
     .. math:: f = s\cos(\theta_y + m(a)), \quad
         m(a) = l_m + \frac{u_m - l_m}{u_a - l_a}(a - l_a), \quad
@@ -264,7 +264,7 @@ class ElasticFaceLoss(MarginLoss):
     Args:
         margin: m: radians in [0, pi) for "arc", by default 0.5; in [0, 2) for "cos", 0.35.
         kind: "arc" or "cos".
-        plus: Whether draws are handed out by difficulty (ElasticFace+).
+        plus: Whether draws are assigned by difficulty (ElasticFace+).
         deviation: sigma >= 0; by default that of the authors' settings: 0.05, but with ``plus``
             0.0175 for "arc" and 0.02 for "cos".
         **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
@@ -334,5 +334,5 @@ def _median(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clipped(embeddings: Tensor) -> Tensor:
-    """The lengths within what AdaFace's statistics take notice of."""
+    """The lengths, clipped to the range of AdaFace's statistics."""
     return lengths(embeddings).clamp(1e-3, 100.0)

@@ -1,4 +1,4 @@
-"""Losses whose margin is a function of the target's angle: their defaults and margin, no more."""
+"""Losses whose target logit is a fixed function of the target angle."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class NormalizedSoftmaxLoss(MarginLoss):
 
 
 class CosFaceLoss(MarginLoss):
-    r"""CosFace (AM-Softmax): the margin taken off the target's cosine.
+    r"""CosFace (AM-Softmax): the margin subtracted from the target's cosine.
 
     .. math:: f = s\,(\cos\theta_{y} - m)
 
@@ -130,8 +130,8 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
 
     .. math:: f = s\cos(\theta_{y} + m), \qquad \theta_j = \min_k \angle(x, w_{jk})
 
-    A class's clean images gather at one of its centres and the wrongly labelled ones at others.
-    Any other loss does the same with ``sub_centers``.
+    The clean images of a class concentrate at one of its centres and the mislabelled ones at
+    others. Any other loss takes ``sub_centers`` too.
 
     Args:
         sub_centers: The number of centres of a class, K.
@@ -168,9 +168,9 @@ class LiArcFaceLoss(MarginLoss):
     .. math:: f = s\,\frac{\pi - 2(\theta_y + m)}{\pi}, \qquad
         z_j = s\,\frac{\pi - 2\theta_j}{\pi}
 
-    The other classes' angles come from their cosines. In float32 that costs the gradient of an
-    embedding that is 1e-3 rad from a wrong centre 14 % at worst, and nearer the part of that class,
-    71 % (:mod:`angular_losses.negatives`); float64 does not.
+    The other classes' angles are computed from their cosines. In float32 the gradient of an
+    embedding that is 1e-3 rad from a wrong centre then has an error of 14 % at worst; nearer, the
+    part of that class is lost, 71 % (:mod:`angular_losses.negatives`). In float64 it is not.
 
     Args:
         margin: m in radians, in [0, pi). The paper's value could not be checked; code that
@@ -203,7 +203,7 @@ class LiArcFaceLoss(MarginLoss):
         return margins.linear_angle(theta, share * self.margin)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
-        """The same with its descent, the same everywhere."""
+        """The same with its descent, a constant."""
         return margins.KnownDescent(
             self.target,
             lambda theta, share: (self.target(theta, share), torch.full_like(theta, 2 / math.pi)),
@@ -278,8 +278,8 @@ class CombinedMarginLoss(MarginLoss):
         m2: Additive margin on the angle in radians, in [0, pi).
         m3: Additive margin on the cosine, in [0, 2).
         beyond: See :func:`angular_losses.combined`.
-        interclass_filtering_threshold: In [0, 1]: other classes with a larger cosine do not push
-            (:func:`angular_losses.negatives.interclass_filter`), as in insightface; 0: all do.
+        interclass_filtering_threshold: In [0, 1]: other classes with a larger cosine get the logit
+            0 (:func:`angular_losses.negatives.interclass_filter`), as in insightface; 0: none do.
         **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too.
 
     Example:

@@ -1,4 +1,4 @@
-"""Margins of a class's own, by how many samples it has and how they scatter."""
+"""Per-class margins, from the number of samples of a class and the spread of its embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-# What KappaFace gathers in an epoch, kept with its state and yet no buffers.
+# What KappaFace accumulates in an epoch: saved with its state, but not buffers.
 _GATHERED = ("direction_sums", "seen")
 
 
@@ -31,12 +31,12 @@ class KappaFaceLoss(MarginLoss):
         \kappa = \frac{\bar r\,(d - \bar r^2)}{1 - \bar r^2}
 
     with n_c the images of a class, K = 1.05 max n as in the authors' code, and r-bar the length of
-    the mean direction of its embeddings. Training steps gather those directions;
+    the mean direction of its embeddings. Training steps accumulate those directions;
     call :meth:`update_margins` at the end of each epoch. In the first epoch the margin is m. The
-    authors keep one direction an image, mixed with its last; here an epoch counts as it was. A
-    class of which one image is there or was seen has no concentration, and counts as one of
-    middling; in the authors' code its r-bar of 1 makes an outlier of it, which leaves all other
-    classes with nearly the same w^kappa. So does, here too, a class of copies of one image.
+    authors keep one direction per image, averaged with its earlier ones; here the directions are
+    those of the epoch alone. A class with one image, or with one seen, has no concentration and
+    gets the mean one; in the authors' code its r-bar of 1 is an outlier, with which all other
+    classes have nearly the same w^kappa. A class of copies of one image has that effect here too.
 
     Args:
         class_counts: (C,) the number of training images of each class, n, a tensor or any other
@@ -110,7 +110,7 @@ class KappaFaceLoss(MarginLoss):
 
     @contextmanager
     def _gathered_as_buffers(self) -> Iterator[None]:
-        """While this lasts; otherwise DistributedDataParallel copies rank 0's to all others."""
+        """Context in which they are buffers, which DDP would overwrite with those of rank 0."""
         for name in _GATHERED:
             self.register_buffer(name, vars(self).pop(name))
         try:
@@ -119,7 +119,7 @@ class KappaFaceLoss(MarginLoss):
             vars(self).update({name: self._buffers.pop(name) for name in _GATHERED})
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """No parameter of what is gathered, as transformers makes of it, nor in half precision."""
+        """Store what is accumulated as tensors, float32 at least; transformers sets parameters."""
         if name in _GATHERED and isinstance(value, nn.Parameter):
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         super().__setattr__(name, value)
@@ -149,7 +149,7 @@ class KappaFaceLoss(MarginLoss):
         centre = kappa.nanmean()
         square = (kappa - centre).square()
         deviation = (square.nansum() / (scatters.sum() - 1).clamp(min=1)).sqrt()
-        # A class without a concentration counts as one of middling.
+        # A class without a concentration gets the mean one.
         standard = ((kappa - centre) / deviation.clamp(min=1e-12)).nan_to_num(nan=0.0)
         hardness = 1 - torch.sigmoid(self.temperature * standard)
         rarity = (1 + torch.cos(math.pi * self.class_counts / (1.05 * self.class_counts.max()))) / 2
@@ -199,7 +199,7 @@ def power_law_margins(
     bounds: tuple[float, float] = (0.05, 0.5),
     power: float = 0.25,
 ) -> Tensor:
-    r"""Margins that fall with the size of a class, :math:`m_c = a\,n_c^{-\lambda} + b`.
+    r"""Margins that decrease with the size of a class, :math:`m_c = a\,n_c^{-\lambda} + b`.
 
     For :class:`ArcFaceLoss`, with a and b such that the largest class has the lower bound and the
     smallest the upper. If all classes are of one size, all have the middle of the bounds.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CurricularFaceLoss(MarginLoss):
-    r"""CurricularFace: ArcFace that turns to the hard negatives as training succeeds.
+    r"""CurricularFace: ArcFace with hard negatives, weighted more as the target cosines increase.
 
     .. math:: f = s\cos(\theta_y + m), \qquad z_j = s\,c_j\,(t + c_j)
         \text{ where } c_j > \cos(\theta_y + m), \text{ else } s\,c_j
@@ -191,7 +191,7 @@ class NPCFaceLoss(MarginLoss):
         return torch.cos(theta + self.mask_margin)
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
-        """ArcFace with the margin of each row, as its hard negatives have it."""
+        """ArcFace with the margin of each row, enlarged by its hard negatives."""
         threshold = self._threshold(embeddings, labels)
         weight, here = self._centres_here(labels)
         sums = sums_above(embeddings, weight, here, threshold, sub_centers=self.sub_centers)
@@ -200,7 +200,7 @@ class NPCFaceLoss(MarginLoss):
         return margins.Combined(m2=margin, beyond=self.beyond)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
-        """The hard negatives stretched and raised."""
+        """The hard negatives scaled and shifted."""
         dtype = working_dtype(embeddings, self.weight)
         threshold = self._threshold(embeddings, labels).to(dtype)
         t, a = self.t, self.a
@@ -213,13 +213,13 @@ class CircleLoss(MarginLoss):
     .. math:: f = \gamma\,[1 + m - c_y]_+\,(c_y - (1 - m)), \qquad
         z_j = \gamma\,[c_j + m]_+\,(c_j - m)
 
-    with the brackets taken as constants by the gradient, as the paper has it.
+    with the brackets taken as constants by the gradient, as in the paper.
 
     Args:
         margin: The relaxation m in (0, 1).
         scale: gamma > 0.
         **options: See :class:`MarginLoss`, for all other arguments, shapes and errors too;
-            no ``schedule``: it has a pace of its own.
+            no ``schedule``: the weights change with the cosines.
 
     Example:
         >>> loss = CircleLoss(num_classes=10, embedding_size=64)
@@ -264,7 +264,7 @@ class CircleLoss(MarginLoss):
         return (1 + self.margin - cosine).clamp(min=0)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
-        """The other side of the circle."""
+        """The cosines less their optimum, weighted."""
         margin = self.margin
         return KnownSlope(
             lambda cosine: negatives.circle(cosine, margin),
@@ -278,8 +278,8 @@ class InterTopKLoss(MarginLoss):
     .. math:: z_j = s\cos(\theta_j - m') \text{ ("arc") or } s\,(c_j + m') \text{ ("cos")}
         \quad \text{for the k largest } c_j, \text{ else } s\,c_j
 
-    With "arc" the angles of the k come from their cosines, which in float32 costs the gradient 1 %
-    at 1e-3 rad from a wrong centre and 6 % at most (:mod:`angular_losses.negatives`).
+    With "arc" the angles of the k are computed from their cosines: in float32 the gradient has an
+    error of 1 % at 1e-3 rad from a wrong centre, 6 % at most (:mod:`angular_losses.negatives`).
 
     Args:
         num_classes: The number of classes, C > k.
@@ -326,7 +326,7 @@ class InterTopKLoss(MarginLoss):
         return margins.additive(self.kind, self.margin)
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
-        """The k nearest brought nearer."""
+        """The k nearest with the penalty."""
         weight, here = self._centres_here(labels)
         found = self.shard.nearest(
             nearest(
@@ -338,7 +338,7 @@ class InterTopKLoss(MarginLoss):
                 product_dtype=modes.product_dtype(embeddings, weight, self.mode),
             )
         )
-        # The engine's sums may round otherwise.
+        # The engine's sums may round differently.
         threshold = found[:, -1] - 8 * torch.finfo(found.dtype).eps
         m, angular = self.nearest_penalty, self.kind == "arc"
         return lambda cosine, target: negatives.nearest_penalty(

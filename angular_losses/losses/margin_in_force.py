@@ -1,4 +1,4 @@
-"""The margin in force: what a schedule, and a detached gradient, make of a loss's own."""
+"""The margin in force: that of a loss, with its schedule and its kind of gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def in_force(target: Target, schedule: Schedule | None, gradient: str) -> margin
 
     Args:
         target: A function of theta (N,) and the share of the margin in force.
-        schedule: What says that share; all of it without one.
+        schedule: It sets that share; without one all of the margin is in force.
         gradient: "exact", or "detached": that of the cosine.
     """
 

@@ -1,4 +1,4 @@
-"""Losses with a margin that multiplies the angle: SphereFace and its kin."""
+"""Losses with a margin that multiplies the angle: SphereFace and its variants."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class SphereFaceLoss(MarginLoss):
 
 
 class SphereFaceRLoss(MarginLoss):
-    r"""SphereFace-R: the multiplicative margin revived, with hard or soft feature normalisation.
+    r"""SphereFace-R: a multiplicative margin, with hard or soft feature normalisation.
 
     .. math:: f = r\,\varphi(\theta_y), \quad z_j = r\,\eta(\theta_j), \qquad
         \text{v1: } \varphi = \cos(\min(m\theta, \pi)),\ \eta = \cos\theta, \qquad
@@ -82,7 +82,7 @@ class SphereFaceRLoss(MarginLoss):
 
     Args:
         margin: m >= 1.
-        scale: The scale s > 0, or the length to come near to.
+        scale: s > 0, the scale ("hard") or the length that embeddings are drawn to ("soft").
         kind: "v1", "v2", or "v0": SphereFace's psi.
         normalization: "hard" or "soft".
         t: The weight of the soft normalisation. Whether the paper's power of the difference is 1,

@@ -1,4 +1,4 @@
-"""Losses that judge each class by itself: one versus the rest, without a softmax."""
+"""One-versus-rest losses: a sum over all classes, without a softmax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _OneVsRest(MarginLoss):
-    """A sum over all classes, with a bias that is learned, if any, (1,): FSDP shards no scalars."""
+    """A sum over all classes; a learned bias, if any, is (1,), as FSDP shards no scalars."""
 
     _scale_decides = False
     bias: nn.Parameter
@@ -61,7 +61,7 @@ class _OneVsRest(MarginLoss):
         *others: Any,  # noqa: ANN401
     ) -> None:
         saved = state_dict.get(f"{prefix}bias")
-        if isinstance(saved, Tensor) and saved.dim() == 0:  # as it was saved before
+        if isinstance(saved, Tensor) and saved.dim() == 0:  # of older versions
             state_dict[f"{prefix}bias"] = saved.reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -88,7 +88,7 @@ class SphereFace2Loss(_OneVsRest):
             gradient of its cosine, without g and the margin.
 
     Attributes:
-        bias: b, a parameter (1,). It starts where it has no gradient while every angle is
+        bias: b, a parameter (1,). At its initial value its gradient is zero if every angle is
             pi / 2.
 
     Example:
@@ -143,7 +143,7 @@ class SphereFace2Loss(_OneVsRest):
         return _adjusted(torch.cos((theta + m).clamp(max=math.pi)), self.t)
 
     def _negative(self) -> Callable[[Tensor], Tensor]:
-        """The n of the formula, with the settings as they are now."""
+        """The n of the formula, with the current settings."""
         t, m = self.t, self.margin if self.kind == "C" else 0.0
         is_detached = self.gradient == "detached"
 

@@ -42,12 +42,12 @@ class SampledLoss(MarginLoss):
         return labels, label_weight
 
     def train(self, mode: bool = True) -> Self:
-        """Forget the classes of the last step: evaluation uses all, also outside of a pass."""
+        """Discard the last step's sample: evaluation uses all classes, also outside of a pass."""
         self.shard.sampled = None
         return super().train(mode)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the class by the one it was made of, for it has no name of its own."""
+        """Pickle the class by the one it is made from, as it has no importable name."""
         return _remade, (type(self).__mro__[2],), self.__dict__
 
 

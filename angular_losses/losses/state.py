@@ -1,8 +1,8 @@
-"""State that moves with each training step: schedules, running statistics.
+"""State that each training step updates: schedules, running statistics.
 
-It is kept in buffers and moved in place, so that whatever holds a buffer (a captured CUDA graph,
-DistributedDataParallel) sees it move. What a forward pass reads are copies, which stay as they are
-until its backward pass, and which a recomputation of that pass reads again.
+It is kept in buffers and updated in place, so that whatever refers to a buffer (a captured CUDA
+graph, DistributedDataParallel) has the new value. A forward pass reads copies, which do not change
+before its backward pass, and which a recomputation of that pass reads again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..schedules import Schedule
 
 
 class Pass:
-    """A forward pass, to be told by the place of its nodes in the order in which all were made."""
+    """A forward pass, identified by the sequence number of its first autograd node."""
 
     @_disable_dynamo
     def __init__(self, loss: nn.Module, copies: list[Tensor]) -> None:
@@ -28,7 +28,7 @@ class Pass:
 
     @_disable_dynamo
     def keep(self, value: Tensor) -> None:
-        """Remember this pass for as long as the graph of its value lives, which holds it."""
+        """Keep this pass for as long as the graph of its value exists."""
         if value.grad_fn is not None:
             value.grad_fn.metadata["angular_losses"] = self  # type: ignore[index]
             _passes.add(self)
@@ -41,7 +41,7 @@ _passes: weakref.WeakSet[Pass] = weakref.WeakSet()
 def state_of_a_pass(
     loss: nn.Module, statistics: Sequence[str], schedule: Schedule | None, *, repeats: bool
 ) -> Iterator[Pass | None]:
-    """While this lasts, a loss reads copies of its state: that now, or of the step it repeats."""
+    """Context in which a loss reads copies of its state: the current, or of the repeated step."""
     moving: list[tuple[nn.Module, str]] = [(loss, name) for name in statistics]
     if schedule is not None:
         moving.append((schedule, "step"))
@@ -67,8 +67,8 @@ def state_of_a_pass(
 def _recomputed_copies(loss: nn.Module) -> list[Tensor] | None:
     """What the pass read that a backward pass needs again; None where it is not known.
 
-    ``torch.utils.checkpoint`` recomputes what the node at work saved: of the passes that began
-    before that node was made, it is the last.
+    ``torch.utils.checkpoint`` recomputes what the current node saved: the last of the passes that
+    began before that node was created.
     """
     if not is_in_backward():
         return None
@@ -78,14 +78,14 @@ def _recomputed_copies(loss: nn.Module) -> list[Tensor] | None:
 
 
 def is_in_backward() -> bool:
-    """Whether a backward pass is running, which a forward pass inside it recomputes a part for."""
+    """Whether a backward pass is running; a forward pass inside it recomputes a part."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
 
 
-# A compiled backward pass computes again what costs little, from the buffers as they are by then.
-# An operator of one's own is not computed again.
+# A compiled backward pass recomputes cheap operations, from the values of the buffers at that time.
+# A custom operator is not computed again.
 _copy = torch.library.custom_op(
     "angular_losses::copy", Tensor.clone, mutates_args=(), schema="(Tensor buffer) -> Tensor"
 )

@@ -1,4 +1,4 @@
-"""Warnings of likely mistakes: centres no optimiser moves, a small scale, normalised embeddings."""
+"""Warnings of likely mistakes: centres without optimiser, small scale, normalised embeddings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..geometry import lengths
 from .centres import ClassCentres
 
-# Steps of an optimiser, after the first with a gradient, that leave the centres as they are.
+# Steps of an optimiser without a change of the centres, after the first with a gradient.
 FORGOTTEN_AFTER = 20
 
 
 @dataclass
 class _Watch:
-    """What the centres were when an optimiser stepped first, and the steps since."""
+    """The centres at the first step of an optimiser, and the number of steps since."""
 
     version: int
     centre: Tensor
@@ -33,9 +33,10 @@ _watched: weakref.WeakKeyDictionary[ClassCentres, _Watch | None] = weakref.WeakK
 
 
 def watch(loss: ClassCentres) -> None:
-    """Warn, once, if optimisers step while gradients reach the centres and those stay as they are.
+    """Warn once if optimisers step, and the centres have gradients but do not change.
 
-    In gradient accumulation no optimiser steps between the batches, so no batches are too many.
+    Only steps of optimisers are counted, so gradient accumulation over any number of batches is
+    not warned of.
     """
     _watched[loss] = None
     _begin()
@@ -55,7 +56,7 @@ def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
         if gradient is None or not (loss.training and centres.requires_grad):
             continue
         if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
-            continue  # nothing can be read, and what is kept would be the graph's
+            continue  # nothing can be read, and a copy would be in the graph's memory
         if seen is None:
             first = centres.detach()[:1].clone()
             _watched[loss] = _Watch(centres._version, first, gradient.detach().sum())
@@ -81,7 +82,7 @@ def _warn(loss: ClassCentres, seen: _Watch, gradient: Tensor) -> None:
 
 
 def warn_of_small_scale(scale: float, num_classes: int) -> None:
-    """Warn if even embeddings on their centres would be far from sure of their class."""
+    """Warn if even embeddings equal to their centres would have a low probability."""
     if num_classes < 2:
         return
     # CosFace's bound: the smallest scale for probability 0.9 with the best of all centres.

@@ -1,1 +1,1 @@
-"""What a GPU has to show, in phases: whether it works, how fast it is, where the time goes."""
+"""Tests and measurements on a GPU, in phases: correctness, speed, profile."""

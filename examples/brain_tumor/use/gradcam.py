@@ -36,9 +36,9 @@ def grad_cam(
 
     The score is the dot product of the L2-normalised embedding with `direction`. The last
     convolutional features, weighted by the mean gradient of the score in each channel, are summed,
-    and what speaks against the score is cut off: if everything does, the map is empty. It is as
-    coarse as the features, 32 pixels a cell, and a cell sees far beyond its own place. Maps of
-    several views are mirrored back and averaged.
+    and negative sums are set to zero: if all are negative, the map is empty. It is as coarse as the
+    features, 32 pixels a cell, and the receptive field of a cell is much larger than the cell. Maps
+    of several views are mirrored back and averaged.
 
     Args:
         network: In eval mode.

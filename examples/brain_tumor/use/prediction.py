@@ -98,7 +98,7 @@ class Prediction:
     truth: str | None  # the class that the file itself states, if it does
     itself: int | None  # the number of the training slice that the file is, if it is one
     neighbours: list[Neighbour]  # the nearest training slices, the nearest first
-    empty_map: bool  # whether the Grad-CAM is empty: all features speak against the answer
+    empty_map: bool  # whether the Grad-CAM is empty: negative everywhere before its ReLU
     # how much of the Grad-CAM lies in the tumour mask, where both are there
     overlap: Overlap | None
     picture: str  # the file name of the figure

@@ -129,7 +129,7 @@ def make_panels(
     """Return a figure with `count` panels of a size in inches, in rows of at most `columns`."""
     rows = math.ceil(count / columns)
     columns = math.ceil(count / rows)  # four in rows of three would leave one alone
-    width = max(columns * size[0], 4.0)  # a title needs some room
+    width = max(columns * size[0], 4.0)  # for the title
     figure = Figure(figsize=(width, rows * size[1]), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in panels[count:]:
