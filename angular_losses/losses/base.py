@@ -31,7 +31,7 @@ from .centres import ClassCentres, dominant_centres, first_directions
 from .margin_in_force import Target as Target
 from .margin_in_force import in_force
 from .options import LossOptions as LossOptions
-from .options import settings, with_options
+from .options import settings, show_options
 from .state import is_in_backward, state_of_a_pass
 from .usage_warnings import warn_of_small_scale, warn_of_unit_vectors, watch
 
@@ -119,9 +119,7 @@ class MarginLoss(ClassCentres, nn.Module):
     def __init_subclass__(cls, **arguments: object) -> None:
         """Show all options in the signature of the class, which ``**options`` would hide."""
         super().__init_subclass__(**arguments)
-        if "__init__" in vars(cls):
-            init = vars(cls)["__init__"]
-            init.__signature__ = with_options(init, MarginLoss.__init__)
+        show_options(cls, LossOptions)
 
     def __init__(
         self,
@@ -599,3 +597,6 @@ class MarginLoss(ClassCentres, nn.Module):
                 is_kept = moved.dtype in (dtype, buffer.dtype)
                 buffers[name] = moved if is_kept else buffer.to(moved.device, dtype)
         return self
+
+
+show_options(MarginLoss, LossOptions)

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 import angular_losses as al
-from angular_losses.losses.base import LossOptions
 from tests import papers
 from tests.cases import CASES, NAMES
 
@@ -335,7 +334,8 @@ OPTIONS = {
 
 
 def test_typed_options():
-    assert LossOptions.__annotations__.keys() == OPTIONS.keys()
+    assert al.LossOptions.__annotations__.keys() == OPTIONS.keys()
+    assert [*inspect.signature(al.MarginLoss).parameters][3:] == [*OPTIONS]
 
 
 @pytest.mark.parametrize("name", al.available())
@@ -346,7 +346,7 @@ def test_signatures_show_all_options(name):
     for option, default in expected.items():
         assert shown[option].kind is inspect.Parameter.KEYWORD_ONLY
         assert shown[option].default == default
-        assert shown[option].annotation == LossOptions.__annotations__[option].__forward_arg__
+        assert shown[option].annotation == al.LossOptions.__annotations__[option].__forward_arg__
     assert all(each.kind is not each.VAR_KEYWORD for each in shown.values())
 
     sizes = {"num_classes": 7, "embedding_size": 8, "class_counts": [1] * 7}
