@@ -41,7 +41,7 @@ NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 class KnownSlope:
     """A function of the cosines alone together with its derivative, which then is not autograd's.
 
-    Attributes:
+    Args:
         function: From cosines (K, N) to what takes their place, in [-1, 1] too.
         with_slope: From cosines (K, N) to the same and its derivatives, without a graph.
     """
