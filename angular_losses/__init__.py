@@ -35,6 +35,7 @@ from .losses.hard_negatives import (
 )
 from .losses.multiplicative_margin import LSoftmaxLoss, SphereFaceLoss, SphereFaceRLoss
 from .losses.one_vs_rest import P2SGradLoss, SphereFace2Loss, UniFaceLoss
+from .losses.options import LossOptions
 from .margins import arcface, combined, cosface, detached, sphereface
 from .sampling import sample_classes, sample_optimizer
 from .schedules import LambdaAnnealing, MarginWarmup, Schedule
@@ -56,6 +57,7 @@ __all__ = [
     "LSoftmaxLoss",
     "LambdaAnnealing",
     "LiArcFaceLoss",
+    "LossOptions",
     "MVSoftmaxLoss",
     "MagFaceLoss",
     "MarginLoss",

@@ -324,7 +324,7 @@ def _check_target(target: object, theta: Tensor) -> Tensor:
         raise TypeError(f"margin: expected it to return a tensor, got {target!r}")
     if target.shape != theta.shape:
         raise ValueError(
-            f"margin: expected one target logit a sample, shape {tuple(theta.shape)}, "
+            f"margin: expected one target logit a row, shape {tuple(theta.shape)}, "
             f"got {tuple(target.shape)}"
         )
     return target.to(theta.dtype)

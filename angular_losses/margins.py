@@ -258,7 +258,7 @@ def x2_softmax(theta: Tensor, a: float | Tensor, h: float | Tensor, k: float | T
 class KnownDescent:
     """A margin with its derivative, which autograd then need not find.
 
-    Attributes:
+    Args:
         function: The margin: a function of theta (N,), or of theta and the share in force.
         with_descent: A function of the same that returns the target logits before scaling, and
             minus their derivatives by theta, both (N,), without a graph.

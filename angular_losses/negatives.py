@@ -41,7 +41,7 @@ NegativeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 class KnownSlope:
     """A function of the cosines alone, with its derivative, which autograd then need not find.
 
-    Attributes:
+    Args:
         function: From cosines (K, N) to the values that replace them, in [-1, 1] too.
         with_slope: From cosines (K, N) to the same and its derivatives, without a graph.
     """

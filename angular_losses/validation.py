@@ -89,8 +89,8 @@ def bounds(
     return low, high
 
 
-def positive_integer(name: str, value: object) -> int:
-    """Return ``value``, anything with ``__index__``, as an int when it is at least 1."""
+def integer(name: str, value: object) -> int:
+    """Return ``value``, anything with ``__index__``, as an int."""
     found: int | None
     try:
         # Under torch.compile operator.index would make a constant of a size that changes.
@@ -99,6 +99,12 @@ def positive_integer(name: str, value: object) -> int:
         found = None
     if found is None or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    return found
+
+
+def positive_integer(name: str, value: object) -> int:
+    """Return ``value``, anything with ``__index__``, as an int when it is at least 1."""
+    found = integer(name, value)
     if found < 1:
         raise ValueError(f"{name}: expected at least 1, got {found}")
     return found

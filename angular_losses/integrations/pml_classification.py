@@ -18,6 +18,7 @@ from .. import margins, validation
 from ..functional import margin_softmax_loss
 from ..geometry import is_autocast_enabled, target_angle
 from ..losses.centres import ClassCentres
+from ..losses.options import show_options
 from ..losses.usage_warnings import watch
 
 if TYPE_CHECKING:
@@ -43,12 +44,17 @@ class BaseOptions(TypedDict, total=False):
     collect_stats: bool | None
 
 
-class Options(BaseOptions, total=False):
-    """The keyword arguments of PML's classification losses, and two more."""
+class PmlOptions(BaseOptions, total=False):
+    """The keyword arguments of PML's classification losses."""
 
     weight_regularizer: nn.Module | None
     weight_reg_weight: float
     weight_init_func: Callable[[Tensor], object] | None
+
+
+class Options(PmlOptions, total=False):
+    """The same, and two more."""
+
     mode: str
     memory_budget: int | None
 
@@ -73,16 +79,19 @@ class ClassificationLoss(
         super().__init_subclass__(**arguments)
         for name in _HOOKS_OF_PML & vars(cls).keys():
             raise TypeError(f"{name}: {cls.__name__} defines it, but only target would be called")
+        show_options(cls, Options)
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
         settings: dict[str, float],
-        **options: Unpack[Options],
+        *,
+        mode: str = "auto",
+        memory_budget: int | None = None,
+        **options: Unpack[PmlOptions],
     ) -> None:
-        self.mode = options.pop("mode", "auto")
-        self.memory_budget = options.pop("memory_budget", None)
+        self.mode, self.memory_budget = mode, memory_budget
         super().__init__(**options)
         self.num_classes = validation.positive_integer("num_classes", num_classes)
         self.embedding_size = validation.positive_integer("embedding_size", embedding_size)

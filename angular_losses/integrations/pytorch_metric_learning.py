@@ -53,6 +53,7 @@ from ..geometry import (
     without_autocast,
 )
 from ..losses.centres import ClassCentres, dominant_centres
+from ..losses.options import show_options
 from ..losses.usage_warnings import watch
 from .pml_classification import BaseOptions, ClassificationLoss, Options, follow
 
@@ -444,6 +445,9 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
             error = cosine.scatter_add(1, labels.long()[:, None], -one)
             loss = error.square().mean()
         return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+
+
+show_options(P2SGradLoss, BaseOptions)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -49,7 +49,6 @@ class AdaCosLoss(MarginLoss):
 
     scale: Tensor
     _scale_decides = False  # the base class is given 1.0, which is replaced
-    statistics = ("scale",)
 
     def __init__(
         self,
@@ -64,7 +63,7 @@ class AdaCosLoss(MarginLoss):
             raise ValueError(f"num_classes: expected at least 3 for AdaCos, got {num_classes}")
         self.dynamic = dynamic
         del self.scale
-        self._register_number("scale", _fixed_scale(num_classes))
+        self.register_statistic("scale", _fixed_scale(num_classes))
 
     def _extend_buffers(self, num_new: int) -> None:
         """Set a fixed scale to that of all classes; training steps adapt a dynamic one."""
@@ -146,7 +145,6 @@ class AdaFaceLoss(MarginLoss):
 
     mean: Tensor
     deviation: Tensor
-    statistics = ("mean", "deviation")
     _looks_at_lengths = True
 
     def __init__(
@@ -164,8 +162,8 @@ class AdaFaceLoss(MarginLoss):
         self.margin = validation.number("margin", margin, 0.0, math.pi / 2, "radians")
         self.h = validation.positive("h", h)
         self.momentum = validation.share("momentum", momentum)
-        self._register_number("mean", 20.0)
-        self._register_number("deviation", 100.0)
+        self.register_statistic("mean", 20.0)
+        self.register_statistic("deviation", 100.0)
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Move the statistics towards those of the batch."""

@@ -31,7 +31,7 @@ from .centres import ClassCentres, dominant_centres, first_directions
 from .margin_in_force import Target as Target
 from .margin_in_force import in_force
 from .options import LossOptions as LossOptions
-from .options import settings, with_options
+from .options import settings, show_options
 from .state import is_in_backward, state_of_a_pass
 from .usage_warnings import warn_of_small_scale, warn_of_unit_vectors, watch
 
@@ -47,9 +47,9 @@ class MarginLoss(ClassCentres, nn.Module):
 
     A margin that differs between rows is a function that :meth:`row_target` returns; a scale that
     does, what :meth:`row_scale` returns. :meth:`negatives_function` reweights the other classes,
-    :meth:`penalty` adds to the loss of a row, and :meth:`observe` updates running statistics, which
-    ``statistics`` names. If ``**options`` of its ``__init__`` go to this class's, its signature
-    shows each of them with its default.
+    :meth:`penalty` adds to the loss of a row, and :meth:`observe` updates running statistics, made
+    by :meth:`register_statistic`. If ``**options`` of its ``__init__`` go to this class's, its
+    signature shows each of them with its default; :class:`LossOptions` has their types.
 
     Each forward pass in training mode with gradients enabled is a training step: it moves the
     schedule and the statistics. A pass under ``torch.no_grad()`` moves nothing and uses them as
@@ -87,10 +87,11 @@ class MarginLoss(ClassCentres, nn.Module):
         weight: (C * sub_centers, d) parameter, the class centres, sub-centre k of class c in row
             c * sub_centers + k; only their directions enter the loss. Drawn from a normal
             distribution with standard deviation d ** -0.5, so of length about 1.
-        statistics: Names of the buffers that :meth:`observe` updates; an attribute of the class,
-            as are the next two. Empty by default.
+        statistics: Names of the buffers that :meth:`observe` updates, of which each forward pass
+            reads copies; :meth:`register_statistic` adds to them. Empty by default.
         normalize_weight: Whether only the directions of the centres enter the other classes'
-            logits, as by default, and not their lengths.
+            logits, as by default. If False their lengths are factors of the cosines, and the target
+            has to have that of its own centre. An attribute of the class, as is the next.
         is_random: Whether a forward pass in training mode draws random numbers; then sharded
             losses draw the same ones in all processes. False by default.
 
@@ -119,9 +120,7 @@ class MarginLoss(ClassCentres, nn.Module):
     def __init_subclass__(cls, **arguments: object) -> None:
         """Show all options in the signature of the class, which ``**options`` would hide."""
         super().__init_subclass__(**arguments)
-        if "__init__" in vars(cls):
-            init = vars(cls)["__init__"]
-            init.__signature__ = with_options(init, MarginLoss.__init__)
+        show_options(cls, LossOptions)
 
     def __init__(
         self,
@@ -169,7 +168,7 @@ class MarginLoss(ClassCentres, nn.Module):
         self.sub_centers = validation.positive_integer("sub_centers", sub_centers)
         self.reduction = reduction
         self.label_smoothing = validation.number("label_smoothing", label_smoothing, 0.0, 1.0)
-        self.ignore_index = ignore_index
+        self.ignore_index = validation.integer("ignore_index", ignore_index)
         self.mode = mode
         self.memory_budget = memory_budget
         self.shard: Placement = WHOLE
@@ -237,9 +236,7 @@ class MarginLoss(ClassCentres, nn.Module):
         """
         return self.target
 
-    def row_scale(self, embeddings: Tensor) -> float | Tensor:
-        """The scale of the logits, a number or (N,); by default ``scale``."""
-        return self.scale
+    row_scale = ClassCentres.row_scale  # its place among the hooks, in the reference too
 
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction | None:
         """What reweights the other classes of this batch; None, as by default, leaves them."""
@@ -256,8 +253,45 @@ class MarginLoss(ClassCentres, nn.Module):
             embeddings: (N, d); zero in ignored rows.
             labels: (N,) int64 in [0, C).
             weights: (N,) how much each row counts: not at all if it is ignored, by the share of its
-                label if it is mixed; None where all count alike.
+                label if it has several, for each of which there is a row then; None where all
+                count alike.
         """
+
+    def register_statistic(self, name: str, value: float, *, per_class: bool = False) -> None:
+        """Make a running statistic for :meth:`observe` to update in place, called ``name``.
+
+        It is a buffer, float32 at least, on the device of ``weight``. ``statistics`` names it, and
+        :meth:`reset_parameters` sets it to ``value`` again.
+
+        Args:
+            name: The name of the attribute.
+            value: Its value at first, and that of new classes in :meth:`extend`.
+            per_class: Whether it is a number for each class (C,), and not one number (). Sharded
+                losses have all C of them in every process.
+
+        Example:
+            >>> class CountingLoss(MarginLoss):
+            ...     def __init__(self, num_classes, embedding_size, scale=30.0, **options):
+            ...         super().__init__(num_classes, embedding_size, scale, **options)
+            ...         self.register_statistic("seen", 0.0, per_class=True)
+            ...
+            ...     def observe(self, embeddings, labels, weights):
+            ...         each = torch.ones(len(labels)) if weights is None else weights
+            ...         self.seen.index_add_(0, labels, each.to(self.seen))
+            ...
+            ...     def target(self, theta, share):
+            ...         return torch.cos(theta)
+            >>> loss = CountingLoss(3, 64)
+            >>> _ = loss(torch.randn(4, 64), torch.tensor([0, 0, 2, 0]))
+            >>> loss.seen
+            tensor([3., 0., 1.])
+        """
+        shape = (self.num_classes,) if per_class else ()
+        kept = torch.full(shape, value, dtype=validation.kept_dtype(), device=self.weight.device)
+        self.register_buffer(name, kept)
+        self._first_values[name] = value
+        if name not in self.statistics:
+            self.statistics = (*self.statistics, name)
 
     def forward(
         self,
@@ -330,6 +364,9 @@ class MarginLoss(ClassCentres, nn.Module):
         ranking: Ranking | None,
     ) -> Tensor:
         """The loss with one label a row, and what a training step moves."""
+        for name in self.statistics:
+            if name not in self._buffers:
+                raise ValueError(f"statistics: expected the names of buffers, got {name!r}")
         repeats = self._repeats_a_step()
         is_step = self.training and torch.is_grad_enabled() and not repeats
         if is_step:
@@ -429,6 +466,8 @@ class MarginLoss(ClassCentres, nn.Module):
             A function of theta (N,), in radians, that returns the target logits before scaling.
         """
         target = self.row_target(embeddings, labels)
+        if not callable(target):
+            raise TypeError(f"row_target: expected a function of theta and share, got {target!r}")
         return in_force(target, self.schedule, self.gradient)
 
     def _of_classes(
@@ -449,18 +488,13 @@ class MarginLoss(ClassCentres, nn.Module):
         self.register_buffer(name, kept)
         return kept
 
-    def _register_number(self, name: str, value: float) -> None:
-        """Keep a number as a buffer ()."""
-        kept = torch.tensor(value, dtype=validation.kept_dtype(), device=self.weight.device)
-        self.register_buffer(name, kept)
-        self._first_values[name] = value
-
     @torch.no_grad()
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes to a trained loss; those it has keep their centres and their numbers.
 
         ``weight`` becomes a new parameter, so make a new optimiser, or give it this one. Of what is
-        kept for each class, new classes have weight 1 and the largest of the margins.
+        kept for each class, new classes have weight 1, the largest of the margins, and the first
+        value of a statistic.
 
         Args:
             num_new: How many classes are added.
@@ -530,9 +564,11 @@ class MarginLoss(ClassCentres, nn.Module):
 
     def _extend_buffers(self, num_new: int) -> None:
         """Make room for new classes in what is kept for each class."""
-        for name, fill in (("class_weight", 1.0), ("margin", None)):
+        fills: dict[str, float | None] = {"class_weight": 1.0, "margin": None}
+        fills |= {k: first for k, first in self._first_values.items() if k in self.statistics}
+        for name, fill in fills.items():
             buffer = self._buffers.get(name)
-            if buffer is not None:
+            if buffer is not None and buffer.dim():
                 last = buffer.max() if fill is None else buffer.new_tensor(fill)
                 setattr(self, name, torch.cat([buffer, last.expand(num_new)]))
 
@@ -599,3 +635,6 @@ class MarginLoss(ClassCentres, nn.Module):
                 is_kept = moved.dtype in (dtype, buffer.dtype)
                 buffers[name] = moved if is_kept else buffer.to(moved.device, dtype)
         return self
+
+
+show_options(MarginLoss, LossOptions)

@@ -45,7 +45,6 @@ class CurricularFaceLoss(MarginLoss):
     """
 
     t: Tensor
-    statistics = ("t",)
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class CurricularFaceLoss(MarginLoss):
         super().__init__(num_classes, embedding_size, scale, **options)
         self.margin = validation.angular_margin("margin", margin)
         self.momentum = validation.share("momentum", momentum)
-        self._register_number("t", 0.0)
+        self.register_statistic("t", 0.0)
 
     def observe(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         """Move t towards the mean cosine of the batch's targets."""

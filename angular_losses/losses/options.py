@@ -14,7 +14,20 @@ from ..schedules import Schedule
 
 
 class LossOptions(TypedDict, total=False):
-    """The keyword arguments that every loss takes; :class:`MarginLoss` describes them."""
+    """The types of the options that every loss takes; :class:`MarginLoss` describes them.
+
+    For the ``**options`` of a loss of your own, with ``Unpack`` from ``typing`` (Python 3.11) or
+    ``typing_extensions``.
+
+    Example:
+        >>> from typing_extensions import Unpack
+        >>> from angular_losses import ArcFaceLoss
+        >>> class Narrow(ArcFaceLoss):
+        ...     def __init__(self, num_classes: int, **options: Unpack[LossOptions]) -> None:
+        ...         super().__init__(num_classes, 64, **options)
+        >>> Narrow(10, reduction="sum")
+        Narrow(10, 64, scale=64.0, reduction='sum', margin=0.5)
+    """
 
     schedule: Schedule | None
     gradient: str
@@ -29,18 +42,29 @@ class LossOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-def with_options(init: Callable[..., None], base: Callable[..., None]) -> inspect.Signature:
-    """The signature of an ``__init__``, with what its base takes for ``**options``."""
+def show_options(cls: type[nn.Module], options: type) -> None:
+    """Show in the signature of a class what its bases take for the ``**options`` of its own.
+
+    Args:
+        cls: The class.
+        options: The ``TypedDict`` of those options.
+    """
+    init = vars(cls).get("__init__")
+    if init is None:
+        return
     signature = inspect.signature(init)
-    shown = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+    shown = {k: each for k, each in signature.parameters.items() if each.kind != each.VAR_KEYWORD}
     if len(shown) < len(signature.parameters):
-        names = LossOptions.__optional_keys__ - signature.parameters.keys()
-        of_base = inspect.signature(base).parameters
-        shown += [each for name, each in of_base.items() if name in names]
-    return signature.replace(parameters=shown)
+        for base in cls.__mro__[1 : cls.__mro__.index(nn.Module)]:
+            for name, each in inspect.signature(base).parameters.items():
+                if name in options.__annotations__:
+                    annotation = options.__annotations__[name].__forward_arg__
+                    option = each.replace(kind=each.KEYWORD_ONLY, annotation=annotation)
+                    shown.setdefault(name, option)
+    init.__signature__ = signature.replace(parameters=list(shown.values()))
 
 
-_SHOWN_FIRST = ("training", "num_classes", "embedding_size")
+_NOT_LISTED = ("training", "num_classes", "embedding_size", "statistics")
 _HIDDEN = {"beyond": "decreasing", "keeps_lengths": False, "shard": WHOLE}
 
 
@@ -52,7 +76,7 @@ def settings(loss: nn.Module, base: Callable[..., None]) -> list[str]:
         f"{name}={value!r}"
         for name, value in vars(loss).items()
         if not name.startswith("_")
-        and name not in _SHOWN_FIRST
+        and name not in _NOT_LISTED
         and not isinstance(value, Tensor)
         and repr(value) != repr(defaults.get(name))
     ]

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 import angular_losses as al
-from angular_losses.losses.base import LossOptions
 from tests import papers
 from tests.cases import CASES, NAMES
 
@@ -286,6 +285,7 @@ def test_schedule_in_a_compiled_graph():
         (lambda: al.ArcFaceLoss(5, 8, class_weight=torch.ones(4)), ValueError, "class_weight: "),
         (lambda: al.ArcFaceLoss(5, 8, label_smoothing=-0.1), ValueError, "label_smoothing: "),
         (lambda: al.ArcFaceLoss(5, 8, mode="fast"), ValueError, "mode: expected one of 'auto'"),
+        (lambda: al.ArcFaceLoss(5, 8, ignore_index=None), TypeError, "ignore_index: .* an int"),
         (lambda: al.ArcFaceLoss(5, 8, memory_budget=0), ValueError, "memory_budget: "),
         (lambda: al.ArcFaceLoss(5, 8, memory_budget=1e9), TypeError, "memory_budget: .* an int"),
         (lambda: al.SphereFaceLoss(5, 8, margin=0.5), ValueError, r"margin: .*\[1, inf\)"),
@@ -335,7 +335,8 @@ OPTIONS = {
 
 
 def test_typed_options():
-    assert LossOptions.__annotations__.keys() == OPTIONS.keys()
+    assert al.LossOptions.__annotations__.keys() == OPTIONS.keys()
+    assert [*inspect.signature(al.MarginLoss).parameters][3:] == [*OPTIONS]
 
 
 @pytest.mark.parametrize("name", al.available())
@@ -346,7 +347,7 @@ def test_signatures_show_all_options(name):
     for option, default in expected.items():
         assert shown[option].kind is inspect.Parameter.KEYWORD_ONLY
         assert shown[option].default == default
-        assert shown[option].annotation == LossOptions.__annotations__[option].__forward_arg__
+        assert shown[option].annotation == al.LossOptions.__annotations__[option].__forward_arg__
     assert all(each.kind is not each.VAR_KEYWORD for each in shown.values())
 
     sizes = {"num_classes": 7, "embedding_size": 8, "class_counts": [1] * 7}
@@ -365,15 +366,38 @@ def test_signature_of_a_user_defined_loss():
         def __init__(self, num_classes):
             super().__init__(num_classes, 8)
 
+    class Smoothed(al.SubCenterArcFaceLoss):
+        def __init__(self, num_classes, label_smoothing=0.1, **options):
+            super().__init__(num_classes, 8, label_smoothing=label_smoothing, **options)
+
     own = ["num_classes", "embedding_size", "margin"]
     assert list(inspect.signature(Own).parameters) == [*own, *OPTIONS]
     assert list(inspect.signature(Closed).parameters) == ["num_classes"]
+    shown = inspect.signature(Smoothed).parameters
+    assert shown.keys() == {"num_classes", *OPTIONS}
+    assert (shown["label_smoothing"].default, shown["sub_centers"].default) == (0.1, 3)
+
+
+def test_signatures_of_pmls_interface_show_all_options():
+    pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is missing")
+    from angular_losses.integrations import pytorch_metric_learning as ours
+
+    common = {"embedding_regularizer", "embedding_reg_weight", "reducer", "distance"}
+    common.add("collect_stats")
+    more = {"weight_regularizer", "weight_reg_weight", "weight_init_func", "mode", "memory_budget"}
+    for name in ours.__all__:
+        shown = inspect.signature(getattr(ours, name)).parameters
+        options = {k: each.default for k, each in shown.items() if each.kind is each.KEYWORD_ONLY}
+        assert options.keys() == (common if name == "P2SGradLoss" else common | more)
+        assert options["embedding_reg_weight"] == 1
+        assert options.get("mode", "auto") == "auto"
+        assert all(each.kind is not each.VAR_KEYWORD for each in shown.values())
 
 
 def test_public_methods():
     hooks = {"target", "row_target", "row_scale", "negatives_function", "penalty", "observe"}
     called = {"get_logits", "extend", "same_step", "advance", "reset_parameters"}
-    called.add("drop_sub_centers")
+    called |= {"drop_sub_centers", "register_statistic"}
     angles = {"margin_function", "target_angles"}
     attributes = {"statistics", "normalize_weight", "is_random", "ignore_index"}
     public = {name for name in dir(al.MarginLoss) if not name.startswith("_")}
