@@ -597,11 +597,12 @@ class MarginLoss(ClassCentres, nn.Module):
             )
         if label_weight is not None:
             raise ValueError("label_weight: expected it without other_labels and lam")
-        self._checked(embeddings, labels)
         if other_labels is None or lam is None:
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
-        self._checked(embeddings, other_labels)
+        sizes = self.ignore_index, self.sub_centers, self.num_classes
+        for each in (labels, other_labels):
+            validation.batch(embeddings, self.weight, each, *sizes)
         return label_columns.mixed(embeddings, labels, other_labels, lam)
 
     def _repeats_a_step(self) -> bool:
