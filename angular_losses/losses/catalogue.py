@@ -1,10 +1,25 @@
-"""Which losses there are: those that the package exports."""
+"""Which losses there are."""
 
 from __future__ import annotations
 
-import sys
-
+from . import (
+    adaptive_margin,
+    additive_margin,
+    class_margins,
+    hard_negatives,
+    multiplicative_margin,
+    one_vs_rest,
+)
 from .base import MarginLoss
+
+_MODULES = (
+    additive_margin,
+    multiplicative_margin,
+    class_margins,
+    adaptive_margin,
+    hard_negatives,
+    one_vs_rest,
+)
 
 
 def available() -> dict[str, str]:
@@ -24,7 +39,9 @@ def available() -> dict[str, str]:
     """
     found = {
         name: (loss.__doc__ or "").partition("\n")[0]
-        for name, loss in vars(sys.modules["angular_losses"]).items()
-        if isinstance(loss, type) and issubclass(loss, MarginLoss) and loss is not MarginLoss
+        for module in _MODULES
+        for name, loss in vars(module).items()
+        if isinstance(loss, type) and issubclass(loss, MarginLoss) and name[0] != "_"
     }
+    del found[MarginLoss.__name__]
     return dict(sorted(found.items()))
