@@ -15,7 +15,8 @@ from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weight
 from torch import Tensor, nn
 
 from .. import margins, validation
-from ..functional import margin_softmax_loss
+from ..engine.batch import Batch, checked
+from ..functional import Options, Softmax, softmax_loss
 from ..geometry import is_autocast_enabled, target_angle
 from ..losses.centres import ClassCentres
 from ..losses.options import show_options
@@ -52,7 +53,7 @@ class PmlOptions(BaseOptions, total=False):
     weight_init_func: Callable[[Tensor], object] | None
 
 
-class Options(PmlOptions, total=False):
+class ClassificationOptions(PmlOptions, total=False):
     """The same, and two more."""
 
     mode: str
@@ -79,7 +80,7 @@ class ClassificationLoss(
         super().__init_subclass__(**arguments)
         for name in _HOOKS_OF_PML & vars(cls).keys():
             raise TypeError(f"{name}: {cls.__name__} defines it, but only target would be called")
-        show_options(cls, Options)
+        show_options(cls, ClassificationOptions)
 
     def __init__(
         self,
@@ -143,10 +144,11 @@ class ClassificationLoss(
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         assert labels is not None
         self.cast_types(embeddings.dtype, embeddings.device)
-        # No label is ignored, not even -100.
-        validation.batch(embeddings, self.W.t(), labels, sub_centers=self.sub_centers)
+        # Centres as columns take up to 50 % longer. No label is ignored, not even -100.
+        weight = self.W.t().contiguous()
+        batch = checked(embeddings, weight, labels, sub_centers=self.sub_centers)
         self._record_statistics(embeddings, labels)
-        losses = self.row_losses(embeddings, labels.long())
+        losses = self.row_losses(batch)
         if any(isinstance(part, ThresholdReducer) for part in self.reducer.modules()):
             # Such a reducer excludes from its mean what PML's cross-entropy rounds to 0.
             losses = losses.where(losses > torch.finfo(losses.dtype).eps / 2, 0)
@@ -160,20 +162,15 @@ class ClassificationLoss(
         self.add_weight_regularization_to_loss_dict(loss_dict, self.W.t())
         return loss_dict
 
-    def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def row_losses(self, batch: Batch) -> Tensor:
         """The margin softmax of each row, (N,)."""
-        return margin_softmax_loss(
-            embeddings,
-            self.W.t().contiguous(),  # centres as columns take up to 50 % longer
-            labels,
-            margin=self.margin_function(embeddings, labels),
-            scale=self.row_scale(embeddings),
-            sub_centers=self.sub_centers,
+        softmax = Softmax(
+            self.margin_function(batch.embeddings, batch.labels),
+            self.row_scale(batch.embeddings),
             normalize_weight=self.normalize_weight,
-            reduction="none",
-            mode=self.mode,
-            memory_budget=self.memory_budget,
         )
+        options = Options(reduction="none", mode=self.mode, memory_budget=self.memory_budget)
+        return softmax_loss(batch, softmax, options)
 
     @torch.no_grad()
     def _record_statistics(self, embeddings: Tensor, labels: Tensor) -> None:

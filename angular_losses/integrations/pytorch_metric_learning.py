@@ -47,6 +47,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .. import margins, validation
+from ..engine.batch import Batch
 from ..geometry import (
     directions,
     lengths,
@@ -55,7 +56,7 @@ from ..geometry import (
 from ..losses.centres import ClassCentres, dominant_centres
 from ..losses.options import show_options
 from ..losses.usage_warnings import watch
-from .pml_classification import BaseOptions, ClassificationLoss, Options, follow
+from .pml_classification import BaseOptions, ClassificationLoss, ClassificationOptions, follow
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,7 +117,7 @@ class ArcFaceLoss(ClassificationLoss):
         embedding_size: int,
         margin: float = 28.6,
         scale: float = 64,
-        **options: Unpack[Options],
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, {"margin": margin, "scale": scale}, **options)
 
@@ -158,7 +159,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         margin: float = 28.6,
         scale: float = 64,
         sub_centers: int = 3,
-        **options: Unpack[Options],
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         # Before the centres are created.
         self.sub_centers = validation.positive_integer("sub_centers", sub_centers)
@@ -221,7 +222,7 @@ class CosFaceLoss(ClassificationLoss):
         embedding_size: int,
         margin: float = 0.35,
         scale: float = 64,
-        **options: Unpack[Options],
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, {"margin": margin, "scale": scale}, **options)
 
@@ -261,7 +262,7 @@ class LargeMarginSoftmaxLoss(ClassificationLoss):
         embedding_size: int,
         margin: float = 4,
         scale: float = 1,
-        **options: Unpack[Options],
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, {"margin": margin, "scale": scale}, **options)
 
@@ -327,7 +328,7 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
         num_classes: int,
         embedding_size: int,
         temperature: float = 0.05,
-        **options: Unpack[Options],
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         settings = {"embedding_size": embedding_size, "temperature": temperature}
         super().__init__(num_classes, embedding_size, settings, **options)
@@ -352,11 +353,11 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
         """cos(theta)."""
         return theta.cos()
 
-    def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def row_losses(self, batch: Batch) -> Tensor:
         """The margin softmax, or PML's computation for other distances."""
         if self._is_cosine():
-            return super().row_losses(embeddings, labels)
-        return F.cross_entropy(self.get_logits(embeddings), labels, reduction="none")
+            return super().row_losses(batch)
+        return F.cross_entropy(self.get_logits(batch.embeddings), batch.labels, reduction="none")
 
     def _similarities(self, embeddings: Tensor, weight: Tensor) -> Tensor:
         """Similarities, or negative distances, by PML."""
