@@ -36,7 +36,7 @@ NEIGHBOURS = "neighbours.csv"  # of wrong slices, where there are no embeddings
 STRANGE = "strange.json"
 CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
 FIXED = (SPLIT, SETTINGS)  # what a training that goes on leaves as it is
-RECORDS = (*FIXED, EPOCHS, STEPS)  # and what one that has ended does
+RECORDS = (*FIXED, ENVIRONMENT, EPOCHS, STEPS)  # and what one that has ended does
 
 
 def refuse_existing(folder: Path) -> None:
@@ -69,6 +69,11 @@ def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: S
             f"{folder / SETTINGS}: {min(changed)} differs; a run resumes with its own settings"
         )
     _check_split(folder / SPLIT, slices, split)
+
+
+def examined(folder: Path) -> list[str]:
+    """Return the names of the files in which a run's folder keeps what `examine` found."""
+    return [name for name in (POINTING, STRANGE) if (folder / name).is_file()]
 
 
 def read_split(folder: Path, slices: SliceSet) -> Split:
