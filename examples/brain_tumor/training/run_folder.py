@@ -16,7 +16,7 @@ import torch
 from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import LOCK, PARTIAL, read_json, write_json, write_text
+from ..files import LOCK, PARTIAL, read_json, write_json, write_sums, write_text
 from ..settings import Settings, differences, read_settings, write_settings
 
 SETTINGS = "settings.toml"
@@ -57,6 +57,7 @@ def start_run(folder: Path, settings: Settings, slices: SliceSet, split: Split) 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SPLIT, _describe_split(slices, split))
     write_text(folder / SETTINGS, write_settings(settings))
+    write_sums(folder, FIXED)  # of the other files, which grow, `evaluate` keeps them
 
 
 def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: Split) -> None:
