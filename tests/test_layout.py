@@ -11,6 +11,7 @@ import angular_losses
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "angular_losses"
+EXAMPLE = ROOT / "examples" / "brain_tumor"
 # Dependencies point one way: a module imports its own folder and those of earlier lines.
 LAYERS = (
     ("validation", "collectives"),
@@ -74,6 +75,13 @@ def test_there_are_no_cycles():
         free = {module for module, needed in left.items() if not needed & left.keys()}
         assert free, f"these import each other: {sorted(left)}"
         left = {module: needed for module, needed in left.items() if module not in free}
+
+
+def test_no_folder_of_the_example_holds_more_than_a_dozen_modules():
+    modules = {path.parent: [] for path in EXAMPLE.rglob("*.py")}
+    for path in EXAMPLE.rglob("*.py"):
+        modules[path.parent] += [] if path.name == "__init__.py" else [path.name]
+    assert {folder.name: len(names) for folder, names in modules.items() if len(names) > 12} == {}
 
 
 def test_all_is_what_the_package_exports():

@@ -225,10 +225,10 @@ def _resume_train(options: argparse.Namespace) -> str:
 def _train(options: argparse.Namespace) -> None:
     from .data.splits import make_split
     from .training.loop import train
-    from .training.run_folder import CHECKPOINT, SETTINGS, refuse_existing
+    from .training.run_folder import CHECKPOINT, refuse_existing
 
     if options.resume:
-        settings = override_settings(read_settings(options.out / SETTINGS), vars(options))
+        settings = override_settings(_settings_of(options.out), vars(options))
     else:
         refuse_existing(options.out)
         settings = load_settings(options.preset, vars(options))
@@ -383,9 +383,10 @@ def _predict(options: argparse.Namespace) -> None:
     from .use.prediction import describe_prediction, predict
 
     slices = _slices_of(options.run_folder, options.data)
-    answers, faults = predict(options.run_folder, options.files, slices, options.out)
-    for answer in answers:
-        print(describe_prediction(answer))
+    _, faults = predict(
+        *(options.run_folder, options.files, slices, options.out),
+        tell=lambda answer: print(describe_prediction(answer), flush=True),
+    )
     print(f"figures: {options.out}. Not a medical device.")
     if faults:
         raise UserError(*faults)
@@ -424,9 +425,17 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _slices_of(run: Path, data: Path) -> "SliceSet":
+    return _load(data, _settings_of(run))
+
+
+def _settings_of(run: Path) -> Settings:
     from .training.run_folder import SETTINGS
 
-    return _load(data, read_settings(run / SETTINGS))
+    try:
+        run.stat()
+    except FileNotFoundError:
+        raise UserError(f"{run}: no such run") from None
+    return read_settings(run / SETTINGS)
 
 
 def _load(folder: Path, settings: Settings) -> "SliceSet":

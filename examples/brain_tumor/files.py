@@ -175,22 +175,37 @@ def keep_rows(path: Path, count: int) -> None:
 
 def write_sums(folder: Path, names: Sequence[str]) -> None:
     """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again."""
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    write_text(folder / SUMS, "".join(f"{own}  {name}\n" for name, own in sums.items()))
+    _write_sums(folder, {name: _sum(folder / name) for name in names})
+
+
+def add_sums(folder: Path, names: Sequence[str]) -> None:
+    """Write down those of further files, beside the ones that `write_sums` wrote."""
+    _write_sums(folder, _read_sums(folder / SUMS) | {name: _sum(folder / name) for name in names})
 
 
 def check_sum(path: Path) -> None:
     """Raise a UserError unless a file is what `write_sums` found; what it did not see passes."""
     sums = path.with_name(SUMS)
-    if not sums.is_file():
-        return  # of a version that kept none
     try:
-        lines = dict(line.split("  ")[::-1] for line in sums.read_text("ascii").splitlines())
-        expected = lines.get(path.name)
-        if expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        expected = _read_sums(sums).get(path.name)
+        if expected and _sum(path) != expected:
             raise UserError(f"{path}: is damaged: it differs from its sum in {SUMS}")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable, or {sums} is not: {error}") from None
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}  # of a version that kept none
+    return dict(line.split("  ")[::-1] for line in path.read_text("ascii").splitlines())
+
+
+def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    write_text(folder / SUMS, "".join(f"{own}  {name}\n" for name, own in sums.items()))
 
 
 @contextmanager

@@ -20,12 +20,13 @@ from examples.brain_tumor.data.slices import default_cache_folder
 from examples.brain_tumor.download import sources
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import read_rows
-from examples.brain_tumor.report import reproduction_report
+from examples.brain_tumor.report import reproduction_report, run_report
 from examples.brain_tumor.report.figures import run as run_figures
 from examples.brain_tumor.reproduction import running
 from examples.brain_tumor.reproduction.plan import plan_runs
 from examples.brain_tumor.settings import read_settings, setting_fields
 from examples.brain_tumor.training import loop as training
+from examples.brain_tumor.use import prediction
 from tests.brain_tumor.report.made_results import BUDGET, LATE, reproduction
 
 RUNS = plan_runs(BUDGET, None)
@@ -137,8 +138,8 @@ def test_faults_are_one_line(phantoms, tmp_path, capsys):
     assert "--margin: must be from 0.0" in fault(capsys, [*train, "--margin", "nan"])
     message = fault(capsys, [*train, "--weights", tmp_path / "gone.safetensors"])
     assert "gone.safetensors: no such weights file" in message
-    assert "settings.toml" in fault(capsys, [*train, "--resume"])
-    assert "settings.toml" in fault(capsys, ["evaluate", run, "--data", phantoms])
+    for command in ([*train, "--resume"], ["evaluate", run, "--data", phantoms]):
+        assert fault(capsys, command) == f"error: {run}: no such run\n"
     assert "count" in fault(capsys, ["make-phantoms", tmp_path / "none", "--count", "0"])
     assert not run.exists()
 
@@ -192,7 +193,8 @@ def test_help_names_the_commands_and_ends_with_examples(capsys):
 @pytest.fixture(scope="module")
 def finished_run(phantoms, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", "--data", str(phantoms), "--out", str(run), *SMALL]) == 0
+    calibrated = [*SMALL, "--calibration", "0.3"]
+    assert main(["train", "--data", str(phantoms), "--out", str(run), *calibrated]) == 0
     return run
 
 
@@ -210,6 +212,25 @@ def test_predict_answers_what_it_can_and_says_what_it_cannot(
     assert "Not a medical device" in lines[-1]
     assert captured.err.startswith(f"error: {tmp_path / 'bad.png'}: ")
     assert len(list((tmp_path / "answers").glob("*.png"))) == 2
+
+
+def test_an_interrupted_predict_has_shown_its_answers(
+    phantoms, finished_run, tmp_path, capsys, monkeypatch
+):
+    read = prediction.read_unlabelled
+
+    def stop(path):
+        if path.name == "2.mat":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(prediction, "read_unlabelled", stop)
+    files = [str(phantoms / "1.mat"), str(phantoms / "2.mat")]
+    arguments = ["--data", str(phantoms), "--out", str(tmp_path / "answers")]
+    capsys.readouterr()
+    assert main(["predict", str(finished_run), *files, *arguments]) == 130
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"SYNTHETIC: {files[0]}: ")
 
 
 def test_export_says_how_far_the_files_differ(phantoms, finished_run, tmp_path, capsys, traced):
@@ -357,7 +378,12 @@ def test_a_run_is_called_as_its_folder_from_inside_too(
     phantoms, finished_run, tmp_path, monkeypatch, blank_figures
 ):
     monkeypatch.chdir(shutil.copytree(finished_run, tmp_path / "inside"))
+    titles = []
+    monkeypatch.setattr(
+        run_report, "plot_reliability", lambda path, title, *bins: titles.append(title)
+    )
     assert main(["evaluate", ".", "--data", str(phantoms)]) == 0
+    assert titles == ["SYNTHETIC: calibrated, inside"]
     assert Path("report.md").read_text().startswith("# SYNTHETIC: HSADML, run inside\n")
 
 

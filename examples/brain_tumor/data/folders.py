@@ -9,12 +9,14 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import printable
-from .matlab import CLASS_NAMES
+from .matlab import CLASS_NAMES, no_formula
 from .pictures import PICTURES
 
 SLICE = re.compile(r"(?:0*([1-9][0-9]{0,8})|cvind)\.mat", re.IGNORECASE)
 FOLDS_NAME, MARKER_NAME, PLANES_NAME = "cvind.mat", "SYNTHETIC.txt", "planes.csv"
 SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
+# The text that opens a .mat file; its platform marks the file as a phantom.
+PHANTOM = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
 FOLDS = 0  # the number that is cvind.mat's, for no slice has it
 MOST_SHOWN = 20  # files that are named one by one
 
@@ -43,11 +45,11 @@ def find_slices(folder: Path) -> Found:
     """Find the slices in a folder and in those below it.
 
     They are the archive's 1.mat, 2.mat, ... (also 1.MAT, 0001.mat) or, where there are none,
-    pictures in a folder for each class, as in `glioma/1.jpg` or `Training/glioma/1.jpg`. Pictures
-    are numbered in the order of their names.
+    pictures in a folder for each class, as in `glioma/1.jpg` or `Training/glioma/1.jpg`; beside
+    such sides others are left out. Pictures are numbered in the order of their names.
 
     Raises:
-        UserError: There are none, there are two of one number, or pictures of one class alone.
+        UserError: There are none, or there are two of one number.
     """
     if folder.is_file():
         raise UserError(f"{folder}: is a file, expected a folder of slices{_hint([folder])}")
@@ -90,6 +92,17 @@ def visible_files(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
+def is_phantom(path: Path) -> bool:
+    """Return whether a file is a phantom by the text that opens it."""
+    try:
+        if not path.is_file():  # but a pipe, which may wait for ever
+            return False
+        with path.open("rb") as file:
+            return file.read(len(PHANTOM)) == PHANTOM
+    except OSError:  # whoever reads the file says what is wrong with it
+        return False
+
+
 def count_listed(folder: Path) -> int:
     """Return how many phantoms were made in a folder: `make_phantoms` lists them at its end."""
     path = folder / PLANES_NAME
@@ -122,18 +135,15 @@ def shortened(lines: Sequence[str]) -> list[str]:
 def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
     """Return the pictures that have a class, and the classes."""
     paths = [path for path in paths if path.suffix.lower() in PICTURES and path.parent != folder]
-    above = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    class_of = {}
-    for path in paths:
-        names = path.relative_to(above).parts[:-1]
-        names = [name.lower() for name in names if name.lower() not in SIDES]
-        if names:
-            class_of[path] = _as_text(names[0])
+    on_sides = [
+        path
+        for path in paths
+        if not SIDES.isdisjoint(map(str.lower, path.relative_to(folder).parts[:-1]))
+    ]
+    class_of = _classes(on_sides) or _classes(paths)
     known = {name: label for label, name in enumerate(CLASS_NAMES)}
     # As the archive has them; others come after them.
     classes = sorted(set(class_of.values()), key=lambda name: (known.get(name, 3), name))
-    if len(classes) == 1:
-        raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
     sources = [
         Source(
             path,
@@ -144,6 +154,18 @@ def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[
         for number, path in enumerate(class_of, start=1)
     ]
     return sources, tuple(classes)
+
+
+def _classes(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return the classes of those pictures that have one: the name of the first own folder."""
+    above = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    class_of = {}
+    for path in paths:
+        names = path.relative_to(above).parts[:-1]
+        names = [name.lower() for name in names if name.lower() not in SIDES]
+        if names:
+            class_of[path] = no_formula(_as_text(names[0]))
+    return class_of
 
 
 def _as_text(name: str) -> str:

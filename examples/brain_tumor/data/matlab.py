@@ -5,6 +5,7 @@ is HDF5. Nothing in them is trusted: a process apart reads them (see reader.py),
 is checked here.
 """
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,16 @@ def read_folds(path: Path, numbers: Sequence[int]) -> np.ndarray:
 def check_file(path: Path) -> None:
     """Refuse what no process needs to open."""
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        size = path.stat().st_size
-    except OSError as error:  # a name that is too long, a folder that may not be searched
+        found = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:  # a circle of links, a name that is too long
         raise UserError(f"{path}: {error.strerror}") from error
-    if size == 0:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: is not a file")
+    if found.st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    if size > LARGEST_FILE:
+    if found.st_size > LARGEST_FILE:
         raise UserError(f"{path}: exceeds {LARGEST_FILE >> 20} MiB, which no slice needs")
 
 

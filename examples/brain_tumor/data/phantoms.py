@@ -22,12 +22,10 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import explained, locked, replacing, write_text
 from .anatomy import PLANES, SELLA, Anatomy, Head, slice_points, smooth_noise
-from .folders import MARKER_NAME, PLANES_NAME, count_listed
+from .folders import MARKER_NAME, PHANTOM, PLANES_NAME, count_listed, is_phantom
 from .matlab import LARGEST_SIDE
 
 MARKER_TEXT = "These slices are synthetic phantoms; results on them say nothing about patients.\n"
-# The text that opens a .mat file; its platform marks the file as a phantom.
-HEADER = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
 
 CLASS_SHARES = (0.33, 0.37, 0.30)  # meningioma, glioma, pituitary
 SLICES_PER_PATIENT = 4  # of the archive 13; more patients teach more than more slices
@@ -240,7 +238,7 @@ def _prepare(folder: Path) -> None:
     """Make the folder, refuse foreign .mat files in it, remove old phantoms, set the marker."""
     present = sorted(folder.glob("*.mat"))
     for path in present:
-        if not (path.is_file() and path.read_bytes().startswith(HEADER)):
+        if not is_phantom(path):
             raise UserError(f"{path}: is not a phantom; choose another folder for the phantoms")
     with explained(folder):
         (folder / PLANES_NAME).unlink(missing_ok=True)
@@ -307,6 +305,6 @@ def _write(path: Path, label: int, patient: str, picture: np.ndarray, border: np
             if decode is not None:
                 group[name].attrs["MATLAB_int_decode"] = np.int32(decode)
     buffer.seek(0)
-    buffer.write(HEADER.ljust(116) + bytes(8) + b"\x00\x02IM")
+    buffer.write(PHANTOM.ljust(116) + bytes(8) + b"\x00\x02IM")
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())

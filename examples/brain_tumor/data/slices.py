@@ -17,7 +17,15 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import locked, replacing
 from .crop import find_box
-from .folders import MARKER_NAME, Source, check_complete, find_slices, shortened, tell_left_out
+from .folders import (
+    MARKER_NAME,
+    Source,
+    check_complete,
+    find_slices,
+    is_phantom,
+    shortened,
+    tell_left_out,
+)
 from .matlab import CLASS_NAMES, no_formula, read_folds, read_slice
 from .pictures import read_picture
 
@@ -71,11 +79,12 @@ def load_slices(
 
     Raises:
         UserError: The folder is missing or holds no slices, or slices of the archive are faulty:
-            all of them are named. Faulty pictures are left out, and named on standard error.
+            all of them are named. Faulty pictures are left out, and named on standard error, and so
+            are classes without another; one class alone is refused.
     """
     found = find_slices(folder)
-    synthetic = (folder / MARKER_NAME).is_file()
-    if synthetic:
+    marked = (folder / MARKER_NAME).is_file()
+    if marked:
         check_complete(folder, len(found.sources))
     cache = (cache_folder or default_cache_folder(folder)) / f"slices-{image_size}-{crop}.npz"
     key = cache_key(found.sources, image_size, crop)
@@ -83,18 +92,30 @@ def load_slices(
     if decoded is None:
         decoded = decode_slices(folder, found.sources, image_size, crop, progress)
         write_cache(cache, key, decoded)
-    tell_left_out(folder, [*found.left_out, *decoded["faults"].tolist()])
+    classes, labels, emptied = found.classes, decoded["labels"], []
+    are_pictures = found.sources[0].label is not None
+    if are_pictures:
+        kept, labels = np.unique(labels, return_inverse=True)
+        classes = tuple(found.classes[label] for label in kept)
+        emptied = [
+            f"{name}: is a class without a picture that can be read"
+            for name in found.classes
+            if name not in classes
+        ]
+    tell_left_out(folder, [*found.left_out, *emptied, *decoded["faults"].tolist()])
+    if len(classes) == 1:
+        raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
     numbers = decoded["numbers"].tolist()
     return SliceSet(
         images=torch.from_numpy(decoded["images"]),
-        labels=torch.from_numpy(decoded["labels"]),
+        labels=torch.from_numpy(labels),
         numbers=numbers,
         patients=decoded["patients"].tolist(),
         folds=None if found.folds is None else torch.from_numpy(read_folds(found.folds, numbers)),
-        synthetic=synthetic,
+        synthetic=marked or any(is_phantom(source.path) for source in found.sources),
         digest=str(decoded["digest"]),
-        classes=found.classes,
-        patients_known=found.sources[0].label is None,
+        classes=classes,
+        patients_known=not are_pictures,
     )
 
 

@@ -1,5 +1,6 @@
 """Splits of the slices into training and test sides."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -59,7 +60,9 @@ def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
     groups = [slices.patients[i] for i in split.train.tolist()] if by_patient else split.train
     parts = StratifiedGroupKFold(max(round(1 / share), 2), shuffle=True, random_state=seed)
     try:
-        kept, held = map(torch.from_numpy, next(parts.split(labels, labels, groups)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a small class, which is named below
+            kept, held = map(torch.from_numpy, next(parts.split(labels, labels, groups)))
     except ValueError as error:
         raise UserError(
             f"--calibration {share:g}: the training side is too small ({error}); a larger share "
@@ -67,8 +70,8 @@ def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:
         ) from None
     lacking = np.setdiff1d(labels, np.intersect1d(labels[kept], labels[held]))
     if len(lacking):
-        title = slices.classes[lacking[0]]
-        raise UserError(f"--calibration {share:g}: too few {title} slices to hold some out")
+        few = _slices_of(slices, lacking[0])
+        raise UserError(f"--calibration {share:g}: too few {few} to hold some out")
     return replace(
         split,
         train=split.train[kept],
@@ -135,13 +138,22 @@ def _draw(name: str, slices: SliceSet, side: Tensor, counts: Sequence[int], seed
     generator = torch.Generator().manual_seed(seed)
     labels = slices.labels[side]
     drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label, (title, count) in enumerate(zip(slices.classes, counts, strict=True)):
+    for label, count in enumerate(counts):
         members = (labels == label).nonzero()[:, 0]
         if not 0 < count < len(members):
-            raise UserError(f"split {name}: {len(members)} {title} slices are too few to divide")
+            few = f"{len(members)} {_slices_of(slices, label)}"
+            raise UserError(f"split {name}: {few} are too few to divide")
         order = torch.randperm(len(members), generator=generator)
         drawn[members[order[:count]]] = True
     return drawn
+
+
+def _slices_of(slices: SliceSet, label: int) -> str:
+    """Return what an error calls a class's slices: pictures with one, whose folder is the class."""
+    title = f"{slices.classes[label]} slices"
+    if slices.patients_known:
+        return title
+    return f"{title} (such as {slices.patients[slices.labels.tolist().index(label)]})"
 
 
 def _split(name: str, test: Tensor, description: str, side: Tensor | None = None) -> Split:

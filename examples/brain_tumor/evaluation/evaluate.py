@@ -44,6 +44,7 @@ from ..training.run_folder import (
     SETTINGS,
     STRANGE,
     VIEW_PREDICTIONS,
+    examined,
     read_precision,
     read_split,
 )
@@ -96,7 +97,7 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
     settings = read_settings(run / SETTINGS)
     with locked(run, EVALUATING):
         split = read_split(run, slices)
-        for name in RECORDS:
+        for name in (*RECORDS, *examined(run)):
             check_sum(run / name)
         write_sums(run, FIXED)  # what follows replaces the others' files
         return _evaluate(run, settings, slices, split)
@@ -134,7 +135,7 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
         results["calibration"] = _calibrate(run, network, epoch, slices, split, embeddings[own])
     write_json(run / METRICS, results)
     kept = [*(RECORDS if epoch == settings.training.epochs else FIXED), EMBEDDINGS, ANGLES]
-    kept += [PREDICTIONS, METRICS]
+    kept += [PREDICTIONS, METRICS, *examined(run)]
     kept += [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
     kept += [CALIBRATION] if len(split.calibration) else []
     write_sums(run, kept)

@@ -47,7 +47,7 @@ def write_report(run: Path) -> Path:
         result=describe_result(run),
         split=split,
         early=_early_table(steps),
-        calibration=_plot_calibration(run, mark),
+        calibration=_plot_calibration(run, f"{mark}calibrated, {name}"),
         examination=describe_examination(run),
         environment=_environment(run, epochs),
         settings=(run / run_folder.SETTINGS).read_text(encoding="utf-8").strip(),
@@ -86,14 +86,14 @@ def classes_of(split: dict[str, Any]) -> tuple[str, ...]:
     return tuple(split.get(run_folder.CLASSES, CLASS_NAMES))
 
 
-def _plot_calibration(run: Path, mark: str) -> dict[str, Any] | None:
+def _plot_calibration(run: Path, title: str) -> dict[str, Any] | None:
     """Draw how often answers of each confidence are right; return how the calibration does."""
     found = read_json(run / run_folder.METRICS).get("calibration")
     if found is not None:
         predictions = read_predictions(run / run_folder.PREDICTIONS)
         sure = calibrated(predictions.scores, found["exponent"]).max(1)
         bins = reliability(sure, predictions.truth == predictions.predicted)
-        plot_reliability(run / "reliability.png", f"{mark}calibrated, {run.name}", *bins)
+        plot_reliability(run / "reliability.png", title, *bins)
     return found
 
 

@@ -20,17 +20,16 @@ from tqdm import tqdm
 from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import locked, write_json, write_sums
+from ..files import locked, write_json
 from ..network.mobilenet import EmbeddingNetwork, load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
 from . import run_folder
 from .batches import augment, batch_bounds, shuffled
 from .checkpoint import TrainingState
-from .progress import Saver, beside_centres, finish_epoch, progress_line, restore
+from .progress import Saver, beside_centres, finish_epoch, progress_line, restore, show_step
 
 PAPER_EPOCHS = 275  # to which the paper's steps of the learning rate belong
-BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done rarely
 
 
 def train(
@@ -44,10 +43,8 @@ def train(
     with locked(out):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = run_folder.choose_precision(settings.training.precision, device)
-        images, labels = (
-            slices.images[split.train].to(device),
-            slices.labels[split.train].to(device),
-        )
+        images = slices.images[split.train].to(device)
+        labels = slices.labels[split.train].to(device)
         batches = batch_bounds(len(labels), settings.training.batch_size)
         begun = resume and (out / run_folder.CHECKPOINT).is_file()
         state = start(settings, device, len(slices.classes), pretrained=not begun)
@@ -56,8 +53,6 @@ def train(
             restore(state, out, len(batches))
         else:
             run_folder.start_run(out, settings, slices, split)
-            # Of the other files, which grow, `evaluate` keeps them.
-            write_sums(out, run_folder.FIXED)
         epochs, save = settings.training.epochs, Saver(state, out)
         if state.epoch < epochs:  # else it says what the last epoch was trained on
             environment = run_folder.describe_environment(device, precision)
@@ -140,11 +135,7 @@ def _train_epoch(
         state.set_learning_rate(learning_rate(settings.training, state.epoch + step / count))
         images = augment(images, settings.augmentation, state.generator)
         steps.append(take_step(state, images, labels, precision))
-        bar.update()
-        if step % BAR_INTERVAL == 0 and not bar.disable:
-            loss = torch.stack(steps[-BAR_INTERVAL:]).mean(0)[0].item()
-            bar.set_description(f"epoch {state.epoch + 1}/{settings.training.epochs}")
-            bar.set_postfix(loss=f"{loss:.3f}")
+        show_step(bar, steps, state.epoch + 1, settings.training.epochs)
     return torch.stack(steps).cpu()
 
 

@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from angular_losses import target_angle
 
@@ -16,6 +18,7 @@ from .checkpoint import TrainingState
 from .run_folder import CHECKPOINT, EPOCHS, STEPS
 
 LOGGED_STEPS = 500  # enough to show how the angles settle, with and without annealing
+BAR_INTERVAL = 20  # steps; reading a number waits for the device, so it is done rarely
 SAVING_SHARE = 0.1  # of the time at most goes into checkpoints: an epoch may take half a second
 MEASURES = ("loss", "accuracy", "mean_target_angle", "gradient_norm", "lambda")
 
@@ -82,6 +85,15 @@ def finish_epoch(
 def _named(measures: Tensor) -> dict[str, float | None]:
     values = (None if math.isnan(value) else value for value in measures.tolist())
     return dict(zip(MEASURES, values, strict=True))
+
+
+def show_step(bar: tqdm, steps: Sequence[Tensor], epoch: int, epochs: int) -> None:
+    """Move the terminal's bar by a step; of an epoch's steps till now, show the last ones' loss."""
+    bar.update()
+    if len(steps) % BAR_INTERVAL == 1 and not bar.disable:
+        loss = torch.stack(steps[-BAR_INTERVAL:]).mean(0)[0].item()
+        bar.set_description(f"epoch {epoch}/{epochs}")
+        bar.set_postfix(loss=f"{loss:.3f}")
 
 
 def progress_line(summary: dict[str, Any], epochs: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from ..data.slices import SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import LOCK, PARTIAL, read_json, write_json, write_text
+from ..files import LOCK, PARTIAL, read_json, write_json, write_sums, write_text
 from ..settings import Settings, differences, read_settings, write_settings
 
 SETTINGS = "settings.toml"
@@ -36,7 +36,7 @@ NEIGHBOURS = "neighbours.csv"  # of wrong slices, where there are no embeddings
 STRANGE = "strange.json"
 CLASSES, IMAGES = "classes", "images_sha256"  # in SPLIT
 FIXED = (SPLIT, SETTINGS)  # what a training that goes on leaves as it is
-RECORDS = (*FIXED, EPOCHS, STEPS)  # and what one that has ended does
+RECORDS = (*FIXED, ENVIRONMENT, EPOCHS, STEPS)  # and what one that has ended does
 
 
 def refuse_existing(folder: Path) -> None:
@@ -57,6 +57,7 @@ def start_run(folder: Path, settings: Settings, slices: SliceSet, split: Split) 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SPLIT, _describe_split(slices, split))
     write_text(folder / SETTINGS, write_settings(settings))
+    write_sums(folder, FIXED)  # of the other files, which grow, `evaluate` keeps them
 
 
 def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: Split) -> None:
@@ -69,6 +70,11 @@ def check_resumable(folder: Path, settings: Settings, slices: SliceSet, split: S
             f"{folder / SETTINGS}: {min(changed)} differs; a run resumes with its own settings"
         )
     _check_split(folder / SPLIT, slices, split)
+
+
+def examined(folder: Path) -> list[str]:
+    """Return the names of the files in which a run's folder keeps what `examine` found."""
+    return [name for name in (POINTING, STRANGE) if (folder / name).is_file()]
 
 
 def read_split(folder: Path, slices: SliceSet) -> Split:

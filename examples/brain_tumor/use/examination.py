@@ -22,7 +22,7 @@ from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH
-from ..files import as_csv, write_json, write_text
+from ..files import add_sums, as_csv, write_json, write_text
 from ..training.run_folder import METRICS, POINTING, STRANGE
 from .gradcam import measure_overlap
 from .prediction import Reference, explain, read_reference
@@ -47,6 +47,7 @@ def examine(run: Path, slices: SliceSet, data: Path) -> None:
     pointing, strange = point(reference, data), judge_strange(reference)
     write_json(run / STRANGE, strange)
     write_text(run / POINTING, pointing)
+    add_sums(run, [STRANGE, POINTING])
 
 
 def judge_strange(reference: Reference) -> dict[str, object]:

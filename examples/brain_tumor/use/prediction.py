@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,13 +105,17 @@ class Prediction:
 
 
 def predict(
-    run: Path, files: Sequence[Path], slices: SliceSet, out: Path
+    run: Path,
+    files: Sequence[Path],
+    slices: SliceSet,
+    out: Path,
+    tell: Callable[[Prediction], object] = lambda answer: None,
 ) -> tuple[list[Prediction], list[str]]:
     """Classify files by their nearest training slice; write a figure of each, and the answers.
 
     The files are slices of the archive's format (.mat), of which the image is enough, PNG, JPEG,
-    TIFF, BMP or DICOM pictures, or folders of them. The answers are written as they come: an
-    interrupted call leaves those that it has.
+    TIFF, BMP or DICOM pictures, or folders of them. The answers are written, and given to `tell`,
+    as they come: an interrupted call leaves those that it has.
 
     Returns:
         The answers, and for each file without one the fault, in a line that names the file.
@@ -127,6 +131,7 @@ def predict(
             picture = out / f"{position}-{printable(file.stem)[:LONGEST_NAME]}.png"
             try:
                 predictions.append(_predict_file(reference, file, picture))
+                tell(predictions[-1])
             except UserError as error:
                 faults.append(printable(str(error)))
             answers = {

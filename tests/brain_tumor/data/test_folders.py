@@ -1,14 +1,17 @@
 """Folders of slices as people have them: which files are found, named and left out."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from examples.brain_tumor.data.folders import find_slices
 from examples.brain_tumor.data.matlab import CLASS_NAMES
 from examples.brain_tumor.data.slices import load_slices
-from examples.brain_tumor.data.splits import paper_split, patient_split
+from examples.brain_tumor.data.splits import make_split, paper_split, patient_split
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.settings import DataSettings
 from tests.brain_tumor.data.test_slices import fields, write_folds, write_mat
 
 PLAIN = [f"{number}.mat" for number in (1, 2, 10)]
@@ -99,6 +102,7 @@ def test_all_damaged_slices_are_named_at_once(tmp_path):
     head, *lines = str(caught.value).splitlines()
     assert head == f"{folder}: 3 of 5 slices are at fault:"
     assert [line.split(": ")[0] for line in lines] == [f"  {folder}/{n}.mat" for n in (2, 7, 9)]
+    assert os.strerror(errno.ELOOP) in lines[1]
     assert "one grey value" in lines[2]
 
 
@@ -187,12 +191,53 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
 
 def test_one_class_is_refused(tmp_path):
     with pytest.raises(UserError, match="pictures of the class glioma alone"):
-        find_slices(write_pictures(tmp_path, ["Training/glioma/1.jpg", "Testing/glioma/1.jpg"]))
+        load(write_pictures(tmp_path, ["Training/glioma/1.jpg", "Testing/glioma/1.jpg"]))
+
+
+@pytest.mark.parametrize("above", ["", "archive/"])
+def test_what_lies_beside_the_sides_is_no_class(tmp_path, capsys, above):
+    names = [above + name for name in KAGGLE]
+    folder = write_pictures(tmp_path, [*names, "docs/screenshot.png", "docs/more/2.png"])
+    found = load(folder)
+    assert found.classes == (*CLASS_NAMES, "notumor")
+    assert len(found.numbers) == 40
+    said = capsys.readouterr().err
+    for name in ("screenshot.png", "more/2.png"):
+        assert f"  {folder / 'docs' / name}: is not a picture in a folder of its class" in said
+
+
+def test_pictures_to_test_without_a_class_leave_the_classes_as_they_are(tmp_path):
+    found = load(write_pictures(tmp_path, ["glioma/1.jpg", "pituitary/1.jpg", "test/1.jpg"]))
+    assert found.patients == ["glioma/1.jpg", "pituitary/1.jpg"]
+
+
+def test_classes_without_a_picture_that_can_be_read_are_left_out_and_named(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "data", [*KAGGLE, "Training/docs/1.png"])
+    (folder / "Training" / "docs" / "1.png").write_bytes(b"no picture")
+    for _ in range(2):  # decoded, and from the cache
+        found = load(folder)
+        assert found.classes == (*CLASS_NAMES, "notumor")
+        assert found.labels.bincount().tolist() == [10] * 4
+        said = capsys.readouterr().err
+        assert "  docs: is a class without a picture that can be read" in said
+        assert "docs/1.png: not readable" in said
+
+
+def test_a_class_too_small_to_divide_is_named_by_a_picture(tmp_path):
+    names = [f"{label}/{index}.png" for label in CLASS_NAMES for index in range(9)]
+    found = load(write_pictures(tmp_path / "one", [*names, "docs/screenshot.png"]))
+    with pytest.raises(UserError, match=r"1 docs slices \(such as docs/screenshot\.png\) are too"):
+        make_split(DataSettings(split="paper"), found)
+    found = load(write_pictures(tmp_path / "two", [*names, "docs/1.png", "docs/2.png"]))
+    with pytest.raises(UserError, match=r"too few docs slices \(such as docs/1\.png\) to hold"):
+        make_split(DataSettings(split="paper", calibration=0.2), found)
 
 
 def test_names_are_no_formulas(tmp_path):
     folder = write_pictures(tmp_path / "data", ["=cmd/1.jpg", "glioma/1.jpg"])
-    assert load(folder).patients[0] == "'=cmd/1.jpg"
+    found = load(folder)
+    assert found.patients[0] == "'=cmd/1.jpg"
+    assert found.classes == ("glioma", "'=cmd")
     (tmp_path / "mats").mkdir()
     for number, patient in enumerate(("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "MR 1"), 1):
         write_mat(tmp_path / "mats" / f"{number}.mat", fields(patient=patient))

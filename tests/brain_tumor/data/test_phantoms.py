@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,12 @@ def test_planes_tell_nothing_about_the_class(head):
     for label in range(3):
         patient = phantoms.Patient(head, label, generator)
         assert sorted(patient.planes) == ["axial", "coronal", "sagittal"]
+
+
+def test_phantoms_are_known_without_the_files_beside_them(folder, tmp_path):
+    for path in folder.glob("*.mat"):
+        shutil.copy(path, tmp_path)
+    assert load_slices(tmp_path, 16, progress=False).synthetic
 
 
 def test_the_seed_decides_everything(folder, tmp_path, shared_head):

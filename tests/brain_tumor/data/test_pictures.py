@@ -182,7 +182,7 @@ def test_what_the_system_refuses_is_explained(tmp_path, monkeypatch):
 
 def test_missing_folders_and_huge_files_are_refused(tmp_path, monkeypatch):
     assert_refused(tmp_path / "none.png", "no such file")
-    assert_refused(tmp_path, "no such file")
+    assert_refused(tmp_path, "is not a file")
     path = tmp_path / "huge.png"
     path.write_bytes(encode(of(GREY)))
     monkeypatch.setattr(matlab, "LARGEST_FILE", path.stat().st_size - 1)

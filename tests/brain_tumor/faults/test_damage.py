@@ -14,11 +14,13 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation import evaluate as evaluate_module
 from examples.brain_tumor.evaluation.evaluate import evaluate, read_predictions
 from examples.brain_tumor.files import append_rows, locked, read_array, read_json, read_rows
+from examples.brain_tumor.report.examination_tables import read_pointing
 from examples.brain_tumor.reproduction.merging import collect
 from examples.brain_tumor.settings import read_settings
 from examples.brain_tumor.training.checkpoint import TrainingState
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.training.run_folder import RECORDS
+from examples.brain_tumor.use import examination
 from examples.brain_tumor.use.export import export
 from examples.brain_tumor.use.prediction import predict
 from tests.brain_tumor.data.test_slices import fields, write_mat
@@ -45,6 +47,7 @@ def test_damage_to_results_is_not_read_as_truth(trained, blobs):
         "split.json": lambda path: read_json(path),
         "log.jsonl": lambda path: read_rows(path),
         "steps.jsonl": lambda path: read_rows(path),
+        "environment.json": lambda path: read_json(path),
     }
     sums = dict(line.split()[::-1] for line in (trained / "SHA256SUMS").read_text().splitlines())
     assert sums == {n: hashlib.sha256((trained / n).read_bytes()).hexdigest() for n in readers}
@@ -66,6 +69,27 @@ def test_damage_to_results_is_not_read_as_truth(trained, blobs):
         read_predictions(table)
     (trained / "SHA256SUMS").unlink()  # of a version that kept none
     assert len(read_predictions(table).numbers) == 9
+
+
+def test_damage_to_what_examine_found_is_not_read_as_truth(trained, blobs, tmp_path, monkeypatch):
+    evaluate(trained, blobs)
+    monkeypatch.setattr(examination, "judge_strange", lambda reference: {"false_alarms": 0.1})
+    monkeypatch.setattr(examination, "point", lambda reference, data: "slice,inside\n1,1\n")
+    examination.examine(trained, blobs, tmp_path)
+    assert "predictions.csv" in (trained / "SHA256SUMS").read_text()
+    for _ in range(2):  # examined, and evaluated again
+        for name, read in (("strange.json", read_json), ("pointing.csv", read_pointing)):
+            digit = (trained / name).read_bytes().rindex(b"1")
+            flip(trained / name, digit)
+            with pytest.raises(UserError, match=f"{name}: is damaged"):
+                read(trained / name)
+            with pytest.raises(UserError, match=f"{name}: is damaged"):
+                evaluate(trained, blobs)
+            flip(trained / name, digit)
+        evaluate(trained, blobs)
+    (trained / "SHA256SUMS").unlink()  # of a version that kept none
+    examination.examine(trained, blobs, tmp_path)
+    evaluate(trained, blobs)
 
 
 def test_other_images_under_the_same_numbers_are_refused(

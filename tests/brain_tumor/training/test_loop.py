@@ -1,12 +1,14 @@
 """Training: what a run leaves behind, and that stopping and resuming change nothing."""
 
 import errno
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import locked
@@ -397,3 +399,15 @@ def test_a_compiled_network_trains_alike_and_is_stored_alike(
         for name in ("eager", "compiled")
     ]
     assert keys[0] == keys[1]
+
+
+def test_the_bar_shows_now_and_then_the_mean_loss_of_the_last_steps():
+    interval, steps, shown = progress.BAR_INTERVAL, [], []
+    with tqdm(file=io.StringIO()) as bar:
+        for step in range(interval + 2):
+            steps.append(torch.full((len(progress.MEASURES),), float(step)))
+            progress.show_step(bar, steps, 3, 24)
+            shown.append(f"{bar.desc}{bar.postfix}")
+    assert shown[:interval] == ["epoch 3/24: loss=0.000"] * interval
+    assert shown[interval:] == [f"epoch 3/24: loss={(1 + interval) / 2:.3f}"] * 2
+    assert bar.n == len(steps)

@@ -347,6 +347,7 @@ def test_slices_are_known_by_their_numbers_not_their_places(tmp_path, scaled, ti
 def test_everything_is_embedded_in_the_runs_precision(tmp_path, run, scaled, drawn, monkeypatch):
     environment = run / "environment.json"
     environment.write_text(environment.read_text().replace("float32", "bfloat16"))
+    (run / "SHA256SUMS").unlink()
     (run / "embeddings.npy").unlink()
     asked = []
 
