@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from ..data.matlab import FOLDS
-from ..evaluation.calibration import calibrated, fit_exponent
 from ..evaluation.evaluate import Predictions, probabilities
 from ..evaluation.metrics import reliability, seed_interval, wilson_interval
 from ..files import read_array, read_rows, write_array
@@ -15,6 +14,7 @@ from ..reproduction.plan import PAPER_LOSSES, PROPOSED
 from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
 from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
 from . import paper, tables
+from .confidence import Calibrated, calibrate
 from .figures.further import (
     Angles,
     plot_angles,
@@ -146,51 +146,29 @@ def scores(reproduction: Reproduction, scale: float) -> list[dict[str, Any]]:
         bins = reliability(sure.max(1), predictions.right)
         plot_reliability(*reproduction.figure(f"reliability-{file}", title), *bins)
         drawn.append({"file": file, "name": name, "error": bins.error})
-        parts = [(one, held_out(reproduction, one)) for one in results]
-        if all(held for _, held in parts):
+        parts = [calibrate(reproduction, one) for one in results]
+        if None not in parts:
             drawn[-1]["calibrated"] = _plot_calibrated(
                 reproduction, f"calibrated-{file}", title, parts
             )
     return drawn
 
 
-def held_out(reproduction: Reproduction, result: Result) -> list[Predictions]:
-    """Return what other runs of a run's kind answered to slices that neither was tested on before.
-
-    These are other seeds or folds, and the search's run of the same recipe: their test slices, but
-    for the run's own, are slices of its training side that networks like its own have not seen.
-    """
-    group = result.run.group
-    others = [
-        *(one for one in reproduction.select(group, PROPOSED) if one is not result),
-        *reproduction.select(f"search-{group}", "search-as-chosen"),
-    ]
-    parts = []
-    for other in others:
-        kept = ~np.isin(other.predictions.numbers, result.predictions.numbers)
-        if kept.any():
-            values = {name: value[kept] for name, value in vars(other.predictions).items()}
-            parts.append(Predictions(**values))
-    return parts
-
-
 def _plot_calibrated(
-    reproduction: Reproduction,
-    file: str,
-    title: str,
-    parts: Sequence[tuple[Result, list[Predictions]]],
+    reproduction: Reproduction, file: str, title: str, parts: Sequence[Calibrated]
 ) -> dict[str, Any]:
-    """Draw the reliability of runs, each calibrated on what others held out; describe it."""
-    sure, right, exponents = [], [], []
-    for result, held in parts:
-        known = pooled(held)
-        exponents.append(fit_exponent(known.scores, known.truth))
-        sure.append(calibrated(result.predictions.scores, exponents[-1]).max(1))
-        right.append(result.predictions.right)
-    bins = reliability(np.concatenate(sure), np.concatenate(right))
+    """Draw the reliability of calibrated runs together; describe it."""
+    sure, right = (
+        np.concatenate([getattr(one, name) for one in parts]) for name in ("confidence", "right")
+    )
+    bins = reliability(sure, right)
     plot_reliability(*reproduction.figure(file, f"calibrated: {title}"), *bins)
-    slices = [sum(len(one.truth) for one in held) for _, held in parts]
-    return {"file": file, "error": bins.error, "exponents": exponents, "slices": slices}
+    return {
+        "file": file,
+        "error": bins.error,
+        "exponents": [one.exponent for one in parts],
+        "slices": [one.slices for one in parts],
+    }
 
 
 def by_patient(reproduction: Reproduction) -> dict[str, Any]:
@@ -198,7 +176,7 @@ def by_patient(reproduction: Reproduction) -> dict[str, Any]:
     names = [name for name in PAPER_LOSSES if reproduction.select("patient", name)]
     if not names:
         return {}
-    losses = {tables.TITLES[name]: _ways(reproduction, name) for name in names}
+    losses = {_folds_title(reproduction, name): _ways(reproduction, name) for name in names}
     drawn = reproduction.figure("slice-and-patient", "by slice and by patient, 1-NN")
     plot_slice_and_patient(*drawn, losses)
     folds = reproduction.select("patient", PROPOSED)
@@ -216,6 +194,12 @@ def by_patient(reproduction: Reproduction) -> dict[str, Any]:
 
 def _of_folds(folds: Sequence[Result]) -> str:
     return f"by patient, {len(folds)} of {FOLDS} folds"
+
+
+def _folds_title(reproduction: Reproduction, training: str) -> str:
+    """Return a training's title, and of how many folds it is where some are not run yet."""
+    count, title = len(reproduction.select("patient", training)), tables.TITLES[training]
+    return title if count == FOLDS else f"{title}, {count} of {FOLDS} folds"
 
 
 def _ways(reproduction: Reproduction, training: str) -> dict[str, tuple[float, float, float]]:

@@ -1,9 +1,11 @@
 """The tables of a report that say how it came about: aims, recipe, search, faults, runs."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
@@ -13,21 +15,29 @@ from ..reproduction.results import SESSIONS, Reproduction, Result
 from ..settings import differences, load_settings, override_settings, write_settings
 from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
+from .confidence import calibrate
 from .examination_tables import pointing_table, strange_table
 from .page import Table
 from .tables import TITLES, accuracy, bounds, percent
 
 SWAPPED_AIM, PATIENT_AIMS = 0.9547, (0.96, 0.98)  # by slice, 70-30, it is the paper's accuracy
+SLICE_CALIBRATION_AIM, PATIENT_CALIBRATION_AIM = 0.03, 0.05  # expected calibration errors
+AIMS_TITLE = "SphereFace, m = 5, 1-NN"
 DRILLS = Path(__file__).parents[1] / "results" / "drills.json"
 ELSEWHERE = ("weights", "layout", "split", "fold", "split_seed", "seed")  # no part of a recipe
 
 
 def aims_table(reproduction: Reproduction) -> Table:
-    """Return the proposed training's accuracies beside what they should reach."""
+    """Return the proposed training's accuracies and calibration errors beside their targets."""
+    rows = [*_accuracy_aims(reproduction), *_calibration_aims(reproduction)]
+    left_out = ("target", "result") if reproduction.synthetic else ()
+    return Table.of([{key: row[key] for key in row if key not in left_out} for row in rows])
+
+
+def _accuracy_aims(reproduction: Reproduction) -> Iterator[dict[str, str]]:
     mark = f" (settings were chosen on fold {DEVELOPMENT_FOLD})"
     mark = mark if reproduction.budget.comparisons else ""
-    budget, rows = reproduction.budget, []
-    seeds = "mean over the seeds"
+    budget, seeds = reproduction.budget, "mean over the seeds"
     for group, training, name, planned, *aims in (
         ("slice", PROPOSED, f"by slice, 70-30, {seeds}", budget.seeds, paper.ACCURACY),
         ("slice", SWAPPED, f"by slice, 30-70, {seeds}", budget.swapped_seeds, SWAPPED_AIM),
@@ -35,28 +45,57 @@ def aims_table(reproduction: Reproduction) -> Table:
     ):
         results = reproduction.select(group, training)
         accuracies = [one.metrics.accuracy for one in results]
-        row = {"SphereFace, m = 5, 1-NN": name, "runs": f"{len(results)} of {planned}"}
-        row |= dict.fromkeys(("accuracy", "95 %", "each"), "-")
-        if results:
-            mean, interval = seed_interval(accuracies)
-            interval = results[0].metrics.accuracy_interval if len(results) == 1 else interval
-            each = " ".join(map(percent, accuracies))
-            row |= {"accuracy": percent(mean), "95 %": bounds(interval), "each": each}
-        if not reproduction.synthetic:
-            row["target"] = ", then ".join(map(percent, aims))
-            row["result"] = _reached(accuracies, planned, aims)
-        rows.append(row)
-    return Table.of(rows)
+        row = _mean_row(f"accuracy {name}", accuracies, planned)
+        if len(results) == 1:
+            row["95 %"] = bounds(results[0].metrics.accuracy_interval)
+        met = [percent(aim) for aim in aims if results and np.mean(accuracies) >= aim]
+        row["target"] = ", then ".join(map(percent, aims))
+        text = f"{', '.join(met)} reached" if met else "missed"
+        yield {**row, "result": _so_far(text, len(results), planned)}
 
 
-def _reached(accuracies: Sequence[float], planned: int, aims: Sequence[float]) -> str:
+def _calibration_aims(reproduction: Reproduction) -> Iterator[dict[str, str]]:
+    for group, name, of, planned, aim in (
+        ("slice", "by slice, 70-30", "seed", reproduction.budget.seeds, SLICE_CALIBRATION_AIM),
+        ("patient", "by patient", "fold", FOLDS, PATIENT_CALIBRATION_AIM),
+    ):
+        results = reproduction.select(group, PROPOSED)
+        parts = [(one, calibrate(reproduction, one)) for one in results]
+        errors = {
+            one.run.name.rpartition(of)[2]: part.reliability.error
+            for one, part in parts
+            if part is not None
+        }
+        values, name = list(errors.values()), f"calibration error {name}"
+        mean = _mean_row(f"{name}, mean over the {of}s", values, planned)
+        mean["target"] = f"at most {percent(aim)}"
+        text = "reached" if errors and np.mean(values) <= aim else "missed"
+        yield {**mean, "result": _so_far(text, len(errors), planned)}
+        largest = percent(max(values)) if errors else "-"
+        above = [f"{of} {number}" for number, error in errors.items() if error > aim]
+        text = f"missed by {', '.join(above)}" if above else "reached"
+        yield {
+            **mean,
+            AIMS_TITLE: f"{name}, the largest of the {of}s",
+            **{"per cent": largest, "95 %": "-", "each": "-"},
+            "result": _so_far(text, len(errors), planned),
+        }
+
+
+def _mean_row(name: str, values: Sequence[float], planned: int) -> dict[str, str]:
+    row = {AIMS_TITLE: name, "runs": f"{len(values)} of {planned}"}
+    if not values:
+        return row | dict.fromkeys(("per cent", "95 %", "each"), "-")
+    mean, interval = seed_interval(values)
+    each = " ".join(map(percent, values))
+    return row | {"per cent": percent(mean), "95 %": bounds(interval), "each": each}
+
+
+def _so_far(text: str, finished: int, planned: int) -> str:
     """Return what a target has come to, or what stands in the way of saying so."""
-    if not accuracies:
+    if not finished:
         return "not run yet"
-    mean = sum(accuracies) / len(accuracies)
-    met = [percent(aim) for aim in aims if mean >= aim]
-    text = f"{', '.join(met)} reached" if met else "missed"
-    return text if len(accuracies) == planned else f"{text} so far"
+    return text if finished == planned else f"{text} so far"
 
 
 def recipe_table(budget: Budget) -> Table:

@@ -28,7 +28,17 @@ def write_reproduction_report(folder: Path) -> Path:
     """Draw all figures and write the report of what is finished; return the HTML page's path."""
     reproduction = read_reproduction(folder)
     (folder / FIGURES).mkdir(exist_ok=True)
-    text = to_markdown(
+    text = report_text(reproduction)
+    write_text(folder / REPORT, text)
+    page = to_html(f"{reproduction.mark}HSADML reproduction report", text, folder)
+    write_text(folder / PAGE, page)
+    return folder / PAGE
+
+
+def report_text(reproduction: Reproduction) -> str:
+    """Draw all figures and return the report's Markdown."""
+    speed = reproduction.folder / SPEED
+    return to_markdown(
         "reproduction.md.j2",
         r=reproduction,
         mark=reproduction.mark,
@@ -36,7 +46,7 @@ def write_reproduction_report(folder: Path) -> Path:
         proposed=reproduction.proposed,
         budget=reproduction.budget,
         settings=reproduction.budget.settings(None),
-        speed=read_json(folder / SPEED) if (folder / SPEED).is_file() else None,
+        speed=read_json(speed) if speed.is_file() else None,
         classified=classified,
         together=together,
         draw=drawing,
@@ -46,10 +56,6 @@ def write_reproduction_report(folder: Path) -> Path:
         plan=plan,
         wrong=wrong_slices,
     )
-    write_text(folder / REPORT, text)
-    page = to_html(f"{reproduction.mark}HSADML, reproduced", text, folder)
-    write_text(folder / PAGE, page)
-    return folder / PAGE
 
 
 def classified(reproduction: Reproduction, results: Sequence[Result]) -> list[list[Classification]]:

@@ -2,13 +2,16 @@
 
 from bisect import bisect_right
 from collections import Counter
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from scipy.stats import chi2_contingency
 
 from ..data.slices import CLASS_NAMES, PLANES
+from ..evaluation.evaluate import Predictions
 from ..reproduction.plan import PROPOSED
-from ..reproduction.results import Reproduction, pooled
+from ..reproduction.results import Reproduction, Result, pooled
 from ..training.run_folder import POINTING
 from .examination_tables import SIZES, rate, read_pointing
 from .page import Table
@@ -21,6 +24,24 @@ FIRST = (
     *(1166, 1283, 1456, 1640, 1841, 2242, 2344, 2403, 2540, 2546, 2731, 3063, 3064),
 )
 OF_FIRST = "acacsacscscacsacsacacscsac"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the wrong answers of several runs have in common."""
+
+    wrong: int  # how many answers are wrong
+    answers: int  # of how many
+    name: str  # the class with the most of them
+    of_class: tuple[float, float]  # its share of the wrong answers and of all, in per cent
+    of_small: tuple[float, float] | None  # the same of small tumours, where they were measured
+    planes_p: float  # of the chi-squared test that the planes have the same share of wrong answers
+    lowest: Result  # the run of the lowest accuracy
+    patients: int  # how many patients have wrong answers
+    all_patients: int  # of how many
+    always: int  # how many slices have wrong answers alone
+    always_again: int  # those of them that several runs answered
+    slices: int  # of how many
 
 
 def plane_of(number: int) -> str:
@@ -36,22 +57,26 @@ def wrong_table(reproduction: Reproduction, group: str) -> Table:
     table, areas, rows = reproduction.slices, _areas(reproduction), []
     found = [one.neighbours(table) for one in results]
     truth = dict(zip(table.numbers.tolist(), table.labels.tolist(), strict=True))
-    for number in np.unique(every.numbers).tolist():
+    for number in _always_wrong(every):
         own = every.numbers == number
-        if not every.right[own].any():
-            given = Counter(CLASS_NAMES[label] for label in every.predicted[own])
-            rows.append(
-                [
-                    *(str(number), every.patients[own][0], plane_of(number)),
-                    *(str(areas.get(number, "-")), CLASS_NAMES[every.truth[own][0]]),
-                    ", ".join(f"{name} ({count})" for name, count in given.items()),
-                    "; ".join(_by_class(near[number], truth) for near in found if number in near),
-                ]
-            )
+        given = Counter(CLASS_NAMES[label] for label in every.predicted[own])
+        rows.append(
+            [
+                *(str(number), every.patients[own][0], plane_of(number)),
+                *(str(areas.get(number, "-")), CLASS_NAMES[every.truth[own][0]]),
+                ", ".join(f"{name} ({count})" for name, count in given.items()),
+                "; ".join(_by_class(near[number], truth) for near in found if number in near),
+            ]
+        )
     return Table(
         ["slice", "patient", "plane", "tumour", "truth", "answers (runs)", "nearest in each run"],
         rows,
     )
+
+
+def _always_wrong(every: Predictions) -> list[int]:
+    """Return the numbers of the slices that no answer gets right, ascending."""
+    return np.setdiff1d(every.numbers, every.numbers[every.right]).tolist()
 
 
 def _by_class(numbers: list[int], truth: dict[int, int]) -> str:
@@ -62,28 +87,66 @@ def _by_class(numbers: list[int], truth: dict[int, int]) -> str:
 
 def kinds_table(reproduction: Reproduction) -> Table:
     """Return how many answers are wrong for each class, plane and size of tumour."""
-    areas = _areas(reproduction)
-    limits = np.quantile(list(areas.values()), [1 / 3, 2 / 3]) if areas else []
     rows = []
     for group, title in GROUPS.items():
         results = reproduction.select(group, PROPOSED)
         if not results:
             continue
         every = pooled(one.predictions for one in results)
-        planes = np.array([plane_of(number) for number in every.numbers])
-        area = np.array([areas.get(number, -1) for number in every.numbers])
-        third = np.where(area < 0, -1, np.searchsorted(limits, area))
-        kinds = {
-            **{("class", name): every.truth == i for i, name in enumerate(CLASS_NAMES)},
-            **{("plane", name): planes == name for name in PLANES},
-            **{("tumour", name): third == i for i, name in enumerate(SIZES)},
-        }
-        for kind, chosen in kinds.items():
-            if chosen.any():
-                wrong = ~every.right[chosen]
-                counts = [str(len(wrong)), str(wrong.sum())]
-                rows.append([title, *kind, *counts, *rate(wrong)])
+        for kind, chosen in _kinds(reproduction, every).items():
+            wrong = ~every.right[chosen]
+            counts = [str(len(wrong)), str(wrong.sum())]
+            rows.append([title, *kind, *counts, *rate(wrong)])
     return Table(["split", "", "", "answers", "wrong", "share", "Wilson 95 %"], rows)
+
+
+def _kinds(reproduction: Reproduction, every: Predictions) -> dict[tuple[str, str], np.ndarray]:
+    """Return which answers (n,) are to slices of each class, plane and size, of which there are."""
+    areas = _areas(reproduction)
+    limits = np.quantile(list(areas.values()), [1 / 3, 2 / 3]) if areas else []
+    planes = np.array([plane_of(number) for number in every.numbers])
+    area = np.array([areas.get(number, -1) for number in every.numbers])
+    third = np.where(area < 0, -1, np.searchsorted(limits, area))
+    kinds = {
+        **{("class", name): every.truth == i for i, name in enumerate(CLASS_NAMES)},
+        **{("plane", name): planes == name for name in PLANES},
+        **{("tumour", name): third == i for i, name in enumerate(SIZES)},
+    }
+    return {kind: chosen for kind, chosen in kinds.items() if chosen.any()}
+
+
+def common(reproduction: Reproduction, group: str) -> Common | None:
+    """Return what the wrong answers of the proposed training have in common, if there are any."""
+    results = reproduction.select(group, PROPOSED)
+    if all(one.predictions.right.all() for one in results):
+        return None
+    every = pooled(one.predictions for one in results)
+    wrong, kinds = ~every.right, _kinds(reproduction, every)
+    planes = [chosen for (kind, _), chosen in kinds.items() if kind == "plane"]
+    counts = np.array([[every.right[one].sum(), wrong[one].sum()] for one in planes])
+    label = int(np.bincount(every.truth[wrong]).argmax())
+    small = kinds.get(("tumour", SIZES[0]))
+    always = np.isin(every.numbers, _always_wrong(every))
+    _, tested = np.unique(every.numbers[always], return_counts=True)
+    return Common(
+        wrong=int(wrong.sum()),
+        answers=len(wrong),
+        name=CLASS_NAMES[label],
+        of_class=_shares(every.truth == label, wrong),
+        of_small=None if small is None else _shares(small, wrong),
+        planes_p=chi2_contingency(counts[:, counts.any(0)]).pvalue,
+        lowest=min(results, key=lambda one: one.metrics.accuracy),
+        patients=len(np.unique(every.patients[wrong])),
+        all_patients=len(np.unique(every.patients)),
+        always=len(tested),
+        always_again=int((tested > 1).sum()),
+        slices=len(np.unique(every.numbers)),
+    )
+
+
+def _shares(chosen: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
+    """Return in per cent how many of the wrong answers, and of all, are the chosen ones."""
+    return 100 * chosen[wrong].mean(), 100 * chosen.mean()
 
 
 def _areas(reproduction: Reproduction) -> dict[int, int]:

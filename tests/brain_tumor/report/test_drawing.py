@@ -334,6 +334,14 @@ def test_by_patient_every_way_has_its_own_counts(report, folder, drawn):
     assert errors["share"] == pytest.approx(100 * worst / wrong.sum())
 
 
+def test_a_loss_says_where_folds_of_it_are_not_run(tmp_path, drawn):
+    lacking = ("patient-softmax-fold3", "patient-softmax-fold4")
+    drawing.by_patient(read_reproduction(write_reproduction(tmp_path / "out", unfinished=lacking)))
+    names = list(drawn["slice-and-patient"][1])
+    assert TITLES[PROPOSED] in names
+    assert f"{TITLES['softmax']}, 3 of 5 folds" in names
+
+
 def test_slices_without_patient_ids_are_reported(tmp_path, written):
     folder = write_reproduction(tmp_path / "out")
     path = folder / "slices.csv"

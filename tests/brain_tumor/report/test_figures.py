@@ -82,6 +82,7 @@ def assert_readable(figure, path):
     boxes = []
     for text in texts_of(figure):
         assert text.get_fontsize() >= 8, text
+        assert r"\math" not in text.get_text(), text
         box = text.get_window_extent(renderer)
         assert box.x0 >= -0.5, text
         assert box.y0 >= -0.5, text

@@ -22,7 +22,7 @@ from .paper import (
     make_rows,
     start_accuracy_axis,
 )
-from .run import COLOURS, draw_shares, make_panels, saved
+from .run import COLOURS, draw_shares, make_panels, saved, set_logarithmic
 
 CORNER = 0.1  # side of the part of the ROC plane that is enlarged
 LINE_STYLES = ("-", "--", "-.")
@@ -87,7 +87,8 @@ def plot_reliability(
     edges = np.linspace(0, 1, len(count) + 1)
     lower.bar(edges[:-1], count, np.diff(edges), align="edge", color=COLOURS[5], edgecolor="black")
     # On a logarithmic scale, since nearly all slices are in the last bin.
-    lower.set(xlim=(-0.02, 1.02), ylim=(0.5, 2 * max(count.max(), 1)), yscale="log")
+    lower.set(xlim=(-0.02, 1.02), ylim=(0.5, 2 * max(count.max(), 1)))
+    set_logarithmic(lower)
     lower.set(xlabel="confidence", ylabel="slices (log scale)")
     return figure
 

@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogFormatter
 
 from ...data.slices import CLASS_NAMES
 from ...files import replacing
@@ -117,7 +118,8 @@ def plot_early(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         _plot_smoothed(norms, _column(steps, "gradient_norm"), colour, name)
     angles.axhline(math.pi / 2, color="grey", linewidth=0.8, linestyle=":")  # a right angle
     angles.set(xlabel="step", ylabel="mean target angle (radians)", ylim=(0, None))
-    norms.set(xlabel="step", ylabel="gradient norm of the network", yscale="log")
+    norms.set(xlabel="step", ylabel="gradient norm of the network")
+    set_logarithmic(norms)
     if len(runs) > 1:
         norms.legend(frameon=False, fontsize=8)
     return figure
@@ -139,6 +141,13 @@ def make_panels(
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
     return figure, panels[:count]
+
+
+def set_logarithmic(axes: Axes) -> None:
+    """Make the y axis logarithmic; matplotlib's own labels of it are formulas, see `saved`."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 def wrap_title(title: str, width: float) -> str:
