@@ -22,6 +22,7 @@ FALSE_ALARMS = 0.05  # share of the held-out slices that count as unlike those t
 # The last features of a network keep what tells its classes apart, and little else: trained on
 # phantoms alone they are much the same for noise.
 BLOCKS = 5
+FEATURES = "float32"  # what they are computed in; older versions kept those of the run's precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Calibration:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
+                features=FEATURES,
                 exponent=self.exponent,
                 limit=self.limit,
                 epoch=self.epoch,
@@ -109,12 +111,18 @@ def read_calibration(path: Path) -> Calibration | None:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             mean, precision = file["mean"], file["precision"]
             exponent, limit, epoch = (file[name].item() for name in ("exponent", "limit", "epoch"))
+            older = "features" not in file
         sound = precision.shape == mean.shape * 2 and mean.ndim == 1 and exponent > 0
         sound &= all(np.isfinite(one).all() for one in (mean, precision, exponent, limit))
     except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
         sound = False
     if not sound:
         raise UserError(f"{path}: not readable as a calibration; evaluate the run again")
+    if older:
+        raise UserError(
+            f"{path}: of an older version, whose limit of what is unknown is not that of "
+            f"{FEATURES} features; evaluate the run again"
+        )
     return Calibration(exponent, Familiarity(mean, precision), limit, epoch)
 
 

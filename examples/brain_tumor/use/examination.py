@@ -20,8 +20,8 @@ from ..data.matlab import read_slice
 from ..data.phantoms import make_phantoms
 from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
-from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
-from ..evaluation.evaluate import EMBEDDING_BATCH
+from ..evaluation.calibration import FALSE_ALARMS, fit_familiarity
+from ..evaluation.evaluate import EMBEDDING_BATCH, early_features
 from ..files import as_csv, write_json, write_text
 from ..training.run_folder import METRICS, POINTING, STRANGE
 from .gradcam import measure_overlap
@@ -58,15 +58,17 @@ def judge_strange(reference: Reference) -> dict[str, object]:
     """
     images, test = reference.slices.images, reference.test
     calibration, labels = reference.calibration, reference.labels
-    early, last, embeddings = _answers(reference, images[reference.train])
-    familiarity = calibration.familiarity if calibration else fit_familiarity(normalize(early))
+    last, embeddings = _answers(reference, images[reference.train])
+    early = early_features(reference.network, images[reference.train]).numpy()
+    familiarity = calibration.familiarity if calibration else fit_familiarity(early)
     of_last, embeddings = fit_familiarity(normalize(last)), normalize(embeddings)
     centres = normalize(np.stack([embeddings[labels == one].mean(0) for one in labels.unique()]))
 
     def judge(pictures: Tensor) -> dict[str, np.ndarray]:
-        early, last, answers = _answers(reference, pictures)
+        last, answers = _answers(reference, pictures)
+        early = early_features(reference.network, pictures).numpy()
         return {
-            "Mahalanobis, early features": familiarity.distances(normalize(early)),
+            "Mahalanobis, early features": familiarity.distances(early),
             "Mahalanobis, last features": of_last.distances(normalize(last)),
             "nearest, embeddings": -(normalize(answers) @ embeddings.T).max(1),
             "nearest centre, embeddings": -(normalize(answers) @ centres.T).max(1),
@@ -155,16 +157,15 @@ def point(reference: Reference, data: Path) -> str:
 
 
 def _answers(reference: Reference, images: Tensor) -> list[np.ndarray]:
-    """Return early and last features and embeddings (n, d) of one view, none normalised."""
+    """Return last features and embeddings (n, d) of one view, not normalised."""
     network, precision = reference.network, reference.precision
     device = next(network.parameters()).device
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = []
     with torch.inference_mode(), low:
         for batch in images.split(EMBEDDING_BATCH):
-            pictures = batch.to(device).float()
-            last = network.pooled(pictures)
-            parts.append((network.pooled(pictures, BLOCKS), last, network.output(last)))
+            last = network.pooled(batch.to(device).float())
+            parts.append((last, network.output(last)))
     return [torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)]
 
 

@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from ..data.slices import SliceSet
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FLOOR
-from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, embed, normalised
+from ..evaluation.evaluate import (
+    EMBEDDING_BATCH,
+    class_scores,
+    early_features,
+    embed,
+    normalised,
+)
 from ..files import locked, read_json, replacing
 from ..training.run_folder import SETTINGS, SPLIT
 from .prediction import NOTICE, Reference, check_finite, read_reference
@@ -236,8 +242,8 @@ def _expected(reference: Reference, images: Tensor) -> dict[str, Tensor]:
     shares = torch.from_numpy(reference.shares(scores))
     expected = {"embedding": embeddings, "probabilities": shares}
     if calibration is not None:
-        features = embed(network, images, blocks=BLOCKS, device=CPU)
-        distances = calibration.familiarity.distances(features.numpy()) / calibration.limit
+        features = early_features(network, images).numpy()
+        distances = calibration.familiarity.distances(features) / calibration.limit
         expected["distance"] = torch.from_numpy(distances)
     return expected
 

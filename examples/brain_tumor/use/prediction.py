@@ -16,7 +16,13 @@ from ..data.pictures import PICTURES, read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calibration
-from ..evaluation.evaluate import class_scores, embed, nearest_neighbour, probabilities
+from ..evaluation.evaluate import (
+    class_scores,
+    early_features,
+    embed,
+    nearest_neighbour,
+    probabilities,
+)
 from ..files import locked, printable, read_array, read_json, write_json
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures.run import plot_prediction
@@ -70,8 +76,7 @@ class Reference:
         """Return which images (n,) are unlike all training slices; None without a calibration."""
         if self.calibration is None:
             return None
-        features = embed(self.network, images, self.precision, blocks=BLOCKS)
-        return self.calibration.unlike(features.numpy())
+        return self.calibration.unlike(early_features(self.network, images).numpy())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,16 @@ def test_what_is_kept_is_read_back_and_damage_refused(tmp_path):
             read_calibration(path)
 
 
+def test_a_calibration_on_features_of_the_runs_precision_is_refused(tmp_path):
+    path = tmp_path / "calibration.npz"
+    Calibration(1.5, fit_familiarity(made_features(100, seed=0)), 20.0, 24).write(path)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file.files if name != "features"}
+    np.savez(path, **older)
+    with pytest.raises(UserError, match=r"calibration\.npz: of an older version, .*; evaluate the"):
+        read_calibration(path)
+
+
 @pytest.mark.parametrize("change", [{"exponent": np.nan}, {"limit": np.inf}, {"exponent": -1.0}])
 def test_senseless_values_are_refused(tmp_path, change):
     values = {"exponent": 1.5, "limit": 20.0, **change}

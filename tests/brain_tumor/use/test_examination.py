@@ -17,8 +17,8 @@ from examples.brain_tumor.data.phantoms import make_phantoms
 from examples.brain_tumor.data.slices import load_slices
 from examples.brain_tumor.data.splits import make_split
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation.calibration import BLOCKS, calibrated, read_calibration
-from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
+from examples.brain_tumor.evaluation.calibration import calibrated, read_calibration
+from examples.brain_tumor.evaluation.evaluate import early_features, evaluate, read_predictions
 from examples.brain_tumor.evaluation.metrics import reliability
 from examples.brain_tumor.files import read_json
 from examples.brain_tumor.report.examination_tables import pointing_table, strange_table
@@ -140,7 +140,7 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, scaled
     assert found["calibrated"]
     familiarity = reference.calibration.familiarity
     features = [
-        familiarity.distances(embed(reference.network, pictures, blocks=BLOCKS).numpy())
+        familiarity.distances(early_features(reference.network, pictures).numpy())
         for pictures in (scaled.images[reference.test], kinds["noise"])
     ]
     truth = np.repeat([0, 1], [9, 3])
@@ -174,7 +174,7 @@ def test_what_is_no_slice_is_unknown_to_a_run_on_phantoms(tmp_path, monkeypatch,
     }
     distances = {
         name: reference.calibration.familiarity.distances(
-            embed(reference.network, one, blocks=BLOCKS).numpy()
+            early_features(reference.network, one).numpy()
         )
         for name, one in pictures.items()
     }

@@ -18,8 +18,13 @@ from torch.torch_version import TorchVersion
 
 from examples.brain_tumor.data.slices import CLASS_NAMES
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation.calibration import BLOCKS, FLOOR, read_calibration
-from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
+from examples.brain_tumor.evaluation.calibration import FLOOR, fit_familiarity, read_calibration
+from examples.brain_tumor.evaluation.evaluate import (
+    early_features,
+    embed,
+    evaluate,
+    read_predictions,
+)
 from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.training.loop import train
@@ -125,7 +130,7 @@ def test_a_calibrated_run_is_calibrated_outside_too(
     np.testing.assert_allclose(shares[:9], weights / weights.sum(1, keepdims=True), atol=1e-3)
     assert np.ptp(shares, axis=0).min() > 0.1
     network = read_reference(calibrated_run, scaled).network
-    features = embed(network, images, blocks=BLOCKS).numpy()
+    features = early_features(network, images).numpy()
     expected = calibration.familiarity.distances(features) / calibration.limit
     np.testing.assert_allclose(distances, expected, rtol=1e-4)
     assert (distances[9:] > 1).all()
@@ -282,6 +287,36 @@ def half_run(tmp_path, run):
     np.save(folder / "embeddings.npy", own)
     (folder / "SHA256SUMS").unlink()
     return folder
+
+
+@pytest.fixture
+def half_calibrated(tmp_path, scaled, tiny_settings, held_split):
+    """A run that is trained, evaluated and calibrated in bfloat16."""
+    settings = override_settings(tiny_settings, {"precision": "bfloat16"})
+    train(settings, scaled, held_split, tmp_path / "half")
+    evaluate(tmp_path / "half", scaled)
+    return tmp_path / "half"
+
+
+def test_what_is_unknown_is_the_same_in_any_precision(tmp_path, half_calibrated, scaled, traced):
+    described = export(half_calibrated, scaled, tmp_path / "out")
+    assert described["precision"]["run"] == "bfloat16"
+    unknown = described["held_out"]["called_unknown"]
+    assert unknown["model"] == unknown["run"]
+    reference = read_reference(half_calibrated, scaled)
+    with torch.no_grad():
+        blocks = reference.network.pooled(scaled.images.float(), 5)
+    own = torch.nn.functional.normalize(blocks).numpy()
+    calibration = reference.calibration
+    np.testing.assert_allclose(
+        calibration.familiarity.distances(own), fit_familiarity(own[:12]).distances(own), rtol=1e-3
+    )
+    limit = np.quantile(calibration.familiarity.distances(own[12:15]), 0.95)
+    assert calibration.limit == pytest.approx(limit, rel=1e-3)
+    alarms = calibration.familiarity.distances(own[15:]) > calibration.limit
+    assert unknown["run"] == alarms.sum()
+    stored = json.loads((half_calibrated / "metrics.json").read_text())["calibration"]
+    assert stored["false_alarms"] == alarms.mean()
 
 
 def test_the_training_embeddings_are_made_by_the_model(tmp_path, half_run, run, blobs, traced):
