@@ -49,11 +49,11 @@ from ..training.run_folder import (
 )
 from .calibration import (
     BLOCKS,
-    FALSE_ALARMS,
     Calibration,
     calibrated,
     fit_exponent,
     fit_familiarity,
+    fit_limit,
 )
 from .metrics import Metrics, measure, reliability
 
@@ -163,7 +163,7 @@ def _calibrate(
     calibration = Calibration(
         exponent=fit_exponent(held, labels[split.calibration].numpy()),
         familiarity=familiarity,
-        limit=float(np.quantile(familiarity.distances(held_features), 1 - FALSE_ALARMS)),
+        limit=fit_limit(familiarity.distances(held_features)),
         epoch=epoch,
     )
     calibration.write(run / CALIBRATION)

@@ -91,13 +91,15 @@ BOTH = pytest.mark.parametrize(
 def test_exported_models_answer_as_the_evaluation(exported, run, blobs, name, load):
     answer = load(exported / name)
     parts = [answer(part) for part in blobs.images[15:].float().split([1, 2, 6])]
-    embeddings, shares = (np.concatenate(one) for one in zip(*parts, strict=True))
+    embeddings, shares, distances = (np.concatenate(one) for one in zip(*parts, strict=True))
     np.testing.assert_allclose(embeddings, np.load(run / "embeddings.npy")[15:], atol=1e-4)
     known = read_predictions(run / "predictions.csv")
     weights = np.exp(7 * known.scores)
     np.testing.assert_allclose(shares, weights / weights.sum(1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(shares[range(9), known.predicted], shares.max(1), atol=1e-4)
     assert np.ptp(shares, axis=0).min() > 0.1  # so that it matters whose share is whose
+    unknown = read_reference(run, blobs).unknown(blobs.images[15:])
+    np.testing.assert_array_equal(distances > 1, unknown)
 
 
 @pytest.fixture
@@ -346,6 +348,8 @@ def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, t
     otherwise = (known.predicted != of_run).sum()
     right = {"model": (known.predicted == known.truth).sum(), "run": (of_run == known.truth).sum()}
     assert len({otherwise, *right.values()}) == 3  # so that it matters which is which
+    unknown = described["held_out"].pop("called_unknown")
+    assert unknown["model"] == unknown["run"] == reference.unknown(blobs.images[15:]).sum()
     assert described["held_out"] == {"slices": 9, "right": right, "answered_otherwise": otherwise}
 
 
@@ -353,11 +357,16 @@ def test_what_the_precision_changes_is_said_in_a_line():
     description = {
         "synthetic": False,
         "precision": {"model": "float32", "run": "bfloat16"},
-        "held_out": {"slices": 50, "right": {"model": 41, "run": 43}, "answered_otherwise": 7},
+        "held_out": {
+            "slices": 50,
+            "right": {"model": 41, "run": 43},
+            "answered_otherwise": 7,
+            "called_unknown": {"model": 3, "run": 2},
+        },
     }
     expected = (
         "the model computes in float32, the run in bfloat16: of 50 held-out slices 7 get another "
-        "answer; 41 answers are right, the run's 43"
+        "answer; 41 answers are right, the run's 43; 3 are called unknown, by the run 2"
     )
     assert describe_export(description) == expected
     assert describe_export({**description, "synthetic": True}) == f"SYNTHETIC: {expected}"
