@@ -201,9 +201,9 @@ def embed(
 def early_features(network: EmbeddingNetwork, images: Tensor) -> Tensor:
     """Return MobileNet's features (n, channels) of images (n, 1, size, size) after `BLOCKS` blocks.
 
-    They are averaged over each image and L2-normalised, and always computed in float32 on the CPU,
-    as by the exported model: their distances differ by much more than their rounding, for the
-    slices hardly differ in some directions.
+    They are averaged over each image and L2-normalised, and computed in float32 on the CPU whatever
+    the run's precision, as the exported model computes them: in bfloat16, which rounds more than
+    slices differ in some directions, the distances of `Familiarity` are others.
     """
     answer = partial(network.to("cpu").eval().pooled, blocks=BLOCKS)
     with torch.inference_mode():
