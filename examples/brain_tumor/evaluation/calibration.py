@@ -1,15 +1,18 @@
 """How sure an answer is, and whether a picture is like any that the network was trained on.
 
-Both are fitted on slices held out of the training side: those trained on are memorised.
+Both are fitted on slices held out of the training side: those trained on are memorised. Where none
+were, answers are not calibrated, and the limit of what is unlike is cross-fitted.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.covariance import LedoitWolf
+from sklearn.model_selection import GroupKFold
 
 from ..errors import UserError
 from ..files import check_sum, replacing
@@ -18,10 +21,12 @@ from ..files import check_sum, replacing
 # gives the same likelihood, and larger ones a smaller.
 FLOOR = 1e-4
 FALSE_ALARMS = 0.05  # share of the held-out slices that count as unlike those trained on
+PARTS = 5  # of the training side, each held out in turn for its distances alone
 # Of MobileNet's blocks, after which the features tell strange pictures: chosen on held-out slices.
 # The last features of a network keep what tells its classes apart, and little else: trained on
 # phantoms alone they are much the same for noise.
 BLOCKS = 5
+FEATURES = "float32"  # what they are computed in; older versions kept those of the run's precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Familiarity:
 class Calibration:
     """What turns the cosines of a run into probabilities, and tells strange pictures."""
 
-    exponent: float  # see `fit_exponent`
+    exponent: float | None  # see `fit_exponent`; None where no slices were held out
     familiarity: Familiarity
     limit: float  # a picture of a larger distance is unlike those trained on
     epoch: int  # how many the network was trained for that it belongs to
@@ -65,6 +70,7 @@ class Calibration:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
+                features=FEATURES,
                 exponent=self.exponent,
                 limit=self.limit,
                 epoch=self.epoch,
@@ -77,6 +83,28 @@ def fit_familiarity(features: np.ndarray) -> Familiarity:
     """Fit the distribution to features (n, d), L2-normalised."""
     fitted = LedoitWolf().fit(features.astype(np.float64))
     return Familiarity(fitted.location_, fitted.get_precision())
+
+
+def fit_limit(distances: np.ndarray) -> float:
+    """Return the distance that so many of held-out slices' distances (n,) exceed."""
+    return float(np.quantile(distances, 1 - FALSE_ALARMS))
+
+
+def cross_fit(features: np.ndarray, patients: Sequence[str], epoch: int) -> Calibration:
+    """Return what tells strange pictures, from features (n, d) of the training slices alone.
+
+    The slices that a distribution is fitted to are too near to it. So each fifth of the patients is
+    held out in turn, and the limit is that of the distances of all slices, each from a distribution
+    fitted to other patients. If there is one patient, slices take the patients' place.
+    """
+    groups = np.unique(patients, return_inverse=True)[1]
+    if not groups.any():
+        groups = np.arange(len(features))
+    distances = np.empty(len(features))
+    parts = GroupKFold(min(PARTS, groups.max() + 1))
+    for kept, held in parts.split(features, groups=groups):
+        distances[held] = fit_familiarity(features[kept]).distances(features[held])
+    return Calibration(None, fit_familiarity(features), fit_limit(distances), epoch)
 
 
 def fit_exponent(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -109,12 +137,18 @@ def read_calibration(path: Path) -> Calibration | None:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             mean, precision = file["mean"], file["precision"]
             exponent, limit, epoch = (file[name].item() for name in ("exponent", "limit", "epoch"))
+            older = "features" not in file
         sound = precision.shape == mean.shape * 2 and mean.ndim == 1 and exponent > 0
         sound &= all(np.isfinite(one).all() for one in (mean, precision, exponent, limit))
     except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
         sound = False
     if not sound:
         raise UserError(f"{path}: not readable as a calibration; evaluate the run again")
+    if older:
+        raise UserError(
+            f"{path}: of an older version, whose limit of what is unknown is not that of "
+            f"{FEATURES} features; evaluate the run again"
+        )
     return Calibration(exponent, Familiarity(mean, precision), limit, epoch)
 
 

@@ -50,11 +50,11 @@ from ..training.run_folder import (
 )
 from .calibration import (
     BLOCKS,
-    FALSE_ALARMS,
     Calibration,
     calibrated,
     fit_exponent,
     fit_familiarity,
+    fit_limit,
 )
 from .metrics import Metrics, measure, reliability
 
@@ -151,20 +151,20 @@ def _calibrate(
     embeddings: Tensor,
 ) -> dict[str, float]:
     """Fit a calibration on the slices held out for it, keep it; return how it does on the test."""
-    train, labels, precision = embeddings[split.train], slices.labels, read_precision(run)
+    train, labels = embeddings[split.train], slices.labels
     held, test = (
         class_scores(train, labels[split.train], embeddings[side], len(slices.classes)).numpy()
         for side in (split.calibration, split.test)
     )
     features, held_features, test_features = (
-        embed(network, slices.images[side], precision, blocks=BLOCKS).numpy()
+        early_features(network, slices.images[side]).numpy()
         for side in (split.train, split.calibration, split.test)
     )
     familiarity = fit_familiarity(features)
     calibration = Calibration(
         exponent=fit_exponent(held, labels[split.calibration].numpy()),
         familiarity=familiarity,
-        limit=float(np.quantile(familiarity.distances(held_features), 1 - FALSE_ALARMS)),
+        limit=fit_limit(familiarity.distances(held_features)),
         epoch=epoch,
     )
     calibration.write(run / CALIBRATION)
@@ -182,24 +182,36 @@ def embed(
     images: Tensor,
     precision: torch.dtype = torch.float32,
     views: int = 1,
-    blocks: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Return embeddings (n, d) of images (n, 1, size, size), on the CPU; see `normalised`.
 
-    With `blocks` they are instead MobileNet's features (n, channels) after so many blocks, averaged
-    over each image and normalised alike. Without a `device` a GPU computes, if there is one.
+    Without a `device` a GPU computes, if there is one.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    answer = network if blocks is None else partial(network.pooled, blocks=blocks)
     with torch.inference_mode(), low:
         batches = [
-            normalised(answer, batch.to(device).float(), views)
+            normalised(network, batch.to(device).float(), views)
             for batch in images.split(EMBEDDING_BATCH)
         ]
     return torch.cat(batches).cpu()
+
+
+def early_features(network: EmbeddingNetwork, images: Tensor) -> Tensor:
+    """Return MobileNet's features (n, channels) of images (n, 1, size, size) after `BLOCKS` blocks.
+
+    They are averaged over each image and L2-normalised, and computed in float32 on the CPU whatever
+    the run's precision, as the exported model computes them: in bfloat16, which rounds more than
+    slices differ in some directions, the distances of `Familiarity` are others.
+    """
+    answer = partial(network.to("cpu").eval().pooled, blocks=BLOCKS)
+    with torch.inference_mode():
+        batches = [
+            normalised(answer, batch.float(), views=1) for batch in images.split(EMBEDDING_BATCH)
+        ]
+    return torch.cat(batches)
 
 
 def normalised(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:

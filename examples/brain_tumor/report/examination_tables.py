@@ -10,12 +10,26 @@ from ..evaluation.metrics import wilson_interval
 from ..files import column, read_table, readable
 from .page import Table
 
+HELD_OUT, CROSS_FITTED, TEST_SLICES = "held-out slices", "cross-fitted", "test slices"
+LIMITS = {  # by the rule that made a file of `examine`; TEST_SLICES is that of older versions
+    HELD_OUT: "the limit is that of 5 % of the held-out slices of the training side",
+    CROSS_FITTED: "the run held out no slices, so the limit is that of 5 % of the training slices, "
+    "each by a fit to four fifths of the patients, not its own among them",
+    TEST_SLICES: "the run held out no slices, so the limit is that of 5 % of the test slices "
+    "themselves",
+}
 SIZES = ("small", "medium", "large")  # thirds of the test slices by the area of the tumour
 
 
 def strange_table(found: Mapping[str, Any]) -> Table:
     """Return for each kind of strange pictures how well scores tell them from test slices."""
-    rows = [
+    alarms, rows = f"{100 * found['false_alarms']:.1f} %", []
+    if "limit" in found:
+        limit, number = found["limit"], found["test_slices"]
+        rows.append({"pictures": "test slices", "number": number, "flagged": alarms})
+    else:  # of an older version
+        limit = HELD_OUT if found["calibrated"] else TEST_SLICES
+    rows += [
         {
             "pictures": kind,
             "number": one["pictures"],
@@ -24,16 +38,11 @@ def strange_table(found: Mapping[str, Any]) -> Table:
         }
         for kind, one in found["kinds"].items()
     ]
-    alarms = f"{100 * found['false_alarms']:.1f} % of the test slices are flagged too"
-    origin = (
-        "the limit is that of 5 % of the held-out slices of the training side"
-        if found["calibrated"]
-        else "the run held out no slices, so the limit is that of 5 % of the test slices themselves"
-    )
     return Table.of(
         rows,
         "Flagged: called unlike the slices trained on, by the first of the scores; "
-        f"{origin}, and {alarms}. Pictures of one grey value are refused before any of this.",
+        f"{LIMITS[limit]}, and {alarms} of the test slices are flagged too. Pictures of one grey "
+        "value are refused before any of this.",
     )
 
 

@@ -1,12 +1,15 @@
 """What a network makes of pictures that are no slices, and whether it looks at the tumour."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import cbook
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.datasets import load_sample_images
@@ -18,11 +21,13 @@ from ..data.crop import above_background, find_box, largest_region
 from ..data.folders import find_slices
 from ..data.matlab import read_slice
 from ..data.phantoms import make_phantoms
+from ..data.pictures import read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
-from ..evaluation.calibration import BLOCKS, FALSE_ALARMS, fit_familiarity
-from ..evaluation.evaluate import EMBEDDING_BATCH
+from ..evaluation.calibration import fit_familiarity
+from ..evaluation.evaluate import EMBEDDING_BATCH, early_features
 from ..files import add_sums, as_csv, write_json, write_text
+from ..report.examination_tables import CROSS_FITTED, HELD_OUT
 from ..training.run_folder import METRICS, POINTING, STRANGE
 from .gradcam import measure_overlap
 from .prediction import Reference, explain, read_reference
@@ -31,6 +36,8 @@ MADE = 60  # pictures of each kind that is made
 CHANGED = 200  # test slices, at most, that are changed in each way
 SIDE = 512  # pixels of a picture that is made, as many as a slice has
 PATCHES = 4  # a side, for shuffling
+GAMMAS = (0.4, 2.5)  # exponents of intensities
+CUTS = 10  # through each map of a brain, in each plane
 
 
 def examine(run: Path, slices: SliceSet, data: Path) -> None:
@@ -53,21 +60,20 @@ def examine(run: Path, slices: SliceSet, data: Path) -> None:
 def judge_strange(reference: Reference) -> dict[str, object]:
     """Return the area under the ROC curve of each score, strange pictures against test slices.
 
-    And the share of the pictures that is flagged as unlike the slices trained on: above the limit
-    of the run's calibration or, without one, above that of 5 % of the test slices themselves. All
-    scores are of one view.
+    And the share of both that is flagged as unlike the slices trained on, by the limit that
+    `predict` goes by; "limit" says what that was fitted on. All scores are of one view.
     """
     images, test = reference.slices.images, reference.test
     calibration, labels = reference.calibration, reference.labels
-    early, last, embeddings = _answers(reference, images[reference.train])
-    familiarity = calibration.familiarity if calibration else fit_familiarity(normalize(early))
+    last, embeddings = _answers(reference, images[reference.train])
     of_last, embeddings = fit_familiarity(normalize(last)), normalize(embeddings)
     centres = normalize(np.stack([embeddings[labels == one].mean(0) for one in labels.unique()]))
 
     def judge(pictures: Tensor) -> dict[str, np.ndarray]:
-        early, last, answers = _answers(reference, pictures)
+        last, answers = _answers(reference, pictures)
+        early = early_features(reference.network, pictures).numpy()
         return {
-            "Mahalanobis, early features": familiarity.distances(normalize(early)),
+            "Mahalanobis, early features": calibration.familiarity.distances(early),
             "Mahalanobis, last features": of_last.distances(normalize(last)),
             "nearest, embeddings": -(normalize(answers) @ embeddings.T).max(1),
             "nearest centre, embeddings": -(normalize(answers) @ centres.T).max(1),
@@ -76,22 +82,22 @@ def judge_strange(reference: Reference) -> dict[str, object]:
 
     usual = judge(images[test])
     used = next(iter(usual))
-    limit = calibration.limit if calibration else np.quantile(usual[used], 1 - FALSE_ALARMS)
     kinds = {}
     for kind, pictures in strange_pictures(reference):
         strange = judge(pictures)
         truth = np.repeat([0, 1], [len(test), len(pictures)])
         kinds[kind] = {
             "pictures": len(pictures),
-            "flagged": float((strange[used] > limit).mean()),
+            "flagged": float((strange[used] > calibration.limit).mean()),
             "auroc": {
                 name: float(roc_auc_score(truth, np.concatenate([usual[name], strange[name]])))
                 for name in usual
             },
         }
     return {
-        "calibrated": calibration is not None,
-        "false_alarms": float((usual[used] > limit).mean()),
+        "limit": CROSS_FITTED if calibration.exponent is None else HELD_OUT,
+        "test_slices": len(test),
+        "false_alarms": float((usual[used] > calibration.limit).mean()),
         "kinds": kinds,
     }
 
@@ -116,11 +122,20 @@ def strange_pictures(reference: Reference) -> Iterator[tuple[str, Tensor]]:
             make_phantoms(Path(folder), MADE, 0, SIDE, False)
             phantoms = load_slices(Path(folder), size, progress=False, crop=reference.crop)
         yield "phantoms", phantoms.images
+    for kind, read in SHIPPED.items():
+        try:
+            pictures = read()
+        except (ImportError, OSError, UserError) as error:
+            print(f"{kind}: left out: {error}", file=sys.stderr)
+        else:
+            yield kind, prepared(pictures)
     some = random.permutation(len(reference.test))[:CHANGED]
     images = slices.images[reference.test[some]]
     yield "slices, inverted", 1 - images
     yield "slices, turned by 90 degrees", images.rot90(1, (2, 3))
     yield "slices, patches shuffled", torch.stack([_shuffled(one, random) for one in images])
+    for gamma in GAMMAS:
+        yield f"slices, gamma {gamma}", (images.float() ** gamma).to(images)
 
 
 def point(reference: Reference, data: Path) -> str:
@@ -156,16 +171,15 @@ def point(reference: Reference, data: Path) -> str:
 
 
 def _answers(reference: Reference, images: Tensor) -> list[np.ndarray]:
-    """Return early and last features and embeddings (n, d) of one view, none normalised."""
+    """Return last features and embeddings (n, d) of one view, not normalised."""
     network, precision = reference.network, reference.precision
     device = next(network.parameters()).device
     low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = []
     with torch.inference_mode(), low:
         for batch in images.split(EMBEDDING_BATCH):
-            pictures = batch.to(device).float()
-            last = network.pooled(pictures)
-            parts.append((network.pooled(pictures, BLOCKS), last, network.output(last)))
+            last = network.pooled(batch.to(device).float())
+            parts.append((last, network.output(last)))
     return [torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)]
 
 
@@ -195,3 +209,41 @@ def _shuffled(image: Tensor, random: np.random.Generator) -> Tensor:
     patches = patches[..., torch.from_numpy(random.permutation(PATCHES**2))]
     shuffled[:, :height, :height] = F.fold(patches, height, side, stride=side)[0]
     return shuffled
+
+
+def _head() -> list[np.ndarray]:
+    """Read the slice of a head, an MRI, that Matplotlib ships."""
+    with cbook.get_sample_data("s1045.ima.gz") as file:
+        return [np.frombuffer(file.read(), "<u2").reshape(256, 256).astype(np.float32)]
+
+
+def _dicom(name: str) -> list[np.ndarray]:
+    """Read a picture that pydicom ships."""
+    import pydicom  # here because it is an extra
+
+    return [read_picture(Path(pydicom.__file__).parent / "data" / "test_files" / name)]
+
+
+def _brain(*names: str) -> list[np.ndarray]:
+    """Return cuts through maps of the MNI's average brain, which nilearn ships, in three planes."""
+    from nilearn import datasets  # here because it takes seconds
+
+    cuts = []
+    for name in names:
+        load = getattr(datasets, f"load_mni152_{name}")
+        values = load(resolution=1).get_fdata(dtype=np.float32)
+        for axis, length in enumerate(values.shape):
+            for place in np.linspace(0.3 * length, 0.7 * length, CUTS).astype(int):
+                cut = np.rot90(values.take(place, axis))  # up is up
+                spare = max(values.shape) - np.array(cut.shape)
+                cuts.append(np.pad(cut, [(one // 2, one - one // 2) for one in spare]))
+    return cuts
+
+
+SHIPPED = {  # kinds of pictures that installed packages ship
+    "head MRI of Matplotlib": _head,
+    "CT of pydicom": partial(_dicom, "CT_small.dcm"),
+    "MRI of pydicom": partial(_dicom, "MR_small.dcm"),
+    "healthy brain without contrast agent (MNI T1, no skull)": partial(_brain, "template"),
+    "tissue maps (MNI grey and white matter)": partial(_brain, "gm_template", "wm_template"),
+}

@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from ..data.slices import SliceSet
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FLOOR
-from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, embed, normalised
+from ..evaluation.evaluate import (
+    EMBEDDING_BATCH,
+    class_scores,
+    early_features,
+    embed,
+    normalised,
+)
 from ..files import locked, read_json, replacing
 from ..training.run_folder import SETTINGS, SPLIT
 from .prediction import NOTICE, Reference, check_finite, read_reference
@@ -58,40 +64,39 @@ class Classifier(nn.Module):
             if not len(own):
                 raise UserError(f"{reference.name}: no training slice is of class {name}")
             self.register_buffer(f"class_{label}", own)
-        calibration = reference.calibration
-        self.exponent = None if calibration is None else calibration.exponent
-        if calibration is not None:  # the distance as a squared length, 1 at the limit
-            familiarity = calibration.familiarity
-            factor = np.linalg.cholesky(familiarity.precision) / calibration.limit**0.5
-            self.register_buffer("mean", torch.from_numpy(familiarity.mean).float())
-            self.register_buffer("factor", torch.from_numpy(factor).float())
+        calibration, familiarity = reference.calibration, reference.calibration.familiarity
+        self.exponent = calibration.exponent
+        # The distance as a squared length, 1 at the limit.
+        factor = np.linalg.cholesky(familiarity.precision) / calibration.limit**0.5
+        self.register_buffer("mean", torch.from_numpy(familiarity.mean).float())
+        self.register_buffer("factor", torch.from_numpy(factor).float())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map images (n, 1, size, size) in [0, 1] to embeddings (n, d) and probabilities (n, C).
 
-        With a calibration also to the distance (n,) from the training slices, over its limit.
+        And to the distance (n,) from the training slices, over its limit.
         """
         embedding = normalised(self.network, images, self.views)
         own = [getattr(self, f"class_{label}") for label in range(self.classes)]
         nearest = [each.index_select(0, (embedding @ each.T).argmax(1)) for each in own]
         # 1 - cosine to the nearest of each class, precise where that is nearly 0.
         gaps = torch.stack([(embedding - each).square().sum(1) / 2 for each in nearest], dim=1)
-        if self.exponent is None:
-            return embedding, (-self.scale * gaps).softmax(1)
+        logits = -self.scale * gaps
+        if self.exponent is not None:
+            logits = -self.exponent * (gaps + FLOOR).log()
         features = normalised(partial(self.network.pooled, blocks=BLOCKS), images, views=1)
         distance = ((features - self.mean) @ self.factor).square().sum(1)
-        return embedding, (-self.exponent * (gaps + FLOOR).log()).softmax(1), distance
+        return embedding, logits.softmax(1), distance
 
 
 def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     """Write a run's network, with its training embeddings, as model.pt2 and model.onnx.
 
     Both map `images` (n, 1, size, size), float32 in [0, 1], any n, to `embedding` (n, d),
-    L2-normalised, and `probabilities` (n, C) of the classes. Those of a calibrated run are
-    calibrated, and there is a `distance` (n,), above 1 for what is unknown. On the held-out slices
-    they are compared with the network before anything is written; model.json describes them and
-    holds their SHA-256, and is returned. None of the three takes its place before all are stored,
-    and model.json is the last.
+    L2-normalised, `probabilities` (n, C) of the classes, calibrated if the run is, and `distance`
+    (n,), above 1 for what is unknown. On the held-out slices they are compared with the network
+    before anything is written; model.json describes them and holds their SHA-256, and is returned.
+    None of the three takes its place before all are stored, and model.json is the last.
 
     Raises:
         UserError: The run is at fault, a package is missing, or an exported file answers otherwise
@@ -100,7 +105,7 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     _require_packages()
     reference = read_reference(run, slices)
     images, truth = slices.images[reference.test], slices.labels[reference.test]
-    of_run, unknown = reference.answers(reference.embed(images)), reference.unknown(images)
+    of_run = reference.answers(reference.embed(images))
     description = _describe(run, reference)
     reference = _in_float32(run, reference)
     expected = _expected(reference, images)
@@ -109,12 +114,11 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
         "slices": len(truth),
         "right": {"model": int((of_model == truth).sum()), "run": int((of_run == truth).sum())},
         "answered_otherwise": int((of_model != of_run).sum()),
-    }
-    if unknown is not None:
-        description["held_out"]["called_unknown"] = {
+        "called_unknown": {
             "model": int((expected["distance"] > 1).sum()),
-            "run": int(unknown.sum()),
-        }
+            "run": int(reference.unknown(images).sum()),
+        },
+    }
     with _quiet():
         program = _trace(Classifier(reference), slices.images.shape[-1])
         files = {
@@ -138,16 +142,14 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
 def describe_export(description: dict[str, Any]) -> str:
     """Return as one line what model.json says of the run's answers and the model's."""
     precision, held_out = description["precision"], description["held_out"]
+    unknown = held_out["called_unknown"]
     mark = "SYNTHETIC: " if description["synthetic"] else ""
-    line = (
+    return (
         f"{mark}the model computes in {precision['model']}, the run in {precision['run']}: of "
         f"{held_out['slices']} held-out slices {held_out['answered_otherwise']} get another answer;"
-        f" {held_out['right']['model']} answers are right, the run's {held_out['right']['run']}"
+        f" {held_out['right']['model']} answers are right, the run's {held_out['right']['run']}; "
+        f"{unknown['model']} are called unknown, by the run {unknown['run']}"
     )
-    unknown = held_out.get("called_unknown")
-    if unknown is None:
-        return line
-    return f"{line}; {unknown['model']} are called unknown, by the run {unknown['run']}"
 
 
 def _require_packages() -> None:
@@ -191,32 +193,30 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
 
 
 def _describe_outputs(reference: Reference) -> dict[str, dict[str, Any]]:
-    calibration = reference.calibration
-    if calibration is None:
+    exponent = reference.calibration.exponent
+    if exponent is None:
         meaning = (
             f"softmax of {reference.scale:g} times the cosine to each class's nearest training "
-            "slice, not calibrated; no picture is called unknown here"
+            "slice, not calibrated"
         )
     else:
         meaning = (
-            f"proportional to (1 - cosine + {FLOOR:g}) ** -{calibration.exponent:.4g}, of the "
+            f"proportional to (1 - cosine + {FLOOR:g}) ** -{exponent:.4g}, of the "
             "cosine to each class's nearest training slice: calibrated on held-out slices"
         )
-    outputs = {
+    return {
         "embedding": {"shape": ["n", reference.embeddings.shape[1]], "meaning": "L2-normalised"},
         "probabilities": {
             "shape": ["n", len(reference.slices.classes)],
             "classes": reference.slices.classes,
             "meaning": meaning,
         },
-    }
-    if calibration is not None:
-        outputs["distance"] = {
+        "distance": {
             "shape": ["n"],
             "meaning": "squared Mahalanobis distance of early features from the training slices, "
             "over its limit: above 1 a picture is unlike them, and its class means nothing",
-        }
-    return outputs
+        },
+    }
 
 
 def _in_float32(run: Path, reference: Reference) -> Reference:
@@ -234,12 +234,13 @@ def _expected(reference: Reference, images: Tensor) -> dict[str, Tensor]:
     train, test = (F.normalize(each.double()) for each in (reference.embeddings, embeddings))
     scores = class_scores(train, reference.labels, test, len(reference.slices.classes)).numpy()
     shares = torch.from_numpy(reference.shares(scores))
-    expected = {"embedding": embeddings, "probabilities": shares}
-    if calibration is not None:
-        features = embed(network, images, blocks=BLOCKS, device=CPU)
-        distances = calibration.familiarity.distances(features.numpy()) / calibration.limit
-        expected["distance"] = torch.from_numpy(distances)
-    return expected
+    features = early_features(network, images).numpy()
+    distances = calibration.familiarity.distances(features) / calibration.limit
+    return {
+        "embedding": embeddings,
+        "probabilities": shares,
+        "distance": torch.from_numpy(distances),
+    }
 
 
 @contextmanager

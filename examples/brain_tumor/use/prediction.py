@@ -15,8 +15,20 @@ from ..data.matlab import read_unlabelled
 from ..data.pictures import PICTURES, read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
-from ..evaluation.calibration import BLOCKS, Calibration, calibrated, read_calibration
-from ..evaluation.evaluate import class_scores, embed, nearest_neighbour, probabilities
+from ..evaluation.calibration import (
+    BLOCKS,
+    Calibration,
+    calibrated,
+    cross_fit,
+    read_calibration,
+)
+from ..evaluation.evaluate import (
+    class_scores,
+    early_features,
+    embed,
+    nearest_neighbour,
+    probabilities,
+)
 from ..files import locked, printable, read_array, read_json, write_json
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures.run import plot_prediction
@@ -43,7 +55,7 @@ class Reference:
     epoch: int  # how many it was trained for
     precision: torch.dtype  # of the network's arithmetic
     scale: float  # the loss's, which turns cosines into logits
-    calibration: Calibration | None  # None if the run held out no slices to calibrate on
+    calibration: Calibration  # without an exponent if the run held out no slices to calibrate on
     crop: str  # what is cut out of a slice
     views: int  # how many views of a slice are averaged
     slices: SliceSet  # all of them
@@ -62,16 +74,13 @@ class Reference:
 
     def shares(self, scores: np.ndarray) -> np.ndarray:
         """Return the probability (n, C) of each class from cosines (n, C), see `class_scores`."""
-        if self.calibration is None:
+        if self.calibration.exponent is None:
             return probabilities(scores, self.scale)
         return calibrated(scores, self.calibration.exponent)
 
-    def unknown(self, images: Tensor) -> np.ndarray | None:
-        """Return which images (n,) are unlike all training slices; None without a calibration."""
-        if self.calibration is None:
-            return None
-        features = embed(self.network, images, self.precision, blocks=BLOCKS)
-        return self.calibration.unlike(features.numpy())
+    def unknown(self, images: Tensor) -> np.ndarray:
+        """Return which images (n,) are unlike all training slices."""
+        return self.calibration.unlike(early_features(self.network, images).numpy())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Prediction:
     # which says little
     probabilities: dict[str, float]
     calibrated: bool  # whether the run held out slices on which the probabilities were calibrated
-    unknown: bool | None  # whether it is unlike all training slices; None without a calibration
+    unknown: bool  # whether it is unlike all training slices
     truth: str | None  # the class that the file itself states, if it does
     itself: int | None  # the number of the training slice that the file is, if it is one
     neighbours: list[Neighbour]  # the nearest training slices, the nearest first
@@ -215,7 +224,7 @@ def read_reference(run: Path, slices: SliceSet) -> Reference:
         epoch=epoch,
         precision=precision,
         scale=settings.loss.scale,
-        calibration=_stored_calibration(run, epoch, network),
+        calibration=_calibration(run, epoch, network, slices, split.train),
         crop=settings.data.crop,
         views=views,
         slices=slices,
@@ -249,15 +258,22 @@ def _stored_embeddings(
     return embeddings if ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all() else None
 
 
-def _stored_calibration(run: Path, epoch: int, network: EmbeddingNetwork) -> Calibration | None:
-    """Return what evaluation kept of a network, or None if it kept nothing.
+def _calibration(
+    run: Path, epoch: int, network: EmbeddingNetwork, slices: SliceSet, train: Tensor
+) -> Calibration:
+    """Return what evaluation kept of a network or, if it kept nothing, a limit cross-fitted anew.
 
     Raises:
         UserError: The file is damaged, or belongs to another network.
     """
     calibration = read_calibration(run / run_folder.CALIBRATION)
+    if calibration is None:
+        features = early_features(network, slices.images[train])
+        check_finite(run, features)
+        patients = [slices.patients[index] for index in train]
+        return cross_fit(features.numpy(), patients, epoch)
     channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
-    if calibration and (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
+    if (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
         raise UserError(
             f"{run / run_folder.CALIBRATION}: belongs to epoch {calibration.epoch}, but the "
             f"network is of epoch {epoch}; evaluate the run again"
@@ -277,7 +293,6 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     classes = reference.slices.classes
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(classes))
     shares = reference.shares(scores.numpy())[0].tolist()
-    unknown = reference.unknown(pixels)
     heat = explain(reference, image, pixels, cosines)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
@@ -285,8 +300,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         synthetic=reference.slices.synthetic,
         predicted=classes[reference.labels[nearest[0]]],
         probabilities=dict(zip(classes, shares, strict=True)),
-        calibrated=reference.calibration is not None,
-        unknown=None if unknown is None else bool(unknown[0]),
+        calibrated=reference.calibration.exponent is not None,
+        unknown=bool(reference.unknown(pixels)[0]),
         truth=truth,
         itself=_find_itself(reference, pixels),
         neighbours=[

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import LedoitWolf
+from sklearn.model_selection import GroupKFold
 
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.calibration import (
     FLOOR,
     Calibration,
     calibrated,
+    cross_fit,
     fit_exponent,
     fit_familiarity,
     read_calibration,
@@ -66,6 +68,40 @@ def test_distances_are_scipys():
     np.testing.assert_allclose(fit_familiarity(train).distances(test), expected, rtol=1e-6)
 
 
+def made_patients(count, slices, seed):
+    """Features of patients who differ more than the slices of one do, and the patients."""
+    random = np.random.default_rng(seed)
+    features = np.repeat(random.normal(size=(count, 30)), slices, axis=0)
+    features += 0.2 * random.normal(size=features.shape)
+    return features, [f"p{seed}-{patient}" for patient in range(count) for _ in range(slices)]
+
+
+def test_a_cross_fitted_limit_holds_for_patients_never_seen():
+    features, patients = made_patients(200, 5, seed=0)
+    unseen, _ = made_patients(2000, 2, seed=99)
+    fitted = cross_fit(features, patients, epoch=3)
+    assert (fitted.exponent, fitted.epoch) == (None, 3)
+    assert 0.03 < fitted.unlike(unseen).mean() < 0.08
+    by_slice = cross_fit(features, [str(index) for index in range(1000)], epoch=3)
+    assert by_slice.unlike(unseen).mean() > 0.12  # as is that of the slices fitted to
+    np.testing.assert_array_equal(
+        fitted.familiarity.distances(unseen), fit_familiarity(features).distances(unseen)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 23])
+def test_a_cross_fitted_limit_is_that_of_slices_left_out(count):
+    features, _ = made_patients(46, 1, seed=0)
+    patients = [f"p{index % count}" for index in range(46)]
+    groups = np.array(patients) if count > 1 else np.arange(46)
+    parts = GroupKFold(min(5, len(set(groups)))).split(features, groups=groups)
+    distances = np.concatenate(
+        [fit_familiarity(features[kept]).distances(features[left]) for kept, left in parts]
+    )
+    expected = np.quantile(distances, 0.95)
+    assert cross_fit(features, patients, epoch=1).limit == pytest.approx(expected)
+
+
 def test_what_is_kept_is_read_back_and_damage_refused(tmp_path):
     path = tmp_path / "calibration.npz"
     assert read_calibration(path) is None
@@ -82,6 +118,16 @@ def test_what_is_kept_is_read_back_and_damage_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"calibration\.npz: not readable"):
             read_calibration(path)
+
+
+def test_a_calibration_on_features_of_the_runs_precision_is_refused(tmp_path):
+    path = tmp_path / "calibration.npz"
+    Calibration(1.5, fit_familiarity(made_features(100, seed=0)), 20.0, 24).write(path)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file.files if name != "features"}
+    np.savez(path, **older)
+    with pytest.raises(UserError, match=r"calibration\.npz: of an older version, .*; evaluate the"):
+        read_calibration(path)
 
 
 @pytest.mark.parametrize("change", [{"exponent": np.nan}, {"limit": np.inf}, {"exponent": -1.0}])

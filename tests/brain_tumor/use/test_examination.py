@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from examples.brain_tumor.data.phantoms import make_phantoms
 from examples.brain_tumor.data.slices import load_slices
 from examples.brain_tumor.data.splits import make_split
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation.calibration import BLOCKS, calibrated, read_calibration
-from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
+from examples.brain_tumor.evaluation.calibration import calibrated, cross_fit, read_calibration
+from examples.brain_tumor.evaluation.evaluate import early_features, evaluate, read_predictions
 from examples.brain_tumor.evaluation.metrics import reliability
 from examples.brain_tumor.files import read_json
 from examples.brain_tumor.report.examination_tables import pointing_table, strange_table
@@ -26,7 +27,13 @@ from examples.brain_tumor.report.run_report import write_report
 from examples.brain_tumor.settings import load_settings, override_settings
 from examples.brain_tumor.training.loop import train
 from examples.brain_tumor.use import examination, prediction
-from examples.brain_tumor.use.examination import examine, judge_strange, point, strange_pictures
+from examples.brain_tumor.use.examination import (
+    SHIPPED,
+    examine,
+    judge_strange,
+    point,
+    strange_pictures,
+)
 from examples.brain_tumor.use.prediction import describe_prediction, predict, read_reference
 
 
@@ -117,12 +124,14 @@ def test_a_calibration_of_another_epoch_is_refused(run, scaled, monkeypatch):
 
 
 def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, scaled, monkeypatch):
+    pytest.importorskip("pydicom", reason="an extra, with pictures of its own")
     monkeypatch.setattr(examination, "MADE", 3)
     reference = read_reference(run, scaled)
     kinds = dict(strange_pictures(reference))
     assert list(kinds) == [
-        *("noise", "smooth noise", "photographs", "text"),
+        *("noise", "smooth noise", "photographs", "text", *SHIPPED),
         *("slices, inverted", "slices, turned by 90 degrees", "slices, patches shuffled"),
+        *("slices, gamma 0.4", "slices, gamma 2.5"),
     ]
     for name, pictures in kinds.items():
         assert pictures.shape[1:] == (1, 32, 32), name
@@ -131,16 +140,19 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, scaled
     assert sorted(map(float, kinds["slices, inverted"].sum((1, 2, 3)))) == pytest.approx(
         sorted(1024 - float(one.float().sum()) for one in slices), rel=1e-2
     )
+    for gamma in (0.4, 2.5):
+        darker = kinds[f"slices, gamma {gamma}"].float() ** (1 / gamma)
+        torch.testing.assert_close(darker, 1 - kinds["slices, inverted"].float(), atol=0.01, rtol=0)
     shuffled = kinds["slices, patches shuffled"]
     turned = kinds["slices, turned by 90 degrees"].rot90(-1, (2, 3))
     assert not torch.equal(shuffled, turned)
     assert torch.equal(shuffled.flatten(1).sort().values, turned.flatten(1).sort().values)
 
     found = judge_strange(reference)
-    assert found["calibrated"]
+    assert (found["limit"], found["test_slices"]) == ("held-out slices", 9)
     familiarity = reference.calibration.familiarity
     features = [
-        familiarity.distances(embed(reference.network, pictures, blocks=BLOCKS).numpy())
+        familiarity.distances(early_features(reference.network, pictures).numpy())
         for pictures in (scaled.images[reference.test], kinds["noise"])
     ]
     truth = np.repeat([0, 1], [9, 3])
@@ -151,8 +163,73 @@ def test_strange_pictures_are_of_each_kind_and_their_scores_sklearns(run, scaled
     assert noise["flagged"] == (features[1] > reference.calibration.limit).mean()
     assert found["false_alarms"] == (features[0] > reference.calibration.limit).mean()
     table = strange_table(found)
-    assert [row[0] for row in table.rows] == list(kinds)
-    assert "held-out slices" in table.caption
+    assert [row[0] for row in table.rows] == ["test slices", *kinds]
+    assert table.rows[0][1:3] == ["9", f"{100 * found['false_alarms']:.1f} %"]
+    assert "that of 5 % of the held-out slices" in table.caption
+
+
+def test_without_held_out_slices_the_limit_is_not_set_on_the_test_side(
+    tmp_path, tiny_settings, scaled, blob_split, monkeypatch
+):
+    monkeypatch.setattr(examination, "MADE", 3)
+    monkeypatch.setattr(examination, "SHIPPED", {})
+    train(tiny_settings, scaled, blob_split, tmp_path / "run")
+    reference = read_reference(tmp_path / "run", scaled)
+    features = early_features(reference.network, scaled.images).numpy()
+    expected = cross_fit(features[:15], scaled.patients[:15], epoch=2)
+    found = judge_strange(reference)
+    assert (found["limit"], found["test_slices"]) == ("cross-fitted", 9)
+    assert found["false_alarms"] == expected.unlike(features[15:]).mean()
+    noise = early_features(reference.network, dict(strange_pictures(reference))["noise"]).numpy()
+    assert found["kinds"]["noise"]["flagged"] == expected.unlike(noise).mean()
+    few = dataclasses.replace(reference, test=reference.test[:3])
+    assert judge_strange(few)["kinds"]["noise"]["flagged"] == found["kinds"]["noise"]["flagged"]
+    table = strange_table(found)
+    assert "5 % of the training slices, each by a fit to four fifths" in table.caption
+    assert "of the test slices themselves" not in table.caption
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "words"), [(True, "of the held-out slices"), (False, "of the test slices them")]
+)
+def test_what_an_older_version_found_is_told_as_it_was(calibrated, words):
+    kind = {"pictures": 60, "flagged": 0.99, "auroc": {"nearest": 0.5}}
+    found = {"calibrated": calibrated, "false_alarms": 0.05, "kinds": {"noise": kind}}
+    table = strange_table(found)
+    assert table.rows == [["noise", "60", "99 %", "0.500"]]
+    assert f"5 % {words}" in table.caption
+
+
+def test_pictures_that_packages_ship_are_upright_heads_and_other_parts():
+    pytest.importorskip("pydicom", reason="an extra")
+    sizes = {kind: [one.shape for one in read()] for kind, read in SHIPPED.items()}
+    assert [len(shapes) for shapes in sizes.values()] == [1, 1, 1, 30, 60]
+    brain = SHIPPED["healthy brain without contrast agent (MNI T1, no skull)"]()
+    axial = brain[-5]
+    rows, columns = np.nonzero(axial > 0.2)
+    assert np.ptp(rows) > 1.1 * np.ptp(columns)  # the face is up
+    widths = (brain[14] > 0.2).sum(1)  # coronal, through the brain stem, which is below
+    inside = widths[widths > 0]
+    assert inside[10] > 1.5 * inside[-10]
+
+
+def no_sample(name):
+    raise FileNotFoundError(f"no {name}")
+
+
+@pytest.mark.parametrize(("package", "word"), [("pydicom", "pydicom"), ("nilearn", "MNI")])
+def test_kinds_of_missing_packages_are_left_out_in_a_line(
+    run, scaled, monkeypatch, capsys, package, word
+):
+    pytest.importorskip("pydicom", reason="an extra")
+    monkeypatch.setattr(examination, "MADE", 1)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(examination.cbook, "get_sample_data", no_sample)
+    kinds = [kind for kind, _ in strange_pictures(read_reference(run, scaled))]
+    left_out = ["head MRI of Matplotlib", *(kind for kind in SHIPPED if word in kind)]
+    assert set(SHIPPED) - set(kinds) == set(left_out)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": left out: ")[0] for line in lines] == left_out
 
 
 def test_what_is_no_slice_is_unknown_to_a_run_on_phantoms(tmp_path, monkeypatch, undrawn):
@@ -174,7 +251,7 @@ def test_what_is_no_slice_is_unknown_to_a_run_on_phantoms(tmp_path, monkeypatch,
     }
     distances = {
         name: reference.calibration.familiarity.distances(
-            embed(reference.network, one, blocks=BLOCKS).numpy()
+            early_features(reference.network, one).numpy()
         )
         for name, one in pictures.items()
     }

@@ -18,8 +18,13 @@ from torch.torch_version import TorchVersion
 
 from examples.brain_tumor.data.slices import CLASS_NAMES
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation.calibration import BLOCKS, FLOOR, read_calibration
-from examples.brain_tumor.evaluation.evaluate import embed, evaluate, read_predictions
+from examples.brain_tumor.evaluation.calibration import FLOOR, fit_familiarity, read_calibration
+from examples.brain_tumor.evaluation.evaluate import (
+    early_features,
+    embed,
+    evaluate,
+    read_predictions,
+)
 from examples.brain_tumor.network import mobilenet
 from examples.brain_tumor.settings import override_settings
 from examples.brain_tumor.training.loop import train
@@ -86,13 +91,15 @@ BOTH = pytest.mark.parametrize(
 def test_exported_models_answer_as_the_evaluation(exported, run, blobs, name, load):
     answer = load(exported / name)
     parts = [answer(part) for part in blobs.images[15:].float().split([1, 2, 6])]
-    embeddings, shares = (np.concatenate(one) for one in zip(*parts, strict=True))
+    embeddings, shares, distances = (np.concatenate(one) for one in zip(*parts, strict=True))
     np.testing.assert_allclose(embeddings, np.load(run / "embeddings.npy")[15:], atol=1e-4)
     known = read_predictions(run / "predictions.csv")
     weights = np.exp(7 * known.scores)
     np.testing.assert_allclose(shares, weights / weights.sum(1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(shares[range(9), known.predicted], shares.max(1), atol=1e-4)
     assert np.ptp(shares, axis=0).min() > 0.1  # so that it matters whose share is whose
+    unknown = read_reference(run, blobs).unknown(blobs.images[15:])
+    np.testing.assert_array_equal(distances > 1, unknown)
 
 
 @pytest.fixture
@@ -125,7 +132,7 @@ def test_a_calibrated_run_is_calibrated_outside_too(
     np.testing.assert_allclose(shares[:9], weights / weights.sum(1, keepdims=True), atol=1e-3)
     assert np.ptp(shares, axis=0).min() > 0.1
     network = read_reference(calibrated_run, scaled).network
-    features = embed(network, images, blocks=BLOCKS).numpy()
+    features = early_features(network, images).numpy()
     expected = calibration.familiarity.distances(features) / calibration.limit
     np.testing.assert_allclose(distances, expected, rtol=1e-4)
     assert (distances[9:] > 1).all()
@@ -284,6 +291,36 @@ def half_run(tmp_path, run):
     return folder
 
 
+@pytest.fixture
+def half_calibrated(tmp_path, scaled, tiny_settings, held_split):
+    """A run that is trained, evaluated and calibrated in bfloat16."""
+    settings = override_settings(tiny_settings, {"precision": "bfloat16"})
+    train(settings, scaled, held_split, tmp_path / "half")
+    evaluate(tmp_path / "half", scaled)
+    return tmp_path / "half"
+
+
+def test_what_is_unknown_is_the_same_in_any_precision(tmp_path, half_calibrated, scaled, traced):
+    described = export(half_calibrated, scaled, tmp_path / "out")
+    assert described["precision"]["run"] == "bfloat16"
+    unknown = described["held_out"]["called_unknown"]
+    assert unknown["model"] == unknown["run"]
+    reference = read_reference(half_calibrated, scaled)
+    with torch.no_grad():
+        blocks = reference.network.pooled(scaled.images.float(), 5)
+    own = torch.nn.functional.normalize(blocks).numpy()
+    calibration = reference.calibration
+    np.testing.assert_allclose(
+        calibration.familiarity.distances(own), fit_familiarity(own[:12]).distances(own), rtol=1e-3
+    )
+    limit = np.quantile(calibration.familiarity.distances(own[12:15]), 0.95)
+    assert calibration.limit == pytest.approx(limit, rel=1e-3)
+    alarms = calibration.familiarity.distances(own[15:]) > calibration.limit
+    assert unknown["run"] == alarms.sum()
+    stored = json.loads((half_calibrated / "metrics.json").read_text())["calibration"]
+    assert stored["false_alarms"] == alarms.mean()
+
+
 def test_the_training_embeddings_are_made_by_the_model(tmp_path, half_run, run, blobs, traced):
     export(half_run, blobs, tmp_path / "out")
     own, labels = np.load(run / "embeddings.npy")[:15], blobs.labels[:15].numpy()
@@ -311,6 +348,8 @@ def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, t
     otherwise = (known.predicted != of_run).sum()
     right = {"model": (known.predicted == known.truth).sum(), "run": (of_run == known.truth).sum()}
     assert len({otherwise, *right.values()}) == 3  # so that it matters which is which
+    unknown = described["held_out"].pop("called_unknown")
+    assert unknown["model"] == unknown["run"] == reference.unknown(blobs.images[15:]).sum()
     assert described["held_out"] == {"slices": 9, "right": right, "answered_otherwise": otherwise}
 
 
@@ -318,11 +357,16 @@ def test_what_the_precision_changes_is_said_in_a_line():
     description = {
         "synthetic": False,
         "precision": {"model": "float32", "run": "bfloat16"},
-        "held_out": {"slices": 50, "right": {"model": 41, "run": 43}, "answered_otherwise": 7},
+        "held_out": {
+            "slices": 50,
+            "right": {"model": 41, "run": 43},
+            "answered_otherwise": 7,
+            "called_unknown": {"model": 3, "run": 2},
+        },
     }
     expected = (
         "the model computes in float32, the run in bfloat16: of 50 held-out slices 7 get another "
-        "answer; 41 answers are right, the run's 43"
+        "answer; 41 answers are right, the run's 43; 3 are called unknown, by the run 2"
     )
     assert describe_export(description) == expected
     assert describe_export({**description, "synthetic": True}) == f"SYNTHETIC: {expected}"

@@ -21,7 +21,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from examples.brain_tumor.data.slices import CLASS_NAMES
 from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
-from examples.brain_tumor.evaluation.evaluate import embed, evaluate
+from examples.brain_tumor.evaluation.calibration import cross_fit
+from examples.brain_tumor.evaluation.evaluate import early_features, embed, evaluate
 from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
 from examples.brain_tumor.report.figures.run import plot_prediction
 from examples.brain_tumor.settings import NetworkSettings, override_settings
@@ -627,6 +628,42 @@ def test_an_empty_map_is_called_so(tmp_path):
         *([(image, "one")], "n", "calibrated"),
     )
     assert any(title_of(axes) == "Grad-CAM: empty" for axes in figure.findobj())
+
+
+# --------------------------------------------------------------- unlike the slices trained on
+
+
+def test_without_held_out_slices_noise_is_unknown_too(tmp_path, run, scaled, drawn, monkeypatch):
+    asked = []
+
+    def spy(network, images):
+        asked.append(len(images))
+        return early_features(network, images)
+
+    monkeypatch.setattr(prediction_module, "early_features", spy)
+    files = [write_mat(tmp_path, scaled, index) for index in range(15, 24)]
+    noise = np.random.default_rng(0).integers(256, size=(32, 32), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    answers, _ = predict(run, [*files, tmp_path / "noise.png"], scaled, tmp_path / "out")
+    assert asked == [15, *[1] * 10]  # those trained on once, not for each file
+    assert not any(answer.calibrated for answer in answers)
+    assert answers[-1].unknown
+    line = describe_prediction(answers[-1])
+    assert "noise.png: unknown, unlike the slices trained on; the nearest class is " in line
+    assert "(not calibrated: " in line
+    features = early_features(read_reference(run, scaled).network, scaled.images).numpy()
+    expected = cross_fit(features[:15], scaled.patients[:15], epoch=30).unlike(features[15:])
+    assert [answer.unknown for answer in answers[:-1]] == expected.tolist()
+    assert expected.sum() < 9
+
+
+def test_early_features_that_are_nan_are_named(run, scaled):
+    contents = torch.load(run / "checkpoint.pt", weights_only=True)
+    name = next(name for name in contents["network"] if name.startswith("backbone"))
+    contents["network"][name].fill_(torch.nan)
+    torch.save(contents, run / "checkpoint.pt")
+    with pytest.raises(UserError, match=f"^{run}: the network answers with NaN"):
+        read_reference(run, scaled)  # whose stored embeddings are sound
 
 
 # ------------------------------------------------------------------- a new patient's files
