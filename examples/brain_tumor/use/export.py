@@ -46,6 +46,8 @@ OLDEST_TORCH = "2.8"  # whose exporters take the network; 2.6 fails on it
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "images"
 TOLERANCE = 1e-4  # of each output, relative where it is above 1; float32 itself makes some 1e-6
+# Features of few training slices hardly differ in most directions, which enlarges those 1e-6.
+DISTANCE_TOLERANCE = 1e-3
 CPU = torch.device("cpu")  # a GPU's float32 may be rounded to ten bits
 CROPS = {"none": "", "head": "a square around the head is cut out (crop.py has the rule); "}
 
@@ -320,10 +322,11 @@ def _largest_difference(
     for (output, own), *found in zip(expected.items(), *answers, strict=True):
         differences = (own - torch.cat(found)).abs() / own.abs().clamp(min=1)
         largest[output] = differences.max().item()
-        if not largest[output] <= TOLERANCE:  # false for NaN too
+        most = DISTANCE_TOLERANCE if output == "distance" else TOLERANCE
+        if not largest[output] <= most:  # false for NaN too
             raise UserError(
                 f"{name}: its {output} differs from the network's by {largest[output]:.2g}, "
-                f"expected at most {TOLERANCE:g}; nothing was written"
+                f"expected at most {most:g}; nothing was written"
             )
     return largest
 
