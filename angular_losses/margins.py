@@ -262,6 +262,11 @@ class KnownDescent:
         function: The margin: a function of theta (N,), or of theta and the share in force.
         with_descent: A function of the same that returns the target logits before scaling, and
             minus their derivatives by theta, both (N,), without a graph.
+
+    Example:
+        >>> cosine = KnownDescent(torch.cos, lambda theta: (theta.cos(), theta.sin()))
+        >>> cosine(torch.tensor([0.0]))
+        tensor([1.])
     """
 
     function: Callable[..., Tensor]
@@ -281,6 +286,13 @@ class Combined:
         m2: Additive margin on the angle.
         m3: Additive margin on the cosine.
         beyond: What happens past theta + m = pi.
+
+    Example:
+        >>> margin = Combined(m2=0.5)
+        >>> margin(torch.tensor([0.0]))
+        tensor([0.8776])
+        >>> margin(torch.tensor([0.0]), 0.5)  # half of it in force
+        tensor([0.9689])
     """
 
     m1: float | Tensor = 1.0

@@ -44,6 +44,11 @@ class KnownSlope:
     Args:
         function: From cosines (K, N) to the values that replace them, in [-1, 1] too.
         with_slope: From cosines (K, N) to the same and its derivatives, without a graph.
+
+    Example:
+        >>> halved = KnownSlope(lambda c: c / 2, lambda c: (c / 2, torch.full_like(c, 0.5)))
+        >>> halved(torch.tensor([[0.5]]), torch.tensor([0.1]))
+        tensor([[0.2500]])
     """
 
     function: Callable[[Tensor], Tensor]

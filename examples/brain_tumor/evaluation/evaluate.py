@@ -206,11 +206,13 @@ def early_features(network: EmbeddingNetwork, images: Tensor) -> Tensor:
     the run's precision, as the exported model computes them: in bfloat16, which rounds more than
     slices differ in some directions, the distances of `Familiarity` are others.
     """
+    device = next(network.parameters()).device
     answer = partial(network.to("cpu").eval().pooled, blocks=BLOCKS)
     with torch.inference_mode():
         batches = [
             normalised(answer, batch.float(), views=1) for batch in images.split(EMBEDDING_BATCH)
         ]
+    network.to(device)
     return torch.cat(batches)
 
 
