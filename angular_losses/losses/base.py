@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -355,6 +355,36 @@ class MarginLoss(ClassCentres, nn.Module):
         own, other = self.shard.largest(ranking.both)
         correct = own >= other if counts is None else (own >= other) & (counts > 0)
         return loss, correct if each is None else correct.view(-1, each).any(1)
+
+    if TYPE_CHECKING:  # nn.Module's takes and returns anything
+
+        @overload
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            sample_weight: Tensor | None = None,
+            *,
+            label_weight: Tensor | None = None,
+            other_labels: Tensor | None = None,
+            lam: float | Tensor | None = None,
+            return_correct: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            *batch: Tensor | None,
+            return_correct: Literal[True],
+            **options: Tensor | float | None,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, *batch: Tensor | None, return_correct: bool, **options: Tensor | float | None
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *batch: Any, **options: Any) -> Any: ...  # noqa: D102
 
     def _pass(
         self,
