@@ -121,8 +121,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.is_done:
-            with torch.no_grad():
-                found = [grad * each for each in ctx.saved_tensors]
+            found = [grad * each for each in ctx.saved_tensors]
             return *_once(found, *ctx.variables, grad), *[None] * 4
         inputs, saved, others, (of_theta, of_negatives) = _unpacked(ctx)
         with torch.no_grad():

@@ -276,7 +276,7 @@ def backward(
             of_mean = grads.mean_cosine @ unit
         terms = Terms(others, differentiate=settings.differentiate)
         chunks = Chunks(inputs, settings, unit, scales, terms)
-        cosine, sine = saved.cos_sin * of_theta
+        cosine, sine = (saved.cos_sin * of_theta).unbind()
         of_targets = torch.mul(saved.tangent, cosine).addcmul_(unit, sine, value=-1)
         of_weight = _weight_gradient(chunks, saved, unit * scaled, of_targets, of_mean)
     return Gradients(of_embeddings, of_weight, of_scale)
@@ -353,7 +353,7 @@ def whole_step(
     num_rows, dtype = len(own), working_dtype(embeddings, weight)
     found = pairs(embeddings, weight, own)
     both = found.directions.to(dtype)
-    unit, centres = both[:num_rows], both[num_rows:]
+    unit, centres = both.tensor_split((num_rows,))
     rule, slopes = others.rule, None
     terms, is_nearest = rule.nearest(torch.mm(centres, unit.T))
     labels = own if rule.sub_centers == 1 else own // rule.sub_centers
@@ -371,11 +371,12 @@ def whole_step(
     exponentials *= of_negatives.to(dtype).div_(total)
     exponentials = rule.of_centres(exponentials, is_nearest)
     gradient = torch.empty_like(both)
-    of_rows, of_centres = gradient[:num_rows], gradient[num_rows:]
+    of_rows, of_centres = gradient.tensor_split((num_rows,))
     torch.mm(exponentials.T, centres, out=of_rows)
     torch.mm(exponentials, unit, out=of_centres)
     _take_off_along(both, gradient)
-    tangent, (cosine, sine) = found.tangent.to(dtype), found.cos_sin.to(dtype) * of_theta
+    tangent = found.tangent.to(dtype)
+    cosine, sine = (found.cos_sin.to(dtype) * of_theta).unbind()
     of_rows.addcmul_(tangent, of_theta, value=-1)
     of_centres.index_add_(0, own, tangent.mul_(cosine).addcmul_(unit, sine, value=-1))
     gradient *= found.inverse.to(dtype)
