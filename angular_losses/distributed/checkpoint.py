@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..losses.base import MarginLoss
+from ..sampling import is_of_rows
 from .sharded_loss import ShardedLoss
 
 if TYPE_CHECKING:
@@ -64,7 +66,6 @@ def save(
     path = directory / _gathered(name)[0]
     with _heard_by_all("save"), _without_torchs_warnings():
         save_shards(state, checkpoint_id=path)
-    with _heard_by_all("save"):
         own = {file.name: _checksum(file) for file in path.glob(f"__{_rank()}_*.distcp")}
     checksums = {name: each for of_rank in _gathered(own) for name, each in of_rank.items()}
     with _heard_by_all("save"):
@@ -113,13 +114,9 @@ def load(
             if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
         }
     with _heard_by_all("load"), _without_torchs_warnings():
-        load_shards(
-            {**state, "module": wanted},
-            storage_reader=reader,
-            planner=planner,
-        )
+        load_shards({**state, "module": wanted}, storage_reader=reader, planner=planner)
     with _heard_by_all("load"):
-        _reshape(module, state, lambda values, loss: values.flatten(0, 1))
+        _reshape(module, state, lambda values, each: values.flatten(0, 1))
         states.set_model_state_dict(module, state["module"])
         if optimizer is not None:
             states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
@@ -132,27 +129,25 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     state: dict[str, Any] = {"module": states.get_model_state_dict(module)}
     if optimizer is not None:
         state["optimizer"] = states.get_optimizer_state_dict(module, optimizer)
-    _reshape(
-        module, state, lambda values, loss: values.view(-1, loss.sub_centers, *values.shape[1:])
-    )
+    _reshape(module, state, lambda values, each: values.view(-1, each, *values.shape[1:]))
     return state
 
 
 def _reshape(
-    module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, MarginLoss], Tensor]
+    module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, int], Tensor]
 ) -> None:
     """Reshape the weights and optimiser states of unsharded losses with sub-centres in a state."""
     of_optimizer = state.get("optimizer", {}).get("state", {})
     for name, loss in module.named_modules():
         if not isinstance(loss, MarginLoss) or isinstance(loss, ShardedLoss):
             continue
-        key = f"{name}.weight" if name else "weight"
-        if loss.sub_centers == 1 or key not in state["module"]:
+        key, each = f"{name}.weight" if name else "weight", loss.sub_centers
+        if each == 1 or key not in state["module"]:
             continue
-        state["module"][key] = change(state["module"][key], loss)
+        state["module"][key] = change(state["module"][key], each)
         if key in of_optimizer:  # the dictionary of the optimiser, which must not be modified
             of_optimizer[key] = {
-                option: change(value, loss) if isinstance(value, Tensor) and value.dim() else value
+                option: change(value, each) if is_of_rows(value) else value
                 for option, value in of_optimizer[key].items()
             }
 
@@ -230,7 +225,8 @@ def _checksum(path: Path) -> str:
 def _check_files(path: Path) -> None:
     """Raise RuntimeError if a file is not the one that was saved; each rank checks some of them."""
     checksums = json.loads((path / CHECKSUMS).read_text())
-    for name in sorted(checksums)[_rank() :: _world_size()]:
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for name in sorted(checksums)[_rank() :: world_size]:
         if _checksum(path / name) != checksums[name]:
             raise RuntimeError(f"{path / name}: expected the file that was saved, got another")
 
@@ -294,42 +290,30 @@ def _heard_by_all(what: str) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
 
     error: BaseException | None = None
-    reasons: dict[int, str] = {}
+    failures: dict[int, BaseException] = {}
     try:
         yield
     except CheckpointException as caught:
-        error = caught
-        reasons = {rank: _reason(failure) for rank, (failure, _) in caught.failures.items()}
+        error, failures = caught, {rank: each for rank, (each, _) in caught.failures.items()}
     except Exception as caught:
-        error, reasons = caught, {_rank(): _reason(caught)}
-    for of_rank in _gathered(reasons):
-        for rank, reason in of_rank.items():
-            raise RuntimeError(f"{what}: rank {rank} failed: {reason}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+        error, failures = caught, {_rank(): caught}
+    reasons = [f"rank {k} failed: {type(each).__name__}: {each}" for k, each in failures.items()]
+    of_all = list(itertools.chain(*_gathered(reasons)))
+    if of_all:
+        raise RuntimeError(f"{what}: {of_all[0]}") from error
 
 
 def _gathered(value: _Value) -> list[_Value]:
     """The values of all ranks."""
-    if not _is_distributed():
+    if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * _world_size()
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _rank() -> int:
-    return dist.get_rank() if _is_distributed() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if _is_distributed() else 1
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextmanager

@@ -53,16 +53,18 @@ def clip_grad_norm_(
     squares: dict[tuple[ProcessGroup, ...], Tensor] = {}
     gradients, weights = [], sharded_weights()
     for parameter in _each_once(parameters):
-        shard = weights.get(parameter)
-        groups = _groups(parameter) if shard is None else (shard.group,)
+        groups = (weights[parameter].group,) if parameter in weights else _groups(parameter)
         dtype = precise_dtype(parameter.device)
         if groups not in squares:  # on a rank without gradients too
             squares[groups] = torch.zeros((), dtype=dtype, device=parameter.device)
         if parameter.grad is None:
             continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-        values = _values(parameter.grad)
+        values = parameter.grad
+        if values.is_sparse:
+            parameter.grad = values.coalesce()
+            values = parameter.grad.values()
+        elif hasattr(values, "to_local"):  # a DTensor
+            values = values.to_local()
         gradients.append(values)
         squares[groups] += torch.linalg.vector_norm(values, dtype=dtype).square()
     if not squares:
@@ -93,18 +95,8 @@ def _groups(parameter: Tensor) -> tuple[ProcessGroup, ...]:
 
     if not isinstance(parameter, DTensor):
         return ()
-    placements = enumerate(parameter.placements)
     return tuple(
         parameter.device_mesh.get_group(dimension)
-        for dimension, placement in placements
+        for dimension, placement in enumerate(parameter.placements)
         if not placement.is_replicate()
     )
-
-
-def _values(gradient: Tensor) -> Tensor:
-    """The values of a gradient that this rank holds."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(gradient, DTensor):
-        return gradient.to_local()
-    return gradient.values() if gradient.is_sparse else gradient

@@ -61,34 +61,31 @@ class Gathering:
         batch: RankBatch | None = None
         try:
             batch = checked()
-            rows, most = len(batch.labels), self._batch_size
-            if most is not None and rows > most:
-                raise ValueError(f"embeddings: expected at most batch_size {most} rows, got {rows}")
-            columns = self._columns(batch)
+            rows, largest = len(batch.labels), self._batch_size
+            if largest is not None and rows > largest:
+                raise ValueError(
+                    f"embeddings: expected at most batch_size {largest} rows, got {rows}"
+                )
+            weights = batch.label_weight, batch.sample_weight
+            given = [weight.detach().double() for weight in weights if weight is not None]
+            columns = [batch.labels.long(), *given, batch.embeddings.detach()]
             header = _header(columns, batch)
         except (ValueError, TypeError) as error:
             rejection, header = error, _rejection(error)
+        is_padded = self._batch_size is not None
         while True:
-            capacity = self._capacity
-            found = self._exchange(columns, header)
-            if not self._must_read(header, found):
-                most = capacity[0]
-                break
+            found, capacity = self._exchange(columns, header), self._capacity
+            if is_padded and found.device.type != "cpu" and _fits(header, capacity):
+                break  # reading the headers would synchronise with a GPU
             headers = found[:, : 8 * NUMBERS].contiguous().view(torch.int64).tolist()
             self._raise_rejections(rejection, headers, found)
             most = max(rows for rows, *_ in headers)
             if all(_fits(each, capacity) for each in headers):
-                most = most if self._batch_size is None else capacity[0]
                 break
             self._capacity = max(most, capacity[0]), header[1]
+        most = capacity[0] if is_padded else most
         assert batch is not None  # who is rejected has raised
         return self._unpacked(batch, columns, found[:, HEADER:], most)
-
-    def _columns(self, batch: RankBatch) -> list[Tensor]:
-        """The per-row tensors: labels first, embeddings last."""
-        weights = batch.label_weight, batch.sample_weight
-        given = [weight.detach().double() for weight in weights if weight is not None]
-        return [batch.labels.long(), *given, batch.embeddings.detach()]
 
     def _exchange(self, columns: list[Tensor], header: list[int]) -> Tensor:
         """The messages of all ranks (size, bytes)."""
@@ -111,11 +108,6 @@ class Gathering:
             column = padded
         return column.contiguous().view(torch.uint8).flatten()
 
-    def _must_read(self, header: list[int], found: Tensor) -> bool:
-        """Whether to read the headers: not if that would synchronise with a GPU unnecessarily."""
-        is_free = found.device.type == "cpu" or self._batch_size is None
-        return is_free or not _fits(header, self._capacity)
-
     def _raise_rejections(
         self, rejection: ValueError | TypeError | None, headers: list[list[int]], found: Tensor
     ) -> None:
@@ -137,25 +129,26 @@ class Gathering:
         self, batch: RankBatch, columns: list[Tensor], found: Tensor, most: int
     ) -> RankBatch:
         """The columns of all ranks, ``most`` rows of each."""
-        place, unpacked = 0, []
-        for column in columns:
-            each = column[:0].new_empty(1, *column.shape[1:]).nbytes
-            width = self._capacity[0] * each
-            values = found[:, place : place + width].contiguous().view(column.dtype)
-            values = values.view(len(found), self._capacity[0], *column.shape[1:])
+        rows, unpacked = self._capacity[0], []
+        parts = torch.split(found, [rows * _bytes_of_row(column) for column in columns], 1)
+        for column, part in zip(columns, parts, strict=True):
+            values = part.contiguous().view(column.dtype)
+            values = values.view(len(found), rows, *column.shape[1:])
             unpacked.append(values[:, :most].flatten(0, 1))
-            place += width
-        labels, *others, embeddings = unpacked
-        present = iter(others)
-        label_weight = None if batch.label_weight is None else next(present)
-        sample_weight = None if batch.sample_weight is None else next(present)
+        labels, *weights, embeddings = unpacked
+        sample_weight = weights.pop() if batch.sample_weight is not None else None
+        label_weight = weights.pop() if batch.label_weight is not None else None
         # The gradients of the ranks are summed in this dtype.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         return RankBatch(embeddings.to(dtype), labels, sample_weight, label_weight)
 
 
+def _bytes_of_row(column: Tensor) -> int:
+    return column.element_size() * column.shape[1:].numel()
+
+
 def _header(columns: list[Tensor], batch: RankBatch) -> list[int]:
-    bytes_of_row = sum(column[:0].new_empty(1, *column.shape[1:]).nbytes for column in columns)
+    bytes_of_row = sum(map(_bytes_of_row, columns))
     dtype = DTYPES.index(columns[-1].dtype)
     needs_gradient = batch.embeddings.requires_grad and torch.is_grad_enabled()
     optional = batch.label_weight is not None, batch.sample_weight is not None, needs_gradient

@@ -135,9 +135,23 @@ def unshard(loss: MarginLoss) -> MarginLoss:
     """
     if not isinstance(loss, ShardedLoss):
         raise TypeError(f"loss: expected a sharded one, got {type(loss).__name__}")
-    rows = loss.rows_of_a_class().items()
-    joined = {name: loss.shard.joined(getattr(loss, name), each).clone() for name, each in rows}
-    return _whole(loss, joined)
+    cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
+    whole = cast(MarginLoss, cls.__new__(cls))
+    of_shards = {*inspect.get_annotations(ShardedLoss), "is_random"}
+    # Copies, for both losses go on: one has its own hooks.
+    for name, value in vars(loss).items():
+        if name not in of_shards:
+            vars(whole)[name] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
+    for name in ("_parameters", "_buffers", "_modules"):
+        vars(whole)[name] = copy.deepcopy(vars(loss)[name])
+    whole.shard = WHOLE
+    for name, each in loss.rows_of_a_class().items():
+        joined = loss.shard.joined(getattr(loss, name), each).clone()
+        if name == "weight":
+            joined = nn.Parameter(joined, requires_grad=loss.weight.requires_grad)
+        setattr(whole, name, joined)
+    watch(whole)
+    return whole
 
 
 def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
@@ -151,24 +165,3 @@ def _own_centres(loss: MarginLoss, place: Shard, seed: int) -> nn.Parameter:
         own = torch.empty_like(own, device=device)
         nn.init.normal_(own, std=loss.embedding_size**-0.5, generator=generator)
     return nn.Parameter(own, requires_grad=weight.requires_grad)
-
-
-def _whole(loss: ShardedLoss, joined: dict[str, Tensor]) -> MarginLoss:
-    cls = next(base for base in type(loss).__mro__ if not issubclass(base, ShardedLoss))
-    whole = cast(MarginLoss, cls.__new__(cls))
-    of_shards = {*inspect.get_annotations(ShardedLoss), "is_random"}
-    own = {k: v for k, v in vars(loss).items() if k not in of_shards}
-    # Copies, for both losses go on: one has its own hooks.
-    vars(whole).update(
-        {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in own.items()}
-    )
-    whole._parameters = dict(loss._parameters)
-    whole._buffers, whole._modules = copy.deepcopy(loss._buffers), copy.deepcopy(loss._modules)
-    whole.shard = WHOLE
-    for name, parameter in whole._parameters.items():
-        if parameter is not None:
-            values = joined.pop(name, parameter.detach().clone())
-            whole._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    vars(whole).update(joined)
-    watch(whole)
-    return whole
