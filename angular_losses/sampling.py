@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,11 +120,14 @@ def sample_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None
 
 def place_of_weight(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> int:
     """Which of the parameters of an optimiser is the weight of a loss; ValueError if none is."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = next((i for i, parameter in enumerate(held) if parameter is loss.weight), None)
-    if index is None:
+    held = _held(optimizer)
+    if id(loss.weight) not in held:
         raise ValueError("optimizer: expected it to hold the weight of the loss")
-    return index
+    return held.index(id(loss.weight))
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 # Those whose state of a row does not begin with zeros, or mixes rows.
@@ -175,51 +179,41 @@ def _sampled_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Ite
         for name, value in before.items()
         if is_of_rows(value) and len(value) == len(whole)
     }
-    is_done = False
     try:
         if before:
             optimizer.state[weight] = {
-                name: value.index_select(0, rows)
-                if name in kept
-                else value.clone()
-                if isinstance(value, Tensor)
-                else value
+                name: value.index_select(0, rows) if name in kept else copy.deepcopy(value)
                 for name, value in before.items()
             }
-        weight.grad = None
-        weight.data = whole.index_select(0, rows)
-        weight.grad = gradient.values()
+        _set(weight, whole.index_select(0, rows), gradient.values())
         yield
-        is_done = True
+        stepped, state = weight.data, optimizer.state[weight]
     finally:
-        stepped, state = weight.data, optimizer.state.pop(weight, {})
-        weight.grad = None
-        weight.data = whole
-        weight.grad = gradient
-        if before or is_done:
+        optimizer.state.pop(weight, None)
+        if before:
             optimizer.state[weight] = before
-        if is_done:
-            with torch.no_grad():
-                weight.index_copy_(0, rows, stepped)
-            before.update(_of_whole(state, kept, rows, len(whole)))
-
-
-def _of_whole(
-    state: dict[str, Any], kept: dict[str, Tensor], rows: Tensor, count: int
-) -> dict[str, Any]:
-    """The state of a whole weight (count rows), from that of its rows after a step."""
-    whole = {}
+        _set(weight, whole, gradient)
+    with torch.no_grad():
+        weight.index_copy_(0, rows, stepped)
     for name, value in state.items():
-        whole[name] = value
         if is_of_rows(value) and len(value) == len(rows):
-            old = kept.get(name)
-            if old is None:  # the optimiser's first step
-                old = value.new_zeros(count, *value.shape[1:])
-            whole[name] = old.index_copy_(0, rows, value)
-    return whole
+            if name not in kept:  # the optimiser's first step
+                kept[name] = value.new_zeros(len(whole), *value.shape[1:])
+            before[name] = kept[name].index_copy_(0, rows, value)
+        else:
+            before[name] = value
+    optimizer.state[weight] = before
+
+
+def _set(weight: nn.Parameter, values: Tensor, gradient: Tensor) -> None:
+    """Set weight and gradient, which may have another shape than before."""
+    weight.grad = None
+    weight.data = values
+    weight.grad = gradient
 
 
 _sampled: weakref.WeakSet[MarginLoss] = weakref.WeakSet()
+_register_once = functools.cache(register_optimizer_step_pre_hook)
 
 
 def refuse_unprepared_optimizers(loss: MarginLoss) -> None:
@@ -228,16 +222,11 @@ def refuse_unprepared_optimizers(loss: MarginLoss) -> None:
     Optimisers prepared by :func:`sample_optimizer` or ``shard_optimizer`` step with a dense one.
     """
     _sampled.add(loss)
-    _begin()
-
-
-@functools.cache
-def _begin() -> None:
-    register_optimizer_step_pre_hook(_refuse)
+    _register_once(_refuse)
 
 
 def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    held = _held(optimizer)
     for loss in _sampled:
         gradient = loss.weight.grad
         if gradient is not None and gradient.is_sparse and id(loss.weight) in held:

@@ -30,6 +30,7 @@ class _Watch:
 
 
 _watched: weakref.WeakKeyDictionary[ClassCentres, _Watch | None] = weakref.WeakKeyDictionary()
+_register_once = functools.cache(register_optimizer_step_post_hook)
 
 
 def watch(loss: ClassCentres) -> None:
@@ -39,12 +40,7 @@ def watch(loss: ClassCentres) -> None:
     not warned of.
     """
     _watched[loss] = None
-    _begin()
-
-
-@functools.cache
-def _begin() -> None:
-    register_optimizer_step_post_hook(_look)
+    _register_once(_look)
 
 
 def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
