@@ -169,14 +169,8 @@ def mean_directions(
 def _clusters(unit: Tensor, labels: Tensor, means: Tensor, sub_centers: int) -> Tensor:
     """Spherical k-means within each class, for all classes at once, from the farthest rows.
 
-    Args:
-        unit: (N, d) directions.
-        labels: (N,) int64.
-        means: (C, d), of each class.
-        sub_centers: The number of clusters of a class, K.
-
-    Returns:
-        (C, K, d) their directions, zero for a cluster without rows.
+    Directions (N, d) and the mean of each class (C, d) to those of clusters (C, K, d), zero for a
+    cluster without rows.
     """
     num_classes, rows = len(means), torch.arange(len(labels), device=labels.device)
 
@@ -243,23 +237,14 @@ def parameter_groups(
     validation.number("weight_decay", weight_decay, 0.0)
     if lr_of_losses is not None:
         validation.number("lr_of_losses", lr_of_losses, 0.0)
-    of_losses = dict.fromkeys(
-        parameter
-        for module in modules
-        for part in module.modules()
-        if isinstance(part, ClassCentres)
-        for parameter in part.parameters()
-    )
-    if not of_losses:
+    parts = [part for module in modules for part in module.modules()]
+    losses = nn.ModuleList(part for part in parts if isinstance(part, ClassCentres))
+    if not losses:
         raise ValueError("modules: expected a loss of this package among them, got none")
-    others = dict.fromkeys(
-        parameter
-        for module in modules
-        for parameter in module.parameters()
-        if parameter not in of_losses
-    )
+    of_losses = dict.fromkeys(losses.parameters())
+    others = [each for each in nn.ModuleList(modules).parameters() if each not in of_losses]
     lr_of_losses = lr if lr_of_losses is None else lr_of_losses
     return [
-        {"params": list(others), "lr": lr, "weight_decay": weight_decay},
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
         {"params": list(of_losses), "lr": lr_of_losses, "weight_decay": 0.0},
     ]

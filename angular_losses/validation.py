@@ -272,13 +272,10 @@ def unknown_options(cls: type[nn.Module], unknown: Iterable[str]) -> TypeError:
     ]
     lines = []
     for name in unknown:
-        suggestions = [SYNONYMS[name]] if SYNONYMS.get(name) in options else []
-        suggestions = (
-            suggestions or difflib.get_close_matches(name, options, 1) or sorted(set(options))
-        )
-        lines.append(
-            f"{name}: {cls.__name__} has no such option, expected {' or '.join(suggestions)}"
-        )
+        synonym = SYNONYMS.get(name)
+        close = [synonym] if synonym in options else difflib.get_close_matches(name, options, 1)
+        expected = " or ".join(close or sorted(set(options)))
+        lines.append(f"{name}: {cls.__name__} has no such option, expected {expected}")
     return TypeError("\n".join(lines))
 
 

@@ -188,9 +188,6 @@ def centre_separation(weight: Tensor, sub_centers: int = 1) -> CentreSeparation:
         weight: (C, d) class centres, floating point, or (C * sub_centers, d).
         sub_centers: The number of centres per class.
 
-    Returns:
-        :class:`CentreSeparation`.
-
     Raises:
         TypeError: If the weight is not floating-point.
         ValueError: If its shape does not fit, or C < 2.
@@ -346,7 +343,7 @@ def _nearest_other_class(rows: Tensor, weight: Tensor, classes: Tensor, sub_cent
     dtype = working_dtype(rows, weight)
     best = rows.new_full(rows.shape[:1], -torch.inf, dtype=dtype)
     found = torch.zeros_like(classes)
-    at_once = min(CLASSES_AT_ONCE, max(1, COSINES_AT_ONCE // max(1, len(rows))))
+    at_once = min(CLASSES_AT_ONCE, COSINES_AT_ONCE // max(1, len(rows)))
     at_once = max(1, at_once // sub_centers)
     with without_autocast(rows.device):
         unit = directions(rows, dtype)

@@ -143,12 +143,13 @@ class AngularMonitor:
             embeddings = embeddings.repeat_interleave(labels.shape[1], 0)
             labels = labels.flatten()
         kept = validation.batch(embeddings, centres, labels, loss.ignore_index, loss.sub_centers)
-        labels = labels.long() if kept is None else labels.long().where(kept, 0)
+        if kept is None:
+            kept = torch.ones_like(labels, dtype=torch.bool)
+        labels = labels.long().where(kept, 0)
         angles = batch_angles(embeddings, centres, labels, loss.sub_centers)
         margin = self._margin(embeddings, labels)
         finite = angles.target.isfinite() & angles.nearest.isfinite()
-        counted = finite if kept is None else finite & kept
-        lost = ~finite if kept is None else ~finite & kept
+        counted = kept & finite
         measured = {
             ROWS: counted,
             TARGET: angles.target,
@@ -161,7 +162,7 @@ class AngularMonitor:
         for histogram, theta in zip(histograms, angles[:2], strict=True):
             histogram += angle_histogram(theta.masked_fill(~counted, torch.nan), BINS)
         columns = {name: value.where(counted, 0) for name, value in measured.items()}
-        columns[NOT_FINITE] = lost
+        columns[NOT_FINITE] = kept & ~finite
         stacked = torch.stack([columns[row].to(per_class.dtype) for row in range(GRADIENT)])
         per_class[:GRADIENT].index_add_(1, labels, stacked)
 
@@ -213,9 +214,6 @@ class AngularMonitor:
             across_ranks: Reduce over all ranks where ``torch.distributed`` is initialised, and warn
                 if their class centres differ; all ranks have to call it then. False: this rank
                 only.
-
-        Returns:
-            :class:`Snapshot`.
         """
         sums = self._sums_on(self.loss._centres.device)
         divergence = sums.new_zeros(())
@@ -271,9 +269,6 @@ class AngularMonitor:
             centres: Include the separation of the class centres: a (C, d) x (d, C) product, the
                 cost of C / N batches.
             across_ranks: See :meth:`snapshot`.
-
-        Returns:
-            A dict of floats.
         """
         numbers = self.snapshot(across_ranks=across_ranks).numbers
         return numbers | self._separation() if centres else numbers

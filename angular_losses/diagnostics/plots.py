@@ -37,9 +37,6 @@ def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None)
         margin: The effective margin in radians, such as the mean of :func:`effective_margin`: a
             line marks the median target angle plus the margin.
 
-    Returns:
-        The figure.
-
     Raises:
         TypeError: If the counts are not tensors.
         ValueError: If their shapes differ or one is empty.
@@ -57,7 +54,7 @@ def plot_angles(target: Tensor, nearest: Tensor, *, margin: float | None = None)
         _fill(axes, counts, colour, f"{name}, median {median:.1f}°")
         axes.axvline(median, color=colour, linewidth=1.2)
     if margin is not None:
-        effective = math.degrees(validation.number("margin", margin, -math.inf))
+        effective = math.degrees(validation.finite("margin", margin))
         boundary = math.degrees(histogram_quantile(target, 0.5)) + effective
         label = f"own class + margin, {boundary:.1f}°"
         axes.axvline(boundary, color=GREY, linestyle=":", label=label)
@@ -74,9 +71,6 @@ def plot_margin(margin: MarginFunction, target: Tensor | None = None) -> Figure:
         margin: A function of theta that returns the target logit before scaling.
         target: (bins,) histogram of target angles (:func:`angle_histogram`), shown in the
             background.
-
-    Returns:
-        The figure.
 
     Raises:
         TypeError: If the counts are not a tensor.
@@ -128,9 +122,6 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
         separation: The separation of the centres (:func:`centre_separation`).
         margin: The effective margin in radians, a line: classes below cannot satisfy it.
 
-    Returns:
-        The figure.
-
     Raises:
         ValueError: If no centre has a direction.
 
@@ -147,7 +138,7 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
     bound = math.degrees(separation.bound)
     axes.axhline(bound, color=GREEN, linestyle="--", label=f"bound on the closest, {bound:.1f}°")
     if margin is not None:
-        effective = math.degrees(validation.number("margin", margin, -math.inf))
+        effective = math.degrees(validation.finite("margin", margin))
         axes.axhline(effective, color=ORANGE, linestyle=":", label=f"margin, {effective:.1f}°")
     axes.set(
         xlabel="class, closest first",
@@ -164,12 +155,11 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
 def plot_gradient_norms(norms: Tensor, rows: Tensor | None = None) -> Figure:
     """The gradient norm of each class: sorted, or over the number of rows.
 
+    Classes without a gradient are omitted; the title has their number.
+
     Args:
         norms: (C,) gradient norms (:func:`gradient_norm_per_class`), floating point.
         rows: (C,) number of rows of each class.
-
-    Returns:
-        The figure; its title has the number of classes without a gradient, which are omitted.
 
     Raises:
         TypeError: If the norms are not floating-point.
@@ -203,9 +193,6 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
 
     Args:
         history: ``AngularMonitor.history``: a dict for each logged step.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: If the history is empty.
