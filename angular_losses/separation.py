@@ -113,13 +113,10 @@ def _fewest_points_of_a_design(strength: int, size: int) -> int:
 
     Reference: "Spherical Codes and Designs", 1977, theorems 5.11 and 5.12.
     """
-    half = strength // 2
-    if strength % 2:
-        return 2 * math.comb(size + half - 1, size - 1)
-    return math.comb(size + half - 1, size - 1) + math.comb(size + half - 2, size - 1)
+    half, odd = divmod(strength, 2)
+    return math.comb(size + half - 1, size - 1) + math.comb(size + half - 2 + odd, size - 1)
 
 
 def _harmonics(degree: int, size: int) -> int:
     """The number of spherical harmonics of a degree; the square of p_degree(1)."""
-    lower = math.comb(size + degree - 3, degree - 2) if degree >= 2 else 0
-    return math.comb(size + degree - 1, degree) - lower
+    return math.comb(size + degree - 1, size - 1) - math.comb(size + degree - 3, size - 1)

@@ -12,12 +12,15 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from numbers import Real
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+Check: TypeAlias = Callable[[str, object], float]
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, unit: str = "") -> float:
@@ -32,26 +35,18 @@ def number(name: str, value: object, low: float, high: float = math.inf, unit: s
     return float(value)
 
 
+# A number within certain bounds.
+finite: Check = partial(number, low=-math.inf)
+negative: Check = partial(number, low=-math.inf, high=0.0)
+multiplicative_margin: Check = partial(number, low=1.0)  # it multiplies the angle
+cosine_margin: Check = partial(number, low=0.0, high=2.0)  # it is subtracted from the cosine
+
+
 def positive(name: str, value: object) -> float:
     """Return ``value`` as a float when it is above 0 and finite."""
     if isinstance(value, (float, Real)) and value == 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     return number(name, value, 0.0)
-
-
-def negative(name: str, value: object) -> float:
-    """Return ``value`` as a float when it is below 0 and finite."""
-    return number(name, value, -math.inf, 0.0)
-
-
-def finite(name: str, value: object) -> float:
-    """Return ``value`` as a float when it is finite."""
-    return number(name, value, -math.inf)
-
-
-def multiplicative_margin(name: str, value: object) -> float:
-    """Return a margin that multiplies the angle: at least 1."""
-    return number(name, value, 1.0)
 
 
 def angular_margin(name: str, value: object) -> float:
@@ -65,22 +60,15 @@ def angular_margin(name: str, value: object) -> float:
         raise
 
 
-def cosine_margin(name: str, value: object) -> float:
-    """Return a margin that is subtracted from the cosine: in [0, 2)."""
-    return number(name, value, 0.0, 2.0)
-
-
 def share(name: str, value: object) -> float:
     """Return ``value`` as a float when it is in [0, 1]."""
-    found = number(name, value, -math.inf)
+    found = finite(name, value)
     if not 0 <= found <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
     return found
 
 
-def bounds(
-    name: str, value: tuple[float, float], check: Callable[[str, object], float]
-) -> tuple[float, float]:
+def bounds(name: str, value: tuple[float, float], check: Check) -> tuple[float, float]:
     """Return two numbers, the lower first, each as ``check`` returns it."""
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"{name}: expected two numbers, the lower first, got {value!r}")
@@ -161,7 +149,7 @@ def of_classes(name: str, value: object) -> Tensor:
         isinstance(value, Sequence) or hasattr(value, "__array__")
     ):
         raise TypeError(f"{name}: expected a number for each class (C,), got {_describe(value)}")
-    numbers = [number(name, each, -math.inf) for each in cast(Iterable[Any], value)]
+    numbers = [finite(name, each) for each in cast(Iterable[Any], value)]
     return torch.tensor(numbers, dtype=kept_dtype())
 
 
@@ -312,12 +300,12 @@ def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor 
         and torch.equal(labels, labels.clamp(0, num_classes - 1))
     ):
         return None
-    kept = None if ignore_index is None else labels != ignore_index
-    inside = (labels >= 0) & (labels < num_classes)
-    if kept is not None:
+    inside, kept = (labels >= 0) & (labels < num_classes), None
+    message = f"labels: expected values in [0, {num_classes})"
+    if ignore_index is not None:
+        kept = labels != ignore_index
         inside = inside | ~kept
-    ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-    message = f"labels: expected values in [0, {num_classes}){ignored}"
+        message += f" or ignore_index {ignore_index}"
     if is_transformed(labels):
         return kept
     can_assert = labels.device.type not in _WITHOUT_ASSERT

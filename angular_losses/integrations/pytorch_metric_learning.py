@@ -48,11 +48,7 @@ except ModuleNotFoundError as error:
 
 from .. import margins, validation
 from ..engine.batch import Batch
-from ..geometry import (
-    directions,
-    lengths,
-    without_autocast,
-)
+from ..geometry import directions, lengths, without_autocast
 from ..losses.centres import ClassCentres, dominant_centres
 from ..losses.options import show_options
 from ..losses.usage_warnings import watch
@@ -228,7 +224,7 @@ class CosFaceLoss(ClassificationLoss):
 
     def init_margin(self) -> None:
         """Any margin, also negative, as in PML."""
-        self.margin = validation.number("margin", self.margin, -math.inf)
+        self.margin = validation.finite("margin", self.margin)
 
     def target(self, theta: Tensor, labels: Tensor) -> Tensor:
         """cos(theta) - m."""

@@ -17,10 +17,7 @@ Target: TypeAlias = Callable[[Tensor, "float | Tensor"], Tensor]
 def in_force(target: Target, schedule: Schedule | None, gradient: str) -> margins.MarginFunction:
     """The target logits before scaling as a function of the target angles (N,), in radians.
 
-    Args:
-        target: A function of theta (N,) and the share of the margin in force.
-        schedule: It sets that share; without one all of the margin is in force.
-        gradient: "exact", or "detached": that of the cosine.
+    The schedule sets the share of the margin that ``target`` takes; without one it is 1.
     """
 
     def margin(theta: Tensor) -> Tensor:

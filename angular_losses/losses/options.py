@@ -43,12 +43,7 @@ class LossOptions(TypedDict, total=False):
 
 
 def show_options(cls: type[nn.Module], options: type) -> None:
-    """Show in the signature of a class what its bases take for the ``**options`` of its own.
-
-    Args:
-        cls: The class.
-        options: The ``TypedDict`` of those options.
-    """
+    """Show in the signature of a class what its bases take of a ``TypedDict`` of ``**options``."""
     init = vars(cls).get("__init__")
     if init is None:
         return
