@@ -202,8 +202,8 @@ def centre_separation(weight: Tensor, sub_centers: int = 1) -> CentreSeparation:
     num_classes = _check_weight(weight, sub_centers)
     classes = torch.arange(weight.shape[0], device=weight.device) // sub_centers
     nearest, other = [], []
-    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-        centres, own = (whole[start : start + ROWS_AT_ONCE] for whole in (weight, classes))
+    blocks = (torch.split(whole, ROWS_AT_ONCE) for whole in (weight, classes))
+    for centres, own in zip(*blocks, strict=True):
         found = _nearest_other_class(centres, weight, own, sub_centers)
         angle = target_angle(centres, weight, found, sub_centers)
         nearest.append(angle.masked_fill(~_has_direction(directions(centres)), torch.inf))
@@ -348,20 +348,16 @@ def _nearest_other_class(rows: Tensor, weight: Tensor, classes: Tensor, sub_cent
     with without_autocast(rows.device):
         unit = directions(rows, dtype)
         for start in range(0, weight.shape[0] // sub_centers, at_once):
-            centres = weight[start * sub_centers : (start + at_once) * sub_centers]
-            cosines = _cosines(unit, directions(centres, dtype))
+            chunk = weight[start * sub_centers : (start + at_once) * sub_centers]
+            centres = directions(chunk, dtype)
+            behind = torch.where(_has_direction(centres), 0.0, -3.0).to(dtype)
+            cosines = F.linear(unit, centres.nan_to_num(0.0), behind)  # -3 without a direction
             if sub_centers > 1:
                 cosines = cosines.view(len(rows), len(centres) // sub_centers, sub_centers).amax(2)
             largest, which = replaced(cosines.T, classes - start, -torch.inf).max(0)
             found = torch.where(largest > best, which + start, found)
             best = torch.maximum(best, largest)
     return found
-
-
-def _cosines(unit: Tensor, centres: Tensor) -> Tensor:
-    """Cosines (N, K), but -3 with a centre that has no direction."""
-    behind = torch.where(_has_direction(centres), 0.0, -3.0).to(unit.dtype)
-    return F.linear(unit, centres.nan_to_num(0.0), behind)
 
 
 def _has_direction(unit: Tensor) -> Tensor:

@@ -197,8 +197,7 @@ class AngularMonitor:
         """
         hooks = ExitStack()
         loss = cast(nn.Module, self.loss)
-        before = loss.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        hooks.callback(before.remove)
+        hooks.enter_context(loss.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._watch(self.loss._centres)
         hooks.callback(self._watch, None)
         return hooks
@@ -301,10 +300,11 @@ class AngularMonitor:
         if writer is not None and not hasattr(writer, "add_scalar"):
             raise TypeError(f"writer: expected an object with add_scalar, got {writer!r}")
         snapshot = self.snapshot()
-        numbers = snapshot.numbers | (self._separation() if centres else {})
+        if centres:
+            snapshot.numbers.update(self._separation())
         if writer is not None:
-            _write(writer, step, numbers, snapshot, self.figures(snapshot) if figures else {})
-        self.history.append({"step": float(step), **numbers})
+            _write(writer, step, snapshot, self.figures(snapshot) if figures else {})
+        self.history.append({"step": float(step), **snapshot.numbers})
         self.reset()
         return self.history[-1]
 
@@ -406,14 +406,8 @@ class AngularMonitor:
         }
 
 
-def _write(
-    writer: Any,  # noqa: ANN401
-    step: int,
-    numbers: dict[str, float],
-    snapshot: Snapshot,
-    figures: dict[str, Figure],
-) -> None:
-    for name, number in numbers.items():
+def _write(writer: Any, step: int, snapshot: Snapshot, figures: dict[str, Figure]) -> None:  # noqa: ANN401
+    for name, number in snapshot.numbers.items():
         writer.add_scalar(f"angular/{name}", number, step)
     if hasattr(writer, "add_histogram") and snapshot.rows.any():
         middles = torch.arange(BINS) + 0.5

@@ -146,8 +146,7 @@ def plot_separation(separation: CentreSeparation, *, margin: float | None = None
         title=f"Class centres: the closest two are {nearest[0]:.1f}° apart",
         ylim=(0, 1.08 * max(bound, nearest[-1])),
     )
-    side = axes.secondary_yaxis("right", functions=RADIANS)
-    side.set_ylabel("radians")
+    axes.secondary_yaxis("right", functions=RADIANS).set_ylabel("radians")
     axes.legend(frameon=False, loc="center right")
     return figure
 
@@ -176,15 +175,15 @@ def plot_gradient_norms(norms: Tensor, rows: Tensor | None = None) -> Figure:
     if rows is None:
         lengths = norms[drawn].sort(descending=True).values.tolist()
         axes.plot(range(1, len(lengths) + 1), lengths, _line(lengths), color=BLUE)
-        axes.set(xlabel="class, largest first", yscale="log")
+        axes.set(xlabel="class, largest first")
     else:
         if rows.shape != norms.shape:
             raise ValueError(f"rows: expected shape {tuple(norms.shape)}, got {tuple(rows.shape)}")
         axes.plot(rows[drawn].tolist(), norms[drawn].tolist(), ".", color=BLUE, alpha=0.6)
-        axes.set(xlabel="rows of the class", xlim=(0, None), yscale="log")
+        axes.set(xlabel="rows of the class", xlim=(0, None))
     without = int((~drawn).sum())
     title = "Gradient of the class centres" + (f" ({without} without one)" if without else "")
-    axes.set(ylabel="gradient norm of the class's centre", title=title)
+    axes.set(yscale="log", ylabel="gradient norm of the class's centre", title=title)
     return figure
 
 
