@@ -32,11 +32,7 @@ class Gathering:
 
     A message has the capacity of the largest batch so far. If a batch is larger, or the bytes per
     row differ, the headers show it, and all ranks gather again: usually only in the first step.
-
-    Args:
-        shard: The partition of the classes, with its process group.
-        ignore_index: The label of ignored rows, used for padding.
-        batch_size: The largest number of rows of any rank; None: exchanged between the ranks.
+    ``batch_size`` is the largest number of rows of any rank; None: exchanged between the ranks.
     """
 
     def __init__(self, shard: Shard, ignore_index: int, batch_size: int | None) -> None:
@@ -46,15 +42,8 @@ class Gathering:
     def __call__(self, checked: Callable[[], RankBatch]) -> RankBatch:
         """The rows of all ranks, padded to blocks of equal size with ignored rows.
 
-        Args:
-            checked: Returns this rank's, or raises ValueError or TypeError if it is invalid.
-
-        Returns:
-            All rows: embeddings in float32 at least, without an autograd graph.
-
-        Raises:
-            TypeError: If ``checked`` raises it for this rank's batch.
-            ValueError: Likewise, or if another rank rejects its batch or has other columns.
+        Embeddings are in float32 at least, without an autograd graph. The ValueError or TypeError
+        of ``checked``, which returns this rank's rows, is a ValueError on the other ranks.
         """
         rejection: ValueError | TypeError | None = None
         columns: list[Tensor] = []

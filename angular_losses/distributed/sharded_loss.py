@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +82,10 @@ class ShardedLoss(MarginLoss):
         rows = self.gathering(checked)
         attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
         _used.add(self)
-        with self.shard.reductions(), self._same_random_numbers():
+        is_drawn = self.training and self.is_random
+        # The same random numbers on every rank, different for each batch.
+        drawing = self._seeded(self.seed, self._batch()) if is_drawn else nullcontext()
+        with self.shard.reductions(), drawing:
             if self.shard.replicas is not None:
                 self._check_replicas(rows.labels)
             self._sample(rows)
@@ -142,14 +145,15 @@ class ShardedLoss(MarginLoss):
         if k > self.num_classes:
             raise ValueError(f"k: expected at most {self.num_classes} classes, got {k}")
         here = self._logits_here(embeddings)
-        logits, classes = F.pad(here, (0, k), value=-torch.inf).topk(k, 1)
         block = self.shard.block(len(here))
-        of_ranks = (
-            self.shard.gathered(each)[:, block] for each in (logits, classes + self.shard.first)
-        )
-        logits, classes = (each.transpose(0, 1).flatten(1)[: len(embeddings)] for each in of_ranks)
-        logits, place = logits.topk(k, 1)
-        return logits, classes.gather(1, place)
+
+        def of_all_ranks(found: Tensor) -> Tensor:
+            own_rows = self.shard.gathered(found)[:, block]
+            return own_rows.transpose(0, 1).flatten(1)[: len(embeddings)]
+
+        logits, classes = F.pad(here, (0, k), value=-torch.inf).topk(k, 1)
+        logits, place = of_all_ranks(logits).topk(k, 1)
+        return logits, of_all_ranks(classes + self.shard.first).gather(1, place)
 
     def _logits_here(self, embeddings: Tensor) -> Tensor:
         """The logits of the rows of all ranks for the classes here."""
@@ -240,11 +244,6 @@ class ShardedLoss(MarginLoss):
             device = embeddings.device
             validation.floating("sample_weight", sample_weight, len(of_rows), device=device)
         return RankBatch(embeddings, of_rows, sample_weight, label_weight)
-
-    def _same_random_numbers(self) -> AbstractContextManager[None]:
-        """Context with the same random numbers on every rank, different for each batch."""
-        is_needed = self.training and self.is_random
-        return self._seeded(self.seed, self._batch()) if is_needed else nullcontext()
 
     @contextmanager
     def _seeded(self, *seeds: int) -> Iterator[None]:

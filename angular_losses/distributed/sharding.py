@@ -50,10 +50,8 @@ def shard(
         backbone: "exact": the gradients of the embeddings are those of the returned loss. "ddp":
             they are multiplied by R, because DistributedDataParallel and fully_shard divide by R
             when they average gradients over the ranks.
-        sample_rate: The share of a rank's classes used in a training step, in [0, 1], as in Partial
-            FC: those of the batch's labels, however many, and random others up to this share.
-            Below 1 the gradient of the weight is sparse, :func:`shard_optimizer` is needed, and
-            counting the classes synchronises with a GPU once in each step.
+        sample_rate: The share of a rank's classes used in a training step, in [0, 1], as in
+            :func:`angular_losses.sample_classes`; below 1 :func:`shard_optimizer` is needed.
         seed: The seed of the class sampling and of centres initialised here.
         batch_size: The largest number of rows of any rank. Without it the ranks exchange their
             numbers in each step, which synchronises with a GPU once. With it batches are padded to
