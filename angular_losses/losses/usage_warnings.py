@@ -56,25 +56,21 @@ def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
         if seen is None:
             first = centres.detach()[:1].clone()
             _watched[loss] = _Watch(centres._version, first, gradient.detach().sum())
-        elif centres._version != seen.version:
-            del _watched[loss]
-        else:
-            seen.steps += 1
-            if seen.steps == FORGOTTEN_AFTER:
-                _warn(loss, seen, gradient)
-
-
-def _warn(loss: ClassCentres, seen: _Watch, gradient: Tensor) -> None:
-    del _watched[loss]
-    # A change through .data has no version; and the steps may all be those of another model.
-    is_same = torch.equal(seen.centre, loss._centres.detach()[:1])
-    if is_same and not torch.equal(seen.gradient, gradient.detach().sum()):
-        warnings.warn(
-            f"{loss._centres_name}: the class centres of {type(loss).__name__} have not changed in "
-            f"{FORGOTTEN_AFTER} steps of an optimiser; does it hold the loss's parameters? See "
-            "parameter_groups",
-            stacklevel=4,  # the call of step
-        )
+            continue
+        seen.steps += 1
+        is_same = centres._version == seen.version
+        if is_same and seen.steps < FORGOTTEN_AFTER:
+            continue
+        del _watched[loss]
+        # A change through .data has no version; and the steps may all be those of another model.
+        is_same = is_same and torch.equal(seen.centre, centres.detach()[:1])
+        if is_same and not torch.equal(seen.gradient, gradient.detach().sum()):
+            warnings.warn(
+                f"{loss._centres_name}: the class centres of {type(loss).__name__} have not "
+                f"changed in {FORGOTTEN_AFTER} steps of an optimiser; does it hold the loss's "
+                "parameters? See parameter_groups",
+                stacklevel=3,  # the call of step
+            )
 
 
 def warn_of_small_scale(scale: float, num_classes: int) -> None:
