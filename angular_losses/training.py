@@ -141,8 +141,9 @@ def mean_directions(
         validation.floating("embeddings", embeddings, "N", "d")
         centres = embeddings.new_empty(1, embeddings.shape[1]).expand(num_classes, -1)
         kept = validation.batch(embeddings, centres, labels, ignore_index)
-        rows = (embeddings, labels) if kept is None else (embeddings[kept], labels[kept])
-        unit, labels = directions(rows[0], precise_dtype(embeddings.device)), rows[1].long()
+        if kept is not None:
+            embeddings, labels = embeddings[kept], labels[kept]
+        unit, labels = directions(embeddings, precise_dtype(embeddings.device)), labels.long()
         if sums is None or counts is None:
             sums, counts = unit.new_zeros(num_classes, unit.shape[1]), labels.new_zeros(num_classes)
         sums.index_add_(0, labels, unit)

@@ -229,9 +229,8 @@ _INTEGERS = (
     *(torch.uint8, torch.uint16, torch.uint32),
 )
 # Devices without asynchronous assertions: MPS before torch 2.13.
-_WITHOUT_ASSERT: tuple[str, ...] = ("mps",)
-if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", "MPS"):
-    _WITHOUT_ASSERT = ()
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+_WITHOUT_ASSERT = () if _has_kernel("aten::_assert_async.msg", "MPS") else ("mps",)
 
 
 # Names of options in other libraries, with the name here.
@@ -269,16 +268,14 @@ def unknown_options(cls: type[nn.Module], unknown: Iterable[str]) -> TypeError:
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether the tensor is inside ``torch.func.vmap``, ``grad`` or another such transform."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    is_compiling = torch.compiler.is_compiling()
+    return not is_compiling and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_transforming() -> bool:
     """Whether such a transform is active, on any tensor."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    is_compiling = torch.compiler.is_compiling()
+    return not is_compiling and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def has_values(tensor: Tensor) -> bool:

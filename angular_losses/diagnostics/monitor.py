@@ -245,8 +245,7 @@ class AngularMonitor:
             "gradient_norm_mean": float(norms.mean()),
             "gradient_norm_max": float(norms.max()),
         }
-        of_classes = per_row[TARGET], per_row[VIOLATIONS]
-        return Snapshot(numbers, target, nearest, rows, *of_classes, norms)
+        return Snapshot(numbers, target, nearest, rows, per_row[TARGET], per_row[VIOLATIONS], norms)
 
     def summary(self, *, centres: bool = False, across_ranks: bool = True) -> dict[str, float]:
         """The metrics of a :meth:`snapshot`.
@@ -320,14 +319,13 @@ class AngularMonitor:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        snapshot = self.snapshot() if snapshot is None else snapshot
+        snapshot = snapshot or self.snapshot()
         drawn = {}
         if snapshot.rows.any():
             margin = snapshot.numbers["margin_mean"]
             drawn["angles"] = plot_angles(snapshot.target, snapshot.nearest, margin=margin)
         if snapshot.gradient_norm.nan_to_num().any():
-            norms = snapshot.gradient_norm
-            drawn["gradient_norms"] = plot_gradient_norms(norms, snapshot.rows)
+            drawn["gradient_norms"] = plot_gradient_norms(snapshot.gradient_norm, snapshot.rows)
         return drawn
 
     def _is_sampled(self) -> bool:
