@@ -45,9 +45,8 @@ def spread(values: Tensor) -> Tensor:
 
 def mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """The mean of the rows (N,), weighted, over all processes; NaN if all weights are 0."""
-    weights = _weights_of(values, weights)
-    summed = total(torch.stack([(values * weights).sum(), weights.sum()]))
-    return summed[0] / summed[1]
+    sums = _sums(values, weights)
+    return sums[0] / sums[1]
 
 
 def mean_and_deviation(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,14 +55,15 @@ def mean_and_deviation(values: Tensor, weights: Tensor | None) -> tuple[Tensor, 
     The deviation is not finite if the weights sum to 1 (to rounding) or less, nor the mean if they
     sum to 0.
     """
-    centre, weights = mean(values, weights), _weights_of(values, weights)
-    square = ((values - centre).square() * weights).sum()
-    summed = total(torch.stack([square, weights.sum()]))
-    return centre, (summed[0] / torch.threshold(summed[1] - 1, 1e-6, 0)).sqrt()
+    centre = mean(values, weights)
+    sums = _sums((values - centre).square(), weights)
+    return centre, (sums[0] / torch.threshold(sums[1] - 1, 1e-6, 0)).sqrt()
 
 
-def _weights_of(values: Tensor, weights: Tensor | None) -> Tensor:
-    return torch.ones_like(values) if weights is None else weights.to(values.dtype)
+def _sums(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The sums (2,) of the weighted rows and of the weights."""
+    weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
+    return total(torch.stack([(values * weights).sum(), weights.sum()]))
 
 
 def _reduced(values: Tensor, operation: str) -> Tensor:
