@@ -12,7 +12,7 @@ from . import validation
 
 
 def separation_bound(num_classes: int, embedding_size: int) -> float:
-    r"""An upper bound on the smallest angle between C class centres in d dimensions.
+    r"""An upper bound, in radians, on the smallest angle between C class centres in d dimensions.
 
     =====================  ========================================================  ============
     where                  bound                                                     reached
@@ -32,9 +32,6 @@ def separation_bound(num_classes: int, embedding_size: int) -> float:
     Args:
         num_classes: The number of classes, C >= 2.
         embedding_size: The dimension of the embeddings, d.
-
-    Returns:
-        An angle in radians that the two closest centres cannot exceed.
 
     Raises:
         TypeError: If an argument is not an int.

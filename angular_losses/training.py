@@ -21,7 +21,7 @@ MOST_ROUNDS = 50
 
 
 def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
-    r"""The scale at which an embedding half-way to its centre reaches a given probability.
+    r"""The scale, at least 1, at which an embedding half-way to its centre has probability p.
 
     .. math:: s = \frac{1}{\cos(\pi/4)}\,\log\frac{(C - 1)\,p}{1 - p}
 
@@ -32,9 +32,6 @@ def suggest_scale(num_classes: int, target_probability: float = 0.5) -> float:
     Args:
         num_classes: The number of classes, C >= 3.
         target_probability: p in (0, 1).
-
-    Returns:
-        The scale s, at least 1.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -73,10 +70,8 @@ def suggest_margin(num_classes: int, embedding_size: int, *, kind: str = "arc") 
     Args:
         num_classes: The number of classes, C >= 2.
         embedding_size: The dimension of the embeddings, d.
-        kind: "arc" for a margin added to the angle, "cos" for one subtracted from the cosine.
-
-    Returns:
-        The margin, in radians for "arc".
+        kind: "arc" for a margin added to the angle, in radians; "cos" for one subtracted from the
+            cosine.
 
     Raises:
         TypeError: If a number is not an int.
@@ -202,7 +197,7 @@ def _clusters(unit: Tensor, labels: Tensor, means: Tensor, sub_centers: int) -> 
 def parameter_groups(
     *modules: nn.Module, lr: float, weight_decay: float = 0.0, lr_of_losses: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser, with the class centres in a separate group.
+    """Two parameter groups for an optimiser: the network's, and those of the losses.
 
     Centres that are not in the optimiser are not trained, and the network is fitted to random
     directions. Weight decay does not change their directions but shrinks their lengths, so that
@@ -214,9 +209,6 @@ def parameter_groups(
         lr: The learning rate.
         weight_decay: The weight decay of the network.
         lr_of_losses: The learning rate of centres and biases; ``lr`` by default.
-
-    Returns:
-        Two groups, of the parameters outside of losses and of those of the losses.
 
     Raises:
         TypeError: If an argument is not a module.

@@ -225,14 +225,12 @@ def collapsed_classes(
     Each class is compared with its nearest other only, so a cluster of k classes is reported as at
     least k / 2 pairs, not as all its pairs. A natural threshold is the margin
     (:func:`effective_margin`): the gap of a row is at most the angle between its class and the
-    nearest other, so no row of two classes closer than the margin can satisfy it.
+    nearest other, so no row of two classes closer than the margin can satisfy it. This synchronises
+    with the accelerator.
 
     Args:
         separation: The separation of the centres (:func:`centre_separation`).
         angle: The threshold in radians, in (0, pi).
-
-    Returns:
-        :class:`CollapsedClasses`; this synchronises with the accelerator.
 
     Raises:
         TypeError: If the angle is not a number.
@@ -258,14 +256,11 @@ def collapsed_classes(
 
 
 def gradient_norm_per_class(gradient: Tensor, sub_centers: int = 1) -> Tensor:
-    """The gradient norm of the centres of each class.
+    """The gradient norm of the centres of each class (C,), float32 at least.
 
     Args:
         gradient: (C, d), floating point, such as ``loss.weight.grad``, or (C * sub_centers, d).
         sub_centers: The number of centres per class.
-
-    Returns:
-        (C,), float32 at least.
 
     Raises:
         TypeError: If the gradient is not a floating-point tensor: before the first backward pass,
@@ -286,14 +281,11 @@ def gradient_norm_per_class(gradient: Tensor, sub_centers: int = 1) -> Tensor:
 
 
 def angle_histogram(theta: Tensor, bins: int = 180) -> Tensor:
-    """Histogram of angles over [0, pi], without synchronising with an accelerator.
+    """Histogram (bins,), int64, of angles over [0, pi], without synchronising with an accelerator.
 
     Args:
         theta: (N,) angles in radians, floating point; NaN is ignored.
         bins: The number of bins; by default one per degree.
-
-    Returns:
-        (bins,), int64.
 
     Raises:
         TypeError: If theta is not floating-point, or bins not an int.
@@ -312,14 +304,11 @@ def angle_histogram(theta: Tensor, bins: int = 180) -> Tensor:
 
 
 def histogram_quantile(counts: Tensor, share: float) -> float:
-    """A quantile of a histogram of angles, accurate to the width of a bin.
+    """A quantile in radians, accurate to the width of a bin; NaN for an empty histogram.
 
     Args:
         counts: (bins,) counts over [0, pi] (:func:`angle_histogram`).
         share: In [0, 1].
-
-    Returns:
-        Radians; NaN for an empty histogram.
 
     Raises:
         TypeError: If the share is not a number.

@@ -308,13 +308,10 @@ class AngularMonitor:
         return self.history[-1]
 
     def figures(self, snapshot: Snapshot | None = None) -> dict[str, Figure]:
-        """Figures of a snapshot: "angles", and "gradient_norms" if there are gradients.
+        """Figures of a snapshot: "angles" if there are rows, "gradient_norms" if gradients.
 
         Args:
             snapshot: The data; by default the current snapshot.
-
-        Returns:
-            A dict of matplotlib figures, empty without data.
 
         Raises:
             ImportError: If matplotlib is not installed.

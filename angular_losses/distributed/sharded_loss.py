@@ -111,15 +111,12 @@ class ShardedLoss(MarginLoss):
 
     @torch.no_grad()
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The logits of all classes, as of the unsharded loss, without a graph.
+        """The logits (N, C) of all classes, as of the unsharded loss, without a graph.
 
         Gathers the logits of the rows of all ranks; :meth:`topk` gathers only the largest.
 
         Args:
             embeddings: (N, d), of this rank.
-
-        Returns:
-            (N, C), float32 at least.
         """
         here = self._logits_here(embeddings)
         own = self.shard.joined(here.T).T[self.shard.block(len(here))]
@@ -127,15 +124,13 @@ class ShardedLoss(MarginLoss):
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The largest logits and their classes, such as for the accuracy during training.
+        """The largest logits (N, k), in descending order, and their classes (N, k), int64.
+
+        They have no graph; such as for the accuracy during training.
 
         Args:
             embeddings: (N, d), of this rank.
             k: How many, at most C.
-
-        Returns:
-            The k largest logits (N, k) in descending order, without a graph, and their classes
-            (N, k), int64.
 
         Raises:
             TypeError: If k is not an int.

@@ -38,7 +38,8 @@ def shard(
 ) -> _Loss:
     """Shard the class centres of a loss over the processes of a device mesh, in place.
 
-    Call it on every rank before constructing the optimiser. Rank r keeps the rows of
+    The loss becomes a :class:`ShardedLoss`, and is returned. Call this on every rank before
+    constructing the optimiser. Rank r keeps the rows of
     ``loss.weight`` of the ceil(C / R) classes from r * ceil(C / R) on; the last ranks may have
     fewer, or none.
 
@@ -57,9 +58,6 @@ def shard(
             numbers in each step, which synchronises with a GPU once. With it batches are padded to
             that number without synchronisation, and if a rank on a GPU rejects its batch, the
             others raise an error only at the timeout of the process group.
-
-    Returns:
-        The loss, now also a :class:`ShardedLoss`.
 
     Raises:
         TypeError: If the loss is not of this package, or already sharded.
@@ -120,13 +118,10 @@ def shard(
 
 
 def unshard(loss: MarginLoss) -> MarginLoss:
-    """The unsharded loss with the centres of all ranks, on each rank; the shards are unchanged.
+    """A new loss of the original class with the centres of all ranks; the shards are unchanged.
 
     Args:
         loss: A :class:`ShardedLoss`. Every rank has to call this.
-
-    Returns:
-        A new loss of the original class.
 
     Raises:
         TypeError: If the loss is not sharded.

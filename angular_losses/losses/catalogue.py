@@ -23,10 +23,7 @@ _MODULES = (
 
 
 def available() -> dict[str, str]:
-    """The losses of this package, by name, with a line about each.
-
-    Returns:
-        Class names and first lines of their documentation, in alphabetical order.
+    """The losses of this package, by name in alphabetical order, with a line about each.
 
     Example:
         >>> from angular_losses import available
