@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -102,15 +102,13 @@ class ClassificationLoss(
         self.init_margin()
         self.add_to_recordable_attributes(list_of_names=["num_classes", *settings], is_stat=False)
         self.add_to_recordable_attributes(name="avg_angle", is_stat=True)
-        centres = torch.empty(self.embedding_size, self.num_classes * self.sub_centers)
-        self.W = nn.Parameter(centres)
+        self.W = nn.Parameter(torch.empty(self.embedding_size, self.num_classes * self.sub_centers))
         self.weight_init_func(self.W)
         watch(self)
 
     def get_default_distance(self) -> nn.Module:
         """CosineSimilarity."""
-        distance: nn.Module = CosineSimilarity()
-        return distance
+        return cast(nn.Module, CosineSimilarity())
 
     def check_distance(self) -> None:
         """Raise AssertionError, like PML, unless the distance is the cosine."""

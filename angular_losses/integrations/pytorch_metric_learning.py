@@ -22,7 +22,7 @@ only the outliers; second derivatives need ``mode="dense"``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -273,8 +273,7 @@ class LargeMarginSoftmaxLoss(ClassificationLoss):
 
     def row_scale(self, embeddings: Tensor) -> Tensor:
         """The scale times the lengths of the embeddings, (N,)."""
-        scaled: Tensor = self.scale * lengths(embeddings)
-        return scaled
+        return lengths(embeddings) * self.scale
 
 
 class SphereFaceLoss(LargeMarginSoftmaxLoss):
@@ -331,8 +330,7 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
 
     def get_default_distance(self) -> nn.Module:
         """DotProductSimilarity, of normalised embeddings."""
-        distance: nn.Module = DotProductSimilarity()
-        return distance
+        return cast(nn.Module, DotProductSimilarity())
 
     def check_distance(self) -> None:
         """Any distance is allowed."""
