@@ -109,7 +109,6 @@ def plot_margin(margin: MarginFunction, target: Tensor | None = None) -> Figure:
             axes.patch.set_visible(False)
     upper.set(ylabel="target logit before scaling", title="Margin function")
     upper.legend(frameon=False)
-    upper.tick_params(labelbottom=False)
     lower.set_ylabel("negative slope")
     _angle_axis(lower, "target angle θ", radians_on=upper)
     return figure
@@ -217,7 +216,6 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     upper.set(ylabel="median angle (degrees)", ylim=(0, None), title="Angles over the training")
     upper.secondary_yaxis("right", functions=RADIANS).set_ylabel("radians")
     upper.legend(frameon=False, ncols=3)
-    upper.tick_params(labelbottom=False)
     for name, label, colour in (
         ("violation_rate", "with the margin", BLUE),
         ("error_rate", "without", GREEN),
