@@ -137,11 +137,15 @@ def _reshape(
     module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, int], Tensor]
 ) -> None:
     """Reshape the weights and optimiser states of unsharded losses with sub-centres in a state."""
+    # The names of a state leave out those of wrappers, such as DistributedDataParallel.
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
     of_optimizer = state.get("optimizer", {}).get("state", {})
     for name, loss in module.named_modules():
         if not isinstance(loss, MarginLoss) or isinstance(loss, ShardedLoss):
             continue
-        key, each = f"{name}.weight" if name else "weight", loss.sub_centers
+        each = loss.sub_centers
+        (key,) = _get_fqns(module, f"{name}.weight" if name else "weight")
         if each == 1 or key not in state["module"]:
             continue
         state["module"][key] = change(state["module"][key], each)

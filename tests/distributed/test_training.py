@@ -28,6 +28,10 @@ def test_clipped_with_sampled_classes(processes, tmp_path):
     assert max(processes.run(trainings.norm_of_sampled, 3)) <= 1e-10
 
 
+def test_sub_centres_saved_in_a_wrapper(processes, tmp_path):
+    assert all(processes.run(trainings.sub_centres_saved_in_a_wrapper, 2, str(tmp_path)))
+
+
 def test_overflow_on_one_rank(processes):
     assert processes.run(trainings.overflow_on_one_rank, 2) == [(True, 1.0)] * 2
 

@@ -382,6 +382,18 @@ def refused_optimizers(mesh):
     return told(unprepared.step), told(lambda: shard_optimizer(rprop, loss))
 
 
+def sub_centres_saved_in_a_wrapper(mesh, folder):
+    """A whole loss in a wrapper, loaded into a sharded one without it."""
+    whole, part = (
+        torch.nn.ModuleList([network(), al.SubCenterArcFaceLoss(CLASSES, SIZE)]) for _ in range(2)
+    )
+    wrapped = DistributedDataParallel(whole)
+    save(folder, wrapped, torch.optim.SGD(wrapped.parameters()))
+    shard(part[1], mesh)
+    load(folder, part, torch.optim.SGD(part.parameters()))
+    return torch.equal(unshard(part[1]).weight, whole[1].weight)
+
+
 def steps_around_sampled_rows(mesh, folder):
     """A closure, a scheduler on either side, and an interrupt inside of a step."""
     loss = shard(built_loss(), mesh, sample_rate=0.3)
