@@ -173,14 +173,23 @@ def keep_rows(path: Path, count: int) -> None:
     write_text(path, "".join(lines[:count]))
 
 
-def write_sums(folder: Path, names: Sequence[str]) -> None:
-    """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again."""
-    _write_sums(folder, {name: _sum(folder / name) for name in names})
+def checksum(path: Path, algorithm: str = "sha256") -> str:
+    """Return a file's sum, in hexadecimal digits."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 18):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def add_sums(folder: Path, names: Sequence[str]) -> None:
-    """Write down those of further files, beside the ones that `write_sums` wrote."""
-    _write_sums(folder, _read_sums(folder / SUMS) | {name: _sum(folder / name) for name in names})
+def write_sums(folder: Path, names: Sequence[str], add: bool = False) -> None:
+    """Write down the SHA-256 of a folder's files, by which `check_sum` knows them again.
+
+    Those of other files are forgotten, unless the new ones `add` to them.
+    """
+    sums = _read_sums(folder / SUMS) if add else {}
+    sums |= {name: checksum(folder / name) for name in names}
+    write_text(folder / SUMS, "".join(f"{own}  {name}\n" for name, own in sums.items()))
 
 
 def check_sum(path: Path) -> None:
@@ -188,24 +197,16 @@ def check_sum(path: Path) -> None:
     sums = path.with_name(SUMS)
     try:
         expected = _read_sums(sums).get(path.name)
-        if expected and _sum(path) != expected:
+        if expected and checksum(path) != expected:
             raise UserError(f"{path}: is damaged: it differs from its sum in {SUMS}")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable, or {sums} is not: {error}") from None
-
-
-def _sum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_sums(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}  # of a version that kept none
     return dict(line.split("  ")[::-1] for line in path.read_text("ascii").splitlines())
-
-
-def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    write_text(folder / SUMS, "".join(f"{own}  {name}\n" for name, own in sums.items()))
 
 
 @contextmanager

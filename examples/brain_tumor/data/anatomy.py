@@ -40,7 +40,6 @@ ELLIPSOIDS = (
     (0.70, SELLA, (6, 5, 4)),  # healthy pituitary gland
 )
 
-
 # plane: what points to the right and upwards on its pictures, what lies across, and its middle
 PLANES = {
     "sagittal": ((0, -1, 0), (0, 0, 1), (1, 0, 0), (0, -18, -2)),  # the face to the left
@@ -236,11 +235,8 @@ def _paint(outside: np.ndarray, head: np.ndarray, grid: Grid, texture: np.ndarra
 
 
 def _ellipsoid(grid: Grid, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
-    x, y, z = (
-        ((axis - middle) / radius) ** 2
-        for axis, middle, radius in zip(grid, centre, radii, strict=True)
-    )
-    return x + y + z < 1
+    parts = zip(grid, centre, radii, strict=True)
+    return sum(((axis - middle) / radius) ** 2 for axis, middle, radius in parts) < 1
 
 
 def _depth(region: np.ndarray) -> np.ndarray:

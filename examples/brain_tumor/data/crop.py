@@ -12,7 +12,6 @@ SPARE = 0.04  # of the head's larger side is added to it
 LEAST = 64  # pixels; a smaller head is no head
 BRIGHT = 0.995  # the share of pixels that are darker than the "brightest": marks may be brighter
 
-
 Box = tuple[slice, slice]  # rows and columns of a part of an image: image[box] is the part
 WHOLE: Box = np.s_[:, :]
 

@@ -14,12 +14,6 @@ from .hdf5 import LARGEST_SIDE
 
 # Those without compression: what unpacks could take any time and memory.
 TRANSFER_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-PREAMBLE, MARK = 128, b"DICM"
-
-
-def is_dicom(content: bytes) -> bool:
-    """Return whether a file's bytes begin as DICOM files do."""
-    return content[PREAMBLE : PREAMBLE + len(MARK)] == MARK
 
 
 def read_dicom(path: str) -> dict[str, np.ndarray]:

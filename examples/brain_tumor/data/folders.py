@@ -135,23 +135,14 @@ def shortened(lines: Sequence[str]) -> list[str]:
 def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
     """Return the pictures that have a class, and the classes."""
     paths = [path for path in paths if path.suffix.lower() in PICTURES and path.parent != folder]
-    on_sides = [
-        path
-        for path in paths
-        if not SIDES.isdisjoint(map(str.lower, path.relative_to(folder).parts[:-1]))
-    ]
+    above = {path: {one.lower() for one in path.relative_to(folder).parts[:-1]} for path in paths}
+    on_sides = [path for path in paths if above[path] & SIDES]
     class_of = _classes(on_sides) or _classes(paths)
-    known = {name: label for label, name in enumerate(CLASS_NAMES)}
-    # As the archive has them; others come after them.
-    classes = sorted(set(class_of.values()), key=lambda name: (known.get(name, 3), name))
+    found = set(class_of.values())
+    classes = [*filter(found.__contains__, CLASS_NAMES), *sorted(found.difference(CLASS_NAMES))]
     sources = [
-        Source(
-            path,
-            number,
-            _as_text(path.relative_to(folder).as_posix()),
-            classes.index(class_of[path]),
-        )
-        for number, path in enumerate(class_of, start=1)
+        Source(path, number, _as_text(path.relative_to(folder).as_posix()), classes.index(name))
+        for number, (path, name) in enumerate(class_of.items(), start=1)
     ]
     return sources, tuple(classes)
 
@@ -161,10 +152,9 @@ def _classes(paths: Sequence[Path]) -> dict[Path, str]:
     above = os.path.commonpath([path.parent for path in paths]) if paths else ""
     class_of = {}
     for path in paths:
-        names = path.relative_to(above).parts[:-1]
-        names = [name.lower() for name in names if name.lower() not in SIDES]
-        if names:
-            class_of[path] = no_formula(_as_text(names[0]))
+        names = map(str.lower, path.relative_to(above).parts[:-1])
+        if own := [name for name in names if name not in SIDES]:
+            class_of[path] = no_formula(_as_text(own[0]))
     return class_of
 
 
@@ -175,10 +165,8 @@ def _as_text(name: str) -> str:
 
 def _hint(files: Iterable[Path]) -> str:
     """Return how to go on with what is not unpacked yet."""
-    archives = [path for path in files if path.suffix.lower() == ".zip"]
-    if not archives:
-        return ""
-    return (
-        f"; unpack {archives[0].name} first, for instance with: "
-        f"python -m zipfile -e '{archives[0]}' '{archives[0].with_suffix('')}'"
-    )
+    for path in files:
+        if path.suffix.lower() == ".zip":
+            unzip = f"python -m zipfile -e '{path}' '{path.with_suffix('')}'"
+            return f"; unpack {path.name} first, for instance with: {unzip}"
+    return ""

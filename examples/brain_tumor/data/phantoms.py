@@ -51,9 +51,7 @@ class Tumour:
     inside_dura: bool = True  # whether the dura bounds it
 
 
-def _clipped_normal(
-    generator: Generator, mean: float, spread: float, low: float, high: float
-) -> float:
+def _normal(generator: Generator, mean: float, spread: float, low: float, high: float) -> float:
     return float(np.clip(generator.normal(mean, spread), low, high))
 
 
@@ -63,7 +61,7 @@ def _stretch(generator: Generator, spread: float) -> torch.Tensor:
 
 def _meningioma(anatomy: Anatomy, generator: Generator) -> Tumour:
     """On the dura, round, evenly bright."""
-    radius = _clipped_normal(generator, 17, 5, 9, 30)
+    radius = _normal(generator, 17, 5, 9, 30)
     if generator.random() < 0.25:
         place = anatomy.head.find("falx", generator)
         inward = np.array([generator.choice([-1.0, 1.0]), 0, 0])
@@ -76,7 +74,7 @@ def _meningioma(anatomy: Anatomy, generator: Generator) -> Tumour:
         radius=radius,
         stretch=_stretch(generator, 0.12),
         roughness=generator.uniform(0.02, 0.07),
-        intensity=_clipped_normal(generator, 0.64, 0.06, 0.52, 0.78),
+        intensity=_normal(generator, 0.64, 0.06, 0.52, 0.78),
         texture=0.03,
         rim=generator.choice([math.inf, 0.6 * radius], p=[0.96, 0.04]),
         oedema=generator.choice([0.0, 0.6 * radius], p=[0.6, 0.4]),
@@ -91,10 +89,10 @@ def _glioma(anatomy: Anatomy, generator: Generator) -> Tumour:
     place = anatomy.head.find("white matter", generator)
     return Tumour(
         centre=anatomy.from_template(place),
-        radius=_clipped_normal(generator, 21, 5.5, 11, 34),
+        radius=_normal(generator, 21, 5.5, 11, 34),
         stretch=_stretch(generator, 0.22),
         roughness=generator.uniform(0.10, 0.22),
-        intensity=_clipped_normal(generator, 0.64, 0.08, 0.5, 0.82) if enhancing else 0.18,
+        intensity=_normal(generator, 0.64, 0.08, 0.5, 0.82) if enhancing else 0.18,
         texture=0.07 if enhancing else 0.03,
         rim=generator.uniform(3, 7) if kind == "ring" else math.inf,
         core=generator.uniform(0.14, 0.24),
@@ -104,13 +102,13 @@ def _glioma(anatomy: Anatomy, generator: Generator) -> Tumour:
 
 def _pituitary_tumour(anatomy: Anatomy, generator: Generator) -> Tumour:
     """Small, in the midline, growing upwards out of the sella."""
-    radius = _clipped_normal(generator, 10.5, 3, 6.5, 19)
+    radius = _normal(generator, 10.5, 3, 6.5, 19)
     return Tumour(
         centre=anatomy.from_template(SELLA + generator.normal((0, 0, 0.5 * radius), (2, 2, 1.5))),
         radius=radius,
         stretch=_stretch(generator, 0.12),
         roughness=generator.uniform(0.03, 0.09),
-        intensity=_clipped_normal(generator, 0.60, 0.06, 0.48, 0.75),
+        intensity=_normal(generator, 0.60, 0.06, 0.48, 0.75),
         texture=0.04,
         rim=generator.choice([math.inf, 0.45 * radius], p=[0.82, 0.18]),
         inside_dura=False,
@@ -209,29 +207,25 @@ def make_phantoms(
     ):
         if not least <= value <= most:
             raise UserError(f"{name}: must be from {least} to {most}, not {value}")
+    planes = ["slice,plane"]
     with locked(folder):
         _prepare(folder)
-        _make(folder, count, seed, size, progress)
+        head = Head()
+        with tqdm(total=count, desc="phantoms", unit="slice", disable=not progress) as bar:
+            for index, (label, slices) in enumerate(_deal(count, default_rng(seed))):
+                patient = Patient(head, label, default_rng((seed, index)))
+                for turn in range(slices):
+                    picture, border = patient.slice(turn, size)
+                    path = folder / f"{len(planes)}.mat"
+                    _write(path, label, str(100_000 + index), picture, border)
+                    planes.append(f"{len(planes)},{patient.plane(turn)}")
+                    bar.update()
+        write_text(folder / PLANES_NAME, "\n".join(planes) + "\n")
 
 
 def is_whole(folder: Path, count: int) -> bool:
     """Return whether a folder holds so many phantoms, all that were to be made."""
     return len(list(folder.glob("*.mat"))) == count_listed(folder) == count
-
-
-def _make(folder: Path, count: int, seed: int, size: int, progress: bool) -> None:
-    head, number = Head(), 0
-    planes = ["slice,plane"]
-    with tqdm(total=count, desc="phantoms", unit="slice", disable=not progress) as bar:
-        for index, (label, slices) in enumerate(_deal(count, default_rng(seed))):
-            patient = Patient(head, label, default_rng((seed, index)))
-            for turn in range(slices):
-                number += 1
-                picture, border = patient.slice(turn, size)
-                _write(folder / f"{number}.mat", label, str(100_000 + index), picture, border)
-                planes.append(f"{number},{patient.plane(turn)}")
-                bar.update()
-    write_text(folder / PLANES_NAME, "\n".join(planes) + "\n")
 
 
 def _prepare(folder: Path) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
-from .dicom import is_dicom
 from .matlab import LARGEST_SIDE, check_file, check_image
 from .reader import READER
 
@@ -39,7 +38,7 @@ def read_picture(path: Path) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:  # no permission, a disk at fault
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if is_dicom(content):
+    if content[128:132] == b"DICM":
         return check_image(path, READER.read(path, "dicom")["image"])
     try:
         with warnings.catch_warnings():

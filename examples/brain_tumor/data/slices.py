@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +31,9 @@ from .matlab import CLASS_NAMES, no_formula, read_folds, read_slice
 from .pictures import read_picture
 
 PLANES = ("axial", "sagittal", "coronal")
-# One clear slice of the archive for each cell of figure 1, chosen by eye.
-SAMPLE_NUMBERS = {
-    ("meningioma", "axial"): 10,
-    ("meningioma", "sagittal"): 515,
-    ("meningioma", "coronal"): 300,
-    ("glioma", "axial"): 2344,
-    ("glioma", "sagittal"): 2850,
-    ("glioma", "coronal"): 2441,
-    ("pituitary", "axial"): 935,
-    ("pituitary", "sagittal"): 1832,
-    ("pituitary", "coronal"): 1092,
-}
+# One clear slice of the archive for each class and plane of figure 1, chosen by eye.
+SAMPLES = (10, 515, 300), (2344, 2850, 2441), (935, 1832, 1092)
+SAMPLE_NUMBERS = dict(zip(product(CLASS_NAMES, PLANES), chain(*SAMPLES), strict=True))
 CACHE_FORMAT = 2  # to be raised whenever decoding changes
 KEPT = ("images", "labels", "patients", "numbers", "faults", "digest")
 

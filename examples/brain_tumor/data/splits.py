@@ -97,18 +97,14 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
     counts = [round(TEST_FRACTION * size) for size in sizes]
     if tuple(sizes) == ARCHIVE_COUNTS:
         counts = PAPER_TEST_COUNTS
-    drawn = _draw("paper", slices, torch.arange(len(slices.labels)), counts, seed)
-    test = ~drawn if swap else drawn
-    shared = (
-        f"{len(_patients_on_both_sides(slices, test))} of {len(set(slices.patients))} "
-        "patient ids have slices on both sides"
-        if slices.patients_known
-        else "no patient ids are known, and patients may well have slices on both sides"
-    )
+    side = torch.arange(len(slices.labels))
+    drawn = _draw("paper", slices, side, counts, seed)
+    shared = "no patient ids are known, and patients may well have slices on both sides"
+    if slices.patients_known:
+        both = len(_patients_on_both_sides(slices, drawn))
+        shared = f"{both} of {len(set(slices.patients))} patient ids have slices on both sides"
     return _split(
-        "paper-swapped" if swap else "paper",
-        test,
-        f"By slice, as in the paper, from seed {seed}: {shared}.",
+        "paper", side, drawn, f"By slice, as in the paper, from seed {seed}: {shared}.", swap
     )
 
 
@@ -124,13 +120,11 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
     sizes = slices.labels[side].bincount(minlength=len(slices.classes)).tolist()
     counts = [round(VALIDATION_FRACTION * size) for size in sizes]
     drawn = _draw("validation", slices, side, counts, seed)
-    return _split(
-        "validation",
-        drawn,
+    description = (
         f"To choose settings by: a tenth of the training slices of the paper's split from seed "
-        f"{seed}, whose own test slices are left out.",
-        side,
+        f"{seed}, whose own test slices are left out."
     )
+    return _split("validation", side, drawn, description)
 
 
 def _draw(name: str, slices: SliceSet, side: Tensor, counts: Sequence[int], seed: int) -> Tensor:
@@ -156,9 +150,10 @@ def _slices_of(slices: SliceSet, label: int) -> str:
     return f"{title} (such as {slices.patients[slices.labels.tolist().index(label)]})"
 
 
-def _split(name: str, test: Tensor, description: str, side: Tensor | None = None) -> Split:
-    """Return the split that a mask (n,) makes of a side (n,), or of all slices."""
-    side = torch.arange(len(test)) if side is None else side
+def _split(name: str, side: Tensor, test: Tensor, description: str, swap: bool = False) -> Split:
+    """Return the split that a mask (n,) of test slices makes of a side (n,), or its opposite."""
+    if swap:
+        name, test = f"{name}-swapped", ~test
     return Split(side[~test], side[test], name, description)
 
 
@@ -177,10 +172,9 @@ def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) ->
             "split patient: pictures have no patient ids, so only a split by slice is possible: "
             "--split paper. Slices of one patient may then be on both sides"
         )
-    if slices.folds is None:
+    folds, origin = slices.folds, "of cvind.mat"
+    if folds is None:
         folds, origin = deal_patients(slices, seed), f"dealt by PID from seed {seed}"
-    else:
-        folds, origin = slices.folds, "of cvind.mat"
     test = folds == fold
     if not test.any():
         raise UserError(f"split patient: fold {fold} has no slices")
@@ -190,13 +184,11 @@ def patient_split(slices: SliceSet, fold: int, seed: int, swap: bool = False) ->
     shared = _patients_on_both_sides(slices, test)
     if len(shared):
         raise UserError(f"split patient: patient {shared[0]} is in fold {fold} and in another")
-    test = ~test if swap else test
-    return _split(
-        "patient-swapped" if swap else "patient",
-        test,
+    description = (
         f"By patient: {'trained' if swap else 'tested'} on fold {fold} of {FOLDS}, {origin}; "
-        "no patient id has slices on both sides.",
+        "no patient id has slices on both sides."
     )
+    return _split("patient", torch.arange(len(test)), test, description, swap)
 
 
 def deal_patients(slices: SliceSet, seed: int) -> Tensor:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..data.folders import MARKER_NAME
 from ..errors import UserError
-from ..files import explained, locked, write_text
+from ..files import checksum, explained, locked, write_text
 from ..network.mobilenet import MobileNetV1, load_imagenet_weights
 from .archives import unpack
 from .commits import sum_in_commit
-from .transfer import LONGEST_HEAD, check_safe, checksum, fetch
+from .transfer import LONGEST_HEAD, check_safe, fetch
 
 # figshare.com/ndownloader, the same files under another name, answers programs with a riddle.
 FIGSHARE = "https://ndownloader.figshare.com/files"
@@ -93,7 +93,7 @@ def download_weights(path: Path, repository: str = WEIGHTS, commit: str = WEIGHT
             url = f"{repository}/resolve/{commit}/{WEIGHTS_NAME}"
             fetch(url, path, size, known)
         load_imagenet_weights(MobileNetV1(layout="timm"), path)
-        return checksum(path, "sha256")
+        return checksum(path)
 
 
 def _record(folder: Path, file: FigshareFile) -> Path:

@@ -3,7 +3,6 @@
 A file has its own name only then; until then it is called NAME.partial.
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from tqdm import tqdm
 
 from ..errors import UserError, one_line
-from ..files import PARTIAL
+from ..files import PARTIAL, checksum
 
 TIMEOUT = 30.0  # seconds without a byte after which a connection is given up
 LONGEST_HEAD = 4 * TIMEOUT  # seconds for an answer to begin, of which each byte may come late
@@ -83,8 +82,8 @@ def _receive(url: str, partial: Path, size: int, room: int) -> None:
 
 def _transfer(url: str, partial: Path, size: int, room: int) -> None:
     """Get the rest of a file over one connection."""
-    with _open(url, partial) as response:
-        offset = _offset(response, partial)
+    response, offset = _open(url, partial)
+    with response:
         if response.length not in (None, size - offset):
             total = offset + response.length
             raise UserError(f"{url}: {total} bytes are announced, expected {size}")
@@ -93,16 +92,11 @@ def _transfer(url: str, partial: Path, size: int, room: int) -> None:
             raise UserError(
                 f"{partial.parent}: {_in_words(needed)} are needed, {_in_words(free)} are free"
             )
+        name = partial.name.removesuffix(PARTIAL)
         with (
             partial.open("ab" if offset else "wb") as file,
-            tqdm(
-                desc=partial.name.removesuffix(PARTIAL),
-                total=size,
-                initial=offset,
-                unit="B",
-                unit_scale=True,
-                disable=None,  # unless on a terminal
-            ) as bar,
+            # disable=None: unless on a terminal
+            tqdm(None, name, size, initial=offset, unit="B", unit_scale=True, disable=None) as bar,
         ):
             for block in _blocks(response, size + 1 - offset):
                 file.write(block)
@@ -132,12 +126,13 @@ def _blocks(response: HTTPResponse, most: int) -> Iterator[bytes]:
             raise _BrokenError(f"the server sends less than {SLOWEST} bytes a second")
 
 
-def _open(url: str, partial: Path) -> HTTPResponse:
-    """Ask for the rest of a file and return the answer, which is all of it or a part."""
+def _open(url: str, partial: Path) -> tuple[HTTPResponse, int]:
+    """Ask for the rest of a file; return the answer and which byte of the file it starts with."""
+    offset = _size(partial)
     try:
         check_safe(url)
         request = Request(url, headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-        if offset := _size(partial):  # parts of two versions would not have the sum
+        if offset:  # parts of two versions would not have the sum
             request.add_header("Range", f"bytes={offset}-")
         opener = build_opener(_CarefulRedirects())
         response = _in_time(lambda: opener.open(request, timeout=TIMEOUT), LONGEST_HEAD)
@@ -145,10 +140,13 @@ def _open(url: str, partial: Path) -> HTTPResponse:
         response = error  # an answer too, but neither the file nor a redirect to it
     except NETWORK_ERRORS as error:
         raise _broken(error) from None
-    if response.status not in (200, 206):
-        response.close()
-        raise _refusal(url, response, partial)
-    return response
+    if response.status == 200:
+        return response, 0
+    part = response.headers.get("Content-Range", "")
+    if response.status == 206 and part.startswith(f"bytes {offset}-"):
+        return response, offset
+    response.close()
+    raise _refusal(url, response, partial)
 
 
 def _in_time(call: Callable[[], HTTPResponse], seconds: float) -> HTTPResponse:
@@ -175,22 +173,13 @@ def _refusal(url: str, response: HTTPResponse | HTTPError, partial: Path) -> Exc
     if 300 <= code < 400:
         target = response.headers.get("Location", "")[:200]
         return UserError(f"{url}: a redirect to {target!r} is not followed: https, 10 at most")
-    if code == 416:  # there is nothing behind what we have, so it is not a part of the file
+    if code in (206, 416):  # with 416 nothing is behind what we have: it is no part of the file
         partial.unlink(missing_ok=True)
+    if code == 206:
+        return _BrokenError("the server sent another part than it was asked for")
     if code in (408, 416, 429) or code >= 500:
         return _BrokenError(answer)
     return UserError(f"{url}: {answer}, expected the file")
-
-
-def _offset(response: HTTPResponse, partial: Path) -> int:
-    """Return which byte of the file an answer starts with: the first, or the one asked for."""
-    if response.status == 200:
-        return 0
-    offset = _size(partial)
-    if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-        partial.unlink(missing_ok=True)
-        raise _BrokenError("the server sent another part than it was asked for")
-    return offset
 
 
 class _CarefulRedirects(HTTPRedirectHandler):
@@ -209,9 +198,8 @@ class _CarefulRedirects(HTTPRedirectHandler):
         self, req: Request, fp: HTTPResponse, code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
         """Return the request to follow with, or None."""
-        if not is_safe(newurl):
-            return None
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        follow = super().redirect_request
+        return follow(req, fp, code, msg, headers, newurl) if is_safe(newurl) else None
 
 
 def check_safe(url: str) -> None:
@@ -223,15 +211,6 @@ def check_safe(url: str) -> None:
 def is_safe(url: str) -> bool:
     """Return whether a URL is of https."""
     return urlsplit(url).scheme == "https"
-
-
-def checksum(path: Path, algorithm: str) -> str:
-    """Return a file's sum, in hexadecimal digits."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _size(path: Path) -> int:

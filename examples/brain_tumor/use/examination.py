@@ -26,7 +26,7 @@ from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import fit_familiarity
 from ..evaluation.evaluate import EMBEDDING_BATCH, early_features
-from ..files import add_sums, as_csv, write_json, write_text
+from ..files import as_csv, write_json, write_sums, write_text
 from ..report.examination_tables import CROSS_FITTED, HELD_OUT
 from ..training.run_folder import METRICS, POINTING, STRANGE
 from .gradcam import measure_overlap
@@ -54,7 +54,7 @@ def examine(run: Path, slices: SliceSet, data: Path) -> None:
     pointing, strange = point(reference, data), judge_strange(reference)
     write_json(run / STRANGE, strange)
     write_text(run / POINTING, pointing)
-    add_sums(run, [STRANGE, POINTING])
+    write_sums(run, [STRANGE, POINTING], add=True)
 
 
 def judge_strange(reference: Reference) -> dict[str, object]:
