@@ -53,8 +53,7 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (n, 3, h, w) to (n, out_channels, ceil(h / 2), ceil(w / 2))."""
-        height, width = images.shape[2:]
-        top, left = first_centre(height, self.layout), first_centre(width, self.layout)
+        top, left = (first_centre(side, self.layout) for side in images.shape[2:])
         images = F.pad(images, (1 - left, 1, 1 - top, 1))
         return F.relu6(self.bn(self.conv(images)))
 
@@ -71,12 +70,11 @@ class DepthwiseConvolution(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (n, channels, h, w) to (n, channels, ceil(h / stride), ceil(w / stride))."""
-        height, width = features.shape[2:]
+        top, left = (first_centre(side, self.layout) for side in features.shape[2:])
         features = self.conv(features)
         if self.stride == 2:
             # All windows are computed and every other one kept, because differentiating a strided
             # bfloat16 convolution takes a CPU several times as long.
-            top, left = first_centre(height, self.layout), first_centre(width, self.layout)
             features = features[:, :, top::2, left::2]
             features = features.contiguous(memory_format=torch.channels_last)
         return F.relu6(self.bn(features))
@@ -146,9 +144,11 @@ class EmbeddingNetwork(nn.Module):
             nn.Linear(self.backbone.out_channels, size),
             nn.ReLU(),
             nn.Dropout(settings.dropout),
-            he_initialised(nn.Linear(size, size)),
+            nn.Linear(size, size),
             nn.BatchNorm1d(size),
         )
+        nn.init.kaiming_normal_(self.output[3].weight)  # as He et al. (2015) do
+        nn.init.zeros_(self.output[3].bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map grey images (n, 1, h, w) in [0, 1] to embeddings (n, embedding_size)."""
@@ -162,13 +162,6 @@ class EmbeddingNetwork(nn.Module):
         if self.input_range == "imagenet":
             images = images * 2 - 1
         return self.backbone(images.expand(-1, 3, -1, -1), blocks).mean((2, 3))
-
-
-def he_initialised(layer: nn.Linear) -> nn.Linear:
-    """Draw the weights of a layer as He et al. (2015) do, with a bias of zero."""
-    nn.init.kaiming_normal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
@@ -197,7 +190,7 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
         source = timm_name(name) if layout == "timm" else name
         if source not in weights:
             raise UserError(f"{path}: no tensor named {source}; not MobileNet v1's weights")
-        found = weights[source]
+        state[name] = found = weights[source]
         if found.shape != own.shape:
             raise UserError(
                 f"{path}: {source} has shape {list(found.shape)}, expected {list(own.shape)}"
@@ -206,7 +199,6 @@ def load_imagenet_weights(network: MobileNetV1, path: Path) -> None:
             raise UserError(
                 f"{path}: {source} holds values that are not finite floating-point numbers"
             )
-        state[name] = found
     network.load_state_dict(state)
 
 

@@ -37,10 +37,8 @@ class TrainingState:
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the next step."""
-        for group, share in zip(
-            self.optimiser.param_groups, (self.backbone_rate, 1.0), strict=True
-        ):
-            group["lr"] = share * rate
+        backbone, others = self.optimiser.param_groups
+        backbone["lr"], others["lr"] = self.backbone_rate * rate, rate
 
     @property
     def device(self) -> torch.device:

@@ -28,13 +28,7 @@ from torch import Tensor, nn
 from ..data.slices import SliceSet
 from ..errors import UserError
 from ..evaluation.calibration import BLOCKS, FLOOR
-from ..evaluation.evaluate import (
-    EMBEDDING_BATCH,
-    class_scores,
-    early_features,
-    embed,
-    normalised,
-)
+from ..evaluation.evaluate import EMBEDDING_BATCH, class_scores, early_features, embed, normalised
 from ..files import locked, read_json, replacing
 from ..training.run_folder import SETTINGS, SPLIT
 from .prediction import NOTICE, Reference, check_finite, read_reference
@@ -98,18 +92,31 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     L2-normalised, `probabilities` (n, C) of the classes, calibrated if the run is, and `distance`
     (n,), above 1 for what is unknown. On the held-out slices they are compared with the network
     before anything is written; model.json describes them and holds their SHA-256, and is returned.
-    None of the three takes its place before all are stored, and model.json is the last.
+    None of the three takes its place before all are stored, and model.json is the last: only a loss
+    of power, or a folder of such a name, can leave a new file beside an old one, and the SHA-256
+    then tell.
 
     Raises:
         UserError: The run is at fault, a package is missing, or an exported file answers otherwise
             than the network.
     """
-    _require_packages()
+    for name in ONNX_PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            needed = " ".join(ONNX_PACKAGES)
+            raise UserError(
+                f"{name}: cannot be imported, but export needs it: pip install {needed}"
+            ) from error
     reference = read_reference(run, slices)
     images, truth = slices.images[reference.test], slices.labels[reference.test]
     of_run = reference.answers(reference.embed(images))
     description = _describe(run, reference)
-    reference = _in_float32(run, reference)
+    # As the exported model embeds the training slices.
+    train = slices.images[reference.train]
+    embeddings = embed(reference.network, train, views=reference.views, device=CPU)
+    check_finite(run, embeddings)
+    reference = dataclasses.replace(reference, precision=torch.float32, embeddings=embeddings)
     expected = _expected(reference, images)
     of_model = reference.answers(expected["embedding"])
     description["held_out"] = {
@@ -135,9 +142,13 @@ def export(run: Path, slices: SliceSet, out: Path) -> dict[str, Any]:
     description["sha256"] = {
         name: hashlib.sha256(content).hexdigest() for name, content in files.items()
     }
-    text = json.dumps(description, indent=2) + "\n"
-    with locked(out):
-        _write_all(out, {**files, DESCRIPTION: text.encode()})
+    files[DESCRIPTION] = (json.dumps(description, indent=2) + "\n").encode()
+    with locked(out), ExitStack() as stack:
+        for name, content in reversed(files.items()):  # a stack: the first in is the last renamed
+            with stack.enter_context(replacing(out / name)).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
     return description
 
 
@@ -154,19 +165,18 @@ def describe_export(description: dict[str, Any]) -> str:
     )
 
 
-def _require_packages() -> None:
-    for name in ONNX_PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            needed = " ".join(ONNX_PACKAGES)
-            raise UserError(
-                f"{name}: cannot be imported, but export needs it: pip install {needed}"
-            ) from error
-
-
 def _describe(run: Path, reference: Reference) -> dict[str, Any]:
-    size = reference.slices.images.shape[-1]
+    size, exponent = reference.slices.images.shape[-1], reference.calibration.exponent
+    if exponent is None:
+        probabilities = (
+            f"softmax of {reference.scale:g} times the cosine to each class's nearest training "
+            "slice, not calibrated"
+        )
+    else:
+        probabilities = (
+            f"proportional to (1 - cosine + {FLOOR:g}) ** -{exponent:.4g}, of the "
+            "cosine to each class's nearest training slice: calibrated on held-out slices"
+        )
     return {
         "notice": NOTICE,
         "synthetic": reference.slices.synthetic,
@@ -175,10 +185,7 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
         "settings_sha256": hashlib.sha256((run / SETTINGS).read_bytes()).hexdigest(),
         "split_sha256": read_json(run / SPLIT)["sha256"],
         "training_slices": len(reference.labels),
-        "precision": {
-            "model": "float32",
-            "run": str(reference.precision).removeprefix("torch."),
-        },
+        "precision": {"model": "float32", "run": str(reference.precision).removeprefix("torch.")},
         "input": {
             "name": INPUT,
             "shape": ["n", 1, size, size],
@@ -187,46 +194,27 @@ def _describe(run: Path, reference: Reference) -> dict[str, Any]:
             "preparation": f"{CROPS[reference.crop]}a grey slice is resized bilinearly with "
             "antialiasing, then scaled so that its own least intensity is 0 and its largest 1",
         },
-        "outputs": _describe_outputs(reference),
+        "outputs": {
+            "embedding": {
+                "shape": ["n", reference.embeddings.shape[1]],
+                "meaning": "L2-normalised",
+            },
+            "probabilities": {
+                "shape": ["n", len(reference.slices.classes)],
+                "classes": reference.slices.classes,
+                "meaning": probabilities,
+            },
+            "distance": {
+                "shape": ["n"],
+                "meaning": "squared Mahalanobis distance of early features from the training "
+                "slices, over its limit: above 1 a picture is unlike them, and its class means "
+                "nothing",
+            },
+        },
         "versions": {
             name: importlib.import_module(name).__version__ for name in ("torch", *ONNX_PACKAGES)
         },
     }
-
-
-def _describe_outputs(reference: Reference) -> dict[str, dict[str, Any]]:
-    exponent = reference.calibration.exponent
-    if exponent is None:
-        meaning = (
-            f"softmax of {reference.scale:g} times the cosine to each class's nearest training "
-            "slice, not calibrated"
-        )
-    else:
-        meaning = (
-            f"proportional to (1 - cosine + {FLOOR:g}) ** -{exponent:.4g}, of the "
-            "cosine to each class's nearest training slice: calibrated on held-out slices"
-        )
-    return {
-        "embedding": {"shape": ["n", reference.embeddings.shape[1]], "meaning": "L2-normalised"},
-        "probabilities": {
-            "shape": ["n", len(reference.slices.classes)],
-            "classes": reference.slices.classes,
-            "meaning": meaning,
-        },
-        "distance": {
-            "shape": ["n"],
-            "meaning": "squared Mahalanobis distance of early features from the training slices, "
-            "over its limit: above 1 a picture is unlike them, and its class means nothing",
-        },
-    }
-
-
-def _in_float32(run: Path, reference: Reference) -> Reference:
-    """Return the reference with the training slices embedded as the exported model embeds."""
-    train = reference.slices.images[reference.train]
-    embeddings = embed(reference.network, train, views=reference.views, device=CPU)
-    check_finite(run, embeddings)
-    return dataclasses.replace(reference, precision=torch.float32, embeddings=embeddings)
 
 
 def _expected(reference: Reference, images: Tensor) -> dict[str, Tensor]:
@@ -238,11 +226,8 @@ def _expected(reference: Reference, images: Tensor) -> dict[str, Tensor]:
     shares = torch.from_numpy(reference.shares(scores))
     features = early_features(network, images).numpy()
     distances = calibration.familiarity.distances(features) / calibration.limit
-    return {
-        "embedding": embeddings,
-        "probabilities": shares,
-        "distance": torch.from_numpy(distances),
-    }
+    distances = torch.from_numpy(distances)
+    return {"embedding": embeddings, "probabilities": shares, "distance": distances}
 
 
 @contextmanager
@@ -329,20 +314,3 @@ def _largest_difference(
                 f"expected at most {most:g}; nothing was written"
             )
     return largest
-
-
-def _write_all(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files so that none takes its place before all are stored, the last one last.
-
-    The renames follow each other, so that only a loss of power, or a folder of such a name, can
-    leave a new file beside an old one; the SHA-256 in the last then tells.
-
-    Raises:
-        UserError: The system refused to write a file.
-    """
-    with ExitStack() as stack:
-        for name, content in reversed(files.items()):  # a stack: the first in is the last renamed
-            with stack.enter_context(replacing(folder / name)).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
