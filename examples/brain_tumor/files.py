@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -117,6 +118,29 @@ def write_array(path: Path, values: np.ndarray) -> None:
     """Write a .npy file, all of it or nothing."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, values, allow_pickle=False)
+
+
+def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """Return what `write_cache` kept under a key, or None if it is absent, stale or damaged."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            cached = dict(file)
+            return cached if str(cached.pop("key")) == key else None
+    except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
+        return None
+
+
+def write_cache(path: Path, key: str, arrays: Mapping[str, np.ndarray], otherwise: str) -> None:
+    """Keep arrays; a full or read-only disk is only mentioned, for a cache saves time alone."""
+    try:
+        with (
+            locked(path.parent, f".{path.name}.lock"),
+            replacing(path) as temporary,
+            temporary.open("wb") as file,
+        ):
+            np.savez(file, key=np.array(key), **arrays)
+    except UserError as error:
+        print(f"{error}; {otherwise}", file=sys.stderr)
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:

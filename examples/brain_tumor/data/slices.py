@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import locked, replacing
+from ..files import read_cache, write_cache
 from .crop import find_box
 from .folders import (
     MARKER_NAME,
@@ -80,10 +79,10 @@ def load_slices(
         check_complete(folder, len(found.sources))
     cache = (cache_folder or default_cache_folder(folder)) / f"slices-{image_size}-{crop}.npz"
     key = cache_key(found.sources, image_size, crop)
-    decoded = read_cache(cache, key, image_size, len(found.classes))
-    if decoded is None:
+    decoded = read_cache(cache, key)
+    if decoded is None or not _is_sound(decoded, image_size, len(found.classes)):
         decoded = decode_slices(folder, found.sources, image_size, crop, progress)
-        write_cache(cache, key, decoded)
+        write_cache(cache, key, decoded, "the slices will be decoded again")
     classes, labels, emptied = found.classes, decoded["labels"], []
     are_pictures = found.sources[0].label is not None
     if are_pictures:
@@ -184,31 +183,13 @@ def cache_key(sources: Sequence[Source], image_size: int, crop: str) -> str:
     return hashlib.sha256(repr((CACHE_FORMAT, image_size, crop, stats)).encode()).hexdigest()
 
 
-def read_cache(path: Path, key: str, side: int, classes: int) -> dict[str, np.ndarray] | None:
-    """Return what `write_cache` kept under a key, or None if it is absent, stale or damaged."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if str(file["key"]) != key:
-                return None
-            cached = {name: file[name] for name in KEPT}
-    except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
-        return None
-    images, labels, patients, numbers, faults, digest = cached.values()
+def _is_sound(decoded: dict[str, np.ndarray], side: int, classes: int) -> bool:
+    """Return whether what was in the cache is what `decode_slices` makes."""
+    if decoded.keys() != set(KEPT):
+        return False
+    images, labels, patients, numbers, faults, digest = map(decoded.get, KEPT)
     sound = images.shape == (len(labels), 1, side, side) and images.dtype == np.float16
     sound &= labels.dtype == np.int64 and bool(np.isin(labels, range(classes)).all())
     sound &= patients.shape == numbers.shape == labels.shape and numbers.dtype == np.int64
     sound &= all(one.dtype.kind == "U" for one in (patients, faults, digest))
-    return cached if sound else None
-
-
-def write_cache(path: Path, key: str, decoded: dict[str, np.ndarray]) -> None:
-    """Keep decoded slices; a full or read-only disk is only mentioned, for a cache saves time."""
-    try:
-        with (
-            locked(path.parent, f".{path.name}.lock"),
-            replacing(path) as temporary,
-            temporary.open("wb") as file,
-        ):
-            np.savez(file, key=np.array(key), **decoded)
-    except UserError as error:
-        print(f"{error}; the slices will be decoded again", file=sys.stderr)
+    return sound

@@ -31,6 +31,7 @@ PREDICTIONS = "predictions.csv"
 VIEW_PREDICTIONS = "predictions_views{}.csv"  # as PREDICTIONS, with so many views averaged
 METRICS = "metrics.json"
 CALIBRATION = "calibration.npz"
+LIMIT = "limit.npz"  # where there is none: what `predict` fits on the training slices
 POINTING = "pointing.csv"
 NEIGHBOURS = "neighbours.csv"  # of wrong slices, where there are no embeddings
 STRANGE = "strange.json"

@@ -1,6 +1,7 @@
 """What a trained network says of single files, and which training slices it says it from."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ from ..data.slices import CLASS_NAMES, SliceSet, resize
 from ..errors import UserError
 from ..evaluation.calibration import (
     BLOCKS,
+    FALSE_ALARMS,
+    PARTS,
     Calibration,
+    Familiarity,
     calibrated,
     cross_fit,
     read_calibration,
@@ -29,7 +33,16 @@ from ..evaluation.evaluate import (
     nearest_neighbour,
     probabilities,
 )
-from ..files import locked, printable, read_array, read_json, write_json
+from ..files import (
+    checksum,
+    locked,
+    printable,
+    read_array,
+    read_cache,
+    read_json,
+    write_cache,
+    write_json,
+)
 from ..network.mobilenet import EmbeddingNetwork
 from ..report.figures.run import plot_prediction
 from ..settings import read_settings
@@ -261,24 +274,49 @@ def _stored_embeddings(
 def _calibration(
     run: Path, epoch: int, network: EmbeddingNetwork, slices: SliceSet, train: Tensor
 ) -> Calibration:
-    """Return what evaluation kept of a network or, if it kept nothing, a limit cross-fitted anew.
+    """Return what evaluation kept of a network or, if it kept nothing, a cross-fitted limit.
 
     Raises:
         UserError: The file is damaged, or belongs to another network.
     """
     calibration = read_calibration(run / run_folder.CALIBRATION)
-    if calibration is None:
-        features = early_features(network, slices.images[train])
-        check_finite(run, features)
-        patients = [slices.patients[index] for index in train]
-        return cross_fit(features.numpy(), patients, epoch)
     channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
+    if calibration is None:
+        return _cross_fitted(run, epoch, network, channels, slices, train)
     if (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
         raise UserError(
             f"{run / run_folder.CALIBRATION}: belongs to epoch {calibration.epoch}, but the "
             f"network is of epoch {epoch}; evaluate the run again"
         )
     return calibration
+
+
+def _cross_fitted(
+    run: Path,
+    epoch: int,
+    network: EmbeddingNetwork,
+    channels: int,
+    slices: SliceSet,
+    train: Tensor,
+) -> Calibration:
+    """Return a cross-fitted limit, kept in the run's folder under a sum of all it depends on."""
+    images, patients = slices.images[train], [slices.patients[index] for index in train]
+    rule = (BLOCKS, PARTS, FALSE_ALARMS, checksum(run / run_folder.SETTINGS), patients)
+    key = hashlib.sha256(repr(rule).encode())
+    for tensor in (*network.backbone.state_dict().values(), images):
+        key.update(tensor.cpu().contiguous().numpy())
+    path = run / run_folder.LIMIT
+    kept = read_cache(path, key.hexdigest()) or {}
+    shapes = {name: one.shape for name, one in kept.items() if one.dtype == np.float64}
+    if shapes == {"mean": (channels,), "precision": (channels, channels), "limit": ()}:
+        familiarity = Familiarity(kept["mean"], kept["precision"])
+        return Calibration(None, familiarity, kept["limit"].item(), epoch)
+    features = early_features(network, images)
+    check_finite(run, features)
+    made = cross_fit(features.numpy(), patients, epoch)
+    arrays = {**vars(made.familiarity), "limit": np.array(made.limit)}
+    write_cache(path, key.hexdigest(), arrays, "what is unknown will be told from all slices again")
+    return made
 
 
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:

@@ -23,11 +23,11 @@ except ImportError:  # on Windows
 import numpy as np
 import torch
 
-from examples.brain_tumor.data.slices import SliceSet, write_cache
+from examples.brain_tumor.data.slices import SliceSet
 from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.evaluate import evaluate
-from examples.brain_tumor.files import PARTIAL, append_rows, read_rows, write_text
+from examples.brain_tumor.files import PARTIAL, append_rows, read_rows, write_cache, write_text
 from examples.brain_tumor.settings import load_settings
 from examples.brain_tumor.training.checkpoint import read_checkpoint
 from examples.brain_tumor.training.loop import start, train
@@ -210,7 +210,7 @@ def _fill_disk(folder: Path) -> Counts:
     decoded = {"images": _tiny_slices().images.numpy()}
     writers: dict[str, Callable[[Path], None]] = {
         CHECKPOINT: lambda path: state.save(path.parent),
-        "slices.npz": lambda path: write_cache(path, "key", decoded),
+        "slices.npz": lambda path: write_cache(path, "key", decoded, "lost"),
         "report.html": lambda path: write_text(path, "<p>Text.</p>\n" * 5000),
         EPOCHS: lambda path: append_rows(path, [{"epoch": 1, "loss": 0.5}] * 50),
     }

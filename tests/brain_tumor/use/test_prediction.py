@@ -657,6 +657,50 @@ def test_without_held_out_slices_noise_is_unknown_too(tmp_path, run, scaled, dra
     assert expected.sum() < 9
 
 
+def test_the_limit_is_fitted_once_for_the_same_weights_and_slices(run, scaled, monkeypatch):
+    passes = []
+
+    def spy(network, images):
+        passes.append(len(images))
+        return early_features(network, images)
+
+    monkeypatch.setattr(prediction_module, "early_features", spy)
+    first, again = (read_reference(run, scaled).calibration for _ in range(2))
+    assert passes == [15]
+    assert again.limit == first.limit
+    features = early_features(read_reference(run, scaled).network, scaled.images).numpy()
+    np.testing.assert_array_equal(again.unlike(features), first.unlike(features))
+
+    content = (run / "limit.npz").read_bytes()
+    (run / "limit.npz").write_bytes(content[:-100])  # damaged
+    assert read_reference(run, scaled).calibration.limit == first.limit
+    assert (passes, (run / "limit.npz").read_bytes()) == ([15] * 2, content)
+
+    images = scaled.images.clone()
+    images[0, 0, 0, 0] += 0.5
+    changed = read_reference(run, dataclasses.replace(scaled, images=images)).calibration
+    assert (len(passes), changed.limit == first.limit) == (3, False)
+    patients = [f"{name}{index}" for index, name in enumerate(scaled.patients)]
+    monkeypatch.setattr(prediction_module.run_folder, "_check_split", lambda *given: None)
+    read_reference(run, dataclasses.replace(scaled, patients=patients))
+    assert len(passes) == 4
+    contents = torch.load(run / "checkpoint.pt", weights_only=True)
+    contents["network"]["backbone.stem.bn.bias"] += 0.1
+    torch.save(contents, run / "checkpoint.pt")
+    for _ in range(2):
+        assert read_reference(run, scaled).calibration.limit != first.limit
+    assert len(passes) == 5
+
+
+def test_a_limit_that_cannot_be_kept_is_used_all_the_same(run, scaled, capsys):
+    (run / "limit.npz").mkdir()
+    assert read_reference(run, scaled).calibration.limit > 0
+    assert capsys.readouterr().err == (
+        f"{run / 'limit.npz'}: cannot be written: Is a directory; "
+        "what is unknown will be told from all slices again\n"
+    )
+
+
 def test_early_features_that_are_nan_are_named(run, scaled):
     contents = torch.load(run / "checkpoint.pt", weights_only=True)
     name = next(name for name in contents["network"] if name.startswith("backbone"))
