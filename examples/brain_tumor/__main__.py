@@ -286,19 +286,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"{run}\n\n{describe_result(run)}\n\nreport: {report}\n")
     if len(options.runs) > 1:
         options.out.mkdir(parents=True, exist_ok=True)
+        figure = options.out / "comparison.png"
         synthetic = any(read_json(run / SPLIT)["synthetic"] for run in options.runs)
+        title = f"{'SYNTHETIC: ' if synthetic else ''}first steps of training"
         names = [run.absolute().name for run in options.runs]
         if len(set(names)) < len(names):
-            names = [str(run) for run in options.runs]
-        plot_early(
-            options.out / "comparison.png",
-            f"{'SYNTHETIC: ' if synthetic else ''}first steps of training",
-            {
-                printable(name): read_rows(run / STEPS)
-                for name, run in zip(names, options.runs, strict=True)
-            },
-        )
-        print(f"comparison of the first steps: {options.out / 'comparison.png'}")
+            names = map(str, options.runs)
+        logs = [read_rows(run / STEPS) for run in options.runs]
+        plot_early(figure, title, dict(zip(map(printable, names), logs, strict=True)))
+        print(f"comparison of the first steps: {figure}")
 
 
 @command(

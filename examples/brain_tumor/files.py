@@ -22,6 +22,7 @@ from .errors import UserError
 
 PARTIAL = ".partial"  # what a name ends in while its file is being written
 LOCK = ".lock"
+DAMAGE = OSError, EOFError, LookupError, RecursionError, TypeError, ValueError, csv.Error
 SUMS = "SHA256SUMS"  # of a folder's files, in the form that `sha256sum --check` takes
 
 
@@ -239,10 +240,7 @@ def readable(path: Path, what: str) -> Iterator[None]:
     check_sum(path)
     try:
         yield
-    except (
-        *(OSError, EOFError, LookupError, RecursionError, TypeError, ValueError),
-        csv.Error,
-    ) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: not readable as {what}: {error}") from None
 
 

@@ -109,16 +109,6 @@ def count_listed(folder: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
 
 
-def check_complete(folder: Path, count: int) -> None:
-    """Refuse phantoms whose making was cut off."""
-    listed = count_listed(folder)
-    if listed != count:
-        raise UserError(
-            f"{folder}: holds {count} phantoms, but {PLANES_NAME} lists {listed}: their making was "
-            "cut off, make them again"
-        )
-
-
 def tell_left_out(folder: Path, lines: Sequence[str]) -> None:
     """Say on standard error which files are left out, and why."""
     if lines:

@@ -56,8 +56,7 @@ def read_slice(path: Path) -> Slice:
 def read_unlabelled(path: Path) -> tuple[np.ndarray, np.ndarray | None, int | None]:
     """Read a new patient's slice: of all fields it needs `image` alone.
 
-    Returns:
-        The image (h, w) float32 and, where the file has them, tumour mask (h, w) and label.
+    Return the image (h, w) float32 and, where the file has them, tumour mask (h, w) and label.
     """
     names = ("image", "tumorMask", "label")
     found = _read(path, {name: FIELDS[name] for name in names}, optional=names[1:])

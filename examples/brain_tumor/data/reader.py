@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -32,10 +31,7 @@ from .hdf5 import read_matrices
 
 MEMORY = 3 << 28  # bytes that reading a file may take; the largest allowed takes two thirds of it
 PATIENCE = 20.0  # seconds that it may take; the archive's take a hundredth of one
-READERS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
-    "hdf5": read_matrices,
-    "dicom": read_dicom,
-}
+READERS = {"hdf5": read_matrices, "dicom": read_dicom}
 
 # It finds the modules that this process would, but imports no main module, which may need torch.
 PROGRAM = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
@@ -43,20 +39,14 @@ ROOT = str(Path(__file__).parents[__package__.count(".") + 1])
 
 
 class Reader:
-    """Asks that process, a file at a time.
-
-    Attributes:
-        process: It, or None where there is none yet.
-    """
+    """Asks that process, a file at a time."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None  # where there is one
         self._lock = Lock()
 
     def read(self, path: Path, reader: str, *arguments: object) -> dict[str, np.ndarray]:
-        """Read matrices from a file with one of the READERS.
-
-        The arguments are what it is told besides the path, of JSON's types.
+        """Read matrices from a file with one of the READERS, given the path and these arguments.
 
         Raises:
             UserError: The file is damaged, or a matrix is missing or not as it should be.

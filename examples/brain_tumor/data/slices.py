@@ -19,8 +19,9 @@ from ..files import read_cache, write_cache
 from .crop import find_box
 from .folders import (
     MARKER_NAME,
+    PLANES_NAME,
     Source,
-    check_complete,
+    count_listed,
     find_slices,
     is_phantom,
     shortened,
@@ -75,24 +76,25 @@ def load_slices(
     """
     found = find_slices(folder)
     marked = (folder / MARKER_NAME).is_file()
-    if marked:
-        check_complete(folder, len(found.sources))
+    count = len(found.sources)
+    if marked and (listed := count_listed(folder)) != count:
+        raise UserError(
+            f"{folder}: holds {count} phantoms, but {PLANES_NAME} lists {listed}: their making was "
+            "cut off, make them again"
+        )
     cache = (cache_folder or default_cache_folder(folder)) / f"slices-{image_size}-{crop}.npz"
     key = cache_key(found.sources, image_size, crop)
     decoded = read_cache(cache, key)
     if decoded is None or not _is_sound(decoded, image_size, len(found.classes)):
         decoded = decode_slices(folder, found.sources, image_size, crop, progress)
         write_cache(cache, key, decoded, "the slices will be decoded again")
-    classes, labels, emptied = found.classes, decoded["labels"], []
+    classes, labels = found.classes, decoded["labels"]
     are_pictures = found.sources[0].label is not None
     if are_pictures:
         kept, labels = np.unique(labels, return_inverse=True)
         classes = tuple(found.classes[label] for label in kept)
-        emptied = [
-            f"{name}: is a class without a picture that can be read"
-            for name in found.classes
-            if name not in classes
-        ]
+    emptied = [name for name in found.classes if name not in classes]
+    emptied = [f"{name}: is a class without a picture that can be read" for name in emptied]
     tell_left_out(folder, [*found.left_out, *emptied, *decoded["faults"].tolist()])
     if len(classes) == 1:
         raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
@@ -123,7 +125,12 @@ def decode_slices(
     digest = hashlib.sha256()
     for source in tqdm(sources, "decoding", unit="slice", disable=not progress):
         try:
-            image, label, patient = _read(source)
+            if source.label is None:
+                found = read_slice(source.path)
+                image, label, patient = found.image, found.label, found.patient
+            else:  # of whom a picture is, nothing says
+                image, label = read_picture(source.path), source.label
+                patient = no_formula(source.name)
         except UserError as error:
             faults.append(str(error))
             continue
@@ -144,14 +151,6 @@ def decode_slices(
         "faults": np.array(faults, dtype=str),
         "digest": np.array(digest.hexdigest()),
     }
-
-
-def _read(source: Source) -> tuple[np.ndarray, int, str]:
-    """Return a slice's image, label and patient; of a picture's patient nothing is known."""
-    if source.label is not None:
-        return read_picture(source.path), source.label, no_formula(source.name)
-    found = read_slice(source.path)
-    return found.image, found.label, found.patient
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -70,8 +70,7 @@ def _receive(url: str, partial: Path, size: int, room: int) -> None:
         if attempt:
             time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            _transfer(url, partial, size, room)
-            return
+            return _transfer(url, partial, size, room)
         except _BrokenError as error:
             fault = error
     raise UserError(

@@ -100,13 +100,9 @@ def separable_block(
 class MobileNetV1(nn.Module):
     """The convolutional part of MobileNet v1 (Howard et al., 2017, arXiv:1704.04861).
 
-    Args:
-        width: Multiplier of all channel counts; the ImageNet weights are for 1.0.
-        layout: Whose ImageNet weights fit: "slim" is TF-slim's, with "SAME" padding and an epsilon
-            of 1e-3; "timm" is timm's, with symmetric padding and 1e-5.
-
-    Attributes:
-        out_channels: Channels of the features, 1024 * width.
+    `width` multiplies all channel counts; the ImageNet weights are for 1.0. `layout` says whose
+    weights fit: "slim" TF-slim's, with "SAME" padding and an epsilon of 1e-3; "timm" timm's, with
+    symmetric padding and 1e-5.
     """
 
     def __init__(self, width: float = 1.0, layout: Layout = "slim") -> None:
@@ -119,7 +115,7 @@ class MobileNetV1(nn.Module):
         for base_channels, stride in BLOCKS:
             in_channels, channels = channels, int(base_channels * width)
             self.blocks.append(separable_block(in_channels, channels, stride, layout))
-        self.out_channels = channels
+        self.out_channels = channels  # of the features: 1024 * width
 
     def forward(self, images: Tensor, blocks: int | None = None) -> Tensor:
         """Map RGB images (n, 3, h, w) in [-1, 1] to (n, out_channels, h / 32, w / 32) features.

@@ -21,18 +21,14 @@ from ..settings import LossSettings
 
 
 class SoftmaxLoss(nn.Module):
-    """Equation (1): softmax and cross-entropy of plain products, lengths included, without bias.
-
-    Attributes:
-        weight: (C, d), a row per class.
-    """
+    """Equation (1): softmax and cross-entropy of plain products, lengths included, without bias."""
 
     schedule = None
 
     def __init__(self, num_classes: int, embedding_size: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))  # a row per class
         nn.init.xavier_uniform_(self.weight)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
@@ -48,14 +44,11 @@ class SoftmaxLoss(nn.Module):
 class TripletLoss(nn.Module):
     """FaceNet's triplet loss: semi-hard triplets of the batch, squared distances on the sphere.
 
-    It has no class centres. A batch without a triplet that violates the margin has loss 0.
+    It has no class centres. A batch without a triplet that violates the margin has loss 0. The
+    margin is by how much a stranger must be farther than a relative; FaceNet's is 0.2.
 
-    Args:
-        margin: By how much a stranger must be farther than a relative; FaceNet's is 0.2.
-
-    References:
-        Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR
-        2015.
+    Source: Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR
+    2015.
     """
 
     schedule = None

@@ -1,7 +1,6 @@
 """The batches of an epoch, and their augmentation, on the device where they lie."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,6 @@ def batch_bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
     if not bounds:
         raise UserError(f"split: {count} training slices are too few to train on")
     return bounds
-
-
-def shuffled(
-    images: Tensor, labels: Tensor, batches: list[tuple[int, int]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of one epoch, in a new order."""
-    order = torch.randperm(len(labels)).to(labels.device)
-    for start, stop in batches:
-        chosen = order[start:stop]
-        yield images[chosen].float(), labels[chosen]
 
 
 def augment(images: Tensor, settings: AugmentationSettings, generator: torch.Generator) -> Tensor:

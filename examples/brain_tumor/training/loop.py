@@ -9,7 +9,6 @@ does (bit for bit on a CPU, with as many threads).
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from ..network.mobilenet import EmbeddingNetwork, load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
 from . import run_folder
-from .batches import augment, batch_bounds, shuffled
+from .batches import augment, batch_bounds
 from .checkpoint import TrainingState
 from .progress import Saver, beside_centres, finish_epoch, progress_line, restore, show_step
 
@@ -65,8 +64,7 @@ def train(
         with tqdm(total=steps_in_all, initial=done, unit="step", disable=hidden) as bar:
             while state.epoch < epochs:
                 started = time.perf_counter()
-                epoch = shuffled(images, labels, batches)
-                steps = _train_epoch(state, settings, epoch, len(batches), precision, bar)
+                steps = _train_epoch(state, settings, images, labels, batches, precision, bar)
                 seconds = time.perf_counter() - started
                 summary = finish_epoch(state, steps, out, seconds, batches[-1][1] / seconds)
                 save(last=state.epoch == epochs)
@@ -122,19 +120,21 @@ def learning_rate(settings: TrainingSettings, epoch: float) -> float:
 def _train_epoch(
     state: TrainingState,
     settings: Settings,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    count: int,
+    images: Tensor,
+    labels: Tensor,
+    batches: list[tuple[int, int]],
     precision: torch.dtype,
     bar: tqdm,
 ) -> Tensor:
-    """Return the MEASURES of each of the epoch's `count` steps, (count, 5)."""
+    """Return the MEASURES of each of the epoch's steps, (steps, 5)."""
     state.network.train()
     state.loss.train()
-    steps = []
-    for step, (images, labels) in enumerate(batches):
-        state.set_learning_rate(learning_rate(settings.training, state.epoch + step / count))
-        images = augment(images, settings.augmentation, state.generator)
-        steps.append(take_step(state, images, labels, precision))
+    order, steps = torch.randperm(len(labels)).to(labels.device), []
+    for step, (first, end) in enumerate(batches):
+        chosen, epoch = order[first:end], state.epoch + step / len(batches)
+        state.set_learning_rate(learning_rate(settings.training, epoch))
+        augmented = augment(images[chosen].float(), settings.augmentation, state.generator)
+        steps.append(take_step(state, augmented, labels[chosen], precision))
         show_step(bar, steps, state.epoch + 1, settings.training.epochs)
     return torch.stack(steps).cpu()
 

@@ -38,17 +38,10 @@ def grad_cam(
     convolutional features, weighted by the mean gradient of the score in each channel, are summed,
     and negative sums are set to zero: if all are negative, the map is empty. It is as coarse as the
     features, 32 pixels a cell, and the receptive field of a cell is much larger than the cell. Maps
-    of several views are mirrored back and averaged.
+    of so many `VIEWS` are mirrored back and averaged.
 
-    Args:
-        network: In eval mode.
-        image: (1, 1, size, size) in [0, 1], as the network takes it.
-        direction: (d,).
-        shape: Height and width of the map, whatever the side of `image`.
-        views: How many of the views that an answer is drawn from, see `VIEWS`.
-
-    Returns:
-        The map of this shape, at least 0; without a scale of its own.
+    The network, in eval mode, takes the image (1, 1, size, size) in [0, 1]; the direction is (d,).
+    The map has the `shape` asked for and is at least 0, without a scale of its own.
     """
     maps = [_cells(network, image.flip(axes), direction).flip(axes) for axes in VIEWS[:views]]
     cells = torch.stack(maps).mean(0)

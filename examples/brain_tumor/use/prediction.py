@@ -137,10 +137,8 @@ def predict(
 
     The files are slices of the archive's format (.mat), of which the image is enough, PNG, JPEG,
     TIFF, BMP or DICOM pictures, or folders of them. The answers are written, and given to `tell`,
-    as they come: an interrupted call leaves those that it has.
-
-    Returns:
-        The answers, and for each file without one the fault, in a line that names the file.
+    as they come: an interrupted call leaves those that it has. Return the answers, and for each
+    file without one the fault, in a line that names the file.
 
     Raises:
         UserError: The run is at fault, or `out` is.
@@ -418,11 +416,11 @@ def _plot(
     for one in prediction.neighbours:
         origin = "this file: slice" if one.number == prediction.itself else "training slice"
         captions.append(f"{origin} {one.number}\n{one.label}, cosine {one.cosine:.3f}")
-    notes = [NOTICE]
-    if prediction.overlap is not None:
-        notes.insert(0, _describe_overlap(prediction.overlap))
+    notes = []
     if prediction.itself is not None:
-        notes.insert(0, f"This file is training slice {prediction.itself}: its answer is no test.")
+        notes.append(f"This file is training slice {prediction.itself}: its answer is no test.")
+    if prediction.overlap is not None:
+        notes.append(_describe_overlap(prediction.overlap))
     plot_prediction(
         path,
         f"{mark}{name}: {_answer(prediction)}{truth}",
@@ -431,7 +429,7 @@ def _plot(
         mask,
         prediction.probabilities,
         list(zip(neighbours, captions, strict=True)),
-        notes="\n".join(notes),
+        notes="\n".join([*notes, NOTICE]),
         meaning="calibrated" if prediction.calibrated else UNCALIBRATED,
     )
 
