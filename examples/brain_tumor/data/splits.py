@@ -1,7 +1,6 @@
 """Splits of the slices into training and test sides."""
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -93,12 +92,8 @@ def paper_split(slices: SliceSet, seed: int, swap: bool = False) -> Split:
     Raises:
         UserError: A class is too small for both training and test set.
     """
-    sizes = slices.labels.bincount(minlength=len(slices.classes)).tolist()
-    counts = [round(TEST_FRACTION * size) for size in sizes]
-    if tuple(sizes) == ARCHIVE_COUNTS:
-        counts = PAPER_TEST_COUNTS
     side = torch.arange(len(slices.labels))
-    drawn = _draw("paper", slices, side, counts, seed)
+    drawn = _draw("paper", slices, side, TEST_FRACTION, seed)
     shared = "no patient ids are known, and patients may well have slices on both sides"
     if slices.patients_known:
         both = len(_patients_on_both_sides(slices, drawn))
@@ -117,9 +112,7 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
         UserError: A class is too small for both training and test set.
     """
     side = paper_split(slices, seed).train
-    sizes = slices.labels[side].bincount(minlength=len(slices.classes)).tolist()
-    counts = [round(VALIDATION_FRACTION * size) for size in sizes]
-    drawn = _draw("validation", slices, side, counts, seed)
+    drawn = _draw("validation", slices, side, VALIDATION_FRACTION, seed)
     description = (
         f"To choose settings by: a tenth of the training slices of the paper's split from seed "
         f"{seed}, whose own test slices are left out."
@@ -127,10 +120,14 @@ def validation_split(slices: SliceSet, seed: int) -> Split:
     return _split("validation", side, drawn, description)
 
 
-def _draw(name: str, slices: SliceSet, side: Tensor, counts: Sequence[int], seed: int) -> Tensor:
-    """Return a mask (n,) of slices drawn from a side (n,), so many of each class."""
+def _draw(name: str, slices: SliceSet, side: Tensor, share: float, seed: int) -> Tensor:
+    """Return a mask (n,) of slices drawn from a side (n,), of each class its share."""
     generator = torch.Generator().manual_seed(seed)
     labels = slices.labels[side]
+    sizes = tuple(labels.bincount(minlength=len(slices.classes)).tolist())
+    counts = [round(share * size) for size in sizes]
+    if (name, sizes) == ("paper", ARCHIVE_COUNTS):
+        counts = PAPER_TEST_COUNTS
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label, count in enumerate(counts):
         members = (labels == label).nonzero()[:, 0]

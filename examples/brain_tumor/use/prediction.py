@@ -278,9 +278,10 @@ def _calibration(
         UserError: The file is damaged, or belongs to another network.
     """
     calibration = read_calibration(run / run_folder.CALIBRATION)
-    channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
     if calibration is None:
-        return _cross_fitted(run, epoch, network, channels, slices, train)
+        patients = [slices.patients[index] for index in train]
+        return _cross_fitted(run, epoch, network, slices.images[train], patients)
+    channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
     if (calibration.epoch, len(calibration.familiarity.mean)) != (epoch, channels):
         raise UserError(
             f"{run / run_folder.CALIBRATION}: belongs to epoch {calibration.epoch}, but the "
@@ -290,21 +291,16 @@ def _calibration(
 
 
 def _cross_fitted(
-    run: Path,
-    epoch: int,
-    network: EmbeddingNetwork,
-    channels: int,
-    slices: SliceSet,
-    train: Tensor,
+    run: Path, epoch: int, network: EmbeddingNetwork, images: Tensor, patients: Sequence[str]
 ) -> Calibration:
     """Return a cross-fitted limit, kept in the run's folder under a sum of all it depends on."""
-    images, patients = slices.images[train], [slices.patients[index] for index in train]
     rule = (BLOCKS, PARTS, FALSE_ALARMS, checksum(run / run_folder.SETTINGS), patients)
     key = hashlib.sha256(repr(rule).encode())
     for tensor in (*network.backbone.state_dict().values(), images):
         key.update(tensor.cpu().contiguous().numpy())
     path = run / run_folder.LIMIT
     kept = read_cache(path, key.hexdigest()) or {}
+    channels = network.backbone.blocks[:BLOCKS][-1].pointwise.conv.out_channels
     shapes = {name: one.shape for name, one in kept.items() if one.dtype == np.float64}
     if shapes == {"mean": (channels,), "precision": (channels, channels), "limit": ()}:
         familiarity = Familiarity(kept["mean"], kept["precision"])
