@@ -255,8 +255,8 @@ def _add_setting_flags(parser: argparse.ArgumentParser) -> None:
         form: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
         if field.type is bool:
             form = {"action": argparse.BooleanOptionalAction}
-        elif "choices" in field.metadata:
-            form = {"choices": field.metadata["choices"]}
+        elif field.type is str and field.metadata["limits"]:
+            form = {"choices": field.metadata["limits"]}
         groups[table].add_argument(
             "--" + field.name.replace("_", "-"),
             default=argparse.SUPPRESS,  # so that only the flags given reach the overrides
