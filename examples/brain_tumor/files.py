@@ -125,14 +125,15 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
     """Return what `write_cache` kept under a key, or None if it is absent, stale or damaged."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            cached = dict(file)
-            return cached if str(cached.pop("key")) == key else None
+            if str(file["key"]) == key:
+                return {name: file[name] for name in file.files if name != "key"}
     except Exception:  # a zip file checks its own sums, and damage to it shows in a dozen ways
-        return None
+        pass
+    return None
 
 
 def write_cache(path: Path, key: str, arrays: Mapping[str, np.ndarray], otherwise: str) -> None:
-    """Keep arrays; a full or read-only disk is only mentioned, for a cache saves time alone."""
+    """Keep arrays; that a disk is full or read-only is only mentioned, with what then follows."""
     try:
         with (
             locked(path.parent, f".{path.name}.lock"),
@@ -145,11 +146,7 @@ def write_cache(path: Path, key: str, arrays: Mapping[str, np.ndarray], otherwis
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one JSON line per row, all of them or none, to a file that need not exist yet.
-
-    Raises:
-        UserError: The system refused to write the file: a full disk, no permission.
-    """
+    """Append one JSON line per row, all of them or none, to a file that need not exist yet."""
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     size = path.stat().st_size if path.exists() else 0
     with explained(path):

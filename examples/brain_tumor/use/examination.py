@@ -156,17 +156,10 @@ def point(reference: Reference, data: Path) -> str:
         cosines = (reference.embed(pixels) @ reference.embeddings.T)[0]
         heat = explain(reference, found.image, pixels, cosines)
         overlap = measure_overlap(heat, found.mask)
-        head = largest_region(above_background(found.image))
-        rows.append(
-            [
-                number,
-                CLASS_NAMES[found.label],
-                CLASS_NAMES[reference.labels[cosines.argmax()]],
-                int(found.mask.sum()),
-                int(ndimage.binary_fill_holes(head).sum()),
-                "" if overlap is None else int(overlap.hottest_inside),
-            ]
-        )
+        head = ndimage.binary_fill_holes(largest_region(above_background(found.image)))
+        classes = CLASS_NAMES[found.label], CLASS_NAMES[reference.labels[cosines.argmax()]]
+        inside = "" if overlap is None else int(overlap.hottest_inside)
+        rows.append([number, *classes, int(found.mask.sum()), int(head.sum()), inside])
     return as_csv(rows)
 
 

@@ -180,11 +180,8 @@ def expand(paths: Sequence[Path], out: Path) -> list[Path]:
         inside = list(visible_files(path))
         if path.resolve() in answers.parents:
             inside = [one for one in inside if answers not in one.resolve().parents]
-        slices = [
-            one
-            for one in inside
-            if one.suffix.lower() in READABLE and one.name.lower() != FOLDS_NAME
-        ]
+        slices = [one for one in inside if one.suffix.lower() in READABLE]
+        slices = [one for one in slices if one.name.lower() != FOLDS_NAME]
         tell_left_out(path, [f"{one}: no slice by its name" for one in inside if one not in slices])
         files += slices or [path]
     return files
