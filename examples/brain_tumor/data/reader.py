@@ -86,7 +86,14 @@ class Reader:
     def _ask(self, request: str) -> str | dict[str, np.ndarray]:
         if self.process is None or self.process.poll() is not None:
             self.stop()
-            self._start()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *sys.path, ROOT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for this process, which then ends that one
+            )
+            if self.process.stdout.readline() != b"ready\n":
+                raise RuntimeError("the process that reads files does not start")
         self.process.stdin.write(request.encode() + b"\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -100,16 +107,6 @@ class Reader:
             if self.process.stdout.readinto(matrix) < matrix.nbytes:
                 raise EOFError
         return matrices
-
-    def _start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *sys.path, ROOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends that one
-        )
-        if self.process.stdout.readline() != b"ready\n":
-            raise RuntimeError("the process that reads files does not start")
 
 
 READER = Reader()
