@@ -104,12 +104,10 @@ def _validated_k(
     train: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, seed: int
 ) -> int:
     """Return the k that is best on a fifth of the training side."""
-    if groups is None:
-        splitter = StratifiedShuffleSplit(1, test_size=VALIDATION, random_state=seed)
-    else:
-        splitter = GroupShuffleSplit(1, test_size=VALIDATION, random_state=seed)
+    method = StratifiedShuffleSplit if groups is None else GroupShuffleSplit
+    parts = method(1, test_size=VALIDATION, random_state=seed).split(train, labels, groups)
     try:
-        fitted, held = next(splitter.split(train, labels, groups))
+        fitted, held = next(parts)
     except ValueError as error:
         raise UserError(f"training slices: too few to choose k on: {error}") from None
     neighbours = nearest_labels(train[fitted], labels[fitted], train[held])

@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import (
+    confusion_matrix,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from ..data.slices import CLASS_NAMES
 
@@ -20,16 +25,15 @@ class Metrics:
 
     confusion: list[list[int]]  # counts, rows are the truth and columns the prediction
     accuracy: float  # the share of slices classified correctly, in [0, 1]
-    # its Wilson 95 % interval, which takes the slices for independent
-    accuracy_interval: tuple[float, float]
-    recall: list[float]  # per class; what the paper calls a class's accuracy
-    precision: list[float]  # per class
-    f1: list[float]  # per class
+    accuracy_interval: tuple[float, float]  # Wilson's of 95 %, as if slices were independent
+    recall: list[float]  # what the paper calls a class's accuracy
+    precision: list[float]
+    f1: list[float]
     f1_macro: float  # the mean of the classes' F1
     f1_micro: float  # F1 of the pooled counts, which is the accuracy when every slice has one class
     mcc: float  # Matthews' correlation for many classes (R_K)
-    # per class (TPR + TNR) / 2 of the class against the rest: the area under the ROC "curve"
-    # of hard labels, which has one corner. It is what the paper calls AUC.
+    # (TPR + TNR) / 2 of each class against the rest: the area under the ROC "curve" of hard labels,
+    # which has one corner. It is what the paper calls AUC.
     label_auc: list[float]
 
 
@@ -62,11 +66,14 @@ def compute_metrics(confusion: np.ndarray) -> Metrics:
     truth, predicted = (
         np.repeat(label.ravel(), confusion.ravel()) for label in np.indices(confusion.shape)
     )
-    classes = range(len(confusion))
     precision, recall, f1, _ = precision_recall_fscore_support(
-        truth, predicted, labels=classes, zero_division=0
+        truth, predicted, labels=range(len(confusion)), zero_division=0
     )
     hits, total = int(confusion.trace()), int(confusion.sum())
+    others = total - confusion.sum(1)  # of each class, the slices that are not of it
+    false_alarms = confusion.sum(0) - confusion.diagonal()
+    specificity = np.where(others, 1 - false_alarms / np.maximum(others, 1), 0.0)
+    one_class = np.ptp([*truth, *predicted]) == 0  # of which scikit-learn would warn
     return Metrics(
         confusion=confusion.tolist(),
         accuracy=hits / total,
@@ -76,24 +83,9 @@ def compute_metrics(confusion: np.ndarray) -> Metrics:
         f1=f1.tolist(),
         f1_macro=float(f1.mean()),
         f1_micro=hits / total,
-        mcc=_matthews(confusion),
-        label_auc=[_label_auc(confusion, label) for label in classes],
+        mcc=0.0 if one_class else float(matthews_corrcoef(truth, predicted)),
+        label_auc=((recall + specificity) / 2).tolist(),
     )
-
-
-def _matthews(confusion: np.ndarray) -> float:
-    """Return R_K (Gorodkin, 2004); 0, without a warning, where either side has one class alone."""
-    total, hits = confusion.sum(), confusion.trace()
-    truth, called = confusion.sum(1), confusion.sum(0)
-    spread = float(total**2 - truth @ truth) * float(total**2 - called @ called)
-    return float(hits * total - truth @ called) / math.sqrt(spread) if spread else 0.0
-
-
-def _label_auc(confusion: np.ndarray, label: int) -> float:
-    own, called = confusion[label].sum(), confusion[:, label].sum()
-    hits, rest = confusion[label, label], confusion.sum() - own
-    specificity = 1 - (called - hits) / rest if rest else 0.0
-    return float((hits / own if own else 0.0) + specificity) / 2
 
 
 def score_auc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -102,12 +94,12 @@ def score_auc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
     Of labels (n,) and scores (n, C), the higher the surer of that class; NaN for a class without
     cases, or without others.
     """
-    areas = np.full(scores.shape[1], np.nan)
-    for label in range(scores.shape[1]):
-        own = truth == label
-        if own.any() and not own.all():
-            areas[label] = roc_auc_score(own, scores[:, label])
-    return areas
+    return np.array(
+        [
+            roc_auc_score(truth == label, own) if 0 < np.mean(truth == label) < 1 else np.nan
+            for label, own in enumerate(scores.T)
+        ]
+    )
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
