@@ -68,15 +68,8 @@ class Calibration:
     def write(self, path: Path) -> None:
         """Keep it in a file."""
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                features=FEATURES,
-                exponent=self.exponent,
-                limit=self.limit,
-                epoch=self.epoch,
-                mean=self.familiarity.mean,
-                precision=self.familiarity.precision,
-            )
+            own = {"exponent": self.exponent, "limit": self.limit, "epoch": self.epoch}
+            np.savez(file, features=FEATURES, **own, **vars(self.familiarity))
 
 
 def fit_familiarity(features: np.ndarray) -> Familiarity:

@@ -31,31 +31,9 @@ from ..files import (
 from ..network.mobilenet import EmbeddingNetwork
 from ..network.objectives import class_centres
 from ..settings import Settings, read_settings
+from ..training import run_folder
 from ..training.checkpoint import load_loss, load_network
-from ..training.run_folder import (
-    ANGLES,
-    CALIBRATION,
-    EMBEDDINGS,
-    FIXED,
-    METRICS,
-    POINTING,
-    PREDICTIONS,
-    RECORDS,
-    SETTINGS,
-    STRANGE,
-    VIEW_PREDICTIONS,
-    examined,
-    read_precision,
-    read_split,
-)
-from .calibration import (
-    BLOCKS,
-    Calibration,
-    calibrated,
-    fit_exponent,
-    fit_familiarity,
-    fit_limit,
-)
+from .calibration import BLOCKS, Calibration, calibrated, fit_exponent, fit_familiarity, fit_limit
 from .metrics import Metrics, measure, reliability
 
 EVALUATING = ".evaluation.lock"  # apart from a training's, which may go on meanwhile
@@ -83,7 +61,7 @@ class Predictions:
     @property
     def metrics(self) -> Metrics:
         """What the answers are worth, slice by slice."""
-        return measure(self.truth, self.predicted)
+        return measure(self.truth, self.predicted, self.scores.shape[1])
 
 
 def evaluate(run: Path, slices: SliceSet) -> Metrics:
@@ -94,12 +72,12 @@ def evaluate(run: Path, slices: SliceSet) -> Metrics:
     which the run's folder then holds too, with predictions, embeddings and angles. The embeddings
     of slices on neither side are 0. With slices held out to calibrate on it holds the calibration.
     """
-    settings = read_settings(run / SETTINGS)
+    settings = read_settings(run / run_folder.SETTINGS)
     with locked(run, EVALUATING):
-        split = read_split(run, slices)
-        for name in (*RECORDS, *examined(run)):
+        split = run_folder.read_split(run, slices)
+        for name in (*run_folder.RECORDS, *run_folder.examined(run)):
             check_sum(run / name)
-        write_sums(run, FIXED)  # what follows replaces the others' files
+        write_sums(run, run_folder.FIXED)  # what follows replaces the others' files
         return _evaluate(run, settings, slices, split)
 
 
@@ -108,71 +86,76 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
     network, epoch = load_network(run, settings.network)
     loss = load_loss(run, settings, len(slices.classes))
     last = load_network(run, settings.network, averaged=False)[0] if settings.training.ema else None
-    if not (run / METRICS).is_file() or read_json(run / METRICS)["epoch"] != epoch:
-        for name in (POINTING, STRANGE):  # what `examine` found of another network
-            (run / name).unlink(missing_ok=True)
+    stored = run / run_folder.METRICS
+    if not stored.is_file() or read_json(stored)["epoch"] != epoch:
+        for name in run_folder.examined(run):  # what `examine` found of another network
+            (run / name).unlink()
     own = settings.evaluation.views
     embeddings = _embed_views(run, network, slices, split, max(own, 2))
     train = embeddings[own][split.train], slices.labels[split.train]
     centres = class_centres(loss, *train, len(slices.classes))
-    write_array(run / EMBEDDINGS, embeddings[own].float().numpy())
-    write_array(run / ANGLES, class_angles(embeddings[own], centres).float().numpy())
-    by_views = {}
-    for views, averaged in embeddings.items():
-        table, by_views[views] = _classify(slices, split, averaged)
-        write_text(run / (PREDICTIONS if views == own else VIEW_PREDICTIONS.format(views)), table)
+    write_array(run / run_folder.EMBEDDINGS, embeddings[own].float().numpy())
+    write_array(run / run_folder.ANGLES, class_angles(embeddings[own], centres).float().numpy())
+    answers = {views: _classify(slices, split, rows) for views, rows in embeddings.items()}
+    tables = {views: run_folder.VIEW_PREDICTIONS.format(views) for views in answers}
+    tables[own] = run_folder.PREDICTIONS
+    for views, name in tables.items():
+        write_text(run / name, _as_table(answers[views], slices, split))
+    metrics = answers[own].metrics
     results = {
         "epoch": epoch,
-        **dataclasses.asdict(by_views[own]),
-        "accuracy_by_views": {views: metrics.accuracy for views, metrics in by_views.items()},
+        **dataclasses.asdict(metrics),
+        "accuracy_by_views": {views: one.metrics.accuracy for views, one in answers.items()},
     }
     if last is not None:
         results["accuracy_by_views_without_ema"] = {
-            views: _classify(slices, split, averaged)[1].accuracy
-            for views, averaged in _embed_views(run, last, slices, split, max(own, 2)).items()
+            views: _classify(slices, split, rows).metrics.accuracy
+            for views, rows in _embed_views(run, last, slices, split, max(own, 2)).items()
         }
+    ended = epoch == settings.training.epochs
+    kept = [*(run_folder.RECORDS if ended else run_folder.FIXED), *run_folder.examined(run)]
+    kept += [run_folder.EMBEDDINGS, run_folder.ANGLES, run_folder.METRICS, *tables.values()]
     if len(split.calibration):
-        results["calibration"] = _calibrate(run, network, epoch, slices, split, embeddings[own])
-    write_json(run / METRICS, results)
-    kept = [*(RECORDS if epoch == settings.training.epochs else FIXED), EMBEDDINGS, ANGLES]
-    kept += [PREDICTIONS, METRICS, *examined(run)]
-    kept += [VIEW_PREDICTIONS.format(views) for views in embeddings if views != own]
-    kept += [CALIBRATION] if len(split.calibration) else []
+        calibration, results["calibration"] = _calibrate(
+            network, epoch, slices, split, embeddings[own], answers[own].scores
+        )
+        calibration.write(run / run_folder.CALIBRATION)
+        kept.append(run_folder.CALIBRATION)
+    write_json(stored, results)
     write_sums(run, kept)
-    return by_views[own]
+    return metrics
 
 
 def _calibrate(
-    run: Path,
     network: EmbeddingNetwork,
     epoch: int,
     slices: SliceSet,
     split: Split,
     embeddings: Tensor,
-) -> dict[str, float]:
-    """Fit a calibration on the slices held out for it, keep it; return how it does on the test."""
-    train, labels = embeddings[split.train], slices.labels
-    held, test = (
-        class_scores(train, labels[split.train], embeddings[side], len(slices.classes)).numpy()
-        for side in (split.calibration, split.test)
-    )
+    scores: np.ndarray,
+) -> tuple[Calibration, dict[str, float]]:
+    """Fit a calibration on the slices held out for it; return how it does on the test slices too.
+
+    Of these `scores` are the cosines, see `Predictions`.
+    """
     features, held_features, test_features = (
         early_features(network, slices.images[side]).numpy()
         for side in (split.train, split.calibration, split.test)
     )
+    train, held = embeddings[split.train], embeddings[split.calibration]
+    known = class_scores(train, slices.labels[split.train], held, len(slices.classes))
     familiarity = fit_familiarity(features)
     calibration = Calibration(
-        exponent=fit_exponent(held, labels[split.calibration].numpy()),
+        exponent=fit_exponent(known.numpy(), slices.labels[split.calibration].numpy()),
         familiarity=familiarity,
         limit=fit_limit(familiarity.distances(held_features)),
         epoch=epoch,
     )
-    calibration.write(run / CALIBRATION)
-    correct = test.argmax(1) == labels[split.test].numpy()
-    return {
+    right = scores.argmax(1) == slices.labels[split.test].numpy()
+    return calibration, {
         "exponent": calibration.exponent,
         "slices": len(split.calibration),
-        "error": reliability(calibrated(test, calibration.exponent).max(1), correct).error,
+        "error": reliability(calibrated(scores, calibration.exponent).max(1), right).error,
         "false_alarms": float(calibration.unlike(test_features).mean()),
     }
 
@@ -190,13 +173,8 @@ def embed(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last).eval()
-    low = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    with torch.inference_mode(), low:
-        batches = [
-            normalised(network, batch.to(device).float(), views)
-            for batch in images.split(EMBEDDING_BATCH)
-        ]
-    return torch.cat(batches).cpu()
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        return _in_batches(network, images, device, views)
 
 
 def early_features(network: EmbeddingNetwork, images: Tensor) -> Tensor:
@@ -208,12 +186,17 @@ def early_features(network: EmbeddingNetwork, images: Tensor) -> Tensor:
     """
     device = next(network.parameters()).device
     answer = partial(network.to("cpu").eval().pooled, blocks=BLOCKS)
-    with torch.inference_mode():
-        batches = [
-            normalised(answer, batch.float(), views=1) for batch in images.split(EMBEDDING_BATCH)
-        ]
+    features = _in_batches(answer, images, torch.device("cpu"), views=1)
     network.to(device)
-    return torch.cat(batches)
+    return features
+
+
+@torch.inference_mode()
+def _in_batches(
+    answer: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, views: int
+) -> Tensor:
+    batches = images.split(EMBEDDING_BATCH)
+    return torch.cat([normalised(answer, one.to(device).float(), views) for one in batches]).cpu()
 
 
 def normalised(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
@@ -284,7 +267,7 @@ def _embed_views(
     run: Path, network: EmbeddingNetwork, slices: SliceSet, split: Split, most: int
 ) -> dict[int, Tensor]:
     """Return all sides' embeddings (n, d) for 1 to `most` views, 0 for other slices."""
-    precision = read_precision(run)
+    precision = run_folder.read_precision(run)
     sides = torch.cat([split.train, split.test, split.calibration])
     images = slices.images[sides]
     embeddings, total = {}, torch.zeros(())
@@ -296,26 +279,35 @@ def _embed_views(
     return embeddings
 
 
-def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> tuple[str, Metrics]:
-    """Return the answers for the test slices as a table, and what they are worth."""
-    train, test, labels = embeddings[split.train], embeddings[split.test], slices.labels
-    nearest, cosine = nearest_neighbour(train, test)
-    predicted = labels[split.train][nearest]
-    scores = class_scores(train, labels[split.train], test, len(slices.classes))
-    columns = ["slice", "patient", "fold", "truth", "predicted", "nearest_training_slice", "cosine"]
-    rows = [[*columns, *(f"score_{name}" for name in slices.classes)]]
-    for row, index in enumerate(split.test.tolist()):
-        rows.append(
-            [
-                slices.numbers[index],
-                slices.patients[index],
-                "" if slices.folds is None else int(slices.folds[index]),
-                slices.classes[labels[index]],
-                slices.classes[predicted[row]],
-                slices.numbers[split.train[nearest[row]]],
-                f"{cosine[row]:.6f}",
-                *(f"{score:.9g}" for score in scores[row]),
-            ]
-        )
-    truth = labels[split.test].numpy()
-    return as_csv(rows), measure(truth, predicted.numpy(), len(slices.classes))
+def _classify(slices: SliceSet, split: Split, embeddings: Tensor) -> Predictions:
+    """Return the answers for the test slices, given the embeddings (n, d) of all slices."""
+    train, test = embeddings[split.train], embeddings[split.test]
+    labels, numbers = slices.labels[split.train], np.array(slices.numbers)
+    nearest, _ = nearest_neighbour(train, test)
+    rows = split.test.numpy()
+    return Predictions(
+        numbers=numbers[rows],
+        patients=np.array(slices.patients)[rows],
+        truth=slices.labels.numpy()[rows],
+        predicted=labels[nearest].numpy(),
+        nearest=numbers[split.train[nearest].numpy()],
+        scores=class_scores(train, labels, test, len(slices.classes)).numpy(),
+    )
+
+
+def _as_table(answers: Predictions, slices: SliceSet, split: Split) -> str:
+    """Return answers as `read_predictions` takes them, with two columns more for people."""
+    folds = np.full(len(answers.truth), "") if slices.folds is None else slices.folds[split.test]
+    names = np.array(slices.classes)
+    columns = {
+        "slice": answers.numbers,
+        "patient": answers.patients,
+        "fold": folds.tolist(),
+        "truth": names[answers.truth],
+        "predicted": names[answers.predicted],
+        "nearest_training_slice": answers.nearest,
+        "cosine": [f"{cosine:.6f}" for cosine in answers.scores.max(1)],
+    }
+    for name, scores in zip(slices.classes, answers.scores.T, strict=True):
+        columns[f"score_{name}"] = [f"{score:.9g}" for score in scores]
+    return as_csv([list(columns), *zip(*columns.values(), strict=True)])
