@@ -262,7 +262,7 @@ def bars(reproduction: Reproduction) -> None:
     for name, results in (("by slice, 70-30", by_slice), (_of_folds(folds), folds)):
         if results:
             mean, interval = seed_interval([one.metrics.accuracy for one in results])
-            shown = None if np.isnan(interval[0]) else tables.possible(interval)
+            shown = None if np.isnan(interval[0]) else tuple(np.clip(interval, 0, 1))
             scores.append(Score(f"ours, {name}", mean, shown))
     counts = np.array(paper.CONFUSIONS[PROPOSED])
     own = wilson_interval(counts.trace(), counts.sum())

@@ -52,14 +52,12 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
     for name, paths in runs.items():
         parts = [read_pointing(path) for path in paths]
         _, area, head, inside = (np.concatenate(column) for column in zip(*parts, strict=True))
-        share = area / head
         third = np.searchsorted(np.quantile(area, [1 / 3, 2 / 3]), area)
-        every = {size: third == place for place, size in enumerate(SIZES)}
-        for size, chosen in {"all": np.full(len(area), True), **every}.items():
-            if not chosen.any():
-                continue
-            chance = f"{100 * share[chosen].mean():.1f} %"
-            rows.append([name, size, str(chosen.sum()), *rate(inside[chosen]), chance])
+        sizes = {"all": third >= 0} | {size: third == i for i, size in enumerate(SIZES)}
+        for size, chosen in sizes.items():
+            if chosen.any():
+                chance = f"{100 * (area / head)[chosen].mean():.1f} %"
+                rows.append([name, size, chosen.sum(), *rate(inside[chosen]), chance])
     return Table(
         ["training", "tumour", "test slices", "hottest point inside", "Wilson 95 %", "by chance"],
         rows,
@@ -79,7 +77,5 @@ def read_pointing(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     """Return numbers (n,), areas of tumour and head (n,), whether the hottest point lies inside."""
     with readable(path, "a table of hottest points"):
         rows = read_table(path)
-        number, area, head = (
-            column(rows, name, int) for name in ("slice", "tumour_area", "head_area")
-        )
-        return number, area, head, column(rows, "inside", lambda text: text == "1")
+        areas = (column(rows, name, int) for name in ("slice", "tumour_area", "head_area"))
+        return *areas, column(rows, "inside", lambda text: text == "1")  # empty: no heat

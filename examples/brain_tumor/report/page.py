@@ -2,10 +2,10 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
@@ -29,36 +29,65 @@ WRAPPERS = {  # what HTML has for the style sheet beyond what Markdown says
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table; its text is Markdown, padded so that it reads well as plain text too."""
+def percent(share: float) -> str:
+    """Return a share in per cent, two digits."""
+    return f"{100 * share:.2f}"
 
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
+
+def bounds(interval: tuple[float, float]) -> str:
+    """Return an interval of shares in per cent, or a dash where there is none.
+
+    Student's interval of two seeds may leave what a share can be; it is cut off there.
+    """
+    low, high = np.clip(interval, 0, 1)
+    return "-" if np.isnan(low) else f"{percent(low)} to {percent(high)}"
+
+
+def cell_text(value: object) -> str:
+    """Return what a cell shows: floats are shares, pairs intervals of them, and None is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return percent(value)
+    return bounds(value) if isinstance(value, tuple) else str(value)
+
+
+class Table:
+    """A table; its text is Markdown, padded so that it reads well as plain text too.
+
+    The cells of its rows are those of `cell_text`; what a row lacks at its end is None.
+    """
+
+    def __init__(
+        self, header: Sequence[str], rows: Iterable[Sequence[object]], caption: str = ""
+    ) -> None:
+        self.header, self.caption = list(header), caption
+        self.rows = [
+            [cell_text(value) for value in (*row, *[None] * (len(self.header) - len(row)))]
+            for row in rows
+        ]
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, object]], caption: str = "") -> "Table":
-        """Return a table of rows given by column; what a row lacks is a dash."""
+        """Return a table of rows given by column; what a row lacks is None."""
         header = list(dict.fromkeys(column for row in rows for column in row))
-        return cls(header, [[str(row.get(one, "-")) for one in header] for row in rows], caption)
+        return cls(header, [[row.get(one) for one in header] for row in rows], caption)
 
     def __str__(self) -> str:
         if not self.header:
             return ""
-        header, *rows = ([_cell(one) for one in row] for row in (self.header, *self.rows))
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [header, ["-" * max(width, 3) for width in widths], *rows]
+        # What stays within its cell, whatever a class or a run is called.
+        lines = [
+            [printable(text).replace("|", r"\|") for text in row]
+            for row in (self.header, *self.rows)
+        ]
+        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
         text = "\n".join(
             f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
             for line in lines
         )
         return f"{text}\n\n{self.caption}" if self.caption else text
-
-
-def _cell(text: str) -> str:
-    """Return what stays within its cell, whatever a class or a run is called."""
-    return printable(text).replace("|", r"\|")
 
 
 def to_markdown(template: str, **values: object) -> str:

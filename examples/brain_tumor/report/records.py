@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,8 @@ from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
 from .confidence import calibrate
 from .examination_tables import pointing_table, strange_table
-from .page import Table
-from .tables import TITLES, accuracy, bounds, percent
+from .page import Table, percent
+from .tables import TITLES, accuracy
 
 SWAPPED_AIM, PATIENT_AIMS = 0.9547, (0.96, 0.98)  # by slice, 70-30, it is the paper's accuracy
 SLICE_CALIBRATION_AIM, PATIENT_CALIBRATION_AIM = 0.03, 0.05  # expected calibration errors
@@ -34,7 +33,7 @@ def aims_table(reproduction: Reproduction) -> Table:
     return Table.of([{key: row[key] for key in row if key not in left_out} for row in rows])
 
 
-def _accuracy_aims(reproduction: Reproduction) -> Iterator[dict[str, str]]:
+def _accuracy_aims(reproduction: Reproduction) -> Iterator[dict[str, object]]:
     mark = f" (settings were chosen on fold {DEVELOPMENT_FOLD})"
     mark = mark if reproduction.budget.comparisons else ""
     budget, seeds = reproduction.budget, "mean over the seeds"
@@ -45,64 +44,62 @@ def _accuracy_aims(reproduction: Reproduction) -> Iterator[dict[str, str]]:
     ):
         results = reproduction.select(group, training)
         accuracies = [one.metrics.accuracy for one in results]
-        row = _mean_row(f"accuracy {name}", accuracies, planned)
-        if len(results) == 1:
-            row["95 %"] = bounds(results[0].metrics.accuracy_interval)
         met = [percent(aim) for aim in aims if results and np.mean(accuracies) >= aim]
-        row["target"] = ", then ".join(map(percent, aims))
-        text = f"{', '.join(met)} reached" if met else "missed"
-        yield {**row, "result": _so_far(text, len(results), planned)}
+        row = _aim(
+            f"accuracy {name}",
+            accuracies,
+            planned,
+            target=", then ".join(map(percent, aims)),
+            result=f"{', '.join(met)} reached" if met else "missed",
+        )
+        if len(results) == 1:
+            row["95 %"] = results[0].metrics.accuracy_interval
+        yield row
 
 
-def _calibration_aims(reproduction: Reproduction) -> Iterator[dict[str, str]]:
+def _calibration_aims(reproduction: Reproduction) -> Iterator[dict[str, object]]:
     for group, name, of, planned, aim in (
         ("slice", "by slice, 70-30", "seed", reproduction.budget.seeds, SLICE_CALIBRATION_AIM),
         ("patient", "by patient", "fold", FOLDS, PATIENT_CALIBRATION_AIM),
     ):
-        results = reproduction.select(group, PROPOSED)
-        parts = [(one, calibrate(reproduction, one)) for one in results]
         errors = {
             one.run.name.rpartition(of)[2]: part.reliability.error
-            for one, part in parts
-            if part is not None
+            for one in reproduction.select(group, PROPOSED)
+            if (part := calibrate(reproduction, one))
         }
-        values, name = list(errors.values()), f"calibration error {name}"
-        mean = _mean_row(f"{name}, mean over the {of}s", values, planned)
-        mean["target"] = f"at most {percent(aim)}"
-        text = "reached" if errors and np.mean(values) <= aim else "missed"
-        yield {**mean, "result": _so_far(text, len(errors), planned)}
-        largest = percent(max(values)) if errors else "-"
-        above = [f"{of} {number}" for number, error in errors.items() if error > aim]
-        text = f"missed by {', '.join(above)}" if above else "reached"
-        yield {
-            **mean,
-            AIMS_TITLE: f"{name}, the largest of the {of}s",
-            **{"per cent": largest, "95 %": "-", "each": "-"},
-            "result": _so_far(text, len(errors), planned),
-        }
+        values = list(errors.values())
+        given = {"values": values, "planned": planned, "target": f"at most {percent(aim)}"}
+        met = values and np.mean(values) <= aim
+        name = f"calibration error {name}"
+        yield _aim(f"{name}, mean over the {of}s", result="reached" if met else "missed", **given)
+        above = ", ".join(f"{of} {number}" for number, error in errors.items() if error > aim)
+        result = f"missed by {above}" if above else "reached"
+        largest = {"per cent": max(values, default=None), "95 %": None, "each": None}
+        yield _aim(f"{name}, the largest of the {of}s", result=result, **given) | largest
 
 
-def _mean_row(name: str, values: Sequence[float], planned: int) -> dict[str, str]:
-    row = {AIMS_TITLE: name, "runs": f"{len(values)} of {planned}"}
-    if not values:
-        return row | dict.fromkeys(("per cent", "95 %", "each"), "-")
-    mean, interval = seed_interval(values)
-    each = " ".join(map(percent, values))
-    return row | {"per cent": percent(mean), "95 %": bounds(interval), "each": each}
-
-
-def _so_far(text: str, finished: int, planned: int) -> str:
-    """Return what a target has come to, or what stands in the way of saying so."""
-    if not finished:
-        return "not run yet"
-    return text if finished == planned else f"{text} so far"
+def _aim(
+    name: str, values: Sequence[float], planned: int, target: str, result: str
+) -> dict[str, object]:
+    """Return a row; its result is one so far, or none yet, where runs are not finished."""
+    mean, interval = seed_interval(values) if values else (None, None)
+    result = result if len(values) == planned else f"{result} so far"
+    return {
+        AIMS_TITLE: name,
+        "runs": f"{len(values)} of {planned}",
+        "per cent": mean,
+        "95 %": interval,
+        "each": " ".join(map(percent, values)) or None,
+        "target": target,
+        "result": result if values else "not run yet",
+    }
 
 
 def recipe_table(budget: Budget) -> Table:
     """Return the settings that are not the paper's."""
     changed = differences(budget.settings(None), load_settings("paper"))
     rows = [
-        {"setting": key, "here": ours, "the paper's": theirs}
+        {"setting": key, "here": str(ours), "the paper's": str(theirs)}
         for key, (ours, theirs) in changed.items()
         if key.split(".")[1] not in ELSEWHERE
     ]
@@ -113,13 +110,16 @@ def own_recipe_table(reproduction: Reproduction) -> Table:
     """Return the paper's own recipe beside this one."""
     rows = []
     for where, group in ("by slice, seed 0", "slice"), ("by patient, fold 1", "patient"):
-        ours = reproduction.first(PROPOSED, group)
-        theirs = reproduction.first("papers-own", f"paper-{group}")
-        named = {"this recipe": ours, "the paper's recipe, without annealing": theirs}
-        for name, result in named.items():
-            epochs = str(result.run.settings.training.epochs) if result else "not run yet"
+        for name, result in (
+            ("this recipe", reproduction.first(PROPOSED, group)),
+            (
+                "the paper's recipe, without annealing",
+                reproduction.first("papers-own", f"paper-{group}"),
+            ),
+        ):
+            epochs = result.run.settings.training.epochs if result else "not run yet"
             rows.append([name, where, epochs, *accuracy([result] if result else [])])
-    return Table(["SphereFace, m = 5, 1-NN", "", "epochs", "accuracy", "Wilson 95 %"], rows)
+    return Table([AIMS_TITLE, "", "epochs", "accuracy", "Wilson 95 %"], rows)
 
 
 def search_table(reproduction: Reproduction) -> Table:
@@ -136,26 +136,22 @@ def search_table(reproduction: Reproduction) -> Table:
     return Table(["", *header], rows)
 
 
-def _by_views(results: Sequence[Result]) -> list[str]:
-    if not results:
-        return ["-"] * 4
-    stored = read_json(results[0].folder / METRICS)
+def _by_views(results: Sequence[Result]) -> list[float | None]:
+    stored = read_json(results[0].folder / METRICS) if results else {}
     averaged, last = (
         stored.get(key, {}) for key in ("accuracy_by_views", "accuracy_by_views_without_ema")
     )
-    found = [averaged.get(views) for views in "123"] + [last.get("3")]
-    return ["-" if one is None else percent(one) for one in found]
+    return [*(averaged.get(views) for views in "123"), last.get("3")]
 
 
-def examined(reproduction: Reproduction) -> list[dict[str, Any]]:
+def examined(reproduction: Reproduction) -> list[tuple[str, Table]]:
     """Return name and table of the proposed training's runs that met strange pictures."""
-    found = []
-    for group in "slice", "patient":
-        for one in reproduction.select(group, PROPOSED):
-            if (one.folder / STRANGE).is_file():
-                table = strange_table(read_json(one.folder / STRANGE))
-                found.append({"name": one.run.name, "table": table})
-    return found
+    return [
+        (one.run.name, strange_table(read_json(one.folder / STRANGE)))
+        for group in ("slice", "patient")
+        for one in reproduction.select(group, PROPOSED)
+        if (one.folder / STRANGE).is_file()
+    ]
 
 
 def pointing(reproduction: Reproduction) -> Table:
@@ -185,7 +181,7 @@ def facts_table(reproduction: Reproduction) -> Table:
     budget = reproduction.description["budget"]
     facts |= {f"budget: {key}": value for key, value in budget.items()}
     facts["report written with"] = f"Python {platform.python_version()}"
-    return Table(["", ""], [[key, str(value)] for key, value in facts.items()])
+    return Table(["", ""], facts.items())
 
 
 def sessions_table(reproduction: Reproduction) -> Table:
@@ -207,6 +203,6 @@ def run_table(reproduction: Reproduction) -> Table:
     for one in reproduction.results:
         split, made = read_json(one.folder / SPLIT), one.folder / ENVIRONMENT
         sides = f"{len(split['train'])} / {len(split['test'])}"
-        commit = read_json(made).get("commit", "-") if made.is_file() else "-"
+        commit = read_json(made).get("commit") if made.is_file() else None
         rows.append([one.run.name, sides, split["sha256"][:16], commit, f"{one.hours:.2f}"])
     return Table(["run", "train / test", "SHA-256 of the split", "commit", "hours"], rows)

@@ -22,7 +22,7 @@ from ..evaluation.metrics import (
 from ..reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
 from ..reproduction.results import Reproduction, Result, mean_metrics, pooled
 from . import paper
-from .page import Table
+from .page import Table, percent
 
 TITLES = {
     "sphereface-m5": "SphereFace, m = 5 (proposed)",
@@ -53,23 +53,6 @@ VIEWS = {
 }
 
 
-def percent(value: float) -> str:
-    """Return a share in per cent, two digits."""
-    return f"{100 * value:.2f}"
-
-
-def possible(interval: tuple[float, float]) -> tuple[float, float]:
-    """Keep to what an accuracy can be, which Student's interval of two seeds may leave."""
-    low, high = interval
-    return max(low, 0.0), min(high, 1.0)
-
-
-def bounds(interval: tuple[float, float]) -> str:
-    """Return an interval of shares in per cent, or a dash where there is none."""
-    low, high = possible(interval)
-    return "-" if np.isnan(low) else f"{percent(low)} to {percent(high)}"
-
-
 def p_text(p: float) -> str:
     """Return a probability with three digits; what is smaller than they show is called so."""
     return f"{p:.3f}".removeprefix("0") if p >= 0.001 else "<.001"
@@ -86,45 +69,44 @@ def paper_table(
     cited: Mapping[str, Sequence[str]],
 ) -> Table:
     """Return a table of the paper's form: per training our row, and beneath it what is cited."""
-    rows = []
+    rows: list[Sequence[object]] = []
     for training in trainings:
         results, first = reproduction.select("slice", training), reproduction.first(training)
         if results:
-            cells = _over_seeds(results, [one.metrics for one in results])
-            drawn = "-" if first is None else bounds(patient_interval(first.predictions))
-            rows.append([TITLES[training], *cells, drawn])
+            drawn = patient_interval(first.predictions) if first else None
+            means = _over_seeds(results, [one.metrics for one in results])
+            rows.append([TITLES[training], *means, drawn])
         elif training in cited:
-            rows.append([TITLES[training], *["-"] * len(COLUMNS), "0", "-", "-", "-"])
+            rows.append([TITLES[training], *[None] * len(COLUMNS), 0])
         if training in cited and not reproduction.synthetic:
-            rows.append(["the paper", *cited[training], "1", "-", "-", "-"])
+            rows.append(["the paper", *cited[training], 1])
     return Table(["", *COLUMNS, *INTERVALS, "bootstrap of patients, seed 0"], rows)
 
 
-def _over_seeds(results: Sequence[Result], every: Sequence[Metrics]) -> list[str]:
+def _over_seeds(results: Sequence[Result], every: Sequence[Metrics]) -> list[object]:
     """Return means in the paper's columns, and what stands under `INTERVALS`.
 
     `every` has the metrics of each of the results.
     """
     _, interval = seed_interval([one.accuracy for one in every])
     seeds = [one.run.settings.training.seed for one in results]
-    wilson = bounds(every[seeds.index(0)].accuracy_interval) if 0 in seeds else "-"
-    return [*metrics_row(mean_metrics(every)), str(len(every)), bounds(interval), wilson]
+    wilson = every[seeds.index(0)].accuracy_interval if 0 in seeds else None
+    return [*metrics_row(mean_metrics(every)), len(every), interval, wilson]
 
 
 def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
     """Return table 4 or 6: the paper's AUC of hard labels, and a true one of scores."""
-    rows = []
+    rows: list[Sequence[object]] = []
     for training in trainings:
         results = reproduction.select("slice", training)
+        cells: list[str | None] = [None] * 8
         if results:
-            labels = np.mean([result.metrics.label_auc for result in results], axis=0)
-            scores = np.mean([_score_auc(result) for result in results], axis=0)
-            every = [*labels, labels.mean(), *scores, scores.mean()]
-            rows.append([TITLES[training], *map(ratio_text, every), str(len(results))])
-        else:
-            rows.append([TITLES[training], *["-"] * 8, "0"])
+            labels = np.mean([one.metrics.label_auc for one in results], axis=0)
+            scores = np.mean([_score_auc(one) for one in results], axis=0)
+            cells = [ratio_text(one) for one in (*labels, labels.mean(), *scores, scores.mean())]
+        rows.append([TITLES[training], *cells, len(results)])
         if training in paper.AUCS and not reproduction.synthetic:
-            rows.append(["the paper", *paper.AUCS[training], *["-"] * 4, "1"])
+            rows.append(["the paper", *paper.AUCS[training], *[None] * 4, 1])
     columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]
     return Table(["", *columns, "seeds"], rows)
 
@@ -140,13 +122,12 @@ def mcnemar_table(reproduction: Reproduction) -> Table:
     proposed = {
         one.run.settings.training.seed: one for one in reproduction.select("slice", PROPOSED)
     }
-    for training in PAPER_LOSSES:
-        for other in reproduction.select("slice", training) if training != PROPOSED else []:
+    for training in [one for one in PAPER_LOSSES if one != PROPOSED]:
+        for other in reproduction.select("slice", training):
             seed = other.run.settings.training.seed
             if seed in proposed:
-                test = mcnemar(proposed[seed].predictions.right, other.predictions.right)
-                only = [str(test.only_first), str(test.only_second)]
-                rows.append([TITLES[training], str(seed), *only, p_text(test.p)])
+                *only, p = mcnemar(proposed[seed].predictions.right, other.predictions.right)
+                rows.append([TITLES[training], seed, *only, p_text(p)])
     return Table(["against", "seed", "only m = 5 right", "only the other right", "p"], rows)
 
 
@@ -158,12 +139,13 @@ def classifier_table(
     `every` has for each of the results the answers of the classifiers.
     """
     truths = [one.predictions.truth for one in results]
-    rows = []
+    rows: list[Sequence[object]] = []
     for same in zip(*every, strict=True):
+        name = same[0].name
         metrics = [measure(truth, one.predicted) for truth, one in zip(truths, same, strict=True)]
-        rows.append([same[0].name, *_over_seeds(results, metrics)])
-        if same[0].name in paper.CLASSIFIERS and not synthetic:
-            rows.append(["the paper", *paper.CLASSIFIERS[same[0].name], "1", "-", "-"])
+        rows.append([name, *_over_seeds(results, metrics)])
+        if name in paper.CLASSIFIERS and not synthetic:
+            rows.append(["the paper", *paper.CLASSIFIERS[name], 1])
     return Table(["", *COLUMNS, *INTERVALS], rows)
 
 
@@ -182,18 +164,18 @@ def patient_table(reproduction: Reproduction) -> Table:
         rows.append(
             {
                 "": TITLES[training],
-                "by slice": percent(np.mean([one.metrics.accuracy for one in by_slice])),
+                "by slice": np.mean([one.metrics.accuracy for one in by_slice]),
                 "seeds": len(by_slice),
-                "by patient: mean of the folds": percent(mean),
+                "by patient: mean of the folds": mean,
                 "folds": len(folds),
-                "95 % over folds": bounds(interval),
-                "all folds together": percent(together.metrics.accuracy),
-                "bootstrap of patients": bounds(patient_interval(together)),
-                "with mirror images": "-"
+                "95 % over folds": interval,
+                "all folds together": together.right.mean(),
+                "bootstrap of patients": patient_interval(together),
+                "with mirror images": None
                 if None in mirrored
-                else percent(np.mean([one.metrics.accuracy for one in mirrored])),
+                else np.mean([one.right.mean() for one in mirrored]),
                 "patients right by vote": f"{percent(hits / patients)} ({hits} of {patients})",
-                "Wilson 95 %": bounds(wilson_interval(hits, patients)),
+                "Wilson 95 %": wilson_interval(hits, patients),
             }
         )
     return Table.of(rows)
@@ -201,12 +183,13 @@ def patient_table(reproduction: Reproduction) -> Table:
 
 def votes(folds: Sequence[Result]) -> tuple[int, int]:
     """Return how many patients the majority of their slices gets right, and how many there are."""
-    answers = [
-        majority_vote(one.patients, one.predicted, one.scores, one.truth)
-        for one in (fold.predictions for fold in folds)
-    ]
-    hits = sum(int((truth == vote).sum()) for truth, vote in answers)
-    return hits, sum(len(truth) for truth, _ in answers)
+    right = np.concatenate(
+        [
+            np.equal(*majority_vote(one.patients, one.predicted, one.scores, one.truth))
+            for one in (fold.predictions for fold in folds)
+        ]
+    )
+    return int(right.sum()), len(right)
 
 
 def fold_table(reproduction: Reproduction) -> Table:
@@ -225,13 +208,11 @@ def beyond_table(reproduction: Reproduction) -> Table:
     """Return the losses beyond the paper, a row each, beside the proposed training."""
     rows = []
     for training in (PROPOSED, *BEYOND):
-        groups = (
-            ("slice", "patient") if training == PROPOSED else ("beyond-slice", "beyond-patient")
-        )
+        prefix = "" if training == PROPOSED else "beyond-"
         # The proposed training has more seeds and folds: only what the others have is compared.
-        first = reproduction.first(training, groups[0])
-        by_slice = [] if first is None else [first]
-        folds = _tried(reproduction, groups[1], training)
+        first = reproduction.first(training, f"{prefix}slice")
+        by_slice = [first] if first else []
+        folds = _tried(reproduction, f"{prefix}patient", training)
         if by_slice or folds:
             rows.append([TITLES[training], *accuracy(by_slice), *accuracy(folds)])
     return Table(["", "by slice, seed 0", "Wilson 95 %", "by patient", "Wilson 95 %"], rows)
@@ -244,21 +225,20 @@ def _tried(reproduction: Reproduction, group: str, training: str) -> list[Result
     """
     tried = range(1, reproduction.budget.folds + 1)
     runs = {one.run.settings.data.fold: one for one in reproduction.select(group, training)}
-    return [runs[fold] for fold in tried] if all(fold in runs for fold in tried) else []
+    return [runs[fold] for fold in tried] if runs.keys() >= {*tried} else []
 
 
 def variant_table(reproduction: Reproduction) -> Table:
     """Return what was trained otherwise for unknown patients, beside the proposed training."""
-    proposed = _tried(reproduction, "patient", PROPOSED)
-    every = [one for one in reproduction.results if one.run.group == "variant"]
-    names = dict.fromkeys(one.run.training for one in every)
-    rights = {}
-    if proposed:
-        rights = {"as proposed": pooled(one.predictions for one in proposed).right}
-        for name in names:
-            results = _tried(reproduction, "variant", name)
-            if results:
-                rights[name] = pooled(one.predictions for one in results).right
+    variants = [one.run.training for one in reproduction.results if one.run.group == "variant"]
+    runs = {"as proposed": _tried(reproduction, "patient", PROPOSED)}
+    if runs["as proposed"]:
+        runs |= {name: _tried(reproduction, "variant", name) for name in variants}
+    rights = {
+        name: pooled(one.predictions for one in results).right
+        for name, results in runs.items()
+        if results
+    }
     return _compared("trained", rights)
 
 
@@ -272,56 +252,46 @@ def answer_table(
     `every` has for each of the results the answers of the classifiers, `together` for each way to
     join several networks which of all test slices it gets right.
     """
-    truth = np.concatenate([one.predictions.truth for one in results])
-    rights = {"k-NN, k = 1, as proposed": pooled(one.predictions for one in results).right}
+    proposed = pooled(one.predictions for one in results)
+    rights = {"k-NN, k = 1, as proposed": proposed.right}
     for views, text in VIEWS.items():
         answers = [one.by_views(views) for one in results]
         own = all(one.run.settings.evaluation.views == views for one in results)
         if not own and None not in answers:
             rights[f"k-NN, k = 1, {text}"] = pooled(answers).right
     for same in list(zip(*every, strict=True))[1:]:
-        rights[same[0].name] = np.concatenate([one.predicted for one in same]) == truth
+        predicted = np.concatenate([one.predicted for one in same])
+        rights[same[0].name] = predicted == proposed.truth
     return _compared("answered", {**rights, **together})
 
 
 def _compared(title: str, rights: Mapping[str, np.ndarray]) -> Table:
     """Return which answers (n,) are right, in a row for each name; the first is the reference."""
-    names = list(rights)
-    rows = [
-        [
-            name,
-            *share(right),
-            p_text(mcnemar(right, rights[names[0]]).p) if name != names[0] else "-",
-        ]
-        for name, right in rights.items()
-    ]
+    rows: list[Sequence[object]] = []
+    for name, right in rights.items():
+        first = next(iter(rights.values()))
+        rows.append([name, *share(right), p_text(mcnemar(right, first).p) if rows else None])
     return Table([title, "accuracy", "Wilson 95 %", "McNemar's p against the proposed"], rows)
 
 
-def accuracy(results: Sequence[Result]) -> list[str]:
-    """Return the accuracy of runs with disjoint test sides, and its interval; dashes of none."""
-    return share(pooled(one.predictions for one in results).right) if results else ["-", "-"]
+def accuracy(results: Sequence[Result]) -> list[object]:
+    """Return the accuracy of runs with disjoint test sides, and its interval; None of no runs."""
+    return share(pooled(one.predictions for one in results).right) if results else [None, None]
 
 
-def share(own: np.ndarray) -> list[str]:
+def share(own: np.ndarray) -> list[object]:
     """Return the share of what is true, and its interval."""
-    return [percent(own.mean()), bounds(wilson_interval(int(own.sum()), len(own)))]
+    return [own.mean(), wilson_interval(int(own.sum()), len(own))]
 
 
 def golden_table(rows: Sequence[paper.Golden]) -> Table:
     """Return what the paper printed beside what our metrics make of its counts."""
     cells = []
-    for row in rows:
-        training = row.name.removesuffix(", AUC")
-        pairs = zip(row.printed, row.ours, strict=True)
-        differ = [f"{printed} / {ours}" for printed, ours in pairs if printed != ours]
-        cells.append(
-            {
-                "": row.name.replace(training, TITLES.get(training, training), 1),
-                "printed by the paper": " ".join(row.printed),
-                "our metrics of its counts": " ".join(row.ours),
-                "printed / ours": "; ".join(differ) or "alike",
-                "why": row.explanation,
-            }
-        )
-    return Table.of(cells)
+    for name, printed, ours, why in rows:
+        training = name.removesuffix(", AUC")
+        pairs = zip(printed, ours, strict=True)
+        differ = "; ".join(f"{one} / {other}" for one, other in pairs if one != other)
+        title = name.replace(training, TITLES.get(training, training), 1)
+        cells.append([title, " ".join(printed), " ".join(ours), differ or "alike", why])
+    header = ("printed by the paper", "our metrics of its counts", "printed / ours", "why")
+    return Table(["", *header], cells)

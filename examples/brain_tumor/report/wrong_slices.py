@@ -2,8 +2,8 @@
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 from scipy.stats import chi2_contingency
@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency
 from ..data.slices import CLASS_NAMES, PLANES
 from ..evaluation.evaluate import Predictions
 from ..reproduction.plan import PROPOSED
-from ..reproduction.results import Reproduction, Result, pooled
+from ..reproduction.results import Reproduction, pooled
 from ..training.run_folder import POINTING
 from .examination_tables import SIZES, rate, read_pointing
 from .page import Table
@@ -26,24 +26,6 @@ FIRST = (
 OF_FIRST = "acacsacscscacsacsacacscsac"
 
 
-@dataclass(frozen=True)
-class Common:
-    """What the wrong answers of several runs have in common."""
-
-    wrong: int  # how many answers are wrong
-    answers: int  # of how many
-    name: str  # the class with the most of them
-    of_class: tuple[float, float]  # its share of the wrong answers and of all, in per cent
-    of_small: tuple[float, float] | None  # the same of small tumours, where they were measured
-    planes_p: float  # of the chi-squared test that the planes have the same share of wrong answers
-    lowest: Result  # the run of the lowest accuracy
-    patients: int  # how many patients have wrong answers
-    all_patients: int  # of how many
-    always: int  # how many slices have wrong answers alone
-    always_again: int  # those of them that several runs answered
-    slices: int  # of how many
-
-
 def plane_of(number: int) -> str:
     """Return in which plane a slice of the archive is, by its number."""
     letter = OF_FIRST[bisect_right(FIRST, number) - 1]
@@ -54,18 +36,18 @@ def wrong_table(reproduction: Reproduction, group: str) -> Table:
     """Return the slices that every run of the proposed training which tested them misses."""
     results = reproduction.select(group, PROPOSED)
     every = pooled(one.predictions for one in results)
-    table, areas, rows = reproduction.slices, _areas(reproduction), []
-    found = [one.neighbours(table) for one in results]
-    truth = dict(zip(table.numbers.tolist(), table.labels.tolist(), strict=True))
+    slices, areas, rows = reproduction.slices, _areas(reproduction), []
+    names = dict(zip(slices.numbers, np.array(CLASS_NAMES)[slices.labels], strict=True))
+    found = [one.neighbours(slices) for one in results]
     for number in _always_wrong(every):
         own = every.numbers == number
         given = Counter(CLASS_NAMES[label] for label in every.predicted[own])
         rows.append(
             [
-                *(str(number), every.patients[own][0], plane_of(number)),
-                *(str(areas.get(number, "-")), CLASS_NAMES[every.truth[own][0]]),
+                *(number, every.patients[own][0], plane_of(number), areas.get(number)),
+                names[number],
                 ", ".join(f"{name} ({count})" for name, count in given.items()),
-                "; ".join(_by_class(near[number], truth) for near in found if number in near),
+                "; ".join(_by_class(near[number], names) for near in found if number in near),
             ]
         )
     return Table(
@@ -79,9 +61,9 @@ def _always_wrong(every: Predictions) -> list[int]:
     return np.setdiff1d(every.numbers, every.numbers[every.right]).tolist()
 
 
-def _by_class(numbers: list[int], truth: dict[int, int]) -> str:
+def _by_class(numbers: list[int], names: dict[int, str]) -> str:
     """Return the numbers of slices, the name of their class after each group of one."""
-    groups = groupby(numbers, lambda number: CLASS_NAMES[truth[number]])
+    groups = groupby(numbers, names.get)
     return ", ".join(f"{' '.join(map(str, members))} {name}" for name, members in groups)
 
 
@@ -95,8 +77,7 @@ def kinds_table(reproduction: Reproduction) -> Table:
         every = pooled(one.predictions for one in results)
         for kind, chosen in _kinds(reproduction, every).items():
             wrong = ~every.right[chosen]
-            counts = [str(len(wrong)), str(wrong.sum())]
-            rows.append([title, *kind, *counts, *rate(wrong)])
+            rows.append([title, *kind, len(wrong), wrong.sum(), *rate(wrong)])
     return Table(["split", "", "", "answers", "wrong", "share", "Wilson 95 %"], rows)
 
 
@@ -115,7 +96,7 @@ def _kinds(reproduction: Reproduction, every: Predictions) -> dict[tuple[str, st
     return {kind: chosen for kind, chosen in kinds.items() if chosen.any()}
 
 
-def common(reproduction: Reproduction, group: str) -> Common | None:
+def common(reproduction: Reproduction, group: str) -> SimpleNamespace | None:
     """Return what the wrong answers of the proposed training have in common, if there are any."""
     results = reproduction.select(group, PROPOSED)
     if all(one.predictions.right.all() for one in results):
@@ -125,21 +106,21 @@ def common(reproduction: Reproduction, group: str) -> Common | None:
     planes = [chosen for (kind, _), chosen in kinds.items() if kind == "plane"]
     counts = np.array([[every.right[one].sum(), wrong[one].sum()] for one in planes])
     label = int(np.bincount(every.truth[wrong]).argmax())
-    small = kinds.get(("tumour", SIZES[0]))
+    small = kinds.get(("tumour", SIZES[0]))  # where they were measured
     always = np.isin(every.numbers, _always_wrong(every))
     _, tested = np.unique(every.numbers[always], return_counts=True)
-    return Common(
-        wrong=int(wrong.sum()),
+    return SimpleNamespace(
+        wrong=wrong.sum(),
         answers=len(wrong),
-        name=CLASS_NAMES[label],
+        name=CLASS_NAMES[label],  # of the class with the most of them
         of_class=_shares(every.truth == label, wrong),
         of_small=None if small is None else _shares(small, wrong),
         planes_p=chi2_contingency(counts[:, counts.any(0)]).pvalue,
         lowest=min(results, key=lambda one: one.metrics.accuracy),
-        patients=len(np.unique(every.patients[wrong])),
+        patients=len(np.unique(every.patients[wrong])),  # who have wrong answers
         all_patients=len(np.unique(every.patients)),
-        always=len(tested),
-        always_again=int((tested > 1).sum()),
+        always=len(tested),  # slices with wrong answers alone
+        always_again=(tested > 1).sum(),  # those of them that several runs answered
         slices=len(np.unique(every.numbers)),
     )
 
@@ -155,6 +136,6 @@ def _areas(reproduction: Reproduction) -> dict[int, int]:
     for one in reproduction.results:
         path = one.folder / POINTING
         if path.is_file():
-            numbers, area, _, _ = read_pointing(path)
+            numbers, area, *_ = read_pointing(path)
             areas |= zip(numbers.tolist(), area.tolist(), strict=True)
     return areas

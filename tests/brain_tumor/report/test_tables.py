@@ -11,6 +11,7 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.classifiers import Classification
 from examples.brain_tumor.evaluation.metrics import patient_bootstrap
 from examples.brain_tumor.report import paper, tables
+from examples.brain_tumor.report.page import bounds
 from examples.brain_tumor.reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
 from examples.brain_tumor.reproduction.results import (
     pooled,
@@ -205,9 +206,9 @@ def test_p_is_never_printed_as_nothing(p, text):
 
 
 def test_bounds_stay_where_accuracies_are():
-    assert tables.bounds((0.81481, 1.07)) == "81.48 to 100.00"
-    assert tables.bounds((-0.1, 0.5)) == "0.00 to 50.00"
-    assert tables.bounds((np.nan, np.nan)) == "-"
+    assert bounds((0.81481, 1.07)) == "81.48 to 100.00"
+    assert bounds((-0.1, 0.5)) == "0.00 to 50.00"
+    assert bounds((np.nan, np.nan)) == "-"
 
 
 def test_classifiers_are_held_against_their_own_seeds_truth(reproduction, folder):
