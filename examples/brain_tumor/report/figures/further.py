@@ -22,7 +22,7 @@ from .paper import (
     make_rows,
     start_accuracy_axis,
 )
-from .run import COLOURS, draw_shares, make_panels, saved, set_logarithmic
+from .run import COLOURS, draw_shares, make_panels, name_panels, saved, set_logarithmic
 
 CORNER = 0.1  # side of the part of the ROC plane that is enlarged
 LINE_STYLES = ("-", "--", "-.")
@@ -59,10 +59,10 @@ def plot_roc(truth: np.ndarray, scores: np.ndarray) -> Figure:
         corner.plot(false, true, **style)
     whole.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     whole.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    whole.legend(loc="lower right", fontsize=9)
+    whole.legend(loc="lower right", fontsize=9, frameon=True)
     margin = 0.02 * CORNER
     corner.set(xlim=(-margin, CORNER), ylim=(1 - CORNER, 1 + margin))
-    corner.set_title("upper left corner, enlarged", fontsize=10)
+    corner.set_title("upper left corner, enlarged")
     for axes in (whole, corner):
         axes.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
     return figure
@@ -82,8 +82,8 @@ def plot_reliability(
     upper.vlines(x, np.minimum(x, y), np.maximum(x, y), color=COLOURS[1], linewidth=1.5)
     upper.plot(x, y, color=COLOURS[0], marker="o", label="slices")
     upper.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="accuracy")
-    upper.set_title(f"expected calibration error {100 * error:.2f} %", fontsize=10)
-    upper.legend(loc="upper left", frameon=False)
+    upper.set_title(f"expected calibration error {100 * error:.2f} %")
+    upper.legend(loc="upper left")
     edges = np.linspace(0, 1, len(count) + 1)
     lower.bar(edges[:-1], count, np.diff(edges), align="edge", color=COLOURS[5], edgecolor="black")
     # On a logarithmic scale, since nearly all slices are in the last bin.
@@ -103,12 +103,12 @@ def plot_angles(
     embedding its own, for SphereFace at m times the target angle; beyond pi nothing is drawn.
     Training slices are faint, misclassified test slices crossed out.
     """
-    figure, panels = make_panels(len(CLASS_NAMES), 3, (3.3, 3.4))
+    figure, panels = name_panels(CLASS_NAMES, (3.3, 3.4))
     sides = [train, test]
     largest = max((angles.max() for side in sides for angles in side[:2] if angles.size), default=1)
     reach = min(1.05 * largest + 0.05, math.pi)
     line = np.linspace(0, reach, 500)
-    for label, (name, axes) in enumerate(zip(CLASS_NAMES, panels, strict=True)):
+    for label, axes in enumerate(panels):
         for side in sides:
             own = side.labels == label
             faint = {"s": 8, "alpha": 0.2} if side is train else {"s": 20, "alpha": 0.8}
@@ -120,7 +120,6 @@ def plot_angles(
         bound = np.asarray(boundary(line))
         axes.plot(line, np.where(bound <= math.pi, bound, np.nan), **MARGIN)
         axes.set(xlim=(0, reach), ylim=(0, reach), box_aspect=1)
-        axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("to nearest other centre (rad)")
     panels[1].set_xlabel("angle to own class centre (rad)")
     degrees = panels[-1].secondary_yaxis("right", functions=(np.degrees, np.radians))
@@ -178,8 +177,8 @@ def plot_budget(runs: Mapping[float, Sequence[float]], budget: float, paper: flo
     axes.set_xlabel("epochs")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    start_accuracy_axis(axes, upright=True)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    start_accuracy_axis(axes, "y")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -196,13 +195,12 @@ def plot_errors(confusions: Mapping[str, np.ndarray]) -> Figure:
     ]
     lines = max(name.count("\n") + 1 for name in columns)
     size = (2.4 + 1.4 * len(columns), 3.6 + 0.15 * lines)
-    figure, (axes,) = make_panels(1, 1, size)
+    figure, (axes,) = make_panels(1, 1, size, framed=True)
 
     def describe(cell: tuple[int, ...]) -> str:
         return f"{counts[cell]}  ({100 * shares[cell]:.0f} %)" if counts[cell] else "0"
 
     draw_shares(axes, shares, describe, aspect="auto")
-    axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)

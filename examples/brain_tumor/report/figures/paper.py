@@ -20,7 +20,14 @@ from sklearn.preprocessing import normalize
 
 from ...data.slices import CLASS_NAMES, PLANES
 from ...errors import UserError
-from .run import COLOURS, draw_confusion, make_panels, saved
+from .run import (
+    COLOURS,
+    draw_confusion,
+    draw_epochs,
+    make_panels,
+    name_panels,
+    saved,
+)
 
 # The paper's blue, orange and green; the shapes tell the classes apart without colour.
 CLASS_STYLES = tuple(
@@ -65,9 +72,8 @@ def plot_samples(slices: Mapping[tuple[str, str], np.ndarray]) -> Figure:
     What is missing becomes a dash.
     """
     cells = [(name, plane) for name in CLASS_NAMES for plane in PLANES]
-    figure, panels = make_panels(len(cells), len(PLANES), (2.3, 2.35))
+    figure, panels = make_panels(len(cells), len(PLANES), (2.3, 2.35), framed=True)
     for (name, plane), axes in zip(cells, panels, strict=True):
-        axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set(xticks=[], yticks=[], box_aspect=1)
         if (name, plane) in slices:
@@ -75,7 +81,7 @@ def plot_samples(slices: Mapping[tuple[str, str], np.ndarray]) -> Figure:
         else:
             axes.text(0.5, 0.5, "—", transform=axes.transAxes, ha="center", fontsize=14)
         if name == CLASS_NAMES[0]:
-            axes.set_title(plane, fontsize=10)
+            axes.set_title(plane)
         if plane == PLANES[0]:
             axes.set_ylabel(name)
     return figure
@@ -88,14 +94,11 @@ def plot_losses(runs: Mapping[str, Sequence[float]]) -> Figure:
     The losses are not of one kind, so each run has a panel with a scale of its own, from zero: a
     common scale would only compare what cannot be compared.
     """
-    figure, panels = make_panels(len(runs), 3, (3.2, 2.5))
-    for (name, losses), axes in zip(runs.items(), panels, strict=True):
-        # One epoch alone has no line to draw, only a point.
-        marker = "o" if len(losses) == 1 else ""
-        axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[0], marker=marker)
+    figure, panels = name_panels(runs, (3.2, 2.5))
+    for losses, axes in zip(runs.values(), panels, strict=True):
+        draw_epochs(axes, losses)
         axes.set_ylim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_title(textwrap.fill(name, 36), fontsize=10)
     figure.supxlabel("epoch", fontsize=10)
     label = "training loss" if len(runs) == 1 else "training loss (each on its own scale)"
     figure.supylabel(label, fontsize=10)
@@ -105,13 +108,10 @@ def plot_losses(runs: Mapping[str, Sequence[float]]) -> Figure:
 @saved
 def plot_confusions(confusions: Mapping[str, np.ndarray]) -> Figure:
     """Draw figure 4: confusion matrices (3, 3) side by side, rows are the truth."""
-    figure, panels = make_panels(len(confusions), 3, (3.2, 3.3))
-    for (name, confusion), axes in zip(confusions.items(), panels, strict=True):
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(True)
+    figure, panels = name_panels(confusions, (3.2, 3.3), framed=True)
+    for confusion, axes in zip(confusions.values(), panels, strict=True):
         picture = draw_confusion(axes, confusion)
         axes.tick_params(labelsize=9)
-        axes.set_title(textwrap.fill(name, 34), fontsize=10)
     figure.colorbar(picture, ax=panels, shrink=0.8, label="share of the true class")
     return figure
 
@@ -146,16 +146,13 @@ def plot_tsne(panels: Mapping[str, Embedded]) -> Figure:
     Points that are misclassified are ringed. Distances are not to be read as angles: see
     `compute_tsne` and `plot_angles`.
     """
-    figure, all_axes = make_panels(len(panels), 3, (3.2, 3.2))
-    for (name, (points, labels, wrong)), axes in zip(panels.items(), all_axes, strict=True):
+    figure, all_axes = name_panels(panels, (3.2, 3.2), framed=True)
+    for (points, labels, wrong), axes in zip(panels.values(), all_axes, strict=True):
         for label, style in enumerate(CLASS_STYLES):
             x, y = points[labels == label].T
             axes.scatter(x, y, s=16, linewidths=0, alpha=0.8, **style)
         axes.scatter(*points[wrong].T, **RING)
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(True)
         axes.set(xticks=[], yticks=[], box_aspect=1)
-        axes.set_title(textwrap.fill(name, 36), fontsize=10)
     add_class_legend(figure, {"misclassified": RING_IN_LEGEND})
     return figure
 
@@ -177,7 +174,7 @@ def add_legend(
         Line2D([], [], **({"linestyle": "", "label": label} | dict(style)))
         for label, style in entries.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 @saved
@@ -230,13 +227,10 @@ def draw_score(
     axes.plot(100 * accuracy, row, linestyle="", markersize=7, markerfacecolor=face, **style)
 
 
-def start_accuracy_axis(axes: Axes, upright: bool = False) -> None:
+def start_accuracy_axis(axes: Axes, axis: str = "x") -> None:
     """Let an axis in percent start at a multiple of five below all that is drawn, and say so."""
-    bounds = axes.dataLim
-    lowest, highest = bounds.intervaly if upright else bounds.intervalx
+    lowest, highest = getattr(axes.dataLim, f"interval{axis}")
     start = max(5 * math.floor((lowest - 0.5) / 5), 0)
     end = max(highest, 100) + 0.02 * (100 - start)  # a point on the edge would be cut in half
     label = "accuracy (%)" if start == 0 else f"accuracy (%), from {start} on"
-    axes.set(**({"ylim": (start, end), "ylabel": label} if upright else {"xlim": (start, end)}))
-    if not upright:
-        axes.set_xlabel(label)
+    axes.set(**{f"{axis}lim": (start, end), f"{axis}label": label})

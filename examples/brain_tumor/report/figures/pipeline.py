@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
@@ -70,45 +71,40 @@ def plot_pipeline(settings: Settings, pretrained: bool) -> Figure:
     for name, steps, colour, band_height in bands:
         ground = (0.1, top), WIDTH - 0.2, band_height
         axes.add_patch(Rectangle(*ground, color=colour, alpha=0.1, linewidth=0))
-        _draw_band(axes, top, name, steps, colour)
+        axes.text(EDGE, top + 0.18, name, va="center", fontsize=10, weight="bold")
+        _draw_steps(axes, top + HEAD, steps, colour)
         top += band_height + GAP
-    _draw_gradient(axes, _lefts(len(training)), TITLE)
+    _draw_gradient(axes, TITLE + HEAD + BOX_HEIGHT, *_lefts(training)[2:])
     return figure
 
 
-def _lefts(count: int) -> list[float]:
+def _lefts(steps: Sequence[str]) -> list[float]:
     """Return the left edges of a band's boxes, spread over the figure's width."""
-    stride = (WIDTH - 2 * EDGE - BOX_WIDTH) / (count - 1)
-    return [EDGE + index * stride for index in range(count)]
+    return np.linspace(EDGE, WIDTH - EDGE - BOX_WIDTH, len(steps)).tolist()
 
 
-def _draw_band(axes: Axes, top: float, name: str, steps: Sequence[str], colour: str) -> None:
+def _draw_steps(axes: Axes, top: float, steps: Sequence[str], colour: str) -> None:
     """Draw one row of boxes with arrows between them."""
-    axes.text(EDGE, top + 0.18, name, va="center", fontsize=10, weight="bold")
-    middle = top + HEAD + BOX_HEIGHT / 2
-    lefts = _lefts(len(steps))
+    middle, lefts = top + BOX_HEIGHT / 2, _lefts(steps)
+    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "white"}
     for left, step in zip(lefts, steps, strict=True):
-        corner = (left, middle - BOX_HEIGHT / 2)
-        style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "white"}
-        axes.add_patch(FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, edgecolor=colour, **style))
+        box = FancyBboxPatch((left, top), BOX_WIDTH, BOX_HEIGHT, edgecolor=colour, **style)
+        axes.add_patch(box)
         centre = left + BOX_WIDTH / 2
         axes.text(centre, middle, step, ha="center", va="center", fontsize=FONT_SIZE)
     for left, following in itertools.pairwise(lefts):
         _draw_arrow(axes, (left + BOX_WIDTH, middle), (following, middle))
 
 
-def _draw_gradient(axes: Axes, lefts: Sequence[float], top: float) -> None:
-    """Draw how the loss of the training band, its last box, trains the network, its third."""
-    bottom = top + HEAD + BOX_HEIGHT
-    start, end = lefts[-1] + BOX_WIDTH / 2, lefts[2] + BOX_WIDTH / 2
+def _draw_gradient(axes: Axes, bottom: float, *lefts: float) -> None:
+    """Draw how the loss trains the network, from below the last of the boxes to the first."""
+    end, middle, start = (left + BOX_WIDTH / 2 for left in lefts)
     level = bottom + 0.2
     axes.plot([start, start, end], [bottom, level, level], color="0.3", linestyle="--", lw=1)
     _draw_arrow(axes, (end, level), (end, bottom), color="0.3")
-    middle = lefts[3] + BOX_WIDTH / 2
-    axes.text(
-        middle, level, "gradients", ha="center", va="center", fontsize=FONT_SIZE,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-    )  # fmt: skip
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    place = {"ha": "center", "va": "center", "fontsize": FONT_SIZE}
+    axes.text(middle, level, "gradients", bbox=ground, **place)
 
 
 def _draw_arrow(

@@ -9,9 +9,9 @@ import itertools
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -25,64 +25,61 @@ from ...files import replacing
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-Arguments = ParamSpec("Arguments")
+STYLE = {
+    "text.parse_math": False,  # no `$` in the name of a file, class or run begins a formula
+    "figure.titlesize": 11,
+    "axes.titlesize": 10,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
 SMOOTHING = 10  # steps; a single batch says little
 LARGEST_DRAWN = 1024  # pixels a side; more cost memory and are not seen
 
 
-def saved(draw: Callable[Arguments, Figure]) -> Callable[Concatenate[Path, str, Arguments], Figure]:
-    """Let what draws a figure take first the PNG file that it is written to, and its title.
-
-    Names of files, classes and runs are drawn as they are: no `$` in them begins a formula.
-    """
+def saved(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Let what draws a figure take first the PNG file that it is written to, and its title."""
 
     @functools.wraps(draw)
-    def plot(
-        path: Path, title: str, *arguments: Arguments.args, **options: Arguments.kwargs
-    ) -> Figure:
-        with warnings.catch_warnings(), rc_context({"text.parse_math": False}):
+    def plot(path: Path, title: str, *arguments: object, **options: object) -> Figure:
+        with warnings.catch_warnings(), rc_context(STYLE), replacing(path) as temporary:
             warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
             figure = draw(*arguments, **options)
-            figure.suptitle(wrap_title(title, figure.get_figwidth()), fontsize=11)
-            save(figure, path)
+            figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())))
+            figure.savefig(temporary, format="png", dpi=150)
         return figure
 
     return plot
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
 
 
 @saved
 def plot_loss(epochs: list[dict[str, Any]]) -> Figure:
     """Draw loss and training accuracy against the epoch, from the rows of a run's log."""
     figure, (loss, accuracy) = make_panels()
-    x = [row["epoch"] for row in epochs]
-    # One epoch alone has no line to draw, only a point.
-    style = {"color": COLOURS[0], "marker": "o" if len(x) == 1 else ""}
-    loss.plot(x, [row["loss"] for row in epochs], **style)
+    draw_epochs(loss, [row["loss"] for row in epochs])
     loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    accuracy.plot(x, [100 * value for value in _column(epochs, "accuracy")], **style)
+    draw_epochs(accuracy, [100 * value for value in _column(epochs, "accuracy")])
     accuracy.set(xlabel="epoch", ylabel="training accuracy (%)", ylim=(None, 101))
     return figure
 
 
-@saved
-def plot_confusion(confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES) -> Figure:
-    """Draw a confusion matrix, rows are the truth: counts as text, shares of each row as shade."""
-    figure = Figure(figsize=(5, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    picture = draw_confusion(axes, confusion, classes)
-    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
-    return figure
+def draw_epochs(axes: Axes, values: Sequence[float]) -> None:
+    """Draw a value of each epoch; one epoch alone has no line to draw, only a point."""
+    marker = "o" if len(values) == 1 else ""
+    axes.plot(range(1, len(values) + 1), values, color=COLOURS[0], marker=marker)
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
     """Return a log's column; what a loss without class centres cannot know is NaN, a gap."""
     return [math.nan if row[name] is None else row[name] for row in rows]
+
+
+@saved
+def plot_confusion(confusion: list[list[int]], classes: Sequence[str] = CLASS_NAMES) -> Figure:
+    """Draw a confusion matrix, rows are the truth: counts as text, shares of each row as shade."""
+    figure, (axes,) = make_panels(1, 1, (5, 4.6), framed=True)
+    picture = draw_confusion(axes, confusion, classes)
+    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
+    return figure
 
 
 def draw_confusion(
@@ -121,38 +118,8 @@ def plot_early(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     norms.set(xlabel="step", ylabel="gradient norm of the network")
     set_logarithmic(norms)
     if len(runs) > 1:
-        norms.legend(frameon=False, fontsize=8)
+        norms.legend(fontsize=8)
     return figure
-
-
-def make_panels(
-    count: int = 2, columns: int = 2, size: tuple[float, float] = (4.5, 3.6)
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure with `count` panels of a size in inches, in rows of at most `columns`."""
-    rows = math.ceil(count / columns)
-    columns = math.ceil(count / rows)  # four in rows of three would leave one alone
-    width = max(columns * size[0], 4.0)  # for the title
-    figure = Figure(figsize=(width, rows * size[1]), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in panels[count:]:
-        spare.remove()
-    for axes in panels[:count]:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-    return figure, panels[:count]
-
-
-def set_logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic; matplotlib's own labels of it are formulas, see `saved`."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
-
-
-def wrap_title(title: str, width: float) -> str:
-    """Break a title of 11 points into lines for a figure's width in inches."""
-    return textwrap.fill(title, int(12 * width))
 
 
 def _plot_smoothed(axes: Axes, values: list[float], colour: str, label: str) -> None:
@@ -162,6 +129,43 @@ def _plot_smoothed(axes: Axes, values: list[float], colour: str, label: str) -> 
     window = np.minimum(x, SMOOTHING)
     axes.plot(x, values, color=colour, alpha=0.25, linewidth=0.7)
     axes.plot(x, (sums[x] - sums[x - window]) / window, color=colour, label=label)
+
+
+def make_panels(
+    count: int = 2, columns: int = 2, size: tuple[float, float] = (4.5, 3.6), framed: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` panels of a size in inches, in rows of at most `columns`.
+
+    What is `framed` has all its spines, and no grid.
+    """
+    rows = math.ceil(count / columns)
+    columns = math.ceil(count / rows)  # four in rows of three would leave one alone
+    width = max(columns * size[0], 4.0)  # for the title
+    figure = Figure(figsize=(width, rows * size[1]), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    for axes in [] if framed else panels[:count]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+    return figure, panels[:count]
+
+
+def name_panels(
+    names: Collection[str], size: tuple[float, float], framed: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return the same with a panel below each of the names, three in a row."""
+    figure, panels = make_panels(len(names), 3, size, framed)
+    for name, axes in zip(names, panels, strict=True):
+        axes.set_title(textwrap.fill(name, 34))
+    return figure, panels
+
+
+def set_logarithmic(axes: Axes) -> None:
+    """Make the y axis logarithmic; matplotlib's own labels of it are formulas, see `STYLE`."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 @saved
@@ -191,7 +195,7 @@ def plot_prediction(
     step = math.ceil(max(image.shape) / LARGEST_DRAWN)
     image, heat = image[::step, ::step], heat[::step, ::step]
     slice_axes.imshow(image, cmap="gray")
-    slice_axes.set_title("the slice", fontsize=10)
+    slice_axes.set_title("the slice")
     heat_axes.imshow(image, cmap="gray")
     share = heat / max(heat.max(), np.finfo(float).tiny)
     heat_axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.7 * share)
@@ -204,14 +208,14 @@ def plot_prediction(
         heat_axes.contour(columns, rows, outline, [0.5], colors=COLOURS[5], linewidths=1.2)
         heat_axes.axis(limits)
         described += "; tumour mask outlined"
-    heat_axes.set_title(described, fontsize=10)
+    heat_axes.set_title(described)
     names, values = list(probabilities), list(probabilities.values())
-    best = int(np.argmax(values))
-    colours = [COLOURS[0] if i == best else "0.7" for i in range(len(values))]
+    colours = ["0.7"] * len(values)
+    colours[np.argmax(values)] = COLOURS[0]
     drawn = bars.barh(names, values, color=colours)
     bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values], padding=3)
     bars.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel=meaning)
-    bars.set_title("probability", fontsize=10)
+    bars.set_title("probability")
     bars.invert_yaxis()
     bars.spines[["top", "right"]].set_visible(False)
     beside = list(np.ravel(lower.subplots(1, len(neighbours))))
