@@ -6,7 +6,7 @@ import numpy as np
 
 from ..evaluation.calibration import calibrated, fit_exponent
 from ..evaluation.evaluate import Predictions
-from ..evaluation.metrics import Reliability, reliability
+from ..evaluation.metrics import reliability
 from ..reproduction.plan import PROPOSED
 from ..reproduction.results import Reproduction, Result, pooled
 
@@ -18,12 +18,7 @@ class Calibrated:
     exponent: float  # see `fit_exponent`
     slices: int  # how many answers of other runs it was fitted on
     confidence: np.ndarray  # (n,) in [0, 1]
-    right: np.ndarray  # (n,) whether the answers are right
-
-    @property
-    def reliability(self) -> Reliability:
-        """Accuracy against confidence, and the expected calibration error."""
-        return reliability(self.confidence, self.right)
+    error: float  # the expected calibration error
 
 
 def calibrate(reproduction: Reproduction, result: Result) -> Calibrated | None:
@@ -34,7 +29,8 @@ def calibrate(reproduction: Reproduction, result: Result) -> Calibrated | None:
     known = pooled(held)
     exponent = fit_exponent(known.scores, known.truth)
     confidence = calibrated(result.predictions.scores, exponent).max(1)
-    return Calibrated(exponent, len(known.truth), confidence, result.predictions.right)
+    error = reliability(confidence, result.predictions.right).error
+    return Calibrated(exponent, len(known.truth), confidence, error)
 
 
 def _held_out(reproduction: Reproduction, result: Result) -> list[Predictions]:

@@ -1,7 +1,8 @@
 """Draws a reproduction's figures; what could not be drawn returns nothing, for the template."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from ..evaluation.metrics import reliability, seed_interval, wilson_interval
 from ..files import read_array, read_rows, write_array
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
 from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
-from ..training.run_folder import ANGLES, EMBEDDINGS, EPOCHS, SPLIT
+from ..training.run_folder import ANGLES, EPOCHS, SPLIT
 from . import paper, tables
-from .confidence import Calibrated, calibrate
+from .confidence import calibrate
 from .figures.further import (
     Angles,
     plot_angles,
@@ -61,11 +62,7 @@ def pipeline(reproduction: Reproduction) -> bool:
 
 def curves(reproduction: Reproduction) -> bool:
     """Figures 3 and 4."""
-    firsts = {
-        tables.TITLES[name]: first
-        for name in tables.TRAININGS
-        if (first := reproduction.first(name)) is not None
-    }
+    firsts = _firsts(reproduction, tables.TRAININGS)
     if firsts:
         losses = {
             title: [row["loss"] for row in read_rows(first.folder / EPOCHS)]
@@ -78,13 +75,19 @@ def curves(reproduction: Reproduction) -> bool:
     return bool(firsts)
 
 
+def _firsts(reproduction: Reproduction, trainings: Iterable[str]) -> dict[str, Result]:
+    """Return by title the run of seed 0 of each training that has one."""
+    found = {tables.TITLES[name]: reproduction.first(name) for name in trainings}
+    return {title: first for title, first in found.items() if first}
+
+
 def tsne(reproduction: Reproduction, name: str) -> bool:
     """Figure 5 or 6: by loss or by margin."""
     trainings = {"figure5": tables.LOSSES, "figure6": tables.MARGINS}[name]
     panels = {
-        tables.TITLES[training]: _embedded(reproduction, first)
-        for training in trainings
-        if (first := reproduction.first(training)) is not None and first.has_embeddings
+        title: _embedded(reproduction, first)
+        for title, first in _firsts(reproduction, trainings).items()
+        if first.has_embeddings
     }
     if panels:
         plot_tsne(*reproduction.figure(name, "t-SNE, test slices"), panels)
@@ -92,13 +95,10 @@ def tsne(reproduction: Reproduction, name: str) -> bool:
 
 
 def _embedded(reproduction: Reproduction, result: Result) -> Embedded:
-    _, test = reproduction.slices.sides(result.folder / SPLIT)
-    path = result.folder / TSNE
-    if path.is_file() and path.stat().st_mtime >= (result.folder / EMBEDDINGS).stat().st_mtime:
-        points = read_array(path)
-    else:
-        points = compute_tsne(result.embeddings()[test], seed=0)
-        write_array(path, points)
+    if not result.keeps(TSNE):
+        _, test = reproduction.slices.sides(result.folder / SPLIT)
+        write_array(result.folder / TSNE, compute_tsne(result.embeddings()[test], seed=0))
+    points = read_array(result.folder / TSNE)
     return Embedded(points, result.predictions.truth, ~result.predictions.right)
 
 
@@ -107,28 +107,23 @@ def angles(reproduction: Reproduction) -> bool:
     proposed = reproduction.proposed
     if proposed is None or not proposed.has_embeddings:
         return False
-    train, test = reproduction.slices.sides(proposed.folder / SPLIT)
+    sides = reproduction.slices.sides(proposed.folder / SPLIT)
+    train, test = (_angles(reproduction, proposed, side) for side in sides)
     margin = proposed.run.settings.loss.margin
-    plot_angles(
-        *reproduction.figure(
-            "angles",
-            f"angles to the class centres, {tables.TITLES[PROPOSED]}, seed 0",
-        ),
-        _angles(reproduction, proposed, test),
-        train=_angles(reproduction, proposed, train),
-        boundary=lambda theta: margin * theta,
-    )
+    title = f"angles to the class centres, {tables.TITLES[PROPOSED]}, seed 0"
+    drawn = reproduction.figure("angles", title)
+    plot_angles(*drawn, test, train=train, boundary=lambda theta: margin * theta)
     return True
 
 
-def _angles(reproduction: Reproduction, result: Result, indices: np.ndarray) -> Angles:
-    angles = read_array(result.folder / ANGLES)[indices]
-    labels, rows = reproduction.slices.labels[indices], np.arange(len(indices))
-    others = angles.copy()
-    others[rows, labels] = np.inf
+def _angles(reproduction: Reproduction, result: Result, side: np.ndarray) -> Angles:
+    angles = read_array(result.folder / ANGLES)[side]
+    labels, rows = reproduction.slices.labels[side], np.arange(len(side))
+    target = angles[rows, labels]
+    angles[rows, labels] = np.inf
     wrong = result.predictions.numbers[~result.predictions.right]
-    wrong = np.isin(reproduction.slices.numbers[indices], wrong)
-    return Angles(target=angles[rows, labels], other=others.min(1), labels=labels, wrong=wrong)
+    wrong = np.isin(reproduction.slices.numbers[side], wrong)
+    return Angles(target=target, other=angles.min(1), labels=labels, wrong=wrong)
 
 
 def scores(reproduction: Reproduction, scale: float) -> list[dict[str, Any]]:
@@ -143,40 +138,39 @@ def scores(reproduction: Reproduction, scale: float) -> list[dict[str, Any]]:
         title = f"{tables.TITLES[PROPOSED]}, {name}"
         sure = probabilities(predictions.scores, scale)
         plot_roc(*reproduction.figure(f"roc-{file}", title), predictions.truth, sure)
-        bins = reliability(sure.max(1), predictions.right)
-        plot_reliability(*reproduction.figure(f"reliability-{file}", title), *bins)
-        drawn.append({"file": file, "name": name, "error": bins.error})
+        where = reproduction.figure(f"reliability-{file}", title)
+        error = _plot_bins(*where, sure.max(1), predictions.right)
+        drawn.append({"file": file, "name": name, "error": error})
         parts = [calibrate(reproduction, one) for one in results]
         if None not in parts:
-            drawn[-1]["calibrated"] = _plot_calibrated(
-                reproduction, f"calibrated-{file}", title, parts
-            )
+            sure = np.concatenate([one.confidence for one in parts])
+            where = reproduction.figure(f"calibrated-{file}", f"calibrated: {title}")
+            drawn[-1]["calibrated"] = {
+                "error": _plot_bins(*where, sure, predictions.right),
+                "exponents": [one.exponent for one in parts],
+                "slices": [one.slices for one in parts],
+            }
     return drawn
 
 
-def _plot_calibrated(
-    reproduction: Reproduction, file: str, title: str, parts: Sequence[Calibrated]
-) -> dict[str, Any]:
-    """Draw the reliability of calibrated runs together; describe it."""
-    sure, right = (
-        np.concatenate([getattr(one, name) for one in parts]) for name in ("confidence", "right")
-    )
-    bins = reliability(sure, right)
-    plot_reliability(*reproduction.figure(file, f"calibrated: {title}"), *bins)
-    return {
-        "file": file,
-        "error": bins.error,
-        "exponents": [one.exponent for one in parts],
-        "slices": [one.slices for one in parts],
-    }
+def _plot_bins(path: Path, title: str, confidence: np.ndarray, right: np.ndarray) -> float:
+    """Draw how often answers of each confidence are right; return the calibration error."""
+    bins = reliability(confidence, right)
+    plot_reliability(path, title, *bins)
+    return bins.error
 
 
 def by_patient(reproduction: Reproduction) -> dict[str, Any]:
     """By slice and by patient, and the kinds of errors; where they lie, if that is known."""
-    names = [name for name in PAPER_LOSSES if reproduction.select("patient", name)]
-    if not names:
+    losses = {}
+    for training in PAPER_LOSSES:
+        folds, first = reproduction.select("patient", training), reproduction.first(training)
+        if folds:
+            title = tables.TITLES[training]  # and of how many folds, where some are not run yet
+            title += f", {len(folds)} of {FOLDS} folds" if len(folds) < FOLDS else ""
+            losses[title] = _ways(first, folds)
+    if not losses:
         return {}
-    losses = {_folds_title(reproduction, name): _ways(reproduction, name) for name in names}
     drawn = reproduction.figure("slice-and-patient", "by slice and by patient, 1-NN")
     plot_slice_and_patient(*drawn, losses)
     folds = reproduction.select("patient", PROPOSED)
@@ -196,21 +190,13 @@ def _of_folds(folds: Sequence[Result]) -> str:
     return f"by patient, {len(folds)} of {FOLDS} folds"
 
 
-def _folds_title(reproduction: Reproduction, training: str) -> str:
-    """Return a training's title, and of how many folds it is where some are not run yet."""
-    count, title = len(reproduction.select("patient", training)), tables.TITLES[training]
-    return title if count == FOLDS else f"{title}, {count} of {FOLDS} folds"
-
-
-def _ways(reproduction: Reproduction, training: str) -> dict[str, tuple[float, float, float]]:
+def _ways(first: Result | None, folds: Sequence[Result]) -> dict[str, tuple[float, float, float]]:
+    """Return accuracies of a training with their intervals, by how it was split and counted."""
     ways = {}
-    first = reproduction.first(training)
     if first:
         ways["by slice"] = (first.metrics.accuracy, *first.metrics.accuracy_interval)
-    folds = reproduction.select("patient", training)
     together = pooled(one.predictions for one in folds)
-    accuracy = float(together.right.mean())
-    ways["by patient, slices"] = (accuracy, *tables.patient_interval(together))
+    ways["by patient, slices"] = (together.right.mean(), *tables.patient_interval(together))
     hits, total = tables.votes(folds)
     ways["by patient, votes"] = (hits / total, *wilson_interval(hits, total))
     return ways
@@ -240,13 +226,13 @@ def _clusters(predictions: Predictions) -> dict[str, float]:
 
 def lengths(reproduction: Reproduction) -> dict[float, Sequence[float]]:
     """Accuracy against the length of training; return the accuracies by epochs."""
-    own = reproduction.budget.settings(None).training.epochs
-    runs = {own: [one.metrics.accuracy for one in reproduction.select("slice", PROPOSED)]}
+    runs: dict[float, list[float]] = {}
     for one in reproduction.results:
-        if one.run.group == "length":
+        if one.run.group == "length" or (one.run.group, one.run.training) == ("slice", PROPOSED):
             epochs = one.run.settings.training.epochs
             runs.setdefault(epochs, []).append(one.metrics.accuracy)
-    if not runs[own] or reproduction.synthetic:
+    own = reproduction.budget.settings(None).training.epochs
+    if own not in runs or reproduction.synthetic:
         return {}
     runs = dict(sorted(runs.items()))
     drawn = reproduction.figure("length", "accuracy by slice against the length of training")
@@ -257,8 +243,7 @@ def lengths(reproduction: Reproduction) -> dict[float, Sequence[float]]:
 def bars(reproduction: Reproduction) -> None:
     """Figure 7."""
     scores = []
-    select = reproduction.select
-    by_slice, folds = (select(group, PROPOSED) for group in ("slice", "patient"))
+    by_slice, folds = (reproduction.select(group, PROPOSED) for group in ("slice", "patient"))
     for name, results in (("by slice, 70-30", by_slice), (_of_folds(folds), folds)):
         if results:
             mean, interval = seed_interval([one.metrics.accuracy for one in results])
@@ -270,7 +255,5 @@ def bars(reproduction: Reproduction) -> None:
     for cited in paper.CITED:
         label = f"{cited['name']}, {cited['protocol']}"
         scores.append(Score(label, cited["accuracy"], None, "cited", cited["verified"]))
-    plot_scores(
-        *reproduction.figure("figure7", "accuracies on this data set: ours, and as published"),
-        scores,
-    )
+    title = "accuracies on this data set: ours, and as published"
+    plot_scores(*reproduction.figure("figure7", title), scores)

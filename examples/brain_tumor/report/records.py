@@ -63,7 +63,7 @@ def _calibration_aims(reproduction: Reproduction) -> Iterator[dict[str, object]]
         ("patient", "by patient", "fold", FOLDS, PATIENT_CALIBRATION_AIM),
     ):
         errors = {
-            one.run.name.rpartition(of)[2]: part.reliability.error
+            one.run.name.rpartition(of)[2]: part.error
             for one in reproduction.select(group, PROPOSED)
             if (part := calibrate(reproduction, one))
         }

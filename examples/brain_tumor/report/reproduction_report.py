@@ -10,7 +10,7 @@ from ..files import read_json, write_json, write_text
 from ..reproduction import plan
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
 from ..reproduction.results import FIGURES, SPEED, Reproduction, Result, read_reproduction
-from ..training.run_folder import EMBEDDINGS, SPLIT
+from ..training.run_folder import SPLIT
 from . import drawing, paper, records, tables, wrong_slices
 from .page import to_html, to_markdown
 
@@ -41,11 +41,6 @@ def report_text(reproduction: Reproduction) -> str:
     return to_markdown(
         "reproduction.md.j2",
         r=reproduction,
-        mark=reproduction.mark,
-        synthetic=reproduction.synthetic,
-        proposed=reproduction.proposed,
-        budget=reproduction.budget,
-        settings=reproduction.budget.settings(None),
         speed=read_json(speed) if speed.is_file() else None,
         classified=classified,
         together=together,
@@ -65,7 +60,7 @@ def classified(reproduction: Reproduction, results: Sequence[Result]) -> list[li
 
 def _classify(reproduction: Reproduction, result: Result) -> list[Classification]:
     path = result.folder / CLASSIFICATIONS
-    if path.is_file() and path.stat().st_mtime >= (result.folder / EMBEDDINGS).stat().st_mtime:
+    if result.keeps(CLASSIFICATIONS):
         return [
             Classification(**{**one, "predicted": np.array(one["predicted"])})
             for one in read_json(path)
@@ -73,10 +68,8 @@ def _classify(reproduction: Reproduction, result: Result) -> list[Classification
     embeddings, slices = result.embeddings(), reproduction.slices
     train, test = slices.sides(result.folder / SPLIT)
     every = classify(
-        embeddings[train],
-        slices.labels[train],
-        embeddings[test],
-        slices.labels[test],
+        *(embeddings[train], slices.labels[train]),
+        *(embeddings[test], slices.labels[test]),
         groups=slices.patients[train] if result.run.settings.data.split == "patient" else None,
         seed=0,
     )
@@ -88,24 +81,22 @@ def together(
     reproduction: Reproduction, group: str, results: Sequence[Result]
 ) -> dict[str, np.ndarray]:
     """Return which test slices several networks get right together, where all are there."""
-    joined = {}
+    every = [one for one in reproduction.results if one.run.group == group and one.has_embeddings]
+    runs, joined = {one.run.name: one for one in every}, {}
     for name, trainings in TOGETHER.items():
-        parts = [_together(reproduction, group, one, trainings) for one in results]
-        if all(part is not None for part in parts):
-            joined[name] = np.concatenate(parts)
+        # The partners on the same split: the name but for the training.
+        partners = [
+            [runs.get(one.run.name.replace(PROPOSED, training)) for training in trainings]
+            for one in results
+        ]
+        if all(map(all, partners)):
+            joined[name] = np.concatenate([_together(reproduction, own) for own in partners])
     return joined
 
 
-def _together(
-    reproduction: Reproduction, group: str, result: Result, trainings: Sequence[str]
-) -> np.ndarray | None:
-    # The partners on the same split: the name but for the training.
-    names = [result.run.name.replace(PROPOSED, one) for one in trainings]
-    runs = {one.run.name: one for one in reproduction.results if one.run.group == group}
-    if not all(name in runs and runs[name].has_embeddings for name in names):
-        return None
-    embeddings = np.concatenate([runs[name].embeddings() for name in names], axis=1)
-    train, test = reproduction.slices.sides(result.folder / SPLIT)
+def _together(reproduction: Reproduction, partners: Sequence[Result]) -> np.ndarray:
+    embeddings = np.concatenate([one.embeddings() for one in partners], axis=1)
+    train, test = reproduction.slices.sides(partners[0].folder / SPLIT)
     labels = reproduction.slices.labels
     predicted = nearest_labels(embeddings[train], labels[train], embeddings[test])[:, 0]
     return predicted == labels[test]

@@ -20,7 +20,7 @@ from ..evaluation.metrics import (
     wilson_interval,
 )
 from ..reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
-from ..reproduction.results import Reproduction, Result, mean_metrics, pooled
+from ..reproduction.results import Reproduction, Result, pooled
 from . import paper
 from .page import Table, percent
 
@@ -91,7 +91,8 @@ def _over_seeds(results: Sequence[Result], every: Sequence[Metrics]) -> list[obj
     _, interval = seed_interval([one.accuracy for one in every])
     seeds = [one.run.settings.training.seed for one in results]
     wilson = every[seeds.index(0)].accuracy_interval if 0 in seeds else None
-    return [*metrics_row(mean_metrics(every)), len(every), interval, wilson]
+    means = {name: np.mean([vars(one)[name] for one in every], axis=0) for name in vars(every[0])}
+    return [*metrics_row(means), len(every), interval, wilson]
 
 
 def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:

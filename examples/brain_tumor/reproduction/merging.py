@@ -5,7 +5,8 @@ most runs.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,8 @@ def merge(folder: Path, out: Path, runs: Sequence[Run]) -> list[str]:
         changed = differences(_placeless(read_settings(path)), _placeless(run.settings))
         if changed:
             raise UserError(f"{path}: {min(changed)} differs from the plan's; was it another's?")
-        partial = target.with_name(target.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        shutil.rmtree(target, ignore_errors=True)  # begun here, finished there
-        partial.rename(target)
+        with _replacing_folder(target) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
         taken.append(run.name)
     return taken
 
@@ -123,28 +121,33 @@ def _keep_neighbours(result: Result, slices: SliceTable, target: Path) -> None:
 
 
 def _copy_run(result: Result, target: Path) -> None:
-    partial = target.with_name(target.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     names = [
-        run_folder.SPLIT,
-        run_folder.ENVIRONMENT,
-        run_folder.EPOCHS,
-        run_folder.PREDICTIONS,
-        run_folder.METRICS,
-        run_folder.POINTING,
-        run_folder.STRANGE,
+        *(run_folder.SPLIT, run_folder.ENVIRONMENT, run_folder.EPOCHS),
+        *(run_folder.PREDICTIONS, run_folder.METRICS, run_folder.POINTING, run_folder.STRANGE),
     ]
     if result.run.training == PROPOSED:
         names += [run_folder.VIEW_PREDICTIONS.format(views) for views in (1, 2, 3)]
-    for name in names:
-        if (result.folder / name).is_file():
-            check_sum(result.folder / name)
-            shutil.copyfile(result.folder / name, partial / name)
-    write_text(partial / run_folder.SETTINGS, write_settings(_placeless(result.run.settings)))
+    arrays = ()
     group, seed = result.run.group, result.run.settings.training.seed
     if (group, seed) == ("slice", 0) and result.run.training != SWAPPED:  # t-SNE, angles
-        for name in (run_folder.EMBEDDINGS, run_folder.ANGLES):
+        arrays = (run_folder.EMBEDDINGS, run_folder.ANGLES)
+    with _replacing_folder(target) as partial:
+        for name in names:
+            if (result.folder / name).is_file():
+                check_sum(result.folder / name)
+                shutil.copyfile(result.folder / name, partial / name)
+        write_text(partial / run_folder.SETTINGS, write_settings(_placeless(result.run.settings)))
+        for name in arrays:
             write_array(partial / name, read_array(result.folder / name).astype(np.float16))
-    write_sums(partial, sorted(path.name for path in partial.iterdir()))
+        write_sums(partial, sorted(path.name for path in partial.iterdir()))
+
+
+@contextmanager
+def _replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` if the block succeeds."""
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    shutil.rmtree(target, ignore_errors=True)  # of a run begun here, finished there
     partial.rename(target)

@@ -36,8 +36,6 @@ VARIANTS: Trainings = {
     "stronger-augmentation": STRONGER,
     "no-upside-down": {"flip_up_down": False},
 }
-
-
 # What the recipe of `standard` was chosen from, on validation slices alone: by slice on a tenth of
 # the paper split's training side, by patient on fold 5. Each differs from the recipe in this alone,
 # and all are shorter and smaller, or the search would take longer than what it is for.
@@ -116,8 +114,8 @@ class Run:
 def plan_runs(budget: Budget, weights: Path | None) -> list[Run]:
     """Return the runs of a reproduction, those first that say most."""
     base, every, tried = budget.settings(weights), range(1, FOLDS + 1), range(1, budget.folds + 1)
-    proposed, others = {PROPOSED: PAPER_LOSSES[PROPOSED]}, dict(PAPER_LOSSES)
-    del others[PROPOSED]
+    others = dict(PAPER_LOSSES)
+    proposed = {PROPOSED: others.pop(PROPOSED)}
     swapped, swapped_patients = (
         {SWAPPED: {**PAPER_LOSSES[PROPOSED], "split": f"{split}-swapped"}}
         for split in ("paper", "patient")

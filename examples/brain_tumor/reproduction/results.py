@@ -24,16 +24,7 @@ from ..evaluation.evaluate import Predictions, read_predictions
 from ..evaluation.metrics import Metrics
 from ..files import column, read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
-from ..training.run_folder import (
-    EMBEDDINGS,
-    EPOCHS,
-    METRICS,
-    NEIGHBOURS,
-    PREDICTIONS,
-    SETTINGS,
-    SPLIT,
-    VIEW_PREDICTIONS,
-)
+from ..training import run_folder
 from .plan import PROPOSED, Budget, Run, plan_runs
 
 REPRODUCTION = "reproduction.json"
@@ -44,148 +35,6 @@ SPEED = "speed.json"
 RUNS = "runs"
 FIGURES = "figures"
 SHOWN_NEIGHBOURS = 5  # of a wrong slice
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A finished run of a plan."""
-
-    run: Run  # what was planned
-    folder: Path  # where it lies
-
-    @cached_property
-    def predictions(self) -> Predictions:
-        """The answers of 1-NN."""
-        return read_predictions(self.folder / PREDICTIONS)
-
-    def by_views(self, views: int) -> Predictions | None:
-        """The same with so many views of each slice; of a merged run they may be left out."""
-        if views == self.run.settings.evaluation.views:
-            return self.predictions
-        path = self.folder / VIEW_PREDICTIONS.format(views)
-        return read_predictions(path) if path.is_file() else None
-
-    def embeddings(self) -> np.ndarray:
-        """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
-        return read_array(self.folder / EMBEDDINGS).astype(np.float32)
-
-    @property
-    def has_embeddings(self) -> bool:
-        """Whether its embeddings are there: of a run that was merged they may be left out."""
-        return (self.folder / EMBEDDINGS).is_file()
-
-    def neighbours(self, slices: "SliceTable") -> dict[int, list[int]]:
-        """Return the nearest training slices of each wrong slice by number, the nearest first.
-
-        There are five, but one of a merged run that was collected without them.
-        """
-        path, wrong = self.folder / NEIGHBOURS, ~self.predictions.right
-        if path.is_file():
-            found: dict[int, list[int]] = {}
-            with readable(path, "a table of neighbours"):
-                for row in read_table(path):
-                    found.setdefault(int(row["slice"]), []).append(int(row["training_slice"]))
-            return found
-        nearest = self.predictions.nearest[wrong, None]
-        if self.has_embeddings:
-            embeddings = self.embeddings()
-            train, test = slices.sides(self.folder / SPLIT)
-            rows = nearest_rows(embeddings[train], embeddings[test[wrong]], SHOWN_NEIGHBOURS)
-            nearest = slices.numbers[train[rows]]
-        return dict(zip(self.predictions.numbers[wrong].tolist(), nearest.tolist(), strict=True))
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        """What the answers are worth."""
-        return self.predictions.metrics
-
-    @property
-    def hours(self) -> float:
-        """How long the training took."""
-        return sum(row["seconds"] for row in read_rows(self.folder / EPOCHS)) / 3600
-
-
-@dataclasses.dataclass(frozen=True)
-class Reproduction:
-    """All that a reproduction's folder holds."""
-
-    folder: Path  # where it lies
-    description: dict[str, Any]  # what it was made from: budget, data, weights
-    results: Sequence[Result]  # of the runs that are finished, in the plan's order
-    missing: Sequence[str]  # names of those that are not
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether the slices are phantoms."""
-        return self.description["synthetic"]
-
-    def figure(self, name: str, title: str) -> tuple[Path, str]:
-        """Return where a figure goes, and its title, which says if it is of phantoms."""
-        return self.folder / FIGURES / f"{name}.png", f"{self.mark}{title}"
-
-    @property
-    def mark(self) -> str:
-        """What stands before titles and headings."""
-        return "SYNTHETIC: " if self.synthetic else ""
-
-    @cached_property
-    def slices(self) -> "SliceTable":
-        """What is known of every slice."""
-        return read_slice_table(self.folder)
-
-    @cached_property
-    def proposed(self) -> Result | None:
-        """The proposed training's run by slice of seed 0, if it is finished."""
-        return self.first(PROPOSED)
-
-    @property
-    def budget(self) -> Budget:
-        """How much was to be spent."""
-        stored = self.description["budget"]
-        return Budget(**{**stored, "lengths": tuple(stored["lengths"])})
-
-    def select(self, group: str, training: str) -> list[Result]:
-        """Return the finished runs of a group (see `Run`) and a training: its seeds or folds."""
-        return [
-            result
-            for result in self.results
-            if result.run.group == group and result.run.training == training
-        ]
-
-    def first(self, training: str, group: str = "slice") -> Result | None:
-        """Return a training's run of a group of seed 0 or, by patient, of fold 1, if finished."""
-        firsts = ("-seed0", "-fold1")
-        every = self.select(group, training)
-        return next((one for one in every if one.run.name.endswith(firsts)), None)
-
-    def with_embeddings(self, group: str) -> list[Result]:
-        """Return the proposed training's finished runs of a group whose embeddings are there."""
-        return [one for one in self.select(group, PROPOSED) if one.has_embeddings]
-
-
-def is_finished(folder: Path, run: Run) -> bool:
-    """Return whether a run was trained to its end and evaluated."""
-    if not (folder / METRICS).is_file():
-        return False
-    return read_json(folder / METRICS)["epoch"] == run.settings.training.epochs
-
-
-def read_reproduction(folder: Path) -> Reproduction:
-    """Read a reproduction's folder."""
-    path = folder / REPRODUCTION
-    description = read_json(path)
-    with readable(path, "a reproduction of this version"):
-        budget = Reproduction(folder, description, [], []).budget
-    results, missing = [], []
-    for run in plan_runs(budget, None):
-        own = folder / RUNS / run.name
-        if is_finished(own, run):
-            # As it was trained; the plan made here knows nothing of the weights.
-            trained = dataclasses.replace(run, settings=read_settings(own / SETTINGS))
-            results.append(Result(trained, own))
-        else:
-            missing.append(run.name)
-    return Reproduction(folder, description, results, missing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +57,152 @@ class SliceTable:
         return train, test
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run of a plan."""
+
+    run: Run  # as it was trained
+    folder: Path  # where it lies
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """The answers of 1-NN."""
+        return read_predictions(self.folder / run_folder.PREDICTIONS)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What the answers are worth."""
+        return self.predictions.metrics
+
+    def by_views(self, views: int) -> Predictions | None:
+        """Return the answers with so many views of each slice; a merged run may lack them."""
+        if views == self.run.settings.evaluation.views:
+            return self.predictions
+        path = self.folder / run_folder.VIEW_PREDICTIONS.format(views)
+        return read_predictions(path) if path.is_file() else None
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether its embeddings are there; a merged run may lack them."""
+        return (self.folder / run_folder.EMBEDDINGS).is_file()
+
+    def embeddings(self) -> np.ndarray:
+        """Return the L2-normalised embeddings (n, d) of all slices, those on neither side 0."""
+        return read_array(self.folder / run_folder.EMBEDDINGS).astype(np.float32)
+
+    def keeps(self, name: str) -> bool:
+        """Return whether a file made from the embeddings is there, and not older than they are."""
+        made, embeddings = self.folder / name, self.folder / run_folder.EMBEDDINGS
+        return made.is_file() and made.stat().st_mtime >= embeddings.stat().st_mtime
+
+    def neighbours(self, slices: SliceTable) -> dict[int, list[int]]:
+        """Return the nearest training slices of each wrong slice by number, the nearest first.
+
+        There are five, but one of a merged run that was collected without them.
+        """
+        path, wrong = self.folder / run_folder.NEIGHBOURS, ~self.predictions.right
+        if path.is_file():
+            found: dict[int, list[int]] = {}
+            with readable(path, "a table of neighbours"):
+                for row in read_table(path):
+                    found.setdefault(int(row["slice"]), []).append(int(row["training_slice"]))
+            return found
+        nearest = self.predictions.nearest[wrong, None]
+        if self.has_embeddings:
+            embeddings = self.embeddings()
+            train, test = slices.sides(self.folder / run_folder.SPLIT)
+            rows = nearest_rows(embeddings[train], embeddings[test[wrong]], SHOWN_NEIGHBOURS)
+            nearest = slices.numbers[train[rows]]
+        return dict(zip(self.predictions.numbers[wrong].tolist(), nearest.tolist(), strict=True))
+
+    @property
+    def hours(self) -> float:
+        """How long the training took."""
+        return sum(row["seconds"] for row in read_rows(self.folder / run_folder.EPOCHS)) / 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """All that a reproduction's folder holds."""
+
+    folder: Path  # where it lies
+    description: dict[str, Any]  # what it was made from: budget, data, weights
+    results: Sequence[Result]  # of the runs that are finished, in the plan's order
+    missing: Sequence[str]  # names of those that are not
+
+    @property
+    def budget(self) -> Budget:
+        """How much was to be spent."""
+        stored = self.description["budget"]
+        return Budget(**{**stored, "lengths": tuple(stored["lengths"])})
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the slices are phantoms."""
+        return self.description["synthetic"]
+
+    def figure(self, name: str, title: str) -> tuple[Path, str]:
+        """Return where a figure goes, and its title, which says if it is of phantoms."""
+        return self.folder / FIGURES / f"{name}.png", f"{self.mark}{title}"
+
+    @property
+    def mark(self) -> str:
+        """What stands before titles and headings."""
+        return "SYNTHETIC: " if self.synthetic else ""
+
+    @cached_property
+    def slices(self) -> SliceTable:
+        """What is known of every slice."""
+        return read_slice_table(self.folder)
+
+    @cached_property
+    def proposed(self) -> Result | None:
+        """The proposed training's run by slice of seed 0, if it is finished."""
+        return self.first(PROPOSED)
+
+    def select(self, group: str, training: str) -> list[Result]:
+        """Return the finished runs of a group (see `Run`) and a training: its seeds or folds."""
+        return [
+            result
+            for result in self.results
+            if result.run.group == group and result.run.training == training
+        ]
+
+    def first(self, training: str, group: str = "slice") -> Result | None:
+        """Return a training's run of a group of seed 0 or, by patient, of fold 1, if finished."""
+        firsts = ("-seed0", "-fold1")
+        every = self.select(group, training)
+        return next((one for one in every if one.run.name.endswith(firsts)), None)
+
+    def with_embeddings(self, group: str) -> list[Result]:
+        """Return the proposed training's finished runs of a group whose embeddings are there."""
+        return [one for one in self.select(group, PROPOSED) if one.has_embeddings]
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Return whether a run was trained to its end and evaluated."""
+    path = folder / run_folder.METRICS
+    return path.is_file() and read_json(path)["epoch"] == run.settings.training.epochs
+
+
+def read_reproduction(folder: Path) -> Reproduction:
+    """Read a reproduction's folder."""
+    path = folder / REPRODUCTION
+    description = read_json(path)
+    with readable(path, "a reproduction of this version"):
+        budget = Reproduction(folder, description, [], []).budget
+    results, missing = [], []
+    for run in plan_runs(budget, None):
+        own = folder / RUNS / run.name
+        if is_finished(own, run):
+            # As it was trained; the plan made here knows nothing of the weights.
+            settings = read_settings(own / run_folder.SETTINGS)
+            results.append(Result(dataclasses.replace(run, settings=settings), own))
+        else:
+            missing.append(run.name)
+    return Reproduction(folder, description, results, missing)
+
+
 def read_slice_table(folder: Path) -> SliceTable:
     """Read the slices.csv of a reproduction's folder."""
     path = folder / SLICES
@@ -222,15 +217,5 @@ def read_slice_table(folder: Path) -> SliceTable:
 
 def pooled(parts: Iterable[Predictions]) -> Predictions:
     """Put the answers for several disjoint test sides together: those of the folds of patients."""
-    every = list(parts)
-    return Predictions(
-        **{
-            field.name: np.concatenate([getattr(part, field.name) for part in every])
-            for field in dataclasses.fields(Predictions)
-        }
-    )
-
-
-def mean_metrics(every: Sequence[Metrics]) -> dict[str, Any]:
-    """Return each number of the metrics averaged over runs."""
-    return {name: np.mean([vars(one)[name] for one in every], axis=0) for name in vars(every[0])}
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Predictions(*map(np.concatenate, columns))

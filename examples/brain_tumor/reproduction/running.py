@@ -98,9 +98,8 @@ def measure(data: Path, weights: Path | None, out: Path, budget: Budget) -> None
     """Write what else the report needs, once: sample slices and the speed."""
     slices = load(data, budget.settings(None))
     if not (out / SAMPLES).is_file():
-        index = {number: place for place, number in enumerate(slices.numbers)}
         pictures = {
-            " ".join(cell): slices.images[index[number], 0].numpy()
+            " ".join(cell): slices.images[slices.numbers.index(number), 0].numpy()
             for cell, number in _sample_numbers(data, slices).items()
         }
         with replacing(out / SAMPLES) as temporary, temporary.open("wb") as file:
@@ -271,8 +270,8 @@ def _slice_table(slices: SliceSet) -> str:
 def _session(jobs: int, left: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = describe_environment(device, choose_precision("auto", device))
-    shared = {"jobs": jobs, "cores": os.cpu_count(), **environment}
-    return {"started": _now(), "runs left": left, **shared}
+    own = {"started": _now(), "runs left": left, "jobs": jobs, "cores": os.cpu_count()}
+    return own | environment
 
 
 def _now() -> str:
