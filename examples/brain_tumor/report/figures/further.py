@@ -3,6 +3,7 @@
 Accuracies, confidences and rates are shares from 0 to 1.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -75,9 +76,7 @@ def plot_reliability(
     """Draw accuracy against confidence, and how many slices are how sure; see `Reliability`."""
     figure, (upper, lower) = make_panels(2, 1, (5, 2.9))
     upper.get_gridspec().set_height_ratios([2.2, 1])
-    count = np.asarray(count)
-    full = count > 0
-    x, y = np.asarray(confidence)[full], np.asarray(accuracy)[full]
+    x, y = confidence[count > 0], accuracy[count > 0]
     upper.plot([0, 1], [0, 1], **BOUNDARY, label="as sure as right")
     upper.vlines(x, np.minimum(x, y), np.maximum(x, y), color=COLOURS[1], linewidth=1.5)
     upper.plot(x, y, color=COLOURS[0], marker="o", label="slices")
@@ -139,21 +138,19 @@ def plot_slice_and_patient(
     """
     ways = list(dict.fromkeys(way for scores in losses.values() for way in scores))
     figure, axes = make_rows(list(losses), lines=len(ways))
-    styles = [
-        {"color": COLOURS[index], "marker": marker}
-        for index, marker in enumerate(("o", "D", "s", "^")[: len(ways)])
-    ]
-    shifts = (np.arange(len(ways)) - (len(ways) - 1) / 2) * 0.6 / max(len(ways), 1)
+    marks = zip(ways, COLOURS, ("o", "D", "s", "^"), strict=False)
+    styles = {way: {"color": colour, "marker": marker} for way, colour, marker in marks}
     for row, scores in enumerate(losses.values()):
-        for way, style, shift in zip(ways, styles, shifts, strict=True):
+        for place, way in enumerate(ways):
             if way in scores:
-                accuracy, low, high = scores[way]
-                draw_score(axes, row + shift, accuracy, (low, high), style)
+                accuracy, *interval = scores[way]
+                shift = (place - (len(ways) - 1) / 2) * 0.6 / len(ways)
+                draw_score(axes, row + shift, accuracy, interval, styles[way])
         if row:
             axes.axhline(row - 0.5, color="0.8", linewidth=0.8)
     axes.grid(visible=False, axis="y")
     start_accuracy_axis(axes)
-    add_legend(figure, dict(zip(ways, styles, strict=True)))
+    add_legend(figure, styles)
     return figure
 
 
@@ -185,8 +182,9 @@ def plot_budget(runs: Mapping[float, Sequence[float]], budget: float, paper: flo
 @saved
 def plot_errors(confusions: Mapping[str, np.ndarray]) -> Figure:
     """Draw which errors there are, from counts (3, 3): how many of each kind, and their share."""
-    kinds = [(i, j) for i in range(len(CLASS_NAMES)) for j in range(len(CLASS_NAMES)) if i != j]
-    counts = np.array([[matrix[i][j] for matrix in confusions.values()] for i, j in kinds])
+    kinds = [" → ".join(pair) for pair in itertools.permutations(CLASS_NAMES, 2)]
+    beside = ~np.eye(len(CLASS_NAMES), dtype=bool)  # the diagonal, in the order of the kinds
+    counts = np.stack([matrix[beside] for matrix in confusions.values()], axis=1)
     totals = counts.sum(0)
     shares = counts / np.maximum(totals, 1)
     columns = [
@@ -205,8 +203,6 @@ def plot_errors(confusions: Mapping[str, np.ndarray]) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
-    axes.set_yticks(
-        range(len(kinds)), [f"{CLASS_NAMES[i]} → {CLASS_NAMES[j]}" for i, j in kinds], fontsize=9
-    )
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
     axes.set_xlabel("errors of each kind\n(share of all errors)", fontsize=9)
     return figure

@@ -215,7 +215,7 @@ def draw_score(
     axes: Axes,
     row: float,
     accuracy: float,
-    interval: tuple[float, float] | None,
+    interval: Sequence[float] | None,
     style: Mapping[str, str],
     filled: bool = True,
 ) -> None:
