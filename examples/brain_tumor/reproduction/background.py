@@ -23,9 +23,8 @@ INTERVAL = 0.1  # seconds between two looks at the lock
 LOWEST = 19
 
 
-def run(command: Sequence[str]) -> int:
+def run(command: Sequence[str], lock: IO[str]) -> int:
     """Run a command at the lowest priority, stopped while `pause` is busy; return its exit code."""
-    LOCK.parent.mkdir(parents=True, exist_ok=True)
     # A group of its own: a signal to it reaches the trainings that the command starts.
     child = subprocess.Popen(["nice", "-n", str(LOWEST), *command], start_new_session=True)
     # Where Linux schedules sessions as groups, niceness counts inside one only.
@@ -34,12 +33,11 @@ def run(command: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too takes the command along
     stopped = False
     try:
-        with LOCK.open("w") as file:
-            while child.poll() is None:
-                if _is_held(file) != stopped:
-                    stopped = not stopped
-                    os.killpg(child.pid, signal.SIGSTOP if stopped else signal.SIGCONT)
-                time.sleep(INTERVAL)
+        while child.poll() is None:
+            if _is_held(lock) != stopped:
+                stopped = not stopped
+                os.killpg(child.pid, signal.SIGSTOP if stopped else signal.SIGCONT)
+            time.sleep(INTERVAL)
     finally:
         if child.poll() is None:
             for one in (signal.SIGTERM, signal.SIGCONT):  # a stopped process hears nothing
@@ -47,21 +45,19 @@ def run(command: Sequence[str]) -> int:
     return child.wait()
 
 
-def pause(command: Sequence[str]) -> int:
+def pause(command: Sequence[str], lock: IO[str]) -> int:
     """Run a command while what `run` started stands still; return its exit code."""
-    LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with LOCK.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # several may pause at a time
-        time.sleep(2 * INTERVAL)  # until `run` has looked
-        return subprocess.run(command, check=False).returncode
+    fcntl.flock(lock, fcntl.LOCK_SH)  # several may pause at a time
+    time.sleep(2 * INTERVAL)  # until `run` has looked
+    return subprocess.run(command, check=False).returncode
 
 
-def _is_held(file: IO[str]) -> bool:
+def _is_held(lock: IO[str]) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return True
-    fcntl.flock(file, fcntl.LOCK_UN)
+    fcntl.flock(lock, fcntl.LOCK_UN)
     return False
 
 
@@ -71,7 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) < 3 or arguments[0] not in actions or arguments[1] != "--":
         print(f"usage: python -m {__spec__.name} run|pause -- COMMAND ...", file=sys.stderr)
         return 2
-    return actions[arguments[0]](arguments[2:])
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with LOCK.open("w") as lock:
+        return actions[arguments[0]](arguments[2:], lock)
 
 
 if __name__ == "__main__":
