@@ -121,7 +121,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
 
 
 def patient_bootstrap(
-    correct: np.ndarray, patients: np.ndarray, seed: int, repeats: int = 2000
+    correct: np.ndarray, patients: np.ndarray, seed: int = 0, repeats: int = 2000
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of the accuracy when patients are drawn anew.
 

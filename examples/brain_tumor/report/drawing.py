@@ -9,13 +9,12 @@ import numpy as np
 
 from ..data.matlab import FOLDS
 from ..evaluation.evaluate import Predictions, probabilities
-from ..evaluation.metrics import reliability, seed_interval, wilson_interval
+from ..evaluation.metrics import patient_bootstrap, reliability, seed_interval, wilson_interval
 from ..files import read_array, read_rows, write_array
 from ..reproduction.plan import PAPER_LOSSES, PROPOSED
-from ..reproduction.results import SAMPLES, Reproduction, Result, pooled
+from ..reproduction.results import SAMPLES, Reproduction, Result, calibrate, pooled
 from ..training.run_folder import ANGLES, EPOCHS, SPLIT
 from . import paper, tables
-from .confidence import calibrate
 from .figures.further import (
     Angles,
     plot_angles,
@@ -196,7 +195,8 @@ def _ways(first: Result | None, folds: Sequence[Result]) -> dict[str, tuple[floa
     if first:
         ways["by slice"] = (first.metrics.accuracy, *first.metrics.accuracy_interval)
     together = pooled(one.predictions for one in folds)
-    ways["by patient, slices"] = (together.right.mean(), *tables.patient_interval(together))
+    drawn = patient_bootstrap(together.right, together.patients)
+    ways["by patient, slices"] = (together.right.mean(), *drawn)
     hits, total = tables.votes(folds)
     ways["by patient, votes"] = (hits / total, *wilson_interval(hits, total))
     return ways

@@ -10,11 +10,10 @@ from ..data.matlab import FOLDS
 from ..evaluation.metrics import seed_interval
 from ..files import read_json, read_rows
 from ..reproduction.plan import DEVELOPMENT_FOLD, PROPOSED, SEARCH, SWAPPED, Budget
-from ..reproduction.results import SESSIONS, Reproduction, Result
+from ..reproduction.results import SESSIONS, Reproduction, Result, calibrate
 from ..settings import differences, load_settings, override_settings, write_settings
 from ..training.run_folder import ENVIRONMENT, METRICS, POINTING, SPLIT, STRANGE
 from . import paper
-from .confidence import calibrate
 from .examination_tables import pointing_table, strange_table
 from .page import Table, percent
 from .tables import TITLES, accuracy

@@ -33,12 +33,8 @@ def write_report(run: Path) -> Path:
     mark = "SYNTHETIC: " if split["synthetic"] else ""
     name = printable(run.absolute().name)
     plot_loss(run / "loss.png", f"{mark}training of {name}", epochs)
-    plot_confusion(
-        run / "confusion.png",
-        f"{mark}test slices of {name}",
-        metrics["confusion"],
-        classes_of(split),
-    )
+    title = f"{mark}test slices of {name}"
+    plot_confusion(run / "confusion.png", title, metrics["confusion"], classes_of(split))
     plot_early(run / "early.png", f"{mark}first steps of {name}", {name: steps})
     text = to_markdown(
         "run.md.j2",
@@ -60,18 +56,17 @@ def describe_result(run: Path) -> str:
     """Return an evaluated run's accuracy in a sentence and its metrics as a table."""
     split, metrics = read_json(run / run_folder.SPLIT), read_json(run / run_folder.METRICS)
     settings = read_settings(run / run_folder.SETTINGS)
-    low, high = (100 * bound for bound in metrics["accuracy_interval"])
-    ours = metrics_row(metrics)
-    rows, columns = [["this run", *ours]], COLUMNS
+    ours, columns = metrics_row(metrics), COLUMNS
     if (classes := classes_of(split)) != CLASS_NAMES:
-        columns = (*(f"recall {name}" for name in classes), "accuracy")
-        columns += (*(f"F1 {name}" for name in classes), "macro", "micro", "MCC")
-    count = len(split["train"]) + len(split["test"])
+        recalls, f1 = ([f"{kind} {name}" for name in classes] for kind in ("recall", "F1"))
+        columns = (*recalls, "accuracy", *f1, "macro", "micro", "MCC")
+    rows = [["this run", *ours]]
     proposed = (settings.loss.loss, settings.loss.margin) == ("sphereface", 5.0)
-    comparable = proposed and count == ARCHIVE_SIZE
-    if comparable and not split["synthetic"] and settings.data.split in PAPER_ROWS:
+    whole = len(split["train"]) + len(split["test"]) == ARCHIVE_SIZE and not split["synthetic"]
+    if proposed and whole and settings.data.split in PAPER_ROWS:
         name, training = PAPER_ROWS[settings.data.split]
         rows.append([f"the paper, Table 1, {name}", *BY_TRAINING[training]])
+    low, high = (100 * bound for bound in metrics["accuracy_interval"])
     sentence = (
         f"{'SYNTHETIC slices, not patients. ' if split['synthetic'] else ''}"
         f"1-NN on {len(split['test'])} held-out slices after {metrics['epoch']} of "
@@ -109,21 +104,23 @@ def describe_examination(run: Path) -> str:
 
 def _early_table(steps: list[dict[str, Any]]) -> Table:
     rows = []
-    for step in (step for step in EARLY_STEPS if step <= len(steps)):
-        row = steps[step - 1]
-        annealing = "none" if row["lambda"] is None else f"{row['lambda']:.1f}"
-        angle = row["mean_target_angle"]
-        angle, norm = "none" if angle is None else f"{angle:.3f}", f"{row['gradient_norm']:.3g}"
-        rows.append([str(step), f"{row['loss']:.3f}", angle, norm, annealing])
+    for step in EARLY_STEPS:
+        if step <= len(steps):
+            row = steps[step - 1]
+            angle = _unless_none(row["mean_target_angle"], ".3f")
+            norm, annealing = f"{row['gradient_norm']:.3g}", _unless_none(row["lambda"], ".1f")
+            rows.append([step, f"{row['loss']:.3f}", angle, norm, annealing])
     return Table(["step", "loss", "mean target angle", "gradient norm", "lambda"], rows)
+
+
+def _unless_none(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)
 
 
 def _environment(run: Path, epochs: list[dict[str, Any]]) -> Table:
     seconds = sum(row["seconds"] for row in epochs)
     speed = sum(row["images_per_second"] * row["seconds"] for row in epochs) / seconds
     time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-    facts = {
-        "trained for": f"{time}, {len(epochs)} epochs, {speed:.0f} images/s",
-        **{name: str(value) for name, value in read_json(run / run_folder.ENVIRONMENT).items()},
-    }
-    return Table(["", ""], [[name, value] for name, value in facts.items()])
+    trained = f"{time}, {len(epochs)} epochs, {speed:.0f} images/s"
+    facts = {"trained for": trained, **read_json(run / run_folder.ENVIRONMENT)}
+    return Table(["", ""], facts.items())

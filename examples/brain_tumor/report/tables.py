@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..evaluation.classifiers import Classification
-from ..evaluation.evaluate import Predictions, probabilities
+from ..evaluation.evaluate import probabilities
 from ..evaluation.metrics import (
     COLUMNS,
     Metrics,
@@ -19,27 +19,11 @@ from ..evaluation.metrics import (
     seed_interval,
     wilson_interval,
 )
-from ..reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED
+from ..reproduction.plan import BEYOND, PAPER_LOSSES, PROPOSED, SWAPPED, TITLES
 from ..reproduction.results import Reproduction, Result, pooled
 from . import paper
 from .page import Table, percent
 
-TITLES = {
-    "sphereface-m5": "SphereFace, m = 5 (proposed)",
-    "sphereface-m4": "SphereFace, m = 4",
-    "sphereface-m6": "SphereFace, m = 6",
-    "softmax": "SoftMax",
-    "modified-softmax": "Modified SoftMax",
-    "triplet": "Triplet",
-    "sphereface-m5-swapped": "SphereFace, m = 5, sides exchanged",
-    "sphereface-m5-bare": "SphereFace, m = 5, without annealing",
-    "cosface": "CosFace, annealed",
-    "cosface-bare": "CosFace",
-    "arcface": "ArcFace, annealed",
-    "arcface-bare": "ArcFace",
-    "subcenter-arcface": "Sub-centre ArcFace, annealed",
-    "subcenter-arcface-bare": "Sub-centre ArcFace",
-}
 TRAININGS = (*PAPER_LOSSES, SWAPPED)
 SPLITS = (PROPOSED, SWAPPED)  # table 1
 LOSSES = ("softmax", "modified-softmax", "triplet", PROPOSED)  # tables 3 and 4
@@ -58,28 +42,21 @@ def p_text(p: float) -> str:
     return f"{p:.3f}".removeprefix("0") if p >= 0.001 else "<.001"
 
 
-def patient_interval(predictions: Predictions) -> tuple[float, float]:
-    """Return the 95 % interval of the accuracy when patients are drawn anew."""
-    return patient_bootstrap(predictions.right, predictions.patients, seed=0)
-
-
-def paper_table(
-    reproduction: Reproduction,
-    trainings: Sequence[str],
-    cited: Mapping[str, Sequence[str]],
-) -> Table:
-    """Return a table of the paper's form: per training our row, and beneath it what is cited."""
+def paper_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
+    """Return table 1, 3 or 5: per training our row, and beneath it the paper's."""
     rows: list[Sequence[object]] = []
     for training in trainings:
         results, first = reproduction.select("slice", training), reproduction.first(training)
         if results:
-            drawn = patient_interval(first.predictions) if first else None
+            drawn = None
+            if first:
+                drawn = patient_bootstrap(first.predictions.right, first.predictions.patients)
             means = _over_seeds(results, [one.metrics for one in results])
             rows.append([TITLES[training], *means, drawn])
-        elif training in cited:
+        else:
             rows.append([TITLES[training], *[None] * len(COLUMNS), 0])
-        if training in cited and not reproduction.synthetic:
-            rows.append(["the paper", *cited[training], 1])
+        if not reproduction.synthetic:
+            rows.append(["the paper", *paper.BY_TRAINING[training], 1])
     return Table(["", *COLUMNS, *INTERVALS, "bootstrap of patients, seed 0"], rows)
 
 
@@ -106,7 +83,7 @@ def auc_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
             scores = np.mean([_score_auc(one) for one in results], axis=0)
             cells = [ratio_text(one) for one in (*labels, labels.mean(), *scores, scores.mean())]
         rows.append([TITLES[training], *cells, len(results)])
-        if training in paper.AUCS and not reproduction.synthetic:
+        if not reproduction.synthetic:
             rows.append(["the paper", *paper.AUCS[training], *[None] * 4, 1])
     columns = [f"{kind} {name}" for kind in ("hard", "score") for name in (*SHORT, "mean")]
     return Table(["", *columns, "seeds"], rows)
@@ -171,7 +148,7 @@ def patient_table(reproduction: Reproduction) -> Table:
                 "folds": len(folds),
                 "95 % over folds": interval,
                 "all folds together": together.right.mean(),
-                "bootstrap of patients": patient_interval(together),
+                "bootstrap of patients": patient_bootstrap(together.right, together.patients),
                 "with mirror images": None
                 if None in mirrored
                 else np.mean([one.right.mean() for one in mirrored]),

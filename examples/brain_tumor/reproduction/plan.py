@@ -3,58 +3,19 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..data.matlab import FOLDS
-from ..settings import Settings, load_settings, override_settings
+from ..settings import Settings, load_settings, override_settings, tomllib
 
 Trainings = Mapping[str, Mapping[str, object]]  # names, and the settings that make each
-# What the tables call a training, and the settings that make it. The paper's six losses first;
-# triplet's margin is FaceNet's, for the paper gives none.
-PAPER_LOSSES: Trainings = {
-    "sphereface-m5": {"loss": "sphereface", "margin": 5.0},
-    "softmax": {"loss": "softmax"},
-    "modified-softmax": {"loss": "modified-softmax"},
-    "triplet": {"loss": "triplet", "margin": 0.2},
-    "sphereface-m4": {"loss": "sphereface", "margin": 4.0},
-    "sphereface-m6": {"loss": "sphereface", "margin": 6.0},
-}
+_PLAN = tomllib.loads((Path(__file__).parent / "plan.toml").read_text(encoding="utf-8"))
+PAPER_LOSSES, BEYOND, VARIANTS, SEARCH = (
+    _PLAN[name] for name in ("paper_losses", "beyond", "variants", "search")
+)
+SEARCH_PACE, TITLES = _PLAN["search_pace"], _PLAN["titles"]
 PROPOSED = "sphereface-m5"
 SWAPPED = f"{PROPOSED}-swapped"  # the seventh training: the same split, its sides exchanged
-BEYOND: Trainings = {
-    "sphereface-m5-bare": {"loss": "sphereface", "margin": 5.0, "annealing": False},
-    "cosface": {"loss": "cosface", "margin": 0.35},
-    "cosface-bare": {"loss": "cosface", "margin": 0.35, "annealing": False},
-    "arcface": {"loss": "arcface", "margin": 0.5},
-    "arcface-bare": {"loss": "arcface", "margin": 0.5, "annealing": False},
-    "subcenter-arcface": {"loss": "subcenter-arcface", "margin": 0.5},
-    "subcenter-arcface-bare": {"loss": "subcenter-arcface", "margin": 0.5, "annealing": False},
-}
-# What may help on unknown patients; each differs from the proposed training in this alone.
-STRONGER = {"rotation_degrees": 30.0, "brightness": 0.4, "zoom": 1.5}
-VARIANTS: Trainings = {
-    "whole-margin": {"annealing_minimum": 0.0},
-    "stronger-augmentation": STRONGER,
-    "no-upside-down": {"flip_up_down": False},
-}
-# What the recipe of `standard` was chosen from, on validation slices alone: by slice on a tenth of
-# the paper split's training side, by patient on fold 5. Each differs from the recipe in this alone,
-# and all are shorter and smaller, or the search would take longer than what it is for.
-SEARCH_PACE = {"image_size": 112, "epochs": 8, "annealing_gamma": 0.85, "ema": 0.983}
-SEARCH: Trainings = {
-    "as-chosen": {},
-    "whole-slice": {"crop": "none"},
-    "dropout-0.5": {"dropout": 0.5},
-    "label-smoothing-0.1": {"label_smoothing": 0.1},
-    "backbone-rate-0.1": {"backbone_rate": 0.1},
-    "weight-decay-0.1": {"weight_decay": 0.1},
-    "learning-rate-1e-3": {"learning_rate": 1e-3},
-    "adam": {"optimiser": "adam", "weight_decay": 0.0},
-    "milder-augmentation": {"rotation_degrees": 8.0, "brightness": 0.1, "zoom": 1.1},
-    "margin-4": {"margin": 4.0},
-    "scale-45": {"scale": 45.0},
-    "128-pixels": {"image_size": 128},  # to 112 pixels as 256 to 224
-    "144-pixels": {"image_size": 144},  # as 288
-}
 DEVELOPMENT_FOLD = 5  # of patients: settings were chosen on it, so its figure is marked
 
 
@@ -75,6 +36,11 @@ class Budget:
     # settings were chosen from
     comparisons: bool = False
 
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Budget":
+        """Return what TOML or JSON keeps of a budget, where a tuple is a list."""
+        return cls(**{**stored, "lengths": tuple(stored["lengths"])})
+
     def settings(self, weights: Path | None) -> Settings:
         """Return what all trainings start from, with ImageNet weights or from scratch."""
         from ..network.mobilenet import weights_layout  # torch takes seconds, --help needs none
@@ -85,18 +51,7 @@ class Budget:
         return load_settings(self.preset, {"calibration": 0.0, **self.changes, **own})
 
 
-# SphereFace's own pace of annealing, gamma = 0.12, has lambda at its minimum after 1658 steps. A
-# training that is over by then would hardly have had a margin, so shorter ones need a faster pace:
-# about half of their steps.
-QUICKLY = {
-    **{"image_size": 128, "epochs": 4, "learning_rate": 1e-3, "schedule": "cosine"},
-    "annealing_gamma": 1.5,
-}
-BUDGETS = {
-    "standard": Budget("standard", "standard", {}, 5, 3, 3, 1, 288, (0.5,), comparisons=True),
-    "small": Budget("small", "paper", QUICKLY, 5, 5, 2, 1, 192, (0.5, 2.0, 4.0)),
-    "paper": Budget("paper", "paper", {}, 5, 5, 5, FOLDS, 320, (0.05, 0.1, 0.25, 0.5)),
-}
+BUDGETS = {name: Budget.of({"name": name, **own}) for name, own in _PLAN["budgets"].items()}
 
 
 @dataclasses.dataclass(frozen=True)

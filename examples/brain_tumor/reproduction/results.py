@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from ..data.slices import CLASS_NAMES
+from ..evaluation.calibration import calibrated, fit_exponent
 from ..evaluation.classifiers import nearest_rows
 from ..evaluation.evaluate import Predictions, read_predictions
-from ..evaluation.metrics import Metrics
+from ..evaluation.metrics import Metrics, reliability
 from ..files import column, read_array, read_json, read_rows, read_table, readable
 from ..settings import read_settings
 from ..training import run_folder
@@ -133,8 +134,7 @@ class Reproduction:
     @property
     def budget(self) -> Budget:
         """How much was to be spent."""
-        stored = self.description["budget"]
-        return Budget(**{**stored, "lengths": tuple(stored["lengths"])})
+        return Budget.of(self.description["budget"])
 
     @property
     def synthetic(self) -> bool:
@@ -219,3 +219,37 @@ def pooled(parts: Iterable[Predictions]) -> Predictions:
     """Put the answers for several disjoint test sides together: those of the folds of patients."""
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Predictions(*map(np.concatenate, columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """How sure a run's answers are, calibrated on what other runs of its kind held out."""
+
+    exponent: float  # see `fit_exponent`
+    slices: int  # how many answers of other runs it was fitted on
+    confidence: np.ndarray  # (n,) in [0, 1]
+    error: float  # the expected calibration error
+
+
+def calibrate(reproduction: Reproduction, result: Result) -> Calibrated | None:
+    """Return how sure a run's answers are; None where no other run of its kind held out slices.
+
+    The others are of other seeds or folds, and the search's run of the same recipe: their test
+    slices, but for the run's own, are slices of its training side that networks like its own have
+    not seen.
+    """
+    group, own = result.run.group, result.predictions
+    others = [one for one in reproduction.select(group, PROPOSED) if one is not result]
+    others += reproduction.select(f"search-{group}", "search-as-chosen")
+    scores, truth = [], []
+    for other in others:
+        held = ~np.isin(other.predictions.numbers, own.numbers)
+        scores.append(other.predictions.scores[held])
+        truth.append(other.predictions.truth[held])
+    count = sum(map(len, truth))
+    if not count:
+        return None
+    exponent = fit_exponent(np.concatenate(scores), np.concatenate(truth))
+    confidence = calibrated(own.scores, exponent).max(1)
+    error = reliability(confidence, own.right).error
+    return Calibrated(exponent, count, confidence, error)

@@ -138,7 +138,7 @@ def test_rows_of_the_papers_form_are_means_over_the_seeds(reproduction, folder, 
     names = [f"slice-{training}-seed{seed}" for seed in range(3 if training == PROPOSED else 2)]
     every = [read_answers(folder, name)[:2] for name in names]
     expected = np.mean([row_of(*one) for one in every], axis=0)
-    table = tables.paper_table(reproduction, ("triplet", training), paper.BY_TRAINING)
+    table = tables.paper_table(reproduction, ("triplet", training))
     name, *cells = table.rows[2]
     assert name == tables.TITLES[training]
     np.testing.assert_allclose(as_numbers(cells[:4]), expected[:4], rtol=0, atol=0.01)
@@ -163,7 +163,7 @@ def test_the_papers_numbers_do_not_stand_beside_phantoms(phantoms):
         for one in phantoms.select("slice", PROPOSED)
     ]
     made = (
-        tables.paper_table(phantoms, tables.LOSSES, paper.BY_TRAINING),
+        tables.paper_table(phantoms, tables.LOSSES),
         tables.auc_table(phantoms, tables.LOSSES),
         tables.classifier_table(phantoms.select("slice", PROPOSED), every, synthetic=True),
     )
@@ -318,7 +318,7 @@ def test_what_is_called_seed_0_is_seed_0(tmp_path):
     made = write_reproduction(tmp_path / "out", unfinished=(f"slice-{PROPOSED}-seed0",))
     reproduction = read_reproduction(made)
     assert reproduction.proposed is None
-    (row, *_) = tables.paper_table(reproduction, (PROPOSED,), {}).rows
+    (row, *_) = tables.paper_table(reproduction, (PROPOSED,)).rows
     assert row[-4] == "2"
     assert row[-2:] == ["-", "-"]  # Wilson's interval and the bootstrap of seed 0
     rows = {row[0]: row[1:] for row in tables.beyond_table(reproduction).rows}
