@@ -44,23 +44,18 @@ def classify(
     if len(np.unique(train_labels)) < 2:
         raise UserError("training slices: all are of one class, expected two or more")
     neighbours = nearest_labels(train, train_labels, test)
-    chosen, most = _validated_k(train, train_labels, groups, seed), neighbours.shape[1]
-    best = _best_k(neighbours, test_labels)
-    ties = "the nearer class wins a tie"
+    chosen, best = _validated_k(train, train_labels, groups, seed), _best_k(neighbours, test_labels)
     part = "a fifth of the training patients" if groups is not None else "a fifth of the slices"
+    of = f"of 1 to {neighbours.shape[1]}, the best on"
+    ties = "the nearer class wins a tie"
+    note = "The paper's way: chosen on what it is tested on, so too good by construction."
     results = [
-        Classification("k-NN, k = 1", "Euclidean on unit vectors, k = 1", vote(neighbours, 1)),
-        Classification(
-            "k-NN, k validated",
-            f"k = {chosen}, of 1 to {most}, the best on {part}; {ties}",
-            vote(neighbours, chosen),
-        ),
-        Classification(
-            "k-NN, best k on the test slices",
-            f"k = {best}, of 1 to {most}, the best on the test slices; {ties}",
-            vote(neighbours, best),
-            "The paper's way: chosen on what it is tested on, so too good by construction.",
-        ),
+        Classification(f"k-NN, {name}", text, vote(neighbours, k), said)
+        for name, k, text, said in (
+            ("k = 1", 1, "Euclidean on unit vectors, k = 1", ""),
+            ("k validated", chosen, f"k = {chosen}, {of} {part}; {ties}", ""),
+            ("best k on the test slices", best, f"k = {best}, {of} the test slices; {ties}", note),
+        )
     ]
     features = min(32, train.shape[1])
     forest = RandomForestClassifier(n_estimators=TREES, max_features=features, random_state=seed)

@@ -116,9 +116,8 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
     kept = [*(run_folder.RECORDS if ended else run_folder.FIXED), *run_folder.examined(run)]
     kept += [run_folder.EMBEDDINGS, run_folder.ANGLES, run_folder.METRICS, *tables.values()]
     if len(split.calibration):
-        calibration, results["calibration"] = _calibrate(
-            network, epoch, slices, split, embeddings[own], answers[own].scores
-        )
+        fitted = _calibrate(network, epoch, slices, split, embeddings[own])
+        calibration, results["calibration"] = fitted
         calibration.write(run / run_folder.CALIBRATION)
         kept.append(run_folder.CALIBRATION)
     write_json(stored, results)
@@ -127,35 +126,30 @@ def _evaluate(run: Path, settings: Settings, slices: SliceSet, split: Split) -> 
 
 
 def _calibrate(
-    network: EmbeddingNetwork,
-    epoch: int,
-    slices: SliceSet,
-    split: Split,
-    embeddings: Tensor,
-    scores: np.ndarray,
+    network: EmbeddingNetwork, epoch: int, slices: SliceSet, split: Split, embeddings: Tensor
 ) -> tuple[Calibration, dict[str, float]]:
-    """Fit a calibration on the slices held out for it; return how it does on the test slices too.
-
-    Of these `scores` are the cosines, see `Predictions`.
-    """
+    """Fit a calibration on the slices held out for it; return how it does on the test slices."""
+    train, labels = embeddings[split.train], slices.labels
+    held, test = (
+        class_scores(train, labels[split.train], embeddings[side], len(slices.classes)).numpy()
+        for side in (split.calibration, split.test)
+    )
     features, held_features, test_features = (
         early_features(network, slices.images[side]).numpy()
         for side in (split.train, split.calibration, split.test)
     )
-    train, held = embeddings[split.train], embeddings[split.calibration]
-    known = class_scores(train, slices.labels[split.train], held, len(slices.classes))
     familiarity = fit_familiarity(features)
     calibration = Calibration(
-        exponent=fit_exponent(known.numpy(), slices.labels[split.calibration].numpy()),
+        exponent=fit_exponent(held, labels[split.calibration].numpy()),
         familiarity=familiarity,
         limit=fit_limit(familiarity.distances(held_features)),
         epoch=epoch,
     )
-    right = scores.argmax(1) == slices.labels[split.test].numpy()
+    right = test.argmax(1) == labels[split.test].numpy()
     return calibration, {
         "exponent": calibration.exponent,
         "slices": len(split.calibration),
-        "error": reliability(calibrated(scores, calibration.exponent).max(1), right).error,
+        "error": reliability(calibrated(test, calibration.exponent).max(1), right).error,
         "false_alarms": float(calibration.unlike(test_features).mean()),
     }
 
