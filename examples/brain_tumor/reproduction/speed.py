@@ -7,7 +7,6 @@ alone (picking the slices and augmenting them). On a CPU the process's own time 
 
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -46,14 +45,18 @@ def measure_speed(settings: Settings, slices: SliceSet) -> dict[str, str | int |
         state.optimiser.zero_grad()
         embeddings.float().square().mean().backward()
 
-    parts: dict[str, Callable[[], object]] = {
+    parts = {
         "step": lambda: take_step(state, *batch(), precision),
         "floor": floor,
         "batch": batch,
     }
+    taken: dict[str, list[float]] = {name: [] for name in parts}
     state.network.train()
     state.loss.train()
-    seconds = _medians(parts, device)
+    for name in [*parts] * (WARM_UP + ROUNDS):
+        started = _now(device)
+        parts[name]()
+        taken[name].append(_now(device) - started)
     torch.set_rng_state(random)
     return {
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -61,19 +64,8 @@ def measure_speed(settings: Settings, slices: SliceSet) -> dict[str, str | int |
         "precision": str(precision).removeprefix("torch."),
         "image_size": settings.data.image_size,
         "batch_size": size,
-        **seconds,
+        **{name: statistics.median(seconds[WARM_UP:]) for name, seconds in taken.items()},
     }
-
-
-def _medians(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(WARM_UP + ROUNDS):
-        for name, part in parts.items():
-            started = _now(device)
-            part()
-            if turn >= WARM_UP:
-                taken[name].append(_now(device) - started)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def _now(device: torch.device) -> float:
