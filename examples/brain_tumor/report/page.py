@@ -102,7 +102,7 @@ def to_html(title: str, markdown: str, folder: Path) -> str:
     for plain, wrapped in WRAPPERS.items():
         body = body.replace(plain, wrapped)
     body = FIGURE.sub(lambda found: _figure(folder / found[1], found[2], found[3]), body)
-    contents = [(_anchor(text), text) for level, text in HEADING.findall(body) if level == "2"]
+    contents = [(_anchor(text), text) for text in re.findall(r"<h2>(.*?)</h2>", body)]
     body = HEADING.sub(lambda one: f'<h{one[1]} id="{_anchor(one[2])}">{one[2]}</h{one[1]}>', body)
     first, rest = body.split("</h1>", 1)
     page = TEMPLATES.get_template("page.html.j2")
@@ -111,10 +111,8 @@ def to_html(title: str, markdown: str, folder: Path) -> str:
 
 def _figure(path: Path, alternative: str, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return (
-        f'<figure><img alt="{alternative}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    picture = f'<img alt="{alternative}" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def _anchor(text: str) -> str:

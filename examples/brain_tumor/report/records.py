@@ -44,13 +44,9 @@ def _accuracy_aims(reproduction: Reproduction) -> Iterator[dict[str, object]]:
         results = reproduction.select(group, training)
         accuracies = [one.metrics.accuracy for one in results]
         met = [percent(aim) for aim in aims if results and np.mean(accuracies) >= aim]
-        row = _aim(
-            f"accuracy {name}",
-            accuracies,
-            planned,
-            target=", then ".join(map(percent, aims)),
-            result=f"{', '.join(met)} reached" if met else "missed",
-        )
+        result = f"{', '.join(met)} reached" if met else "missed"
+        target = ", then ".join(map(percent, aims))
+        row = _aim(f"accuracy {name}", accuracies, planned, target, result)
         if len(results) == 1:
             row["95 %"] = results[0].metrics.accuracy_interval
         yield row
@@ -109,13 +105,10 @@ def own_recipe_table(reproduction: Reproduction) -> Table:
     """Return the paper's own recipe beside this one."""
     rows = []
     for where, group in ("by slice, seed 0", "slice"), ("by patient, fold 1", "patient"):
-        for name, result in (
-            ("this recipe", reproduction.first(PROPOSED, group)),
-            (
-                "the paper's recipe, without annealing",
-                reproduction.first("papers-own", f"paper-{group}"),
-            ),
-        ):
+        ours = reproduction.first(PROPOSED, group)
+        theirs = reproduction.first("papers-own", f"paper-{group}")
+        named = {"this recipe": ours, "the paper's recipe, without annealing": theirs}
+        for name, result in named.items():
             epochs = result.run.settings.training.epochs if result else "not run yet"
             rows.append([name, where, epochs, *accuracy([result] if result else [])])
     return Table([AIMS_TITLE, "", "epochs", "accuracy", "Wilson 95 %"], rows)

@@ -48,9 +48,8 @@ def paper_table(reproduction: Reproduction, trainings: Sequence[str]) -> Table:
     for training in trainings:
         results, first = reproduction.select("slice", training), reproduction.first(training)
         if results:
-            drawn = None
-            if first:
-                drawn = patient_bootstrap(first.predictions.right, first.predictions.patients)
+            own = first and first.predictions
+            drawn = own and patient_bootstrap(own.right, own.patients)
             means = _over_seeds(results, [one.metrics for one in results])
             rows.append([TITLES[training], *means, drawn])
         else:
@@ -137,7 +136,8 @@ def patient_table(reproduction: Reproduction) -> Table:
             continue
         mean, interval = seed_interval([fold.metrics.accuracy for fold in folds])
         together = pooled(fold.predictions for fold in folds)
-        mirrored = [fold.by_views(2) for fold in folds]
+        both = [fold.by_views(2) for fold in folds]
+        mirrored = None if None in both else np.mean([one.right.mean() for one in both])
         hits, patients = votes(folds)
         rows.append(
             {
@@ -149,9 +149,7 @@ def patient_table(reproduction: Reproduction) -> Table:
                 "95 % over folds": interval,
                 "all folds together": together.right.mean(),
                 "bootstrap of patients": patient_bootstrap(together.right, together.patients),
-                "with mirror images": None
-                if None in mirrored
-                else np.mean([one.right.mean() for one in mirrored]),
+                "with mirror images": mirrored,
                 "patients right by vote": f"{percent(hits / patients)} ({hits} of {patients})",
                 "Wilson 95 %": wilson_interval(hits, patients),
             }
@@ -161,13 +159,10 @@ def patient_table(reproduction: Reproduction) -> Table:
 
 def votes(folds: Sequence[Result]) -> tuple[int, int]:
     """Return how many patients the majority of their slices gets right, and how many there are."""
-    right = np.concatenate(
-        [
-            np.equal(*majority_vote(one.patients, one.predicted, one.scores, one.truth))
-            for one in (fold.predictions for fold in folds)
-        ]
-    )
-    return int(right.sum()), len(right)
+    every = [fold.predictions for fold in folds]
+    votes = [majority_vote(one.patients, one.predicted, one.scores, one.truth) for one in every]
+    truth, answers = map(np.concatenate, zip(*votes, strict=True))
+    return int((truth == answers).sum()), len(truth)
 
 
 def fold_table(reproduction: Reproduction) -> Table:
