@@ -83,22 +83,17 @@ def _firsts(reproduction: Reproduction, trainings: Iterable[str]) -> dict[str, R
 def tsne(reproduction: Reproduction, name: str) -> bool:
     """Figure 5 or 6: by loss or by margin."""
     trainings = {"figure5": tables.LOSSES, "figure6": tables.MARGINS}[name]
-    panels = {
-        title: _embedded(reproduction, first)
-        for title, first in _firsts(reproduction, trainings).items()
-        if first.has_embeddings
-    }
+    panels = {}
+    for title, first in _firsts(reproduction, trainings).items():
+        if first.has_embeddings:
+            if not first.keeps(TSNE):
+                _, test = reproduction.slices.sides(first.folder / SPLIT)
+                write_array(first.folder / TSNE, compute_tsne(first.embeddings()[test], seed=0))
+            points, answers = read_array(first.folder / TSNE), first.predictions
+            panels[title] = Embedded(points, answers.truth, ~answers.right)
     if panels:
         plot_tsne(*reproduction.figure(name, "t-SNE, test slices"), panels)
     return bool(panels)
-
-
-def _embedded(reproduction: Reproduction, result: Result) -> Embedded:
-    if not result.keeps(TSNE):
-        _, test = reproduction.slices.sides(result.folder / SPLIT)
-        write_array(result.folder / TSNE, compute_tsne(result.embeddings()[test], seed=0))
-    points = read_array(result.folder / TSNE)
-    return Embedded(points, result.predictions.truth, ~result.predictions.right)
 
 
 def angles(reproduction: Reproduction) -> bool:

@@ -118,22 +118,19 @@ def search_table(reproduction: Reproduction) -> Table:
     """Return what the settings were chosen from, by the number of views."""
     rows = []
     for name in SEARCH:
-        pair = [
-            reproduction.select(f"search-{side}", f"search-{name}") for side in ("slice", "patient")
-        ]
+        groups = [f"search-{side}" for side in ("slice", "patient")]
+        pair = [reproduction.select(group, f"search-{name}") for group in groups]
+        cells: list[float | None] = []
+        for results in pair:
+            stored = read_json(results[0].folder / METRICS) if results else {}
+            averaged = stored.get("accuracy_by_views", {})
+            last = stored.get("accuracy_by_views_without_ema", {})
+            cells += [*(averaged.get(views) for views in "123"), last.get("3")]
         if any(pair):
-            rows.append([name, *(cell for results in pair for cell in _by_views(results))])
+            rows.append([name, *cells])
     views = ("1 view", "2", "3", "3, no EMA")
     header = [f"{side}: {one}" for side in ("by slice", "by patient") for one in views]
     return Table(["", *header], rows)
-
-
-def _by_views(results: Sequence[Result]) -> list[float | None]:
-    stored = read_json(results[0].folder / METRICS) if results else {}
-    averaged, last = (
-        stored.get(key, {}) for key in ("accuracy_by_views", "accuracy_by_views_without_ema")
-    )
-    return [*(averaged.get(views) for views in "123"), last.get("3")]
 
 
 def examined(reproduction: Reproduction) -> list[tuple[str, Table]]:

@@ -87,8 +87,7 @@ def _plot_calibration(run: Path, title: str) -> dict[str, Any] | None:
     if found is not None:
         predictions = read_predictions(run / run_folder.PREDICTIONS)
         sure = calibrated(predictions.scores, found["exponent"]).max(1)
-        bins = reliability(sure, predictions.truth == predictions.predicted)
-        plot_reliability(run / "reliability.png", title, *bins)
+        plot_reliability(run / "reliability.png", title, *reliability(sure, predictions.right))
     return found
 
 
