@@ -228,8 +228,23 @@ def test_the_largest_difference_is_that_of_all_batches():
         first, second = errors[len(images)]
         return torch.full((len(images), 4), -first), torch.full((len(images), 3), second)
 
-    largest = export_module._largest_difference("model.onnx", answer, images, expected)
+    tolerances = dict.fromkeys(expected, torch.tensor(1e-4))
+    arguments = "model.onnx", answer, images, expected, tolerances
+    largest = export_module._largest_difference(*arguments)
     assert largest == pytest.approx({"embedding": 8e-5, "probabilities": 7e-5})
+
+
+@pytest.mark.parametrize(("length", "is_rounding"), [(5e-6, True), (1e-3, False)])
+def test_distances_differ_as_rounded_features_make_them(run, blobs, length, is_rounding):
+    reference = read_reference(run, blobs)
+    images, calibration = blobs.images[reference.test], reference.calibration
+    expected, tolerances = export_module._expected(reference, images)
+    features = early_features(reference.network, images).numpy()
+    worst = (features - calibration.familiarity.mean) @ calibration.familiarity.precision
+    worst *= length / np.linalg.norm(worst, axis=1, keepdims=True)
+    moved = calibration.familiarity.distances(features + worst) / calibration.limit
+    differences = (torch.from_numpy(moved) - expected["distance"]).abs()
+    assert bool((differences <= tolerances["distance"]).all()) is is_rounding
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
@@ -379,17 +394,19 @@ def test_files_are_checked_on_one_slice_and_on_several(count, sizes):
     images = torch.rand(count, 1, 2, 2).half()
     asked = []
     answer = lambda part: (asked.append(part) or part,)  # noqa: E731
-    export_module._largest_difference("model", answer, images, {"out": images.float()})
+    expected, tolerances = {"out": images.float()}, {"out": torch.tensor(1e-4)}
+    export_module._largest_difference("model", answer, images, expected, tolerances)
     assert [len(part) for part in asked] == sizes
     torch.testing.assert_close(torch.cat(asked), images.float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("expected", "refused"), [(0.9, True), (30.0, False)])
 def test_large_distances_may_differ_by_more(expected, refused):
-    outputs = {"distance": torch.full((3,), expected)}
+    outputs, images = {"distance": torch.full((3,), expected)}, torch.zeros(3, 1, 2, 2)
+    tolerances = {"distance": torch.tensor(1e-3)}
     answer = lambda part: (outputs["distance"][: len(part)] + 3e-3,)  # noqa: E731
     with pytest.raises(UserError, match="its distance differs") if refused else nullcontext():
-        export_module._largest_difference("model", answer, torch.zeros(3, 1, 2, 2), outputs)
+        export_module._largest_difference("model", answer, images, outputs, tolerances)
 
 
 # ------------------------------------------------------------------------- all three files or none
