@@ -210,7 +210,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
             scale=scale if of_rows is None else 1.0,
             class_share=share if rule == PLAIN else None,
         )
-        target = scale * _check_target(margin(parts.theta), parts.theta)
+        target = scale * _of_rows("margin", margin(parts.theta), parts.theta)
         losses = F.softplus(parts.negatives - target, threshold=50)
         of_class = _class_weights(batch, options, dtype)
         weighted = losses if of_class is None else losses * of_class
@@ -253,7 +253,7 @@ def _closed_loss(
     row_weight = _row_weights(batch, options, of_class)
     is_mean = options.reduction == "mean" and not isinstance(row_weight, Tensor)
     row_loss = RowLoss(
-        margin,
+        _known("margin", margin.with_descent),
         scale,
         row_weight if of_class is None else row_weight * of_class,
         is_summed=options.reduction != "none",
@@ -286,7 +286,7 @@ def _target_before(batch: Batch, margin: MarginFunction, dtype: torch.dtype) -> 
         theta = batch.shard.of_targets(
             lambda centres: pairs(batch.embeddings, centres).theta[:, 0], batch.weight, batch.own
         )
-        return _check_target(margin(theta), theta).to(dtype)
+        return _of_rows("margin", margin(theta), theta).to(dtype).detach()
 
 
 def _class_share(
@@ -306,28 +306,59 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         found = negatives(cosine, cast(Tensor, target))  # None for one that does not look at it
-        if not isinstance(found, Tensor) or found.shape != cosine.shape:
-            got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
-            raise ValueError(
-                f"negatives: expected it to return shape {tuple(cosine.shape)}, got {got}"
-            )
+        found = _of_classes("negatives", found, cosine)
         return found if bias is None else bias * found
 
     with_slopes = None
     if isinstance(negatives, KnownSlope) and not isinstance(softmax.scale, Tensor):
-        with_slopes = negatives.with_slope  # but not if each row's scale is a factor of the terms
+        with_slopes = _known(
+            "negatives", negatives.with_slope
+        )  # but not if each row's scale is a factor of the terms
     return Rule(terms, with_slopes, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 
-def _check_target(target: object, theta: Tensor) -> Tensor:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"margin: expected it to return a tensor, got {target!r}")
-    if target.shape != theta.shape:
+def _of_rows(name: str, found: object, theta: Tensor) -> Tensor:
+    """What a function of the target angles has returned, if it is a number a row (N,)."""
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{name}: expected it to return a tensor, got {found!r}")
+    if found.shape != theta.shape:
         raise ValueError(
-            f"margin: expected one target logit a row, shape {tuple(theta.shape)}, "
-            f"got {tuple(target.shape)}"
+            f"{name}: expected it to return a number a row, shape {tuple(theta.shape)}, "
+            f"got {tuple(found.shape)}"
         )
-    return target.to(theta.dtype)
+    return found.to(theta.dtype)
+
+
+def _of_classes(name: str, found: object, cosine: Tensor) -> Tensor:
+    """What a function of some cosines has returned, if it is of their shape (K, N)."""
+    if not isinstance(found, Tensor) or found.shape != cosine.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+        raise ValueError(f"{name}: expected it to return shape {tuple(cosine.shape)}, got {got}")
+    return found
+
+
+def _known(
+    name: str, function: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function with its derivative, unless they depend on something trained."""
+
+    def checked(given: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            found = function(given)
+        shapes = [tuple(each.shape) for each in found]
+        if shapes != 2 * [tuple(given.shape)]:
+            raise ValueError(
+                f"{name}: expected its values and derivatives to have shape {tuple(given.shape)}, "
+                f"got {shapes}"
+            )
+        if any(each.requires_grad for each in found):
+            raise ValueError(
+                f"{name}: expected no variables of its own where its derivative is given, which "
+                "would get no gradient; pass the function alone, or mode='dense'"
+            )
+        return found
+
+    return checked
 
 
 def one_vs_rest_loss(
@@ -418,7 +449,7 @@ def rest_loss(
 
     def terms(cosine: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         assert bias is not None
-        return negative(cosine, bias)
+        return _of_classes("negative", negative(cosine, bias), cosine)
 
     dtype = working_dtype(batch.embeddings, batch.weight)
     rule = Rule(terms, summed=True, sub_centers=batch.sub_centers)
@@ -429,7 +460,7 @@ def rest_loss(
         _check_constant("negative", negative, bias.detach(), batch, chosen.mode)
         others = Others(rule, bias=bias.to(dtype).reshape(()), ranking=options.ranking)
         parts = modes.parts(batch, chosen, others)
-        losses = positive(parts.theta) + parts.negatives
+        losses = _of_rows("positive", positive(parts.theta), parts.theta) + parts.negatives
         of_class = _class_weights(batch, options, dtype)
         losses = losses if of_class is None else losses * of_class
         return _reduced(batch, options, losses, of_class).to(dtype)

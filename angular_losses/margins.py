@@ -300,6 +300,9 @@ class Combined:
     m3: float | Tensor = 0.0
     beyond: str = "decreasing"
 
+    def __post_init__(self) -> None:
+        validation.choice("beyond", self.beyond, ARCFACE_BEYOND)
+
     def __call__(self, theta: Tensor, share: float | Tensor = 1.0) -> Tensor:
         """The target logits before scaling with a share of the margin in force, in [0, 1]."""
         return _less(*self._angle(theta, share))

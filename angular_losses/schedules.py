@@ -34,7 +34,7 @@ class Schedule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, target: Callable[[Tensor, float | Tensor], Tensor], theta: Tensor) -> Tensor:
-        """The target logits before scaling at the current step.
+        """The target logits before scaling at the current step, and of no other state.
 
         Args:
             target: A function of theta (N,) and of the share of the margin in force, in [0, 1].

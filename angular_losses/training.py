@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .geometry import directions, precise_dtype
+from .geometry import directions, precise_dtype, without_autocast
 from .losses.centres import ClassCentres
 from .margins import ADDITIVE
 from .separation import separation_bound
@@ -159,7 +159,10 @@ def mean_directions(
     if sub_centers == 1:
         return means
     unit, labels = (torch.cat(each) for each in zip(*seen, strict=True))
-    return _clusters(unit, labels, means, sub_centers).flatten(0, 1)
+    if not len(unit):
+        return means.repeat_interleave(sub_centers, 0)
+    with without_autocast(unit.device):
+        return _clusters(unit, labels, means, sub_centers).flatten(0, 1)
 
 
 def _clusters(unit: Tensor, labels: Tensor, means: Tensor, sub_centers: int) -> Tensor:

@@ -186,6 +186,7 @@ def batch(
     ignore_index: int | None = None,
     sub_centers: int = 1,
     num_classes: int | None = None,
+    name: str = "labels",
 ) -> Tensor | None:
     """Raise unless embeddings (N, d), weight (C, d) and labels (N,) are consistent.
 
@@ -211,17 +212,17 @@ def batch(
             f"weight: expected at least one class and one dimension, got {tuple(weight.shape)}"
         )
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        raise TypeError(f"labels: expected an integer tensor, got {_describe(labels)}")
+        raise TypeError(f"{name}: expected an integer tensor, got {_describe(labels)}")
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
-            f"labels: expected shape ({embeddings.shape[0]},), one label an embedding, "
+            f"{name}: expected shape ({embeddings.shape[0]},), one label an embedding, "
             f"got {tuple(labels.shape)}"
         )
     if labels.device != embeddings.device:
         raise ValueError(
-            f"labels: expected device {embeddings.device}, that of embeddings, got {labels.device}"
+            f"{name}: expected device {embeddings.device}, that of embeddings, got {labels.device}"
         )
-    return _kept(labels, num_classes, ignore_index)
+    return _kept(name, labels, num_classes, ignore_index)
 
 
 _INTEGERS = (
@@ -289,7 +290,7 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and has_values(tensor) and not is_transformed(tensor)
 
 
-def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
+def _kept(name: str, labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor | None:
     labels = labels.long()  # a narrower type would overflow
     if (
         is_readable(labels)
@@ -298,7 +299,7 @@ def _kept(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor 
     ):
         return None
     inside, kept = (labels >= 0) & (labels < num_classes), None
-    message = f"labels: expected values in [0, {num_classes})"
+    message = f"{name}: expected values in [0, {num_classes})"
     if ignore_index is not None:
         kept = labels != ignore_index
         inside = inside | ~kept

@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from angular_losses import arcface, margin_softmax_loss, one_vs_rest_loss, sphereface
-from angular_losses.margins import Combined
+from angular_losses.margins import Combined, KnownDescent
+from angular_losses.negatives import KnownSlope
 from tests import reference
 from tests.cases import CASES, MODES, identifier, in_chunks_of, needs_compiler, spread
 
@@ -595,3 +597,114 @@ def test_a_row_may_be_left_without_negatives(mode):
     expected = torch.autograd.grad(others.sum(), (embeddings, weight))
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def small_batch():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(8, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    return embeddings, weight, torch.arange(8) % 4
+
+
+def of_exponential(cosine):
+    value = torch.exp(cosine - 1)
+    return value, value  # one tensor: the function is its own derivative
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_value_and_slope_may_be_one_tensor(mode):
+    embeddings, weight, labels = small_batch()
+    negatives = KnownSlope(lambda cosine: torch.exp(cosine - 1), of_exponential)
+    options = {"margin": Combined(m2=0.3), "scale": 8.0}
+    found, expected = (
+        margin_softmax_loss(embeddings, weight, labels, negatives=each, mode=each_mode, **options)
+        for each, each_mode in (
+            (negatives, mode),
+            (lambda cosine, target: torch.exp(cosine - 1), "dense"),
+        )
+    )
+    for one, other in zip(
+        torch.autograd.grad(found, [embeddings, weight]),
+        torch.autograd.grad(expected, [embeddings, weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_negatives_may_be_constant_in_steps(mode):
+    embeddings, weight, labels = small_batch()
+    loss = margin_softmax_loss(
+        *(embeddings, weight, labels),
+        margin=Combined(m2=0.3),
+        scale=8.0,
+        negatives=lambda cosine, target: (cosine > target).to(cosine),
+        mode=mode,
+    )
+    found = torch.autograd.grad(loss, [embeddings])[0]
+    assert found.isfinite().all()
+    assert found.any()
+
+
+def test_given_derivatives_have_no_variables():
+    embeddings, weight, labels = small_batch()
+    factor = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    margin = KnownDescent(
+        lambda theta: factor * theta.cos(), lambda theta: (factor * theta.cos(), theta.sin())
+    )
+    negatives = KnownSlope(
+        lambda cosine: factor * cosine, lambda cosine: (factor * cosine, factor.expand_as(cosine))
+    )
+    for name, functions in (
+        ("margin", {"margin": margin}),
+        ("negatives", {"margin": torch.cos, "negatives": negatives}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected no variables"):
+            margin_softmax_loss(embeddings, weight, labels, scale=8.0, **functions)
+        loss = margin_softmax_loss(embeddings, weight, labels, scale=8.0, mode="dense", **functions)
+        assert torch.autograd.grad(loss, [factor])[0] != 0
+
+
+def test_functions_of_other_shapes_are_named():
+    embeddings, weight, labels = small_batch()
+    margin = KnownDescent(torch.cos, lambda theta: (theta.cos()[:, None], theta.sin()))
+    with pytest.raises(ValueError, match=r"^margin: .* shape \(8,\), got \[\(8, 1\), \(8,\)\]"):
+        margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0)
+    square = lambda cosine, bias: cosine**2  # noqa: E731
+    for name, positive, negative in (
+        ("positive", lambda theta: theta[:, None], square),
+        ("positive", lambda theta: 3.0, square),
+        ("negative", torch.cos, lambda cosine, bias: cosine.sum(0)),
+        ("negative", torch.cos, lambda cosine, bias: 3.0),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: expected it to return"):
+            one_vs_rest_loss(embeddings, weight, labels, positive=positive, negative=negative)
+
+
+def test_forward_mode_does_not_see_what_is_constant():
+    embeddings, weight, labels = small_batch()
+    direction = torch.ones_like(embeddings)
+
+    def loss(rows):
+        return margin_softmax_loss(
+            *(rows, weight.detach(), labels),
+            margin=Combined(m2=0.3),
+            scale=8.0,
+            negatives=lambda cosine, target: torch.where(
+                cosine > target, cosine + 0.3 * (cosine - target), cosine
+            ),
+        )
+
+    _, found = torch.func.jvp(loss, (embeddings.detach(),), (direction,))
+    expected = (torch.func.grad(loss)(embeddings.detach()) * direction).sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_embeddings_are_freed_by_the_backward_pass():
+    _, weight, labels = small_batch()
+    embeddings = torch.randn(8, 6, dtype=torch.float64, requires_grad=True).exp()
+    held = weakref.ref(embeddings)
+    loss = margin_softmax_loss(embeddings, weight, labels, margin=Combined(m2=0.3), scale=8.0)
+    loss.backward()
+    del embeddings
+    assert held() is None

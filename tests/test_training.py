@@ -197,3 +197,26 @@ class TestMeanDirections:
     def test_bad_arguments_are_named(self, batches, error, message):
         with pytest.raises(error, match=message):
             al.mean_directions(batches, 3)
+
+
+def test_clusters_under_autocast():
+    torch.manual_seed(0)
+    angle = math.radians(4)
+    rows = torch.zeros(40, 16)
+    rows[:20, 0] = 1
+    rows[20:, :2] = torch.tensor([math.cos(angle), math.sin(angle)])
+    rows += 0.002 * torch.randn_like(rows)
+    batches = [(rows, torch.zeros(40, dtype=torch.int64))]
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = al.mean_directions(batches, 1, sub_centers=2)
+    found = al.angle_between(first, second).item()
+    assert found == pytest.approx(angle, rel=0.02)
+
+
+def test_clusters_of_no_rows():
+    with pytest.warns(UserWarning, match="no samples of 3"):
+        found = al.mean_directions(
+            [(torch.zeros(2, 4), torch.tensor([-100, -100]))], 3, sub_centers=2
+        )
+    assert found.shape == (6, 4)
+    assert not found.any()

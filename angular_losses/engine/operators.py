@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -12,7 +12,6 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.nn import functional as F
 
 from ..geometry import precise_dtype, without_autocast, working_dtype
-from ..margins import Combined, KnownDescent
 from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
 from .passes import Gradients, Parts, Saved
@@ -22,14 +21,14 @@ class RowLoss(NamedTuple):
     """From the parts to the loss of a batch, where the margin knows its derivative.
 
     Attributes:
-        margin: The margin.
+        with_descent: The margin, with minus its derivative by theta.
         scale: The scale of the target logits.
         row_weight: The weight of each row's loss, a number or (N,), without a gradient.
         is_summed: Whether the losses of the rows are added up.
         is_mean: Whether that is their plain mean.
     """
 
-    margin: KnownDescent | Combined
+    with_descent: Callable[[Tensor], tuple[Tensor, Tensor]]
     scale: float
     row_weight: float | Tensor
     is_summed: bool
@@ -40,7 +39,7 @@ class RowLoss(NamedTuple):
 
         And the derivatives of the loss, by theta and by the negatives times the scale.
         """
-        target, descent = self.margin.with_descent(theta)
+        target, descent = self.with_descent(theta)
         excess = torch.sub(negatives, target, alpha=self.scale)
         of_negatives = torch.sigmoid(excess) * (self.row_weight * self.scale)
         return excess, of_negatives * descent, of_negatives
@@ -108,8 +107,7 @@ class _Loss(torch.autograd.Function):
         ctx.is_done = row_loss.is_summed and _fits_whole_step(inputs, settings, others)
         if ctx.is_done:  # but for the factor to come
             excess, *found = passes.whole_step(inputs, row_loss.scale, others, row_loss.gradients)
-            ctx.save_for_backward(*found)
-            ctx.variables = inputs[:2]  # never read, so not saved
+            ctx.save_for_backward(*found, *inputs[:2])
         else:
             parts, saved = passes.forward(inputs, settings, others)
             excess, of_theta, scaled = row_loss.gradients(parts.theta, parts.negatives)
@@ -121,8 +119,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.is_done:
-            found = [grad * each for each in ctx.saved_tensors]
-            return *_once(found, *ctx.variables, grad), *[None] * 4
+            of_embeddings, of_weight, *variables = ctx.saved_tensors
+            found = grad * of_embeddings, grad * of_weight
+            return *_once(found, *variables, grad), *[None] * 4
         inputs, saved, others, (of_theta, of_negatives) = _unpacked(ctx)
         with torch.no_grad():
             grads = Parts(grad * of_theta, grad * of_negatives, None)

@@ -362,7 +362,8 @@ def whole_step(
         others.ranking.add(terms.gather(0, labels[None])[0], of_others)
     if rule.with_slopes is not None:
         terms, slopes = rule.with_slopes(terms)
-    exponentials = terms.mul_(scale).scatter_(0, labels[None], -math.inf).exp_()
+    scaled = terms.mul_(scale) if slopes is None else terms * scale  # which may be one tensor
+    exponentials = scaled.scatter_(0, labels[None], -math.inf).exp_()
     total = exponentials.sum(0)
     if slopes is not None:
         exponentials *= slopes

@@ -308,10 +308,12 @@ class ElasticFaceLoss(MarginLoss):
         drawn = torch.randn(len(labels), device=labels.device) * self.deviation + self.margin
         if not self.plus:
             return margins.additive(self.kind, drawn)
-        ascending = drawn.sort().values
+        kept = embeddings.detach().any(1)  # ignored rows, which are zero, come last
+        ascending = drawn.where(kept, math.inf).sort().values
 
         def target(theta: Tensor, share: float | Tensor) -> Tensor:
-            of_rows = ascending[theta.detach().argsort().argsort()]
+            difficulty = theta.detach().where(kept, math.inf).argsort().argsort()
+            of_rows = ascending[difficulty].where(kept, self.margin)
             return margins.additive(self.kind, of_rows)(theta, share)
 
         return target

@@ -32,7 +32,7 @@ from .margin_in_force import Target as Target
 from .margin_in_force import in_force
 from .options import LossOptions as LossOptions
 from .options import settings, show_options
-from .state import is_in_backward, state_of_a_pass
+from .state import is_in_backward, is_in_reentrant_checkpoint, state_of_a_pass
 from .usage_warnings import warn_of_small_scale, warn_of_unit_vectors, watch
 
 
@@ -252,9 +252,9 @@ class MarginLoss(ClassCentres, nn.Module):
         Args:
             embeddings: (N, d); zero in ignored rows.
             labels: (N,) int64 in [0, C).
-            weights: (N,) how much each row counts: not at all if it is ignored, by the share of its
-                label if it has several, for each of which there is a row then; None where all
-                count alike.
+            weights: (N,), floating point, how much each row counts: not at all if it is ignored,
+                by the share of its label if it has several, for each of which there is a row then;
+                None where all count alike.
         """
 
     def register_statistic(self, name: str, value: float, *, per_class: bool = False) -> None:
@@ -427,6 +427,8 @@ class MarginLoss(ClassCentres, nn.Module):
             rows = batch.embeddings.detach()
             warn_of_unit_vectors(self, rows if batch.kept is None else rows[batch.kept])
         if type(self).observe is not MarginLoss.observe:
+            if counts is not None and counts.dtype == torch.bool:
+                counts = counts.to(working_dtype(batch.embeddings, batch.weight))
             with torch.no_grad(), without_autocast(batch.embeddings.device):
                 self.observe(batch.embeddings.detach(), batch.labels, counts)
 
@@ -631,8 +633,8 @@ class MarginLoss(ClassCentres, nn.Module):
             missing = "other_labels" if other_labels is None else "lam"
             raise ValueError(f"{missing}: expected it beside the other of other_labels and lam")
         sizes = self.ignore_index, self.sub_centers, self.num_classes
-        for each in (labels, other_labels):
-            validation.batch(embeddings, self.weight, each, *sizes)
+        for name, each in (("labels", labels), ("other_labels", other_labels)):
+            validation.batch(embeddings, self.weight, each, *sizes, name=name)
         return label_columns.mixed(embeddings, labels, other_labels, lam)
 
     def _repeats_a_step(self) -> bool:
@@ -643,7 +645,9 @@ class MarginLoss(ClassCentres, nn.Module):
         """
         if not self.training:
             return False
-        return self._is_same_step or (is_in_backward() and not self._uncounted)
+        if self._is_same_step or not is_in_backward():
+            return self._is_same_step
+        return not (self._uncounted and is_in_reentrant_checkpoint())
 
     def _count(self, is_step: bool) -> None:
         """Take notice of a pass that a backward pass may have to recompute."""

@@ -187,14 +187,14 @@ class NPCFaceLoss(MarginLoss):
     def _threshold(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The cosine above which a negative is hard, (N,)."""
         theta = self.target_angles(embeddings, labels)
-        return torch.cos(theta + self.mask_margin)
+        return torch.cos(theta + self.mask_margin).detach()  # from forward-mode derivatives too
 
     def row_target(self, embeddings: Tensor, labels: Tensor) -> Target:
         """ArcFace with the margin of each row, enlarged by its hard negatives."""
         threshold = self._threshold(embeddings, labels)
         weight, here = self._centres_here(labels)
         sums = sums_above(embeddings, weight, here, threshold, sub_centers=self.sub_centers)
-        total, count = self.shard.total(sums)
+        total, count = self.shard.total(sums).detach()
         margin = self.margin + self.m1 * total / count.clamp(min=1)
         return margins.Combined(m2=margin, beyond=self.beyond)
 

@@ -45,6 +45,8 @@ def mixed(
 ) -> tuple[Tensor, Tensor]:
     """Labels (N, 2) of mixed rows, and their weights (N, 2), from two checked labels a row."""
     device, num_rows = embeddings.device, labels.shape[0]
+    if isinstance(lam, Tensor) and not lam.dim() and lam.device != device:
+        lam = lam.item() if validation.is_readable(lam) else lam
     if not isinstance(lam, Tensor):  # filled on the device, without a copy from the host
         validation.share("lam", lam)
         lam = embeddings.new_full((), lam, dtype=precise_dtype(device))

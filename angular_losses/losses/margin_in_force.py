@@ -28,7 +28,7 @@ def in_force(target: Target, schedule: Schedule | None, gradient: str) -> margin
 
     if gradient == "detached":
         return margins.KnownDescent(
-            margins.detached(margin), lambda theta: (margin(theta), torch.sin(theta))
+            margins.detached(margin), lambda theta: (margin(theta).detach(), torch.sin(theta))
         )
     if not margins.has_descent(target) or not (schedule is None or schedule.is_linear):
         return margin

@@ -41,9 +41,18 @@ class _OneVsRest(MarginLoss):
                 f"got {self.label_smoothing}"
             )
 
-    def _register_bias(self, value: float) -> None:
-        self.bias = nn.Parameter(self.weight.new_full((1,), value))
-        self._first_values["bias"] = value
+    def _first_bias(self, num_classes: int) -> float:
+        """The value that a learned bias has at first."""
+        raise NotImplementedError
+
+    def _register_bias(self) -> None:
+        self._first_values["bias"] = self._first_bias(self.num_classes)
+        self.bias = nn.Parameter(self.weight.new_full((1,), self._first_values["bias"]))
+
+    def _extend_buffers(self, num_new: int) -> None:
+        super()._extend_buffers(num_new)
+        if "bias" in self._first_values:
+            self._first_values["bias"] = self._first_bias(self.num_classes + num_new)
 
     def _functions(self, target: MarginFunction) -> tuple[MarginFunction, NegativeFunction]:
         """The loss of the target, a function of its angle, and of a negative: cosine and bias."""
@@ -123,13 +132,15 @@ class SphereFace2Loss(_OneVsRest):
         )
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self._register_bias(self._balanced_bias(float(scale)))
+        self._register_bias()
 
-    def _balanced_bias(self, scale: float) -> float:
+    def _first_bias(self, num_classes: int) -> float:
+        """The bias for which positives and negatives weigh alike if every angle is pi / 2."""
+        scale = float(self.scale)
         at = torch.tensor(math.pi / 2, dtype=torch.float64, device="cpu")
         positive = scale * self.target(at, 1.0).item()
         negative = scale * self._negative()(at.cos()).item()
-        odds = self.balance / ((1 - self.balance) * (self.num_classes - 1))
+        odds = self.balance / ((1 - self.balance) * (num_classes - 1))
         root = math.hypot(1 - odds, 2 * math.sqrt(odds) * math.exp((positive - negative) / 2))
         if odds > 1:  # where 1 - odds + root would cancel
             return math.log((odds - 1 + root) / 2) - positive
@@ -200,7 +211,11 @@ class UniFaceLoss(_OneVsRest):
         super().__init__(num_classes, embedding_size, scale, **options)
         self.margin = validation.cosine_margin("margin", margin)
         self.balance = validation.positive("balance", balance)
-        self._register_bias(math.log(10 * self.num_classes))
+        self._register_bias()
+
+    def _first_bias(self, num_classes: int) -> float:
+        """log(10 C)."""
+        return math.log(10 * num_classes)
 
     def target(self, theta: Tensor, share: float | Tensor) -> Tensor:
         """cos(theta) less the share of the margin in force."""

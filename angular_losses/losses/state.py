@@ -84,6 +84,13 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+@_disable_dynamo
+def is_in_reentrant_checkpoint() -> bool:
+    """Whether it recomputes a pass that had no gradients, so that this is the first with them."""
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() == "CheckpointFunctionBackward"
+
+
 # A compiled backward pass recomputes cheap operations, from the values of the buffers at that time.
 # A custom operator is not computed again.
 _copy = torch.library.custom_op(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from angular_losses import AdaFaceLoss, ArcFaceLoss, CurricularFaceLoss, SphereFace2Loss
 from angular_losses.losses import labels as columns
@@ -139,3 +140,26 @@ def test_one_hot_labels_are_refused_and_soft_ones_over_all_classes_are_not():
     of_all = torch.arange(5).expand(3, 5)
     found = loss(embeddings, of_all, label_weight=one_hot.float())
     assert found.item() == pytest.approx(loss(embeddings, labels).item(), rel=1e-6)
+
+
+def test_the_second_labels_are_named():
+    with pytest.raises(ValueError, match=r"^other_labels: expected shape \(4,\)"):
+        ArcFaceLoss(3, 6)(
+            *(torch.randn(4, 6), torch.arange(4) % 3),
+            other_labels=torch.arange(5) % 3,
+            lam=0.3,
+        )
+
+
+def test_a_share_from_the_host_is_not_copied():
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if any(isinstance(each, torch.Tensor) and not each.is_meta for each in arguments):
+                assert "to_copy" not in str(function)
+            return function(*arguments, **(options or {}))
+
+    embeddings = torch.randn(4, 6, device="meta")
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    loss = ArcFaceLoss(3, 6, device="meta")
+    with Copies():
+        loss(embeddings, labels, other_labels=labels, lam=torch.tensor(0.3))

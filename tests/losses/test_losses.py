@@ -402,3 +402,35 @@ def test_public_methods():
     attributes = {"statistics", "normalize_weight", "is_random", "ignore_index"}
     public = {name for name in dir(al.MarginLoss) if not name.startswith("_")}
     assert public - set(dir(torch.nn.Module)) == hooks | called | angles | attributes
+
+
+def test_ignored_rows_take_no_draws_of_elasticface_plus():
+    torch.manual_seed(0)
+    loss = al.ElasticFaceLoss(10, 16, plus=True, deviation=0.1)
+    labels = torch.randint(10, (4000,))
+    kept = torch.arange(4000) % 2 == 0
+    embeddings = loss.weight.detach()[labels] + 0.2 * torch.randn(4000, 16)
+    embeddings = embeddings * kept[:, None]  # as a loss has ignored rows
+    labels = labels.where(kept, 0)
+    theta = al.target_angle(embeddings, loss.weight, labels)
+    with torch.no_grad():
+        margins = (loss.row_target(embeddings, labels)(theta, 1.0).acos() - theta)[kept]
+    assert margins.mean().item() == pytest.approx(0.5, abs=0.02)  # eight standard errors
+    assert margins.std().item() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("cls", [al.UniFaceLoss, al.SphereFace2Loss])
+def test_reset_after_extend_sets_the_bias_of_all_classes(cls):
+    loss = cls(10, 6)
+    loss.extend(90)
+    loss.reset_parameters()
+    torch.testing.assert_close(loss.bias, cls(100, 6).bias)
+
+
+def test_npcface_has_one_second_derivative_in_all_modes_of_autograd():
+    torch.manual_seed(0)
+    loss = al.NPCFaceLoss(4, 5, scale=8.0, mode="dense", dtype=torch.float64).eval()
+    rows, direction = torch.randn(2, 3, 5, dtype=torch.float64)
+    of_rows = lambda rows: loss(rows, torch.arange(3))  # noqa: E731
+    _, found = torch.func.jvp(of_rows, (rows,), (direction,))
+    torch.testing.assert_close(found, (torch.func.grad(of_rows)(rows) * direction).sum())

@@ -193,3 +193,36 @@ def test_settings_changed_before_backward(name, mode):
             setattr(loss, key, setting + 0.3)
     (found,) = torch.autograd.grad(value, loss.weight)
     assert torch.equal(found, expected)
+
+
+def test_passes_without_gradients_between_a_checkpoint_and_its_backward():
+    torch.manual_seed(0)
+    first = al.ArcFaceLoss(4, 6, schedule=al.MarginWarmup(4))
+    second = copy.deepcopy(first)
+    embeddings, labels = torch.randn(8, 6, requires_grad=True), torch.arange(8) % 4
+    values = first(embeddings, labels), checkpoint(second, embeddings, labels, use_reentrant=False)
+    gradients = []
+    for loss, value in zip((first, second), values, strict=True):
+        with torch.no_grad():
+            loss(embeddings, labels)  # a metric
+        gradients.append(torch.autograd.grad(value.square(), [embeddings])[0])
+        assert loss.schedule.step == 1
+    torch.testing.assert_close(*gradients)
+
+
+def test_statistics_get_weights_as_numbers():
+    class Counting(al.MarginLoss):
+        def __init__(self):
+            super().__init__(4, 6, 8.0)
+            self.register_statistic("seen", 0.0, per_class=True)
+
+        def target(self, theta, share):
+            return theta.cos()
+
+        def observe(self, embeddings, labels, weights):
+            each = torch.ones(len(labels)) if weights is None else weights
+            self.seen.index_add_(0, labels, each)
+
+    loss = Counting()
+    loss(torch.randn(4, 6), torch.tensor([0, 1, 2, -100]))
+    assert loss.seen.tolist() == [1.0, 1.0, 1.0, 0.0]
