@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import collectives, validation
 from ..engine.placement import WHOLE
 from ..geometry import lengths, precise_dtype
+from ..losses.base import MarginLoss
 from ..losses.centres import ClassCentres
 from ..losses.state import is_in_backward
 from ..margins import MarginFunction
@@ -336,7 +337,11 @@ class AngularMonitor:
             self._watch(self.loss._centres)
             given = inspect.signature(loss.forward).bind(*args, **kwargs)
             given.apply_defaults()
-            self.update(given.arguments["embeddings"], given.arguments["labels"])
+            embeddings, labels = given.arguments["embeddings"], given.arguments["labels"]
+            other, lam = (given.arguments.get(name) for name in ("other_labels", "lam"))
+            if isinstance(loss, MarginLoss) and other is not None:  # with the errors of the loss
+                labels, _ = loss._labels(embeddings, labels, None, other, lam)
+            self.update(embeddings, labels)
 
     @_disable_dynamo
     def _watch(self, centres: nn.Parameter | None) -> None:

@@ -164,6 +164,19 @@ def test_several_labels_count_once_each():
     assert monitor.summary()["rows"] == 2 * len(labels) - 4
 
 
+def test_mixed_rows_count_once_for_each_of_their_labels():
+    monitor, single = watched(), watched()
+    embeddings, labels = rows_for(monitor)
+    others = (labels + 1) % CLASSES
+    with monitor.attach():
+        monitor.loss(embeddings, labels, other_labels=others, lam=0.1)
+        with pytest.raises(ValueError, match="lam: expected it beside"):
+            monitor.loss(embeddings, labels, other_labels=others)
+    for of_rows in (labels, others):
+        single.update(embeddings, of_rows)
+    assert monitor.summary() == pytest.approx(single.summary(), nan_ok=True)
+
+
 def test_frozen_centres_are_watched_without_their_gradient():
     monitor = watched()
     monitor.loss.weight.requires_grad_(False)
