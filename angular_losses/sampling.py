@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import validation
 from .engine.placement import WHOLE, Sampled
 from .losses.base import MarginLoss
-from .losses.sampled_loss import SampledLoss, sampled_class
+from .losses.sampled_loss import SampledLoss, held_by, sampled_class
+from .losses.sampled_loss import refuse_unprepared_optimizers as refuse_unprepared_optimizers
 
 _Loss = TypeVar("_Loss", bound=MarginLoss)
 
@@ -120,14 +119,10 @@ def sample_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None
 
 def place_of_weight(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> int:
     """Which of the parameters of an optimiser is the weight of a loss; ValueError if none is."""
-    held = _held(optimizer)
+    held = held_by(optimizer)
     if id(loss.weight) not in held:
         raise ValueError("optimizer: expected it to hold the weight of the loss")
     return held.index(id(loss.weight))
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[int]:
-    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 # Those whose state of a row does not begin with zeros, or mixes rows.
@@ -210,31 +205,6 @@ def _set(weight: nn.Parameter, values: Tensor, gradient: Tensor) -> None:
     weight.grad = None
     weight.data = values
     weight.grad = gradient
-
-
-_sampled: weakref.WeakSet[MarginLoss] = weakref.WeakSet()
-_register_once = functools.cache(register_optimizer_step_pre_hook)
-
-
-def refuse_unprepared_optimizers(loss: MarginLoss) -> None:
-    """Make each step with the sparse gradient of a loss raise.
-
-    Optimisers prepared by :func:`sample_optimizer` or ``shard_optimizer`` step with a dense one.
-    """
-    _sampled.add(loss)
-    _register_once(_refuse)
-
-
-def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    held = _held(optimizer)
-    for loss in _sampled:
-        gradient = loss.weight.grad
-        if gradient is not None and gradient.is_sparse and id(loss.weight) in held:
-            preparing = "sample_optimizer" if isinstance(loss, SampledLoss) else "shard_optimizer"
-            raise RuntimeError(
-                "optimizer: expected it to be prepared for sampled classes by "
-                f"{preparing}(optimizer, loss)"
-            )
 
 
 def is_of_rows(value: object) -> TypeGuard[Tensor]:

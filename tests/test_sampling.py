@@ -166,8 +166,11 @@ def test_empty_batches(rate):
     assert value == 0
 
 
-def test_an_optimiser_that_is_not_prepared_raises():
-    loss, (embeddings, labels) = made(), batch()
+@pytest.mark.parametrize(
+    "copied", [lambda loss: loss, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))]
+)
+def test_an_optimiser_that_is_not_prepared_raises(copied):
+    loss, (embeddings, labels) = copied(made()), batch()
     stepping = torch.optim.SGD(loss.parameters(), lr=0.1)
     loss(embeddings, labels).backward()
     with pytest.raises(RuntimeError, match=r"by sample_optimizer\(optimizer, loss\)"):

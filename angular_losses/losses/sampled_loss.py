@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..engine.placement import Sampled
 from .base import MarginLoss
@@ -50,6 +54,11 @@ class SampledLoss(MarginLoss):
         """Pickle the class by the one it is made from, as it has no importable name."""
         return _remade, (type(self).__mro__[2],), self.__dict__
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose optimiser has to be prepared too."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        refuse_unprepared_optimizers(self)
+
 
 def sampled_class(cls: type[MarginLoss]) -> type[SampledLoss]:
     """The class of a loss, with sampling."""
@@ -61,3 +70,33 @@ def sampled_class(cls: type[MarginLoss]) -> type[SampledLoss]:
 def _remade(cls: type[MarginLoss]) -> MarginLoss:
     made = sampled_class(cls)
     return made.__new__(made)
+
+
+_sampled: weakref.WeakSet[MarginLoss] = weakref.WeakSet()
+_register_once = functools.cache(register_optimizer_step_pre_hook)
+
+
+def refuse_unprepared_optimizers(loss: MarginLoss) -> None:
+    """Make each step with the sparse gradient of a loss raise.
+
+    Optimisers prepared by ``sample_optimizer`` or ``shard_optimizer`` step with a dense one.
+    """
+    _sampled.add(loss)
+    _register_once(_refuse)
+
+
+def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    held = held_by(optimizer)
+    for loss in _sampled:
+        gradient = loss.weight.grad
+        if gradient is not None and gradient.is_sparse and id(loss.weight) in held:
+            preparing = "sample_optimizer" if isinstance(loss, SampledLoss) else "shard_optimizer"
+            raise RuntimeError(
+                "optimizer: expected it to be prepared for sampled classes by "
+                f"{preparing}(optimizer, loss)"
+            )
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[int]:
+    """The identities of the parameters of an optimiser."""
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
