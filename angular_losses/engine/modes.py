@@ -33,12 +33,13 @@ def choose(batch: Batch, mode: str, memory_budget: int | None, rule: Rule = PLAI
         mode = "dense"
     num_rows, size = embeddings.shape
     function = plan if torch.compiler.is_compiling() else cached_plan
+    num_centres = batch.shard.most_centres(weight, batch.sub_centers)
     return function(
         num_rows,
-        batch.shard.most_centres(weight, batch.sub_centers),
+        num_centres,
         size,
         dtype=weight.dtype,
-        product_dtype=product_dtype(embeddings, weight, mode),
+        product_dtype=product_dtype(embeddings, weight, num_centres, mode),
         device=weight.device,
         mode=mode,
         memory_budget=memory_budget,
@@ -46,11 +47,14 @@ def choose(batch: Batch, mode: str, memory_budget: int | None, rule: Rule = PLAI
     )
 
 
-def product_dtype(embeddings: Tensor, weight: Tensor, mode: str) -> torch.dtype:
-    """The dtype of the factors of the matrix products, as autocast has it."""
+def product_dtype(embeddings: Tensor, weight: Tensor, num_centres: int, mode: str) -> torch.dtype:
+    """The dtype of the factors of the matrix products, as autocast has it.
+
+    ``num_centres`` are the most of any process, so that all of them choose alike.
+    """
     dtype, kind = working_dtype(embeddings, weight), weight.device.type
     if (
-        len(weight) > FEW_CLASSES
+        num_centres > FEW_CLASSES
         and mode != "dense"
         and dtype == torch.float32
         and is_autocast_enabled(weight.device)

@@ -327,6 +327,7 @@ class InterTopKLoss(MarginLoss):
     def negatives_function(self, embeddings: Tensor, labels: Tensor) -> NegativeFunction:
         """The k nearest with the penalty."""
         weight, here = self._centres_here(labels)
+        num_centres = self.shard.most_centres(weight, self.sub_centers)
         found = self.shard.nearest(
             nearest(
                 embeddings,
@@ -334,7 +335,7 @@ class InterTopKLoss(MarginLoss):
                 here,
                 self.k,
                 sub_centers=self.sub_centers,
-                product_dtype=modes.product_dtype(embeddings, weight, self.mode),
+                product_dtype=modes.product_dtype(embeddings, weight, num_centres, self.mode),
             )
         )
         # The engine's sums may round differently.

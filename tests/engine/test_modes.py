@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from angular_losses import ArcFaceLoss, arcface, margin_softmax_loss
 from angular_losses.engine import modes, operators, passes
+from angular_losses.engine.batch import checked
 from angular_losses.engine.chunks import Inputs, Others, Settings
 from angular_losses.engine.operators import margin_parts
+from angular_losses.engine.placement import Placement
 from tests.cases import in_chunks_of
 from tests.profiling import matrix_products, peak_bytes
 
@@ -369,6 +371,21 @@ def test_autocast_products_are_bfloat16(mode, autocast, monkeypatch):
         assert computed.dtype == torch.float32
         error = (computed - expected).norm() / expected.norm()
         assert 1e-6 < error < 1e-2  # bfloat16 was used, and no worse than its 2^-8
+
+
+def test_processes_with_fewer_classes_plan_like_those_with_the_most(monkeypatch):
+    monkeypatch.setattr(modes, "_multiplies_bfloat16", lambda device: True)
+
+    class Shared(Placement):
+        def most_centres(self, weight, sub_centers):
+            return modes.FEW_CLASSES + 1
+
+    plans = []
+    for num_classes in (modes.FEW_CLASSES, modes.FEW_CLASSES + 1):
+        shared = checked(*batch(8, num_classes, 4), shard=Shared())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            plans.append(modes.choose(shared, "recompute", None))
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("mode", CHUNKED)
