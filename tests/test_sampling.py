@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
 from angular_losses.distributed import clip_grad_norm_
@@ -79,6 +80,37 @@ def test_each_step_draws_anew_from_torchs_generator():
         loss(embeddings, labels)
         drawn.append(loss.shard.sampled.tolist())
     assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_the_same_step_keeps_the_classes_drawn():
+    loss, (embeddings, labels) = made(), batch()
+    first = loss(embeddings, labels)
+    drawn = set(loss.shard.sampled.tolist())
+    with loss.same_step():
+        assert torch.equal(loss(embeddings, labels), first)
+        others = torch.arange(CLASSES - 3, CLASSES)
+        loss(embeddings[:3], others)
+        assert len(loss.shard.sampled) == len(drawn)
+        assert set(loss.shard.sampled.tolist()) <= drawn | set(others.tolist())
+    loss(embeddings, labels)
+    assert set(loss.shard.sampled.tolist()) != drawn
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_pass_of_the_same_step_has_its_classes(use_reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        loss, (embeddings, labels) = made(), batch()
+        loss(embeddings, labels).backward()
+        loss.weight.grad = None
+        with loss.same_step():
+            if checkpointed:
+                value = checkpoint(loss, embeddings, labels, use_reentrant=use_reentrant)
+            else:
+                value = loss(embeddings, labels)
+        value.backward()
+        gradients.append(loss.weight.grad.to_dense())
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])

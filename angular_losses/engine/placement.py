@@ -99,15 +99,23 @@ class Sampled(Placement):
     def __repr__(self) -> str:
         return f"samples of {self.count} classes"
 
-    def draw(self, labels: Tensor, rate: float, generator: torch.Generator | None = None) -> None:
+    def draw(
+        self,
+        labels: Tensor,
+        rate: float,
+        generator: torch.Generator | None = None,
+        before: Tensor | None = None,
+    ) -> None:
         """Choose the classes of a step: those of the labels (N,), and random others up to a share.
 
-        Labels of no class here count for nothing.
+        Labels of no class here count for nothing. Classes drawn before are preferred to others.
         """
         chances = torch.rand(self.count + 1, generator=generator, device=labels.device)
-        chances[self._place(labels)] = 2.0  # the last, of no class, for -1
+        if before is not None:
+            chances[before] += 1
+        chances[self._place(labels)] = 3.0  # the last, of no class, for -1
         chances = chances[:-1]
-        wanted = max(math.ceil(rate * self.count), int((chances == 2.0).sum()))
+        wanted = max(math.ceil(rate * self.count), int((chances == 3.0).sum()))
         self.sampled = chances.topk(wanted).indices.sort().values
 
     def _place(self, labels: Tensor) -> Tensor:

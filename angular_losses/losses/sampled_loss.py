@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..engine.placement import Sampled
 from .base import MarginLoss
+from .state import is_in_backward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,6 +30,7 @@ class SampledLoss(MarginLoss):
 
     shard: Sampled
     sample_rate: float
+    _was_same_step = False  # of the last pass
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes, as :meth:`MarginLoss.extend`; call ``sample_optimizer`` again."""
@@ -37,12 +39,17 @@ class SampledLoss(MarginLoss):
 
     def _labels(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         labels, label_weight = super()._labels(*arguments)
+        # Checkpointing recomputes a pass with its random numbers, but outside of same_step.
+        if not is_in_backward():
+            self._was_same_step = self._is_same_step
+        before = self.shard.sampled if self._was_same_step else None
         self.shard.sampled = None
         if self.training and isinstance(labels, Tensor):
             drawn = labels.long().flatten()
             drawn = drawn.where(drawn != self.ignore_index, 0)  # where ignored rows are looked up
             # One class at least, for an empty batch.
-            self.shard.draw(drawn, max(self.sample_rate, 1 / self.num_classes))
+            rate = max(self.sample_rate, 1 / self.num_classes)
+            self.shard.draw(drawn, rate, before=before)
         return labels, label_weight
 
     def train(self, mode: bool = True) -> Self:
