@@ -66,6 +66,7 @@ __all__ = [
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",
 ]
+__all__ += [name for name in vars(pml_losses) if name[0] != "_" and name not in __all__]
 
 
 class ArcFaceLoss(ClassificationLoss):

@@ -430,6 +430,7 @@ def test_names_of_pml_are_here_too():
     assert isinstance(ours.ArcFaceLoss(2, 3), theirs.BaseMetricLossFunction)
     with pytest.raises(AttributeError, match="NoSuchLoss"):
         _ = ours.NoSuchLoss
+    assert set(ours.__all__) == {name for name in vars(theirs) if not name.startswith("_")}
     assert not hasattr(ours, "__path__")  # it is a module, though PML's is a package
 
 
