@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def clip_grad_norm_(
     Args:
         parameters: Modules or parameters, on one device; one that occurs twice counts once. Every
             rank has to call this with the same ones.
-        max_norm: The largest 2-norm, above 0.
+        max_norm: The largest 2-norm, above 0; with infinity nothing is clipped.
 
     Returns:
         The norm before clipping, a scalar, the same on every rank.
@@ -48,7 +49,7 @@ def clip_grad_norm_(
         >>> network.weight.grad
         tensor([[0.6000, 0.8000]])
     """
-    max_norm = validation.positive("max_norm", max_norm)
+    max_norm = max_norm if max_norm == math.inf else validation.positive("max_norm", max_norm)
     # Sums of squares of this rank's parts, by the groups whose ranks hold the other parts.
     squares: dict[tuple[ProcessGroup, ...], Tensor] = {}
     gradients, weights = [], sharded_weights()

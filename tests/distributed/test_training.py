@@ -1,8 +1,12 @@
 """Sharded losses in the middle of real trainings: wrappers, clipping, interrupts, replicas."""
 
+import math
+
 import pytest
+import torch
 
 import angular_losses as al
+from angular_losses.distributed import clip_grad_norm_
 from tests.distributed import trainings
 
 
@@ -26,6 +30,15 @@ def test_clipped_with_sampled_classes(processes, tmp_path):
     errors = processes.run(trainings.training, 2, *arguments, sample_rate=0.999)
     assert max(errors) <= 1e-10
     assert max(processes.run(trainings.norm_of_sampled, 3)) <= 1e-10
+
+
+def test_an_infinite_norm_clips_nothing():
+    network = torch.nn.Linear(2, 1, bias=False)
+    network(torch.tensor([[3.0, 4.0]])).sum().backward()
+    assert clip_grad_norm_(network, math.inf) == 5
+    assert network.weight.grad.tolist() == [[3.0, 4.0]]
+    with pytest.raises(ValueError, match="max_norm: "):
+        clip_grad_norm_(network, -math.inf)
 
 
 def test_sub_centres_saved_in_a_wrapper(processes, tmp_path):
