@@ -334,14 +334,24 @@ class AngularMonitor:
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if loss.training and not is_in_backward():  # where checkpointing recomputes a pass
-            self._watch(self.loss._centres)
             given = inspect.signature(loss.forward).bind(*args, **kwargs)
             given.apply_defaults()
             embeddings, labels = given.arguments["embeddings"], given.arguments["labels"]
             other, lam = (given.arguments.get(name) for name in ("other_labels", "lam"))
             if isinstance(loss, MarginLoss) and other is not None:  # with the errors of the loss
                 labels, _ = loss._labels(embeddings, labels, None, other, lam)
+            elif isinstance(embeddings, Tensor) and isinstance(labels, Tensor):
+                labels = self._followed(embeddings, labels)
+            self._watch(self.loss._centres)
             self.update(embeddings, labels)
+
+    def _followed(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The labels, where a loss with PML's interface brings them and its centres."""
+        cast_types = getattr(self.loss, "cast_types", None)
+        if cast_types is None:
+            return labels
+        cast_types(self.loss._centres.dtype, embeddings.device)
+        return labels.to(embeddings.device)
 
     @_disable_dynamo
     def _watch(self, centres: nn.Parameter | None) -> None:

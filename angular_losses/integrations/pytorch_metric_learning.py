@@ -418,6 +418,10 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         """The cosine (no margin)."""
         return torch.cos
 
+    def cast_types(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Move the centres to the device and, outside autocast, the dtype of the embeddings."""
+        follow(self.weight, dtype, device)
+
     def compute_loss(
         self,
         embeddings: Tensor,
@@ -433,7 +437,7 @@ class P2SGradLoss(ClassCentres, BaseMetricLossFunction):  # type: ignore[misc]
         assert labels is not None
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         self.weight.data = directions(self.weight.data.t(), dtype).t().to(self.weight.dtype)
-        follow(self.weight, embeddings.dtype, embeddings.device)
+        self.cast_types(embeddings.dtype, embeddings.device)
         validation.batch(embeddings, self.weight.t(), labels)
         with without_autocast(embeddings.device):
             cosine = directions(embeddings, dtype) @ self.weight.to(dtype)

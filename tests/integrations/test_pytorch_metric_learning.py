@@ -224,6 +224,21 @@ def test_a_monitor_of_p2sgrad():
     assert monitor.summary()["gradient_norm_max"] > 0
 
 
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "LargeMarginSoftmaxLoss", "P2SGradLoss"])
+def test_a_monitor_follows_the_embeddings_to_their_device(name, monkeypatch):
+    def cast_types(self, dtype, device):  # the data of a parameter cannot move to the meta device
+        if self._centres.device != device:
+            setattr(self, self._centres_name, torch.nn.Parameter(self._centres.to(device, dtype)))
+
+    monkeypatch.setattr(getattr(ours, name), "cast_types", cast_types)
+    sizes = (SIZE, CLASSES) if name == "P2SGradLoss" else (CLASSES, SIZE)
+    loss, (embeddings, labels) = getattr(ours, name)(*sizes), batch(torch.float32)
+    monitor = AngularMonitor(loss)
+    with monitor.attach():
+        loss(embeddings.detach().to("meta").requires_grad_(), labels).backward()
+    assert monitor._sums.device.type == monitor.loss._centres.device.type == "meta"
+
+
 def test_a_call_without_labels_says_so_under_a_monitor():
     loss = ours.ArcFaceLoss(CLASSES, SIZE)
     with AngularMonitor(loss).attach(), pytest.raises(TypeError, match="labels: expected"):
