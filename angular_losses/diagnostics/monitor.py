@@ -266,7 +266,7 @@ class AngularMonitor:
 
         Args:
             centres: Include the separation of the class centres: a (C, d) x (d, C) product, the
-                cost of C / N batches.
+                cost of C / N batches. Under ``fully_shard`` all ranks have to call it.
             across_ranks: See :meth:`snapshot`.
         """
         numbers = self.snapshot(across_ranks=across_ranks).numbers
@@ -405,7 +405,9 @@ class AngularMonitor:
         return collectives.spread(summed).amax() / summed.abs().amax()
 
     def _separation(self) -> dict[str, float]:
-        centres = self.loss._by_centre(self.loss._centres)
+        centres = self.loss._by_centre(self.loss._centres.detach())
+        if hasattr(centres, "full_tensor"):  # a DTensor of fully_shard
+            centres = centres.full_tensor()
         separation = centre_separation(centres, self.loss.sub_centers)
         collapsed = collapsed_classes(separation)
         return {

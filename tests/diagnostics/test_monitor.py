@@ -352,6 +352,26 @@ def test_sums_of_all_ranks():
         assert found == pytest.approx(list(alone.summary().values()))
 
 
+def separations(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    monitor = watched()
+    whole = monitor.summary(centres=True)
+    fully_shard(monitor.loss, mesh=mesh)
+    with monitor.attach():
+        monitor.loss(*rows_for(watched())).backward()
+    sharded = monitor.summary(centres=True)
+    return [(sharded[name], whole[name]) for name in ("separation_min", "collapsed_pairs")]
+
+
+def test_the_separation_under_fully_shard():
+    processes = Processes(2)
+    found = processes.run(separations, 2)
+    processes.close()
+    for of_rank in found:
+        assert all(sharded == whole for sharded, whole in of_rank)
+
+
 ONES, LABELS = torch.ones(2, 3), torch.zeros(2).long()
 
 
