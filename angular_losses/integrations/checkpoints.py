@@ -19,6 +19,8 @@ from .. import validation
 def from_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state of a PML 2 loss to that of the loss of the same name here.
 
+    PML's P2SGradLoss has ``weight`` (d, C) in place of ``W``: pass ``{"W": state_dict["weight"]}``.
+
     Args:
         state_dict: Has exactly one key ``W``, (d, C), floating point; prefixes such as ``module.``
             or ``loss.`` and other keys are allowed.
@@ -42,6 +44,8 @@ def from_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_pml(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state of a loss to that of PML 2's; the inverse of :func:`from_pml`.
+
+    PML's P2SGradLoss loads ``{"weight": to_pml(state_dict)["W"]}``.
 
     Args:
         state_dict: Has exactly one key ``weight``, (C, d), floating point; a prefix is allowed.
@@ -139,9 +143,10 @@ def _only(
     """The only entry of that name, with any prefix."""
     keys = [key for key in state_dict if key.rpartition(".")[2] == name]
     if len(keys) != 1:
+        hint = ", which is 'weight' in PML's P2SGradLoss" if name == "W" and not keys else ""
         raise ValueError(
-            f"{argument}: expected exactly one key {name!r}, with or without a prefix, "
-            f"got {keys or list(state_dict)}"
+            f"{argument}: expected exactly one key {name!r}, with or without a prefix"
+            f"{hint}, got {keys or list(state_dict)}"
         )
     validation.floating(f"{argument}[{keys[0]!r}]", state_dict[keys[0]], *shape)
     return state_dict[keys[0]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from angular_losses import CosFaceLoss, SubCenterArcFaceLoss
+from angular_losses import CosFaceLoss, P2SGradLoss, SubCenterArcFaceLoss
 from angular_losses.integrations.checkpoints import (
     from_insightface,
     from_pml,
@@ -52,6 +52,19 @@ def test_a_loss_of_pml_and_ours_agree_on_one_state(name, ours):
     torch.nn.init.normal_(ours.weight)
     theirs.load_state_dict(to_pml(ours.state_dict()))
     torch.testing.assert_close(ours(embeddings, labels), theirs(embeddings, labels))
+
+
+def test_p2s_grad_of_pml_has_another_name_for_its_centres():
+    reason = "pytorch-metric-learning is missing"
+    pytest.importorskip("pytorch_metric_learning", reason=reason)
+    losses = importlib.import_module("pytorch_metric_learning.losses")
+    theirs, ours, (embeddings, labels) = losses.P2SGradLoss(4, 7), P2SGradLoss(7, 4), batch()
+    theirs.load_state_dict({"weight": to_pml(ours.state_dict())["W"]})
+    torch.testing.assert_close(ours(embeddings, labels) / 7, theirs(embeddings, labels))
+    with pytest.raises(ValueError, match="'weight' in PML's P2SGradLoss, got"):
+        from_pml(theirs.state_dict())
+    ours.load_state_dict(from_pml({"W": theirs.state_dict()["weight"]}))
+    torch.testing.assert_close(ours(embeddings, labels) / 7, theirs(embeddings, labels))
 
 
 @pytest.mark.parametrize("num_classes", [5, 7, 8])
