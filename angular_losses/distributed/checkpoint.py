@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..losses.base import MarginLoss
 from ..sampling import is_of_rows
@@ -128,9 +129,30 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
 
     state: dict[str, Any] = {"module": states.get_model_state_dict(module)}
     if optimizer is not None:
-        state["optimizer"] = states.get_optimizer_state_dict(module, optimizer)
+        state["optimizer"] = _of_optimizer(module, optimizer)
     _reshape(module, state, lambda values, each: values.view(-1, each, *values.shape[1:]))
     return state
+
+
+def _of_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimiser, as after a step where it has made none."""
+    from torch.distributed.checkpoint import state_dict as states
+
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    gradients = [each.grad for each in parameters]
+    for parameter in parameters:  # with a gradient torch would not make the state
+        parameter.grad = None
+    try:
+        found = states.get_optimizer_state_dict(module, optimizer)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    # Numbers of numpy, such as a schedule's learning rates, could not be loaded.
+    found["param_groups"] = tree_map(
+        lambda value: value.item() if type(value).__module__ == "numpy" else value,
+        found["param_groups"],
+    )
+    return found
 
 
 def _reshape(

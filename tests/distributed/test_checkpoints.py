@@ -5,6 +5,7 @@ import pickle
 import shutil
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 
@@ -129,3 +130,49 @@ def test_other_sizes_are_a_runtime_error(tmp_path):
     save(tmp_path, modules())
     with pytest.raises(RuntimeError, match="load: rank 0 failed: ValueError"):
         load(tmp_path, modules(30))
+
+
+def trained(num_classes=5, optimizer=torch.optim.AdamW, **options):
+    """Network, loss and optimiser after a step."""
+    both = modules(num_classes)
+    made = optimizer(both.parameters(), **options)
+    step(both, made)
+    return both, made
+
+
+def gradients(both):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(6, 4, generator=generator)
+    both[1](both[0](rows), torch.arange(6) % both[1].num_classes).backward()
+
+
+def step(both, optimizer):
+    gradients(both)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assert_same_state(optimizer, other):
+    parameters = (each.param_groups[0]["params"] for each in (optimizer, other))
+    for one, two in zip(*parameters, strict=True):
+        torch.testing.assert_close(optimizer.state[one], other.state[two])
+
+
+def test_gradients_do_not_keep_a_state_from_being_loaded(tmp_path):
+    both, optimizer = trained()
+    save(tmp_path, both, optimizer)
+    other = modules(5)
+    fresh = torch.optim.AdamW(other.parameters())
+    gradients(other)
+    before = [each.grad.clone() for each in other.parameters()]
+    load(tmp_path, other, fresh)
+    assert_same_state(optimizer, fresh)
+    assert all(map(torch.equal, before, [each.grad for each in other.parameters()]))
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    both, optimizer = trained(lr=numpy.float64(0.25), betas=(numpy.float64(0.5), 0.9))
+    save(tmp_path, both, optimizer)
+    load(tmp_path, both, optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.9))
