@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,11 @@ from ..sampling import is_of_rows
 from .sharded_loss import ShardedLoss
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        Metadata,
+        TensorStorageMetadata,
+    )
 
 _Value = TypeVar("_Value")
 
@@ -106,47 +111,104 @@ def load(
     with _heard_by_all("load"):
         _check_files(path)
         reader, planner = _reader(path)
-        state = _state(module, optimizer)
-        saved = reader.read_metadata().state_dict_metadata
-        # The count of batches is missing where the saved loss used no random numbers.
-        wanted = {
-            key: value
-            for key, value in state["module"].items()
-            if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
-        }
+        state = _state(module, optimizer, is_read=True)
+        wanted = _wanted(state, optimizer, reader.read_metadata())
     with _heard_by_all("load"), _without_torchs_warnings():
-        load_shards({**state, "module": wanted}, storage_reader=reader, planner=planner)
+        load_shards(wanted, storage_reader=reader, planner=planner)
     with _heard_by_all("load"):
+        if optimizer is not None:
+            own, read = state["optimizer"], wanted["optimizer"]
+            own["state"] = {name: {} for name in own["state"]} | read["state"]
+            for group, options in zip(own["param_groups"], read["param_groups"], strict=True):
+                group.update(options)
         _reshape(module, state, lambda values, each: values.flatten(0, 1))
         states.set_model_state_dict(module, state["module"])
         if optimizer is not None:
             states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
 
 
-def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """The state to save, with weights of losses by class: (C, ...) or (C, sub_centers, ...)."""
+def _wanted(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer | None, metadata: Metadata
+) -> dict[str, Any]:
+    """What of a state to read: what may be missing in a checkpoint, only if it is there."""
+    saved = metadata.state_dict_metadata
+    # The count of batches is missing where the saved loss used no random numbers.
+    wanted: dict[str, Any] = {
+        "module": {
+            key: value
+            for key, value in state["module"].items()
+            if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
+        }
+    }
+    if optimizer is None:
+        return wanted
+    # The places in the state of what was saved.
+    places = {key: place for key, place in (metadata.planner_data or {}).items() if len(place) > 3}
+    trained = {place[2] for place in places.values() if place[1] == "state"}
+    groups = []
+    for number, group in enumerate(state["optimizer"]["param_groups"]):
+        there = {
+            place[3]: saved[key]
+            for key, place in places.items()
+            if place[1:3] == ("param_groups", number)
+        }
+        # The options of schedulers, such as initial_lr, are not among the defaults.
+        asked = {each: group[each] for each in group if each in optimizer.defaults or each in there}
+        added = {each: _empty(there[each]) for each in there if each not in group}
+        groups.append({**asked, **added})
+    of_trained = {
+        name: each for name, each in state["optimizer"]["state"].items() if name in trained
+    }
+    return {**wanted, "optimizer": {"state": of_trained, "param_groups": groups}}
+
+
+def _empty(saved: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
+    """What a saved value is read into."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    if not isinstance(saved, TensorStorageMetadata):
+        return None
+    return torch.empty(saved.size, dtype=saved.properties.dtype)
+
+
+def _state(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, is_read: bool = False
+) -> dict[str, Any]:
+    """The state to save or read, with weights of losses by class.
+
+    These are (C, ...) or (C, sub_centers, ...).
+    """
     from torch.distributed.checkpoint import state_dict as states
 
     state: dict[str, Any] = {"module": states.get_model_state_dict(module)}
     if optimizer is not None:
-        state["optimizer"] = _of_optimizer(module, optimizer)
+        state["optimizer"] = _of_optimizer(module, optimizer, is_read=is_read)
     _reshape(module, state, lambda values, each: values.view(-1, each, *values.shape[1:]))
     return state
 
 
-def _of_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimiser, as after a step where it has made none."""
+def _of_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, *, is_read: bool
+) -> dict[str, Any]:
+    """The state of an optimiser, which is left as it is; to be read, that of all parameters."""
     from torch.distributed.checkpoint import state_dict as states
 
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     gradients = [each.grad for each in parameters]
     for parameter in parameters:  # with a gradient torch would not make the state
         parameter.grad = None
+    state = optimizer.state
+    is_partial = not all(state.get(each) for each in parameters if each.requires_grad)
+    if not state or (is_read and is_partial):
+        optimizer.state = defaultdict(dict)  # which torch fills by a step without a rate
     try:
         found = states.get_optimizer_state_dict(module, optimizer)
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        optimizer.state = state
+    if not state and not is_read:
+        found["state"] = {}
     # Numbers of numpy, such as a schedule's learning rates, could not be loaded.
     found["param_groups"] = tree_map(
         lambda value: value.item() if type(value).__module__ == "numpy" else value,

@@ -140,14 +140,14 @@ def trained(num_classes=5, optimizer=torch.optim.AdamW, **options):
     return both, made
 
 
-def gradients(both):
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(6, 4, generator=generator)
-    both[1](both[0](rows), torch.arange(6) % both[1].num_classes).backward()
+def gradients(both, is_of_loss_alone=False):
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    embeddings = both[0](rows).detach() if is_of_loss_alone else both[0](rows)
+    both[1](embeddings, torch.arange(6) % both[1].num_classes).backward()
 
 
-def step(both, optimizer):
-    gradients(both)
+def step(both, optimizer, **options):
+    gradients(both, **options)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -155,7 +155,7 @@ def step(both, optimizer):
 def assert_same_state(optimizer, other):
     parameters = (each.param_groups[0]["params"] for each in (optimizer, other))
     for one, two in zip(*parameters, strict=True):
-        torch.testing.assert_close(optimizer.state[one], other.state[two])
+        torch.testing.assert_close(optimizer.state.get(one, {}), other.state.get(two, {}))
 
 
 def test_gradients_do_not_keep_a_state_from_being_loaded(tmp_path):
@@ -176,3 +176,61 @@ def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
     load(tmp_path, both, optimizer)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.9))
+
+
+def test_saving_before_the_first_step_leaves_it_the_first(tmp_path):
+    both, other = modules(5), modules(5)
+    optimizer, unsaved = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    save(tmp_path, both, optimizer)
+    assert not optimizer.state
+    step(both, optimizer)
+    step(other, unsaved)
+    assert_same_state(optimizer, unsaved)
+    load(tmp_path, both, optimizer)
+    assert not any(optimizer.state.values())
+    step(both, optimizer)
+    assert_same_state(optimizer, unsaved)
+
+
+@pytest.mark.parametrize("is_begun", ["not", "the loss alone", "all"])
+def test_parameters_without_a_state(tmp_path, is_begun):
+    """The state of those that were not trained, and only that, is missing after loading too."""
+    both, other = modules(5), modules(5)
+    optimizer, fresh = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    step(both, optimizer, is_of_loss_alone=True)
+    save(tmp_path / "loss", both, optimizer)
+    if is_begun != "not":
+        step(other, fresh, is_of_loss_alone=is_begun != "all")
+    load(tmp_path / "loss", other, fresh)
+    assert_same_state(optimizer, fresh)
+    step(both, optimizer)
+    save(tmp_path / "all", both, optimizer)
+    fresh.zero_grad()
+    load(tmp_path / "all", other, fresh)
+    assert_same_state(optimizer, fresh)
+    step(both, optimizer)
+    step(other, fresh)
+    assert_same_state(optimizer, fresh)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_options_of_a_scheduler_that_is_there_once(tmp_path, kind):
+    both, optimizer = trained(lr=kind(0.5))
+    save(tmp_path / "without", both, optimizer)
+    optimizer.param_groups[0]["lr"] = kind(0.25)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    save(tmp_path / "with", both, optimizer)
+    optimizer = torch.optim.AdamW(both.parameters(), lr=kind(0.125))
+    load(tmp_path / "with", both, optimizer)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.25
+    load(tmp_path / "without", both, optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"]) == (0.5, 0.25)
+
+
+def test_state_of_another_kind_of_optimizer_is_refused(tmp_path):
+    both, optimizer = trained()
+    save(tmp_path, both, optimizer)
+    for kind in (torch.optim.SGD, torch.optim.RMSprop):
+        with pytest.raises(RuntimeError, match="Missing key in checkpoint"):
+            load(tmp_path, both, kind(both.parameters(), lr=0.1, momentum=0.9))
