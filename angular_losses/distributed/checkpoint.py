@@ -60,8 +60,8 @@ def save(
         optimizer: The optimiser, prepared by :func:`shard_optimizer` if a loss is sharded.
 
     Raises:
-        RuntimeError: On every rank, if one of them could not write; the message has its reason. The
-            previous checkpoint is still the current one.
+        RuntimeError: On every rank, if one of them could not write, or the optimiser is not
+            prepared; the message has its reason. The previous checkpoint is still the current one.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -183,6 +183,7 @@ def _state(
     state: dict[str, Any] = {"module": states.get_model_state_dict(module)}
     if optimizer is not None:
         state["optimizer"] = _of_optimizer(module, optimizer, is_read=is_read)
+        _check_prepared(module, state["optimizer"]["state"])
     _reshape(module, state, lambda values, each: values.view(-1, each, *values.shape[1:]))
     return state
 
@@ -217,20 +218,39 @@ def _of_optimizer(
     return found
 
 
+def _weights(module: nn.Module) -> Iterator[tuple[MarginLoss, str]]:
+    """The losses of a module, and the names of their weights in a state."""
+    # They leave out those of wrappers, such as DistributedDataParallel.
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
+    for name, loss in module.named_modules():
+        if isinstance(loss, MarginLoss):
+            (key,) = _get_fqns(module, f"{name}.weight" if name else "weight")
+            yield loss, key
+
+
+def _check_prepared(module: nn.Module, of_optimizer: dict[str, Any]) -> None:
+    """Raise RuntimeError if the ranks' states of sharded weights would overwrite each other."""
+    from torch.distributed.tensor import DTensor
+
+    for loss, key in _weights(module):
+        for value in of_optimizer.get(key, {}).values() if isinstance(loss, ShardedLoss) else ():
+            is_own = is_of_rows(value) and len(value) == len(loss.weight)
+            if is_own and not isinstance(value, DTensor):
+                raise RuntimeError(
+                    "optimizer: expected it to be prepared for the sharded loss by "
+                    "shard_optimizer(optimizer, loss)"
+                )
+
+
 def _reshape(
     module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, int], Tensor]
 ) -> None:
     """Reshape the weights and optimiser states of unsharded losses with sub-centres in a state."""
-    # The names of a state leave out those of wrappers, such as DistributedDataParallel.
-    from torch.distributed.checkpoint.state_dict import _get_fqns
-
     of_optimizer = state.get("optimizer", {}).get("state", {})
-    for name, loss in module.named_modules():
-        if not isinstance(loss, MarginLoss) or isinstance(loss, ShardedLoss):
-            continue
+    for loss, key in _weights(module):
         each = loss.sub_centers
-        (key,) = _get_fqns(module, f"{name}.weight" if name else "weight")
-        if each == 1 or key not in state["module"]:
+        if isinstance(loss, ShardedLoss) or each == 1 or key not in state["module"]:
             continue
         state["module"][key] = change(state["module"][key], each)
         if key in of_optimizer:  # the dictionary of the optimiser, which must not be modified

@@ -241,7 +241,7 @@ class Shard(Sampled):
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor import Shard as ByRow
 
-        if len(values) != self.count * sub_centers:
+        if isinstance(values, DTensor) or len(values) != self.count * sub_centers:
             return values
         if sub_centers > 1:
             values = values.view(self.count, sub_centers, *values.shape[1:])

@@ -117,9 +117,22 @@ def test_copies_and_averages(processes):
 
 
 def test_refused_optimizers(processes):
-    for unprepared, rprop in processes.run(trainings.refused_optimizers, 2):
+    for unprepared, rprop, adafactor in processes.run(trainings.refused_optimizers, 2):
         assert unprepared.startswith("RuntimeError: optimizer: expected it to be prepared")
         assert rprop.startswith("TypeError: optimizer: expected one that can begin with a row")
+        assert adafactor.startswith("TypeError: optimizer: expected an element-wise one")
+
+
+def test_unprepared_optimizers_are_not_saved(processes, tmp_path):
+    for told in processes.run(trainings.refused_saves, 2, str(tmp_path)):
+        assert told[1::2] == ["nothing"] * 2
+        for each in told[::2]:
+            assert each.startswith("RuntimeError: save: rank 0 failed: RuntimeError: optimizer: ")
+
+
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_optimizer_prepared_twice(processes, tmp_path, sub_centers):
+    assert all(processes.run(trainings.prepared_twice, 2, str(tmp_path), sub_centers))
 
 
 def test_steps_around_sampled_rows(processes, tmp_path):

@@ -1,6 +1,7 @@
 """What users do around a sharded loss; each process compares with the whole loss by itself."""
 
 import copy
+import functools
 from unittest.mock import patch
 
 import torch
@@ -379,7 +380,45 @@ def refused_optimizers(mesh):
     unprepared = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)
     loss(*batch_of(4, torch.float64, CLASSES)).backward()
     rprop = torch.optim.Rprop(loss.parameters())
-    return told(unprepared.step), told(lambda: shard_optimizer(rprop, loss))
+    whole = shard(built_loss(), mesh)
+    shard_optimizer(torch.optim.Rprop(whole.parameters()), whole)
+    adafactor = torch.optim.Adafactor(whole.parameters())
+    return (
+        told(unprepared.step),
+        told(lambda: shard_optimizer(rprop, loss)),
+        told(lambda: shard_optimizer(adafactor, whole)),
+    )
+
+
+def refused_saves(mesh, folder):
+    """What is told where an optimiser has a state and was not prepared, and where it was."""
+    loss, found = shard(built_loss(12), mesh), []
+    for _ in range(2):
+        optimizer = torch.optim.AdamW(loss.parameters())
+        loss(*batch_of(4, torch.float64, 12)).backward()
+        optimizer.step()
+        for _ in range(2):
+            found.append(told(functools.partial(save, folder, loss, optimizer)))
+            shard_optimizer(optimizer, loss)
+        loss.extend(2)
+    return found
+
+
+def prepared_twice(mesh, folder, sub_centers):
+    """Moments saved and loaded after the same optimiser was prepared for new classes too."""
+    loss = shard(al.SubCenterArcFaceLoss(4, SIZE, sub_centers=sub_centers), mesh)
+    optimizer = torch.optim.AdamW(loss.parameters())
+    shard_optimizer(optimizer, loss)
+    loss.extend(2)
+    optimizer.param_groups[0]["params"] = [loss.weight]
+    shard_optimizer(optimizer, loss)
+    loss(*batch_of(4, torch.float32, 6)).backward()
+    optimizer.step()
+    moments = optimizer.state[loss.weight]["exp_avg"].clone()
+    save(folder, loss, optimizer)
+    optimizer.state[loss.weight]["exp_avg"].zero_()
+    load(folder, loss, optimizer)
+    return torch.equal(optimizer.state[loss.weight]["exp_avg"], moments)
 
 
 def sub_centres_saved_in_a_wrapper(mesh, folder):
