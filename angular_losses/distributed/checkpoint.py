@@ -121,7 +121,7 @@ def load(
             own["state"] = {name: {} for name in own["state"]} | read["state"]
             for group, options in zip(own["param_groups"], read["param_groups"], strict=True):
                 group.update(options)
-        _reshape(module, state, lambda values, each: values.flatten(0, 1))
+        _reshape(module, state, _by_row)
         states.set_model_state_dict(module, state["module"])
         if optimizer is not None:
             states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
@@ -184,7 +184,7 @@ def _state(
     if optimizer is not None:
         state["optimizer"] = _of_optimizer(module, optimizer, is_read=is_read)
         _check_prepared(module, state["optimizer"]["state"])
-    _reshape(module, state, lambda values, each: values.view(-1, each, *values.shape[1:]))
+    _reshape(module, state, _by_class)
     return state
 
 
@@ -223,7 +223,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[MarginLoss, str]]:
     # They leave out those of wrappers, such as DistributedDataParallel.
     from torch.distributed.checkpoint.state_dict import _get_fqns
 
-    for name, loss in module.named_modules():
+    for name, loss in module.named_modules(remove_duplicate=False):
         if isinstance(loss, MarginLoss):
             (key,) = _get_fqns(module, f"{name}.weight" if name else "weight")
             yield loss, key
@@ -244,20 +244,32 @@ def _check_prepared(module: nn.Module, of_optimizer: dict[str, Any]) -> None:
 
 
 def _reshape(
-    module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, int], Tensor]
+    module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, MarginLoss], Tensor]
 ) -> None:
     """Reshape the weights and optimiser states of unsharded losses with sub-centres in a state."""
     of_optimizer = state.get("optimizer", {}).get("state", {})
     for loss, key in _weights(module):
-        each = loss.sub_centers
-        if isinstance(loss, ShardedLoss) or each == 1 or key not in state["module"]:
+        if isinstance(loss, ShardedLoss) or loss.sub_centers == 1 or key not in state["module"]:
             continue
-        state["module"][key] = change(state["module"][key], each)
+        state["module"][key] = change(state["module"][key], loss)
         if key in of_optimizer:  # the dictionary of the optimiser, which must not be modified
             of_optimizer[key] = {
-                option: change(value, each) if is_of_rows(value) else value
+                option: change(value, loss) if is_of_rows(value) else value
                 for option, value in of_optimizer[key].items()
             }
+
+
+def _by_class(values: Tensor, loss: MarginLoss) -> Tensor:
+    """What is of the rows of the weight, as (C, sub_centers, ...)."""
+    if len(values) != len(loss.weight):
+        return values
+    return values.view(-1, loss.sub_centers, *values.shape[1:])
+
+
+def _by_row(values: Tensor, loss: MarginLoss) -> Tensor:
+    """What :func:`_by_class` made, as it was."""
+    is_by_class = values.shape[:2] == (loss.num_classes, loss.sub_centers)
+    return values.flatten(0, 1) if is_by_class else values
 
 
 def _current(directory: Path) -> Path | None:

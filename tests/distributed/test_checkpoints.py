@@ -13,9 +13,10 @@ import angular_losses as al
 from angular_losses.distributed import checkpoint, load, save
 
 
-def modules(num_classes=20):
+def modules(num_classes=20, **options):
     torch.manual_seed(0)
-    return torch.nn.ModuleList([torch.nn.Linear(4, 8), al.ArcFaceLoss(num_classes, 8, scale=16.0)])
+    loss = al.ArcFaceLoss(num_classes, 8, scale=16.0, **options)
+    return torch.nn.ModuleList([torch.nn.Linear(4, 8), loss])
 
 
 def names(directory):
@@ -234,3 +235,28 @@ def test_state_of_another_kind_of_optimizer_is_refused(tmp_path):
     for kind in (torch.optim.SGD, torch.optim.RMSprop):
         with pytest.raises(RuntimeError, match="Missing key in checkpoint"):
             load(tmp_path, both, kind(both.parameters(), lr=0.1, momentum=0.9))
+
+
+def test_states_that_are_not_of_the_rows_of_sub_centres(tmp_path):
+    both, other = (modules(5, sub_centers=3) for _ in range(2))
+    optimizer, fresh = (torch.optim.Adafactor(each.parameters()) for each in (both, other))
+    step(both, optimizer)
+    save(tmp_path, both, optimizer)
+    load(tmp_path, other, fresh)
+    assert_same_state(optimizer, fresh)
+
+
+def test_sub_centres_of_two_names(tmp_path):
+    both, other = (modules(5, sub_centers=3) for _ in range(2))
+    for each in (both, other):
+        each.append(torch.nn.ModuleList([each[1]]))
+    optimizer, fresh = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    step(both, optimizer)
+    save(tmp_path, both, optimizer)
+    reader, _ = checkpoint._reader(tmp_path / "000001")
+    saved = reader.read_metadata().state_dict_metadata
+    for key in ("module.1.weight", "module.2.0.weight", "optimizer.state.1.weight.exp_avg"):
+        assert saved[key].size == (5, 3, 8)
+    load(tmp_path, other, fresh)
+    assert torch.equal(both[1].weight, other[1].weight)
+    assert_same_state(optimizer, fresh)
