@@ -135,6 +135,16 @@ def test_optimizer_prepared_twice(processes, tmp_path, sub_centers):
     assert all(processes.run(trainings.prepared_twice, 2, str(tmp_path), sub_centers))
 
 
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_full_states_of_torch(processes, sub_centers):
+    answers = processes.run(trainings.full_states, 2, sub_centers, timeout=20.0)
+    assert answers == [(True,) * 4] * 2
+
+
+def test_assigned_centres_are_those_of_a_rank_alone(processes):
+    assert processes.run(trainings.assigned, 2) == [0, 0]
+
+
 def test_steps_around_sampled_rows(processes, tmp_path):
     folder = str(tmp_path)
     for values, is_same, told in processes.run(trainings.steps_around_sampled_rows, 2, folder):

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -419,6 +420,46 @@ def prepared_twice(mesh, folder, sub_centers):
     optimizer.state[loss.weight]["exp_avg"].zero_()
     load(folder, loss, optimizer)
     return torch.equal(optimizer.state[loss.weight]["exp_avg"], moments)
+
+
+def full_states(mesh, sub_centers):
+    """Whether torch's full states of a sampled loss are loaded into a sharded and a whole one."""
+    full = states.StateDictOptions(full_state_dict=True)
+    options = {"sub_centers": sub_centers}
+    loss = shard(al.SubCenterArcFaceLoss(5, SIZE, **options), mesh, sample_rate=0.9)
+    optimizer = torch.optim.AdamW(loss.parameters())
+    shard_optimizer(optimizer, loss)
+    loss(*batch_of(4, torch.float32, 5)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    of_loss, of_optimizer = states.get_state_dict(loss, optimizer, options=full)
+    whole, part = (al.SubCenterArcFaceLoss(5, SIZE, **options) for _ in range(2))
+    whole.load_state_dict(of_loss)
+    shard(part, mesh, sample_rate=0.9)
+    other = torch.optim.AdamW(part.parameters())
+    shard_optimizer(other, part)
+    states.set_state_dict(
+        part,
+        other,
+        model_state_dict=of_loss,
+        optim_state_dict=of_optimizer,
+        options=full,
+    )
+    return (
+        torch.equal(unshard(loss).weight, whole.weight),
+        torch.equal(loss.weight, part.weight),
+        part.batches == loss.batches == 1,
+        torch.equal(optimizer.state[loss.weight]["exp_avg"], other.state[part.weight]["exp_avg"]),
+    )
+
+
+def assigned(mesh):
+    """The bytes kept after a rank's centres were assigned from those of a whole loss."""
+    whole = al.ArcFaceLoss(CLASSES, SIZE)
+    part = shard(copy.deepcopy(whole), mesh)
+    part.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(unshard(part).weight, whole.weight)
+    return part.weight.untyped_storage().nbytes() - part.weight.nbytes
 
 
 def sub_centres_saved_in_a_wrapper(mesh, folder):
