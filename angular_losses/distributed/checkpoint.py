@@ -261,15 +261,25 @@ def _reshape(
 
 def _by_class(values: Tensor, loss: MarginLoss) -> Tensor:
     """What is of the rows of the weight, as (C, sub_centers, ...)."""
+    from torch.distributed.tensor import DTensor
+
     if len(values) != len(loss.weight):
         return values
+    if isinstance(values, DTensor) and loss.num_classes % values.device_mesh.size():
+        values = values.full_tensor()  # torch cuts no unequal parts
     return values.view(-1, loss.sub_centers, *values.shape[1:])
 
 
 def _by_row(values: Tensor, loss: MarginLoss) -> Tensor:
     """What :func:`_by_class` made, as it was."""
-    is_by_class = values.shape[:2] == (loss.num_classes, loss.sub_centers)
-    return values.flatten(0, 1) if is_by_class else values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if values.shape[:2] != (loss.num_classes, loss.sub_centers):
+        return values
+    rows, weight = values.flatten(0, 1), loss.weight.data
+    if isinstance(weight, DTensor) and not isinstance(rows, DTensor):
+        rows = distribute_tensor(rows, weight.device_mesh, weight.placements)
+    return rows
 
 
 def _current(directory: Path) -> Path | None:

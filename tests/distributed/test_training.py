@@ -141,6 +141,11 @@ def test_full_states_of_torch(processes, sub_centers):
     assert answers == [(True,) * 4] * 2
 
 
+def test_fully_shard_of_uneven_sub_centres_is_saved(processes, tmp_path):
+    answers = processes.run(trainings.uneven_sub_centres, 2, str(tmp_path), timeout=20.0)
+    assert answers == [(True,) * 3] * 2
+
+
 def test_assigned_centres_are_those_of_a_rank_alone(processes):
     assert processes.run(trainings.assigned, 2) == [0, 0]
 

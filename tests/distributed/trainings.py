@@ -453,6 +453,31 @@ def full_states(mesh, sub_centers):
     )
 
 
+def uneven_sub_centres(mesh, folder):
+    """A loss under fully_shard whose classes do not divide by the ranks, and its moments."""
+
+    def built():
+        loss = al.SubCenterArcFaceLoss(5, SIZE)
+        fully_shard(loss, mesh=mesh)
+        optimizer = torch.optim.AdamW(loss.parameters())
+        return loss, optimizer
+
+    (loss, optimizer), (other, fresh) = built(), built()
+    loss(*batch_of(4, torch.float32, 5)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    save(folder, loss, optimizer)
+    load(folder, other, fresh)
+    whole = al.SubCenterArcFaceLoss(5, SIZE)
+    load(folder, whole)
+    moments = (
+        each.state[parameter]["exp_avg"].full_tensor()
+        for each, parameter in ((optimizer, loss.weight), (fresh, other.weight))
+    )
+    weights = loss.weight.full_tensor(), other.weight.full_tensor()
+    return torch.equal(*moments), torch.equal(*weights), torch.equal(whole.weight, weights[0])
+
+
 def assigned(mesh):
     """The bytes kept after a rank's centres were assigned from those of a whole loss."""
     whole = al.ArcFaceLoss(CLASSES, SIZE)
