@@ -116,6 +116,7 @@ def load(
     with _heard_by_all("load"), _without_torchs_warnings():
         load_shards(wanted, storage_reader=reader, planner=planner)
     with _heard_by_all("load"):
+        state["module"].update(wanted["module"])
         if optimizer is not None:
             own, read = state["optimizer"], wanted["optimizer"]
             own["state"] = {name: {} for name in own["state"]} | read["state"]
@@ -148,13 +149,15 @@ def _wanted(
     groups = []
     for number, group in enumerate(state["optimizer"]["param_groups"]):
         there = {
-            place[3]: saved[key]
-            for key, place in places.items()
-            if place[1:3] == ("param_groups", number)
+            place[3]: key for key, place in places.items() if place[1:3] == ("param_groups", number)
         }
         # The options of schedulers, such as initial_lr, are not among the defaults.
         asked = {each: group[each] for each in group if each in optimizer.defaults or each in there}
-        added = {each: _empty(there[each]) for each in there if each not in group}
+        added = {
+            each: _empty(saved[key])
+            for each, key in there.items()
+            if each not in group and len(places[key]) == 4
+        }
         groups.append({**asked, **added})
     of_trained = {
         name: each for name, each in state["optimizer"]["state"].items() if name in trained
@@ -220,7 +223,7 @@ def _of_optimizer(
 
 def _weights(module: nn.Module) -> Iterator[tuple[MarginLoss, str]]:
     """The losses of a module, and the names of their weights in a state."""
-    # They leave out those of wrappers, such as DistributedDataParallel.
+    # The names leave out those of wrappers, such as DistributedDataParallel.
     from torch.distributed.checkpoint.state_dict import _get_fqns
 
     for name, loss in module.named_modules(remove_duplicate=False):

@@ -229,6 +229,36 @@ def test_options_of_a_scheduler_that_is_there_once(tmp_path, kind):
     assert (group["lr"], group["initial_lr"]) == (0.5, 0.25)
 
 
+class Counted(torch.nn.Module):
+    """A module with a state that is no tensor."""
+
+    number = 0
+
+    def get_extra_state(self):
+        return self.number
+
+    def set_extra_state(self, state):
+        self.number = state
+
+
+def test_states_that_are_no_tensors_are_loaded(tmp_path):
+    both, other = (torch.nn.ModuleList([Counted(), *modules()]) for _ in range(2))
+    both[0].number = 3
+    save(tmp_path, both)
+    load(tmp_path, other)
+    assert other[0].number == 3
+
+
+def test_options_that_are_dictionaries(tmp_path):
+    both, optimizer = trained()
+    optimizer.param_groups[0]["notes"] = {"rate": 0.1, "decay": 0.2}
+    save(tmp_path, both, optimizer)
+    optimizer.param_groups[0]["notes"]["rate"] = 0.3
+    load(tmp_path, both, optimizer)
+    assert optimizer.param_groups[0]["notes"] == {"rate": 0.1, "decay": 0.2}
+    load(tmp_path, both, torch.optim.AdamW(both.parameters()))
+
+
 def test_state_of_another_kind_of_optimizer_is_refused(tmp_path):
     both, optimizer = trained()
     save(tmp_path, both, optimizer)
