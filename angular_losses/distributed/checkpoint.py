@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,13 +19,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..losses.base import MarginLoss
 from ..sampling import is_of_rows
 from .sharded_loss import ShardedLoss
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        Metadata,
+        TensorStorageMetadata,
+    )
 
 _Value = TypeVar("_Value")
 
@@ -54,8 +60,8 @@ def save(
         optimizer: The optimiser, prepared by :func:`shard_optimizer` if a loss is sharded.
 
     Raises:
-        RuntimeError: On every rank, if one of them could not write; the message has its reason. The
-            previous checkpoint is still the current one.
+        RuntimeError: On every rank, if one of them could not write, or the optimiser is not
+            prepared; the message has its reason. The previous checkpoint is still the current one.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -105,55 +111,178 @@ def load(
     with _heard_by_all("load"):
         _check_files(path)
         reader, planner = _reader(path)
-        state = _state(module, optimizer)
-        saved = reader.read_metadata().state_dict_metadata
-        # The count of batches is missing where the saved loss used no random numbers.
-        wanted = {
-            key: value
-            for key, value in state["module"].items()
-            if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
-        }
+        state = _state(module, optimizer, is_read=True)
+        wanted = _wanted(state, optimizer, reader.read_metadata())
     with _heard_by_all("load"), _without_torchs_warnings():
-        load_shards({**state, "module": wanted}, storage_reader=reader, planner=planner)
+        load_shards(wanted, storage_reader=reader, planner=planner)
     with _heard_by_all("load"):
-        _reshape(module, state, lambda values, each: values.flatten(0, 1))
+        state["module"].update(wanted["module"])
+        if optimizer is not None:
+            own, read = state["optimizer"], wanted["optimizer"]
+            own["state"] = {name: {} for name in own["state"]} | read["state"]
+            for group, options in zip(own["param_groups"], read["param_groups"], strict=True):
+                group.update(options)
+        _reshape(module, state, _by_row)
         states.set_model_state_dict(module, state["module"])
         if optimizer is not None:
             states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
 
 
-def _state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """The state to save, with weights of losses by class: (C, ...) or (C, sub_centers, ...)."""
+def _wanted(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer | None, metadata: Metadata
+) -> dict[str, Any]:
+    """What of a state to read: what may be missing in a checkpoint, only if it is there."""
+    saved = metadata.state_dict_metadata
+    # The count of batches is missing where the saved loss used no random numbers.
+    wanted: dict[str, Any] = {
+        "module": {
+            key: value
+            for key, value in state["module"].items()
+            if key.rpartition(".")[2] != "batches" or f"module.{key}" in saved
+        }
+    }
+    if optimizer is None:
+        return wanted
+    # The places in the state of what was saved.
+    places = {key: place for key, place in (metadata.planner_data or {}).items() if len(place) > 3}
+    trained = {place[2] for place in places.values() if place[1] == "state"}
+    groups = []
+    for number, group in enumerate(state["optimizer"]["param_groups"]):
+        there = {
+            place[3]: key for key, place in places.items() if place[1:3] == ("param_groups", number)
+        }
+        # The options of schedulers, such as initial_lr, are not among the defaults.
+        asked = {each: group[each] for each in group if each in optimizer.defaults or each in there}
+        added = {
+            each: _empty(saved[key])
+            for each, key in there.items()
+            if each not in group and len(places[key]) == 4
+        }
+        groups.append({**asked, **added})
+    of_trained = {
+        name: each for name, each in state["optimizer"]["state"].items() if name in trained
+    }
+    return {**wanted, "optimizer": {"state": of_trained, "param_groups": groups}}
+
+
+def _empty(saved: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
+    """What a saved value is read into."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    if not isinstance(saved, TensorStorageMetadata):
+        return None
+    return torch.empty(saved.size, dtype=saved.properties.dtype)
+
+
+def _state(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, is_read: bool = False
+) -> dict[str, Any]:
+    """The state to save or read, with weights of losses by class.
+
+    These are (C, ...) or (C, sub_centers, ...).
+    """
     from torch.distributed.checkpoint import state_dict as states
 
     state: dict[str, Any] = {"module": states.get_model_state_dict(module)}
     if optimizer is not None:
-        state["optimizer"] = states.get_optimizer_state_dict(module, optimizer)
-    _reshape(module, state, lambda values, each: values.view(-1, each, *values.shape[1:]))
+        state["optimizer"] = _of_optimizer(module, optimizer, is_read=is_read)
+        _check_prepared(module, state["optimizer"]["state"])
+    _reshape(module, state, _by_class)
     return state
 
 
-def _reshape(
-    module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, int], Tensor]
-) -> None:
-    """Reshape the weights and optimiser states of unsharded losses with sub-centres in a state."""
-    # The names of a state leave out those of wrappers, such as DistributedDataParallel.
+def _of_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, *, is_read: bool
+) -> dict[str, Any]:
+    """The state of an optimiser, which is left as it is; to be read, that of all parameters."""
+    from torch.distributed.checkpoint import state_dict as states
+
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    gradients = [each.grad for each in parameters]
+    for parameter in parameters:  # with a gradient torch would not make the state
+        parameter.grad = None
+    state = optimizer.state
+    is_partial = not all(state.get(each) for each in parameters if each.requires_grad)
+    if not state or (is_read and is_partial):
+        optimizer.state = defaultdict(dict)  # which torch fills by a step without a rate
+    try:
+        found = states.get_optimizer_state_dict(module, optimizer)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.state = state
+    if not state and not is_read:
+        found["state"] = {}
+    # Numbers of numpy, such as a schedule's learning rates, could not be loaded.
+    found["param_groups"] = tree_map(
+        lambda value: value.item() if type(value).__module__ == "numpy" else value,
+        found["param_groups"],
+    )
+    return found
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[MarginLoss, str]]:
+    """The losses of a module, and the names of their weights in a state."""
+    # The names leave out those of wrappers, such as DistributedDataParallel.
     from torch.distributed.checkpoint.state_dict import _get_fqns
 
+    for name, loss in module.named_modules(remove_duplicate=False):
+        if isinstance(loss, MarginLoss):
+            (key,) = _get_fqns(module, f"{name}.weight" if name else "weight")
+            yield loss, key
+
+
+def _check_prepared(module: nn.Module, of_optimizer: dict[str, Any]) -> None:
+    """Raise RuntimeError if the ranks' states of sharded weights would overwrite each other."""
+    from torch.distributed.tensor import DTensor
+
+    for loss, key in _weights(module):
+        for value in of_optimizer.get(key, {}).values() if isinstance(loss, ShardedLoss) else ():
+            is_own = is_of_rows(value) and len(value) == len(loss.weight)
+            if is_own and not isinstance(value, DTensor):
+                raise RuntimeError(
+                    "optimizer: expected it to be prepared for the sharded loss by "
+                    "shard_optimizer(optimizer, loss)"
+                )
+
+
+def _reshape(
+    module: nn.Module, state: dict[str, Any], change: Callable[[Tensor, MarginLoss], Tensor]
+) -> None:
+    """Reshape the weights and optimiser states of unsharded losses with sub-centres in a state."""
     of_optimizer = state.get("optimizer", {}).get("state", {})
-    for name, loss in module.named_modules():
-        if not isinstance(loss, MarginLoss) or isinstance(loss, ShardedLoss):
+    for loss, key in _weights(module):
+        if isinstance(loss, ShardedLoss) or loss.sub_centers == 1 or key not in state["module"]:
             continue
-        each = loss.sub_centers
-        (key,) = _get_fqns(module, f"{name}.weight" if name else "weight")
-        if each == 1 or key not in state["module"]:
-            continue
-        state["module"][key] = change(state["module"][key], each)
+        state["module"][key] = change(state["module"][key], loss)
         if key in of_optimizer:  # the dictionary of the optimiser, which must not be modified
             of_optimizer[key] = {
-                option: change(value, each) if is_of_rows(value) else value
+                option: change(value, loss) if is_of_rows(value) else value
                 for option, value in of_optimizer[key].items()
             }
+
+
+def _by_class(values: Tensor, loss: MarginLoss) -> Tensor:
+    """What is of the rows of the weight, as (C, sub_centers, ...)."""
+    from torch.distributed.tensor import DTensor
+
+    if len(values) != len(loss.weight):
+        return values
+    if isinstance(values, DTensor) and loss.num_classes % values.device_mesh.size():
+        values = values.full_tensor()  # torch cuts no unequal parts
+    return values.view(-1, loss.sub_centers, *values.shape[1:])
+
+
+def _by_row(values: Tensor, loss: MarginLoss) -> Tensor:
+    """What :func:`_by_class` made, as it was."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if values.shape[:2] != (loss.num_classes, loss.sub_centers):
+        return values
+    rows, weight = values.flatten(0, 1), loss.weight.data
+    if isinstance(weight, DTensor) and not isinstance(rows, DTensor):
+        rows = distribute_tensor(rows, weight.device_mesh, weight.placements)
+    return rows
 
 
 def _current(directory: Path) -> Path | None:

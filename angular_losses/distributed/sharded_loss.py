@@ -289,15 +289,17 @@ class ShardedLoss(MarginLoss):
             destination[f"{prefix}batches"] = torch.tensor(self.batches)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *others: object
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: object
     ) -> None:
+        is_kept = metadata.get("assign_to_params_buffers", False)
         for name, each in self.rows_of_a_class().items():
             key = f"{prefix}{name}"
             if isinstance(state_dict.get(key), Tensor):
-                state_dict[key] = self.shard.undistributed(state_dict[key], each)
+                rows = self.shard.undistributed(state_dict[key], each)
+                state_dict[key] = rows.clone() if is_kept else rows  # not all classes' memory
         if f"{prefix}batches" in state_dict:
             self.batches = int(state_dict.pop(f"{prefix}batches"))
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *others)
 
 
 def mixed(*numbers: int) -> int:

@@ -241,7 +241,7 @@ class Shard(Sampled):
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor import Shard as ByRow
 
-        if len(values) != self.count * sub_centers:
+        if isinstance(values, DTensor) or len(values) != self.count * sub_centers:
             return values
         if sub_centers > 1:
             values = values.view(self.count, sub_centers, *values.shape[1:])
@@ -252,12 +252,18 @@ class Shard(Sampled):
         )
 
     def undistributed(self, values: Tensor, sub_centers: int) -> Tensor:
-        """This rank's rows (rows, ...) of what :meth:`distributed` made, or of a whole weight's."""
+        """This rank's rows (rows, ...) of what :meth:`distributed` made, or of a whole weight's.
+
+        The latter also as torch's full state has them, (C, sub_centers, d).
+        """
         from torch.distributed.tensor import DTensor
 
         if isinstance(values, DTensor):
             values = values.to_local()
             return values.flatten(0, 1) if sub_centers > 1 else values
+        by_class = self.num_classes, sub_centers
+        if sub_centers > 1 and values.dim() == 3 and values.shape[:2] == by_class:
+            values = values.flatten(0, 1)
         if len(values) != self.num_classes * sub_centers:
             return values
         return values[self.first * sub_centers : (self.first + self.count) * sub_centers]

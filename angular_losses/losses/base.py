@@ -656,6 +656,18 @@ class MarginLoss(ClassCentres, nn.Module):
         elif is_step and self._uncounted:  # a module is slow to set what is as it was
             self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:  # noqa: ANN401
+        """Load the full state of a sharded loss too.
+
+        Its weight is (C, sub_centers, d), and it may count batches.
+        """
+        weight, by_class = state_dict.get(f"{prefix}weight"), (self.num_classes, self.sub_centers)
+        if isinstance(weight, Tensor) and weight.dim() == 3 and weight.shape[:2] == by_class:
+            state_dict[f"{prefix}weight"] = weight.flatten(0, 1)
+        if not hasattr(self, "batches"):
+            state_dict.pop(f"{prefix}batches", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginLoss:
         """Keep the buffers in float32 at least: in half precision running statistics stall."""
         buffers, self._buffers = self._buffers, {}

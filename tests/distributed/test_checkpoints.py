@@ -5,6 +5,7 @@ import pickle
 import shutil
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 
@@ -12,9 +13,10 @@ import angular_losses as al
 from angular_losses.distributed import checkpoint, load, save
 
 
-def modules(num_classes=20):
+def modules(num_classes=20, **options):
     torch.manual_seed(0)
-    return torch.nn.ModuleList([torch.nn.Linear(4, 8), al.ArcFaceLoss(num_classes, 8, scale=16.0)])
+    loss = al.ArcFaceLoss(num_classes, 8, scale=16.0, **options)
+    return torch.nn.ModuleList([torch.nn.Linear(4, 8), loss])
 
 
 def names(directory):
@@ -129,3 +131,162 @@ def test_other_sizes_are_a_runtime_error(tmp_path):
     save(tmp_path, modules())
     with pytest.raises(RuntimeError, match="load: rank 0 failed: ValueError"):
         load(tmp_path, modules(30))
+
+
+def trained(num_classes=5, optimizer=torch.optim.AdamW, **options):
+    """Network, loss and optimiser after a step."""
+    both = modules(num_classes)
+    made = optimizer(both.parameters(), **options)
+    step(both, made)
+    return both, made
+
+
+def gradients(both, is_of_loss_alone=False):
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    embeddings = both[0](rows).detach() if is_of_loss_alone else both[0](rows)
+    both[1](embeddings, torch.arange(6) % both[1].num_classes).backward()
+
+
+def step(both, optimizer, **options):
+    gradients(both, **options)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assert_same_state(optimizer, other):
+    parameters = (each.param_groups[0]["params"] for each in (optimizer, other))
+    for one, two in zip(*parameters, strict=True):
+        torch.testing.assert_close(optimizer.state.get(one, {}), other.state.get(two, {}))
+
+
+def test_gradients_do_not_keep_a_state_from_being_loaded(tmp_path):
+    both, optimizer = trained()
+    save(tmp_path, both, optimizer)
+    other = modules(5)
+    fresh = torch.optim.AdamW(other.parameters())
+    gradients(other)
+    before = [each.grad.clone() for each in other.parameters()]
+    load(tmp_path, other, fresh)
+    assert_same_state(optimizer, fresh)
+    assert all(map(torch.equal, before, [each.grad for each in other.parameters()]))
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    both, optimizer = trained(lr=numpy.float64(0.25), betas=(numpy.float64(0.5), 0.9))
+    save(tmp_path, both, optimizer)
+    load(tmp_path, both, optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.9))
+
+
+def test_saving_before_the_first_step_leaves_it_the_first(tmp_path):
+    both, other = modules(5), modules(5)
+    optimizer, unsaved = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    save(tmp_path, both, optimizer)
+    assert not optimizer.state
+    step(both, optimizer)
+    step(other, unsaved)
+    assert_same_state(optimizer, unsaved)
+    load(tmp_path, both, optimizer)
+    assert not any(optimizer.state.values())
+    step(both, optimizer)
+    assert_same_state(optimizer, unsaved)
+
+
+@pytest.mark.parametrize("is_begun", ["not", "the loss alone", "all"])
+def test_parameters_without_a_state(tmp_path, is_begun):
+    """The state of those that were not trained, and only that, is missing after loading too."""
+    both, other = modules(5), modules(5)
+    optimizer, fresh = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    step(both, optimizer, is_of_loss_alone=True)
+    save(tmp_path / "loss", both, optimizer)
+    if is_begun != "not":
+        step(other, fresh, is_of_loss_alone=is_begun != "all")
+    load(tmp_path / "loss", other, fresh)
+    assert_same_state(optimizer, fresh)
+    step(both, optimizer)
+    save(tmp_path / "all", both, optimizer)
+    fresh.zero_grad()
+    load(tmp_path / "all", other, fresh)
+    assert_same_state(optimizer, fresh)
+    step(both, optimizer)
+    step(other, fresh)
+    assert_same_state(optimizer, fresh)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_options_of_a_scheduler_that_is_there_once(tmp_path, kind):
+    both, optimizer = trained(lr=kind(0.5))
+    save(tmp_path / "without", both, optimizer)
+    optimizer.param_groups[0]["lr"] = kind(0.25)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    save(tmp_path / "with", both, optimizer)
+    optimizer = torch.optim.AdamW(both.parameters(), lr=kind(0.125))
+    load(tmp_path / "with", both, optimizer)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.25
+    load(tmp_path / "without", both, optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"]) == (0.5, 0.25)
+
+
+class Counted(torch.nn.Module):
+    """A module with a state that is no tensor."""
+
+    number = 0
+
+    def get_extra_state(self):
+        return self.number
+
+    def set_extra_state(self, state):
+        self.number = state
+
+
+def test_states_that_are_no_tensors_are_loaded(tmp_path):
+    both, other = (torch.nn.ModuleList([Counted(), *modules()]) for _ in range(2))
+    both[0].number = 3
+    save(tmp_path, both)
+    load(tmp_path, other)
+    assert other[0].number == 3
+
+
+def test_options_that_are_dictionaries(tmp_path):
+    both, optimizer = trained()
+    optimizer.param_groups[0]["notes"] = {"rate": 0.1, "decay": 0.2}
+    save(tmp_path, both, optimizer)
+    optimizer.param_groups[0]["notes"]["rate"] = 0.3
+    load(tmp_path, both, optimizer)
+    assert optimizer.param_groups[0]["notes"] == {"rate": 0.1, "decay": 0.2}
+    load(tmp_path, both, torch.optim.AdamW(both.parameters()))
+
+
+def test_state_of_another_kind_of_optimizer_is_refused(tmp_path):
+    both, optimizer = trained()
+    save(tmp_path, both, optimizer)
+    for kind in (torch.optim.SGD, torch.optim.RMSprop):
+        with pytest.raises(RuntimeError, match="Missing key in checkpoint"):
+            load(tmp_path, both, kind(both.parameters(), lr=0.1, momentum=0.9))
+
+
+def test_states_that_are_not_of_the_rows_of_sub_centres(tmp_path):
+    both, other = (modules(5, sub_centers=3) for _ in range(2))
+    optimizer, fresh = (torch.optim.Adafactor(each.parameters()) for each in (both, other))
+    step(both, optimizer)
+    save(tmp_path, both, optimizer)
+    load(tmp_path, other, fresh)
+    assert_same_state(optimizer, fresh)
+
+
+def test_sub_centres_of_two_names(tmp_path):
+    both, other = (modules(5, sub_centers=3) for _ in range(2))
+    for each in (both, other):
+        each.append(torch.nn.ModuleList([each[1]]))
+    optimizer, fresh = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    step(both, optimizer)
+    save(tmp_path, both, optimizer)
+    reader, _ = checkpoint._reader(tmp_path / "000001")
+    saved = reader.read_metadata().state_dict_metadata
+    for key in ("module.1.weight", "module.2.0.weight", "optimizer.state.1.weight.exp_avg"):
+        assert saved[key].size == (5, 3, 8)
+    load(tmp_path, other, fresh)
+    assert torch.equal(both[1].weight, other[1].weight)
+    assert_same_state(optimizer, fresh)

@@ -130,9 +130,37 @@ def test_copies_and_averages(processes):
 
 
 def test_refused_optimizers(processes):
-    for unprepared, rprop in processes.run(trainings.refused_optimizers, 2):
+    for unprepared, rprop, adafactor in processes.run(trainings.refused_optimizers, 2):
         assert unprepared.startswith("RuntimeError: optimizer: expected it to be prepared")
         assert rprop.startswith("TypeError: optimizer: expected one that can begin with a row")
+        assert adafactor.startswith("TypeError: optimizer: expected an element-wise one")
+
+
+def test_unprepared_optimizers_are_not_saved(processes, tmp_path):
+    for told in processes.run(trainings.refused_saves, 2, str(tmp_path)):
+        assert told[1::2] == ["nothing"] * 2
+        for each in told[::2]:
+            assert each.startswith("RuntimeError: save: rank 0 failed: RuntimeError: optimizer: ")
+
+
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_optimizer_prepared_twice(processes, tmp_path, sub_centers):
+    assert all(processes.run(trainings.prepared_twice, 2, str(tmp_path), sub_centers))
+
+
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_full_states_of_torch(processes, sub_centers):
+    answers = processes.run(trainings.full_states, 2, sub_centers, timeout=20.0)
+    assert answers == [(True,) * 4] * 2
+
+
+def test_fully_shard_of_uneven_sub_centres_is_saved(processes, tmp_path):
+    answers = processes.run(trainings.uneven_sub_centres, 2, str(tmp_path), timeout=20.0)
+    assert answers == [(True,) * 3] * 2
+
+
+def test_assigned_centres_are_those_of_a_rank_alone(processes):
+    assert processes.run(trainings.assigned, 2) == [0, 0]
 
 
 def test_steps_around_sampled_rows(processes, tmp_path):

@@ -1,11 +1,13 @@
 """What users do around a sharded loss; each process compares with the whole loss by itself."""
 
 import copy
+import functools
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -379,7 +381,110 @@ def refused_optimizers(mesh):
     unprepared = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)
     loss(*batch_of(4, torch.float64, CLASSES)).backward()
     rprop = torch.optim.Rprop(loss.parameters())
-    return told(unprepared.step), told(lambda: shard_optimizer(rprop, loss))
+    whole = shard(built_loss(), mesh)
+    shard_optimizer(torch.optim.Rprop(whole.parameters()), whole)
+    adafactor = torch.optim.Adafactor(whole.parameters())
+    return (
+        told(unprepared.step),
+        told(lambda: shard_optimizer(rprop, loss)),
+        told(lambda: shard_optimizer(adafactor, whole)),
+    )
+
+
+def refused_saves(mesh, folder):
+    """What is told where an optimiser has a state and was not prepared, and where it was."""
+    loss, found = shard(built_loss(12), mesh), []
+    for _ in range(2):
+        optimizer = torch.optim.AdamW(loss.parameters())
+        loss(*batch_of(4, torch.float64, 12)).backward()
+        optimizer.step()
+        for _ in range(2):
+            found.append(told(functools.partial(save, folder, loss, optimizer)))
+            shard_optimizer(optimizer, loss)
+        loss.extend(2)
+    return found
+
+
+def prepared_twice(mesh, folder, sub_centers):
+    """Moments saved and loaded after the same optimiser was prepared for new classes too."""
+    loss = shard(al.SubCenterArcFaceLoss(4, SIZE, sub_centers=sub_centers), mesh)
+    optimizer = torch.optim.AdamW(loss.parameters())
+    shard_optimizer(optimizer, loss)
+    loss.extend(2)
+    optimizer.param_groups[0]["params"] = [loss.weight]
+    shard_optimizer(optimizer, loss)
+    loss(*batch_of(4, torch.float32, 6)).backward()
+    optimizer.step()
+    moments = optimizer.state[loss.weight]["exp_avg"].clone()
+    save(folder, loss, optimizer)
+    optimizer.state[loss.weight]["exp_avg"].zero_()
+    load(folder, loss, optimizer)
+    return torch.equal(optimizer.state[loss.weight]["exp_avg"], moments)
+
+
+def full_states(mesh, sub_centers):
+    """Whether torch's full states of a sampled loss are loaded into a sharded and a whole one."""
+    full = states.StateDictOptions(full_state_dict=True)
+    options = {"sub_centers": sub_centers}
+    loss = shard(al.SubCenterArcFaceLoss(5, SIZE, **options), mesh, sample_rate=0.9)
+    optimizer = torch.optim.AdamW(loss.parameters())
+    shard_optimizer(optimizer, loss)
+    loss(*batch_of(4, torch.float32, 5)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    of_loss, of_optimizer = states.get_state_dict(loss, optimizer, options=full)
+    whole, part = (al.SubCenterArcFaceLoss(5, SIZE, **options) for _ in range(2))
+    whole.load_state_dict(of_loss)
+    shard(part, mesh, sample_rate=0.9)
+    other = torch.optim.AdamW(part.parameters())
+    shard_optimizer(other, part)
+    states.set_state_dict(
+        part,
+        other,
+        model_state_dict=of_loss,
+        optim_state_dict=of_optimizer,
+        options=full,
+    )
+    return (
+        torch.equal(unshard(loss).weight, whole.weight),
+        torch.equal(loss.weight, part.weight),
+        part.batches == loss.batches == 1,
+        torch.equal(optimizer.state[loss.weight]["exp_avg"], other.state[part.weight]["exp_avg"]),
+    )
+
+
+def uneven_sub_centres(mesh, folder):
+    """A loss under fully_shard whose classes do not divide by the ranks, and its moments."""
+
+    def built():
+        loss = al.SubCenterArcFaceLoss(5, SIZE)
+        fully_shard(loss, mesh=mesh)
+        optimizer = torch.optim.AdamW(loss.parameters())
+        return loss, optimizer
+
+    (loss, optimizer), (other, fresh) = built(), built()
+    loss(*batch_of(4, torch.float32, 5)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    save(folder, loss, optimizer)
+    load(folder, other, fresh)
+    whole = al.SubCenterArcFaceLoss(5, SIZE)
+    load(folder, whole)
+    moments = (
+        each.state[parameter]["exp_avg"].full_tensor()
+        for each, parameter in ((optimizer, loss.weight), (fresh, other.weight))
+    )
+    weights = loss.weight.full_tensor(), other.weight.full_tensor()
+    return torch.equal(*moments), torch.equal(*weights), torch.equal(whole.weight, weights[0])
+
+
+def assigned(mesh):
+    """The bytes kept after a rank's centres were assigned from those of a whole loss."""
+    whole = al.ArcFaceLoss(CLASSES, SIZE)
+    part = shard(copy.deepcopy(whole), mesh)
+    part.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(unshard(part).weight, whole.weight)
+    return part.weight.untyped_storage().nbytes() - part.weight.nbytes
 
 
 def sub_centres_saved_in_a_wrapper(mesh, folder):
