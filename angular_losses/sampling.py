@@ -126,7 +126,7 @@ def place_of_weight(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> int:
 
 
 # Those whose state of a row does not begin with zeros, or mixes rows.
-_NOT_BY_ROWS = tuple(
+NOT_BY_ROWS = tuple(
     getattr(torch.optim, name)
     for name in ("Rprop", "LBFGS", "Adafactor", "Muon", "SparseAdam")
     if hasattr(torch.optim, name)
@@ -135,7 +135,7 @@ _NOT_BY_ROWS = tuple(
 
 def step_rows(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
     """Make each step of an optimiser update only the rows of a weight's sparse gradient."""
-    if isinstance(optimizer, _NOT_BY_ROWS):
+    if isinstance(optimizer, NOT_BY_ROWS):
         raise TypeError(
             "optimizer: expected one that can begin with a row at any step, such as SGD or "
             f"AdamW, got {type(optimizer).__name__}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..losses.base import MarginLoss
-from ..sampling import _NOT_BY_ROWS, is_of_rows, place_of_weight, step_rows
+from ..sampling import NOT_BY_ROWS, is_of_rows, place_of_weight, step_rows
 from .sharded_loss import ShardedLoss
 
 
@@ -34,7 +34,7 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, loss: MarginLoss) -> None:
     index = place_of_weight(optimizer, loss)
     if loss.sample_rate < 1:
         step_rows(optimizer, loss.weight)
-    elif isinstance(optimizer, _NOT_BY_ROWS) and not isinstance(optimizer, torch.optim.Rprop):
+    elif isinstance(optimizer, NOT_BY_ROWS) and not isinstance(optimizer, torch.optim.Rprop):
         raise TypeError(
             "optimizer: expected an element-wise one, such as SGD or AdamW, got "
             f"{type(optimizer).__name__}"

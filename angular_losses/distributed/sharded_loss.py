@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import collectives, validation
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
+from ..losses.sampled_loss import refuse_unprepared_optimizers
 from .gathering import Gathering, RankBatch
 
 if TYPE_CHECKING:
@@ -272,9 +273,11 @@ class ShardedLoss(MarginLoss):
         return {"weight": self.sub_centers, **dict.fromkeys(self._class_rows, 1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, whose weight is its own."""
+        """Restore a copy, whose weight is its own, and its optimiser to be prepared too."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.own_weight = weakref.ref(self.weight)
+        if self.sample_rate < 1:
+            refuse_unprepared_optimizers(self)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

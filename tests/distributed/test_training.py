@@ -130,8 +130,9 @@ def test_copies_and_averages(processes):
 
 
 def test_refused_optimizers(processes):
-    for unprepared, rprop, adafactor in processes.run(trainings.refused_optimizers, 2):
-        assert unprepared.startswith("RuntimeError: optimizer: expected it to be prepared")
+    for *unprepared, rprop, adafactor in processes.run(trainings.refused_optimizers, 2):
+        for each in unprepared:
+            assert each.startswith("RuntimeError: optimizer: expected it to be prepared")
         assert rprop.startswith("TypeError: optimizer: expected one that can begin with a row")
         assert adafactor.startswith("TypeError: optimizer: expected an element-wise one")
 

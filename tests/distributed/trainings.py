@@ -379,13 +379,17 @@ def refused_optimizers(mesh):
     """What is told of optimisers that would step sampled rows wrongly."""
     loss = shard(built_loss(), mesh, sample_rate=0.5)
     unprepared = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)
-    loss(*batch_of(4, torch.float64, CLASSES)).backward()
+    copied = copy.deepcopy(loss)
+    unprepared_too = torch.optim.SGD(copied.parameters(), lr=0.1, momentum=0.9)
+    for each in (loss, copied):
+        each(*batch_of(4, torch.float64, CLASSES)).backward()
     rprop = torch.optim.Rprop(loss.parameters())
     whole = shard(built_loss(), mesh)
     shard_optimizer(torch.optim.Rprop(whole.parameters()), whole)
     adafactor = torch.optim.Adafactor(whole.parameters())
     return (
         told(unprepared.step),
+        told(unprepared_too.step),
         told(lambda: shard_optimizer(rprop, loss)),
         told(lambda: shard_optimizer(adafactor, whole)),
     )
