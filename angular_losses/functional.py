@@ -311,9 +311,8 @@ def _rule(softmax: Softmax, sub_centers: int) -> Rule:
 
     with_slopes = None
     if isinstance(negatives, KnownSlope) and not isinstance(softmax.scale, Tensor):
-        with_slopes = _known(
-            "negatives", negatives.with_slope
-        )  # but not if each row's scale is a factor of the terms
+        # But not if each row's scale is a factor of the terms.
+        with_slopes = _known("negatives", negatives.with_slope)
     return Rule(terms, with_slopes, sub_centers=sub_centers, keep_lengths=keep_lengths)
 
 
