@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import multiprocessing
+import os
 import sys
 import tempfile
 import traceback
@@ -71,6 +72,8 @@ def _wait(line, rank):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    # A rank whose work is short would otherwise leave while others still connect to it.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     torch.set_num_threads(1)
     groups = []
     while True:
