@@ -184,8 +184,10 @@ class AngularMonitor:
         validation.floating("gradient", gradient, *self.loss._centres.shape)
         gradient = self.loss._by_centre(gradient)
         _, per_class, gradients_seen = self._views(self._sums_on(gradient.device))
-        per_class[GRADIENT] += gradient_norm_per_class(gradient, self.loss.sub_centers)
-        gradients_seen += 1
+        norms = gradient_norm_per_class(gradient, self.loss.sub_centers)
+        is_finite = norms.isfinite().all()  # not after a row with a NaN, or an overflow
+        per_class[GRADIENT] += norms.where(is_finite, 0)
+        gradients_seen += is_finite
 
     def attach(self) -> ExitStack:
         """Register hooks, so that the loss calls both updates in training mode.
@@ -260,7 +262,8 @@ class AngularMonitor:
         - ``margin_mean``: the effective margin (:func:`effective_margin`).
         - ``violation_rate``, ``error_rate``: share of misclassified rows with the margin
           (:func:`margin_violations`) and without it.
-        - ``gradient_norm_mean``, ``gradient_norm_max``: over the classes, of the mean over batches.
+        - ``gradient_norm_mean``, ``gradient_norm_max``: over the classes, of the mean over batches
+          whose gradient is finite.
         - With ``centres``: ``separation_min``, ``separation_bound``, ``collapsed_pairs`` and
           ``without_direction`` of :func:`centre_separation` and :func:`collapsed_classes`.
 

@@ -131,8 +131,16 @@ def load(
 def _wanted(
     state: dict[str, Any], optimizer: torch.optim.Optimizer | None, metadata: Metadata
 ) -> dict[str, Any]:
-    """What of a state to read: what may be missing in a checkpoint, only if it is there."""
+    """What of a state to read: what may be missing in a checkpoint, only if it is there.
+
+    Raises RuntimeError if a part of the checkpoint has no place in the state.
+    """
     saved = metadata.state_dict_metadata
+    own = {f"module.{key}" for key in state["module"]}
+    missing = [key for key in saved if key.startswith("module.") and key not in own]
+    missing = [key for key in missing if key.rpartition(".")[2] != "batches"]
+    if missing:
+        raise RuntimeError(f"module: expected all that was saved, missing {', '.join(missing)}")
     # The count of batches is missing where the saved loss used no random numbers.
     wanted: dict[str, Any] = {
         "module": {
@@ -146,6 +154,12 @@ def _wanted(
     # The places in the state of what was saved.
     places = {key: place for key, place in (metadata.planner_data or {}).items() if len(place) > 3}
     trained = {place[2] for place in places.values() if place[1] == "state"}
+    number = len({place[2] for place in places.values() if place[1] == "param_groups"})
+    if number != len(optimizer.param_groups):
+        raise RuntimeError(
+            f"optimizer: expected as many groups of parameters as were saved, {number}, "
+            f"got {len(optimizer.param_groups)}"
+        )
     groups = []
     for number, group in enumerate(state["optimizer"]["param_groups"]):
         there = {

@@ -33,17 +33,22 @@ class Gathering:
     A message has the capacity of the largest batch so far. If a batch is larger, or the bytes per
     row differ, the headers show it, and all ranks gather again: usually only in the first step.
     ``batch_size`` is the largest number of rows of any rank; None: exchanged between the ranks.
+    Gradients of this rank's rows are multiplied by ``factor``.
     """
 
-    def __init__(self, shard: Shard, ignore_index: int, batch_size: int | None) -> None:
+    def __init__(
+        self, shard: Shard, ignore_index: int, batch_size: int | None, factor: float
+    ) -> None:
         self.shard, self._ignore_index, self._batch_size = shard, ignore_index, batch_size
+        self._factor = factor
         self._capacity = (batch_size or 0, 0)  # rows, bytes per row
 
     def __call__(self, checked: Callable[[], RankBatch]) -> RankBatch:
         """The rows of all ranks, padded to blocks of equal size with ignored rows.
 
-        Embeddings are in float32 at least, without an autograd graph. The ValueError or TypeError
-        of ``checked``, which returns this rank's rows, is a ValueError on the other ranks.
+        Embeddings are in float32 at least; those of this rank are on its autograd graph. The
+        ValueError or TypeError of ``checked``, which returns this rank's rows, is a ValueError on
+        the other ranks.
         """
         rejection: ValueError | TypeError | None = None
         columns: list[Tensor] = []
@@ -66,7 +71,7 @@ class Gathering:
             found, capacity = self._exchange(columns, header), self._capacity
             if is_padded and found.device.type != "cpu" and _fits(header, capacity):
                 break  # reading the headers would synchronise with a GPU
-            headers = found[:, : 8 * NUMBERS].contiguous().view(torch.int64).tolist()
+            headers = _values(found[:, : 8 * NUMBERS], torch.int64).tolist()
             self._raise_rejections(rejection, headers, found)
             most = max(rows for rows, *_ in headers)
             if all(_fits(each, capacity) for each in headers):
@@ -121,15 +126,27 @@ class Gathering:
         rows, unpacked = self._capacity[0], []
         parts = torch.split(found, [rows * _bytes_of_row(column) for column in columns], 1)
         for column, part in zip(columns, parts, strict=True):
-            values = part.contiguous().view(column.dtype)
-            values = values.view(len(found), rows, *column.shape[1:])
+            values = _values(part, column.dtype).view(len(found), rows, *column.shape[1:])
             unpacked.append(values[:, :most].flatten(0, 1))
         labels, *weights, embeddings = unpacked
-        sample_weight = weights.pop() if batch.sample_weight is not None else None
-        label_weight = weights.pop() if batch.label_weight is not None else None
         # The gradients of the ranks are summed in this dtype.
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        return RankBatch(embeddings.to(dtype), labels, sample_weight, label_weight)
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+        def attached(own: Tensor | None, of_all: list[Tensor]) -> Tensor | None:
+            return None if own is None else self.shard.attached(of_all.pop(), own, self._factor)
+
+        return RankBatch(
+            self.shard.attached(embeddings, batch.embeddings, self._factor),
+            labels,
+            attached(batch.sample_weight, weights),
+            attached(batch.label_weight, weights),
+        )
+
+
+def _values(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes (size, n) as values of another dtype."""
+    # contiguous() would leave the stride of a single row as it is.
+    return found.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _bytes_of_row(column: Tensor) -> int:
@@ -139,7 +156,10 @@ def _bytes_of_row(column: Tensor) -> int:
 def _header(columns: list[Tensor], batch: RankBatch) -> list[int]:
     bytes_of_row = sum(map(_bytes_of_row, columns))
     dtype = DTYPES.index(columns[-1].dtype)
-    needs_gradient = batch.embeddings.requires_grad and torch.is_grad_enabled()
+    variables = batch.embeddings, batch.sample_weight, batch.label_weight
+    needs_gradient = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in variables
+    )
     optional = batch.label_weight is not None, batch.sample_weight is not None, needs_gradient
     present = sum(2**i for i, is_present in enumerate(optional) if is_present)
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]

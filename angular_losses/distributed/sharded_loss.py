@@ -38,7 +38,6 @@ class ShardedLoss(MarginLoss):
     """
 
     shard: Shard
-    factor: float
     sample_rate: float
     seed: int
     gathering: Gathering
@@ -81,7 +80,6 @@ class ShardedLoss(MarginLoss):
             return self._own_batch(embeddings, of_rows, sample_weight)
 
         rows = self.gathering(checked)
-        attached = self.shard.attached(rows.embeddings, embeddings, self.factor)
         _used.add(self)
         is_drawn = self.training and self.is_random
         # The same random numbers on every rank, different for each batch.
@@ -91,7 +89,7 @@ class ShardedLoss(MarginLoss):
                 self._check_replicas(rows.labels)
             self._sample(rows)
             found = super().forward(
-                attached,
+                rows.embeddings,
                 rows.labels,
                 rows.sample_weight,
                 label_weight=rows.label_weight,

@@ -48,9 +48,9 @@ def shard(
             its own shard, and the whole weight is never allocated.
         mesh: One dimension, on the device of the loss: ``init_device_mesh("cuda", (R,))``, or
             ``mesh["classes"]`` of one that has more.
-        backbone: "exact": the gradients of the embeddings are those of the returned loss. "ddp":
-            they are multiplied by R, because DistributedDataParallel and fully_shard divide by R
-            when they average gradients over the ranks.
+        backbone: "exact": the gradients of the embeddings, and of weights of rows, are those of the
+            returned loss. "ddp": they are multiplied by R, because DistributedDataParallel and
+            fully_shard divide by R when they average gradients over the ranks.
         sample_rate: The share of a rank's classes used in a training step, in [0, 1], as in
             :func:`angular_losses.sample_classes`; below 1 :func:`shard_optimizer` is needed.
         seed: The seed of the class sampling and of centres initialised here.
@@ -106,8 +106,8 @@ def shard(
     sharded.__class__ = type(f"Sharded{cls.__name__}", (ShardedLoss, cls), {})
     sharded.shard, sharded.seed = place, seed
     sharded.sample_rate = float(sample_rate)
-    sharded.factor = float(place.size) if backbone == "ddp" else 1.0
-    sharded.gathering = Gathering(place, loss.ignore_index, batch_size)
+    factor = float(place.size) if backbone == "ddp" else 1.0
+    sharded.gathering = Gathering(place, loss.ignore_index, batch_size, factor)
     sharded.weight, sharded.own_weight = weight, weakref.ref(weight)
     sharded.is_random = loss.is_random or sample_rate < 1
     sharded.batches = 0

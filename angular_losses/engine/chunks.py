@@ -198,7 +198,7 @@ class Terms:
                 weights *= self._slopes
             return self.rule.of_centres(weights, self._of_centres)
         if not self._terms.requires_grad:  # they do not depend on the cosines
-            return torch.zeros_like(weights)
+            return torch.zeros_like(self._cosines)
         variables = [self._cosines] if self.bias is None else [self._cosines, self.bias]
         slopes, *of_bias = torch.autograd.grad(
             self._terms, variables, weights, materialize_grads=True

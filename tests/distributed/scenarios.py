@@ -77,6 +77,37 @@ def errors_of_family(mesh, names, dtype, modes, sizes, classes=CLASSES, train=Fa
     return found
 
 
+def errors_of_weights(mesh, world_rows=(3, 4)):
+    """The relative errors of the gradients of weights of rows and labels, and of lam."""
+    rows, rank = sum(world_rows), mesh.get_rank()
+    mine = parts_of(rows, world_rows)[rank]
+    embeddings, labels = batch_of(rows, torch.float64)
+    others = labels.flip(0)
+    found = []
+    for reduction in ("mean", "none"):
+        whole = ArcFaceLoss(CLASSES, SIZE, dtype=torch.float64, reduction=reduction)
+        part = shard(copy.deepcopy(whole), mesh)
+        for name, shape in (("sample_weight", ()), ("label_weight", (2,)), ("lam", ())):
+            torch.manual_seed(2)
+            expected = torch.rand(rows, *shape, dtype=torch.float64).requires_grad_()
+            own = expected.detach()[mine].requires_grad_()
+            for loss, weight, here in ((whole, expected, slice(None)), (part, own, mine)):
+                given = torch.stack([labels, others], 1) if name == "label_weight" else labels
+                more = {"other_labels": others[here]} if name == "lam" else {}
+                loss(embeddings[here], given[here], **more, **{name: weight}).sum().backward()
+            found.append(relative_error(own.grad, expected.grad[mine]))
+    return found
+
+
+def odd_rows(mesh, dtype, rows=5, size=3):
+    """Whether rows whose bytes are no multiple of eight give the loss of one process."""
+    whole = ArcFaceLoss(CLASSES, size)
+    part = shard(copy.deepcopy(whole), mesh)
+    embeddings, labels = torch.randn(rows, size).to(dtype), torch.arange(rows) % CLASSES
+    found = part(embeddings, labels), whole(embeddings, labels)  # on each rank the same rows
+    return torch.allclose(*found, rtol=1e-5)
+
+
 def errors_in_chunks(mesh, *arguments):
     """The same, with several chunks of classes on the ranks that have more than one class."""
     with in_chunks_of(2 if mesh.size() < 3 else 1):

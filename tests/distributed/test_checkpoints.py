@@ -133,6 +133,25 @@ def test_other_sizes_are_a_runtime_error(tmp_path):
         load(tmp_path, modules(30))
 
 
+def test_what_has_no_place_in_the_module_is_a_runtime_error(tmp_path):
+    save(tmp_path, modules(5, schedule=al.MarginWarmup(10), class_weight=[1.0] * 5))
+    save_of = (
+        "module: expected all that was saved, missing module.1.class_weight, module.1.schedule"
+    )
+    with pytest.raises(RuntimeError, match=save_of):
+        load(tmp_path, modules(5))
+
+
+def test_another_number_of_groups_is_a_runtime_error(tmp_path):
+    both, optimizer = trained()
+    groups = torch.optim.AdamW([{"params": each.parameters()} for each in both])
+    for one, two in ((optimizer, groups), (groups, optimizer)):
+        save(tmp_path, both, one)
+        numbers = len(one.param_groups), len(two.param_groups)
+        with pytest.raises(RuntimeError, match="as were saved, {}, got {}".format(*numbers)):
+            load(tmp_path, both, two)
+
+
 def trained(num_classes=5, optimizer=torch.optim.AdamW, **options):
     """Network, loss and optimiser after a step."""
     both = modules(num_classes)

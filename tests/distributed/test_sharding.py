@@ -51,6 +51,16 @@ def test_several_chunks_of_classes_are_those_of_one_process(processes, world):
     assert not too_large(answers, 1e-10)
 
 
+def test_weights_of_rows_have_the_gradients_of_one_process(processes):
+    assert max(map(max, processes.run(sharding.errors_of_weights, 2))) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_number_of_bytes(processes, dtype):
+    for world in (1, 2):
+        assert all(processes.run(sharding.odd_rows, world, dtype))
+
+
 def test_more_ranks_than_classes(processes):
     answers = processes.run(
         sharding.errors_of_family, 4, KINDS, torch.float64, MODES, (3, 3, 3, 3), 2
