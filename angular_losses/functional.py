@@ -192,7 +192,7 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
         before = _target_before(batch, margin, dtype) if looks_at_target else None
         # A scale of each row is part of a function's terms, whose derivatives are autograd's.
         of_rows = scale.to(dtype) if negatives and isinstance(scale, Tensor) else None
-        if negatives is not None and looks_at_target:
+        if negatives is not None and not (rule.with_slopes and rule.has_slopes):
             _check_constant("negatives", negatives, before, batch, chosen.mode)
         others = Others(rule, before, of_rows, ranking=options.ranking)
         if _is_closed(batch, softmax, options, chosen.mode):
@@ -333,6 +333,8 @@ def _of_classes(name: str, found: object, cosine: Tensor) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != cosine.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
         raise ValueError(f"{name}: expected it to return shape {tuple(cosine.shape)}, got {got}")
+    if not found.is_floating_point():
+        raise TypeError(f"{name}: expected it to return floating-point numbers, got {found.dtype}")
     return found
 
 
@@ -454,10 +456,11 @@ def rest_loss(
     rule = Rule(terms, summed=True, sub_centers=batch.sub_centers)
     chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
     with without_autocast(batch.embeddings.device):
-        if bias is None:
-            bias = batch.embeddings.new_zeros(())
-        _check_constant("negative", negative, bias.detach(), batch, chosen.mode)
-        others = Others(rule, bias=bias.to(dtype).reshape(()), ranking=options.ranking)
+        bias = batch.embeddings.new_zeros(()) if bias is None else bias.reshape(())
+        bias = bias.to(dtype)
+        of_rows = bias.detach().expand(len(batch.labels))
+        _check_constant("negative", negative, of_rows, batch, chosen.mode)
+        others = Others(rule, bias=bias, ranking=options.ranking)
         parts = modes.parts(batch, chosen, others)
         losses = _of_rows("positive", positive(parts.theta), parts.theta) + parts.negatives
         of_class = _class_weights(batch, options, dtype)
@@ -482,11 +485,14 @@ def _row_weights(batch: Batch, options: Options, of_class: Tensor | None) -> flo
         weight = weight if batch.kept is None else weight.where(batch.kept, 0)
     if options.reduction != "mean":
         return 1.0 if weight is None else weight
-    if weight is None and of_class is None:
-        return 1 / max(batch.labels.shape[0], 1)
     of_rows = 1.0 if weight is None else weight
-    denominator = torch.as_tensor(of_rows if of_class is None else of_rows * of_class).sum()
-    return of_rows / denominator.masked_fill(denominator == 0, 1)
+    total: float | Tensor = float(batch.labels.shape[0])
+    if weight is not None or of_class is not None:
+        total = torch.as_tensor(of_rows if of_class is None else of_rows * of_class).sum()
+    total = batch.shard.averaged(total)
+    if not isinstance(total, Tensor):
+        return of_rows / max(total, 1.0)
+    return of_rows / total.masked_fill(total == 0, 1)
 
 
 def _reduced(batch: Batch, options: Options, losses: Tensor, of_class: Tensor | None) -> Tensor:

@@ -134,7 +134,8 @@ def mean_directions(
     seen: list[tuple[Tensor, Tensor]] = []
     for embeddings, labels in batches:
         validation.floating("embeddings", embeddings, "N", "d")
-        centres = embeddings.new_empty(1, embeddings.shape[1]).expand(num_classes, -1)
+        size = embeddings.shape[1] if sums is None else sums.shape[1]
+        centres = embeddings.new_empty(1, size).expand(num_classes, -1)
         kept = validation.batch(embeddings, centres, labels, ignore_index)
         if kept is not None:
             embeddings, labels = embeddings[kept], labels[kept]

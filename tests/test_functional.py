@@ -631,14 +631,16 @@ def test_value_and_slope_may_be_one_tensor(mode):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("sub_centers", [1, 2])
 @pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
-def test_negatives_may_be_constant_in_steps(mode):
+def test_negatives_may_be_constant_in_steps(mode, sub_centers):
     embeddings, weight, labels = small_batch()
     loss = margin_softmax_loss(
-        *(embeddings, weight, labels),
+        *(embeddings, weight, labels % (4 // sub_centers)),
         margin=Combined(m2=0.3),
         scale=8.0,
         negatives=lambda cosine, target: (cosine > target).to(cosine),
+        sub_centers=sub_centers,
         mode=mode,
     )
     found = torch.autograd.grad(loss, [embeddings])[0]
@@ -663,6 +665,29 @@ def test_given_derivatives_have_no_variables():
             margin_softmax_loss(embeddings, weight, labels, scale=8.0, **functions)
         loss = margin_softmax_loss(embeddings, weight, labels, scale=8.0, mode="dense", **functions)
         assert torch.autograd.grad(loss, [factor])[0] != 0
+    for options in (
+        {"scale": torch.tensor(8.0)},
+        {"scale": torch.full((8,), 8.0)},
+        {"scale": 8.0, "normalize_weight": False},
+    ):
+        with pytest.raises(ValueError, match=r"^negatives: expected it without variables"):
+            margin_softmax_loss(
+                *(embeddings, weight, labels), margin=torch.cos, negatives=negatives, **options
+            )
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_the_bias_has_a_number_for_each_row(mode):
+    embeddings, weight, labels = small_batch()
+    bias = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    loss = one_vs_rest_loss(
+        *(embeddings, weight, labels),
+        positive=torch.zeros_like,
+        negative=lambda cosine, bias: cosine * bias[None, :],
+        bias=bias,
+        mode=mode,
+    )
+    torch.testing.assert_close(torch.autograd.grad(loss, bias)[0] * bias, loss[None])
 
 
 def test_functions_of_other_shapes_are_named():
@@ -676,6 +701,7 @@ def test_functions_of_other_shapes_are_named():
         ("positive", lambda theta: 3.0, square),
         ("negative", torch.cos, lambda cosine, bias: cosine.sum(0)),
         ("negative", torch.cos, lambda cosine, bias: 3.0),
+        ("negative", torch.cos, lambda cosine, bias: cosine > bias),
     ):
         with pytest.raises((ValueError, TypeError), match=f"^{name}: expected it to return"):
             one_vs_rest_loss(embeddings, weight, labels, positive=positive, negative=negative)

@@ -236,3 +236,9 @@ def optimizer_of(loss, cls=torch.optim.SGD):
 def prepared(cls, rate=0.3):
     loss = made(rate=rate)
     al.sample_optimizer(optimizer_of(loss, cls), loss)
+
+
+def test_a_share_of_the_classes_is_rounded_up_once():
+    loss = al.sample_classes(al.ArcFaceLoss(100, 8), 0.07)  # 7.000000000000001 classes
+    loss(torch.randn(1, 8), torch.tensor([3])).backward()
+    assert loss.weight.grad._nnz() == 7

@@ -192,6 +192,11 @@ class TestMeanDirections:
             ([(torch.ones(2, 4), torch.tensor([0, 3]))], ValueError, r"labels: .*\[0, 3\).*got 3"),
             ([(torch.ones(2, 4), torch.ones(2))], TypeError, "labels: expected an integer"),
             ([(torch.ones(2), torch.tensor([0, 1]))], ValueError, "embeddings: expected shape"),
+            (
+                [(torch.ones(1, size), torch.tensor([0])) for size in (4, 6)],
+                ValueError,
+                r"embeddings: expected shape \(N, 4\)",
+            ),
         ],
     )
     def test_bad_arguments_are_named(self, batches, error, message):

@@ -212,6 +212,12 @@ def _of_optimizer(
     from torch.distributed.checkpoint import state_dict as states
 
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    foreign = {*parameters} - {*module.parameters()}
+    if foreign:
+        shapes = [tuple(each.shape) for each in parameters if each in foreign]
+        raise RuntimeError(
+            f"optimizer: expected the module to have all of its parameters, not of shapes {shapes}"
+        )
     gradients = [each.grad for each in parameters]
     for parameter in parameters:  # with a gradient torch would not make the state
         parameter.grad = None
@@ -372,6 +378,9 @@ def _checksum(path: Path) -> str:
 def _check_files(path: Path) -> None:
     """Raise RuntimeError if a file is not the one that was saved; each rank checks some of them."""
     checksums = json.loads((path / CHECKSUMS).read_text())
+    unknown = {METADATA, *(file.name for file in path.glob("__*.distcp"))} - {*checksums}
+    if unknown:
+        raise RuntimeError(f"{path / CHECKSUMS}: expected a checksum of each file, not {unknown}")
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for name in sorted(checksums)[_rank() :: world_size]:
         if _checksum(path / name) != checksums[name]:

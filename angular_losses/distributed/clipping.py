@@ -75,7 +75,7 @@ def clip_grad_norm_(
             dist.all_reduce(square, group=group)
     total = torch.stack([*squares.values()]).sum().sqrt()
     factor = (max_norm / (total + 1e-6)).clamp(max=1)
-    for values in gradients:
+    for values in gradients if max_norm < math.inf else ():  # an infinite norm would make NaN
         values.mul_(factor.to(values.dtype))
     return total if torch.float64 in {values.dtype for values in gradients} else total.float()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from .. import collectives, validation
+from .. import validation
+from ..engine.placement import number_of
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
-from ..losses.sampled_loss import refuse_unprepared_optimizers
+from ..losses.sampled_loss import averaging_wrapper, refuse_unprepared_optimizers
 from .gathering import Gathering, RankBatch
 
 if TYPE_CHECKING:
@@ -85,8 +85,6 @@ class ShardedLoss(MarginLoss):
         # The same random numbers on every rank, different for each batch.
         drawing = self._seeded(self.seed, self._batch()) if is_drawn else nullcontext()
         with self.shard.reductions(), drawing:
-            if self.shard.replicas is not None:
-                self._check_replicas(rows.labels)
             self._sample(rows)
             found = super().forward(
                 rows.embeddings,
@@ -153,7 +151,9 @@ class ShardedLoss(MarginLoss):
         """The logits of the rows of all ranks for the classes here."""
         length = len(embeddings) if isinstance(embeddings, Tensor) and embeddings.dim() else 0
         labels = torch.zeros(length, dtype=torch.int64, device=self.weight.device)
-        rows = self.gathering(lambda: self._own_batch(embeddings, (labels, None)))
+        # Large batches here would otherwise enlarge the messages of later training steps.
+        gathering = copy.copy(self.gathering)
+        rows = gathering(lambda: self._own_batch(embeddings, (labels, None)))
         return super().get_logits(rows.embeddings)
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
@@ -176,11 +176,8 @@ class ShardedLoss(MarginLoss):
                 "shard again; use fully_shard(network), or "
                 "fully_shard(module, ignored_params={loss.weight})"
             )
-        wrapper = DistributedDataParallel._active_ddp_module
+        wrapper, name = averaging_wrapper(self.weight)
         if wrapper is None:
-            return None
-        names = [name for name, each in wrapper.module.named_parameters() if each is self.weight]
-        if not names or names[0] in wrapper.parameters_to_ignore:
             return None
         group = wrapper.process_group
         ranks = set(dist.get_process_group_ranks(group))
@@ -189,7 +186,7 @@ class ShardedLoss(MarginLoss):
                 "DistributedDataParallel: expected it without the centres of a sharded loss, which "
                 "it has just overwritten with those of one rank, and whose gradients it would "
                 "average; use DistributedDataParallel(network), or set "
-                f"module._ddp_params_and_buffers_to_ignore = [{names[0]!r}] before wrapping the "
+                f"module._ddp_params_and_buffers_to_ignore = [{name!r}] before wrapping the "
                 "module that contains both"
             )
         if self.sample_rate < 1:
@@ -198,15 +195,6 @@ class ShardedLoss(MarginLoss):
                 f"classes, which cannot average sparse gradients, got {self.sample_rate}"
             )
         return group
-
-    def _check_replicas(self, labels: Tensor) -> None:
-        """Raise unless all replicas have the same number of rows: each is averaged alike."""
-        count = (labels != self.ignore_index).sum()
-        torch._assert_async(
-            collectives.spread(count) == 0,
-            "embeddings: expected the same number of rows in each replica of the classes, whose "
-            "means DistributedDataParallel averages with equal weights",
-        )
 
     def reset_parameters(self, init: Tensor | None = None) -> None:
         """Set anew what the constructor sets; centres start from directions before :func:`shard`.
@@ -259,7 +247,7 @@ class ShardedLoss(MarginLoss):
         if self.sample_rate == 1.0 or not self.training:
             return
         labels = rows.labels.flatten()
-        shard.most = min(shard.each, max(math.ceil(self.sample_rate * shard.each), len(labels), 1))
+        shard.most = min(shard.each, max(number_of(self.sample_rate, shard.each), len(labels), 1))
         if not shard.count:
             return
         generator = torch.Generator(labels.device)

@@ -117,7 +117,7 @@ def parts(
     shard, rule, bias = batch.shard, others.rule, others.bias
     # Before the rows, whose gradients then are summed first, on every rank.
     scale = shard.shared(scale) if isinstance(scale, Tensor) else scale
-    bias = None if bias is None else shard.shared(bias)
+    bias = None if bias is None else shard.shared(bias).expand(batch.own.shape[0])
     share = None if class_share is None else shard.of_classes(class_share)
     deferred: Deferred = []
     if not batch.weight.shape[0]:
@@ -129,7 +129,7 @@ def parts(
             inputs(batch, scale, share),
             settings(batch, chosen, scale, bias),
             others._replace(
-                bias=None if bias is None else bias.expand(batch.own.shape[0]),
+                bias=bias,
                 begin_sum=shard.begin_sum,
                 deferred=deferred if shard.is_partial else None,
             ),

@@ -45,6 +45,10 @@ class Placement:
         """The weight."""
         return weight
 
+    def averaged(self, total: float | Tensor) -> float | Tensor:
+        """A sum over the rows, as a mean over replicas of the classes: there are none."""
+        return total
+
     def completed(
         self, parts: Parts, own: Tensor, deferred: Deferred, *, summed: bool, is_bounded: bool
     ) -> Parts:
@@ -75,6 +79,11 @@ class Placement:
 
 
 WHOLE = Placement()
+
+
+def number_of(rate: float, num_classes: int) -> int:
+    """The number of classes that a share makes, rounded up."""
+    return math.ceil(round(rate * num_classes, 6))  # 0.07 * 100 is more than 7
 
 
 class Sampled(Placement):
@@ -115,7 +124,7 @@ class Sampled(Placement):
             chances[before] += 1
         chances[self._place(labels)] = 3.0  # the last, of no class, for -1
         chances = chances[:-1]
-        wanted = max(math.ceil(rate * self.count), int((chances == 3.0).sum()))
+        wanted = max(number_of(rate, self.count), int((chances == 3.0).sum()))
         self.sampled = chances.topk(wanted).indices.sort().values
 
     def _place(self, labels: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import collectives
+from ..geometry import precise_dtype
 from .chunks import Deferred
 from .passes import Parts
 from .placement import Sampled
@@ -152,6 +153,22 @@ class Shard(Sampled):
     def reductions(self) -> AbstractContextManager[None]:
         """Context of statistics over rows: over the replicas, for all ranks have the same rows."""
         return collectives.over(self.replicas)
+
+    def averaged(self, total: float | Tensor) -> float | Tensor:
+        """The mean over the replicas of a sum over rows, of the rows themselves or their weights.
+
+        With it as denominator, what averages the replicas' gradients makes those of the mean over
+        the rows of all replicas.
+        """
+        if self.replicas is None:
+            return total
+        if isinstance(total, Tensor) and total.requires_grad:
+            raise RuntimeError(
+                "sample_weight: expected none that needs a gradient with replicas of the classes"
+            )
+        dtype = precise_dtype(self.device)
+        of_all = collectives.total(torch.as_tensor(total, dtype=dtype, device=self.device))
+        return of_all / dist.get_world_size(self.replicas)
 
     def total(self, values: Tensor, deferred: Deferred | None = None) -> Tensor:
         """The sum over ranks, with a gradient; for what every rank then uses alike."""

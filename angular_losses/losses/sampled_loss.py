@@ -7,8 +7,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..engine.placement import Sampled
@@ -39,6 +40,11 @@ class SampledLoss(MarginLoss):
 
     def _labels(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         labels, label_weight = super()._labels(*arguments)
+        if averaging_wrapper(self.weight)[0] is not None:
+            raise RuntimeError(
+                "DistributedDataParallel: expected it without sampled classes, whose gradients are "
+                "sparse; use angular_losses.distributed.shard(loss, mesh, sample_rate=...)"
+            )
         # Checkpointing recomputes a pass with its random numbers, but outside of same_step.
         if not is_in_backward():
             self._was_same_step = self._is_same_step
@@ -77,6 +83,16 @@ def sampled_class(cls: type[MarginLoss]) -> type[SampledLoss]:
 def _remade(cls: type[MarginLoss]) -> MarginLoss:
     made = sampled_class(cls)
     return made.__new__(made)
+
+
+def averaging_wrapper(weight: nn.Parameter) -> tuple[DistributedDataParallel | None, str]:
+    """What averages the gradient of a weight after this forward pass, and its name in there."""
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is not None:
+        for name, each in wrapper.module.named_parameters():
+            if each is weight and name not in wrapper.parameters_to_ignore:
+                return wrapper, name
+    return None, ""
 
 
 _sampled: weakref.WeakSet[MarginLoss] = weakref.WeakSet()

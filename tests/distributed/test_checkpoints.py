@@ -152,6 +152,24 @@ def test_another_number_of_groups_is_a_runtime_error(tmp_path):
             load(tmp_path, both, two)
 
 
+def test_an_optimiser_of_other_parameters_is_a_runtime_error(tmp_path):
+    both, other = modules(5), torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([*both.parameters(), *other.parameters()])
+    step(both, optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"optimizer: expected the module .* \[\(2, 3\), \(2,\)\]"
+    ):
+        save(tmp_path, both, optimizer)
+
+
+@pytest.mark.parametrize("left", ["{}", "[]"])
+def test_files_without_a_checksum_are_a_runtime_error(tmp_path, left):
+    save(tmp_path, modules())
+    (tmp_path / "000001" / "checksums.json").write_text(left)
+    with pytest.raises(RuntimeError, match=r"checksums.json: expected a checksum of each file"):
+        load(tmp_path, modules())
+
+
 def trained(num_classes=5, optimizer=torch.optim.AdamW, **options):
     """Network, loss and optimiser after a step."""
     both = modules(num_classes)

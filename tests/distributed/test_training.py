@@ -37,6 +37,9 @@ def test_an_infinite_norm_clips_nothing():
     network(torch.tensor([[3.0, 4.0]])).sum().backward()
     assert clip_grad_norm_(network, math.inf) == 5
     assert network.weight.grad.tolist() == [[3.0, 4.0]]
+    network.weight.grad[0, 0] = math.inf
+    assert clip_grad_norm_(network, math.inf) == math.inf
+    assert network.weight.grad.tolist() == [[math.inf, 4.0]]
     with pytest.raises(ValueError, match="max_norm: "):
         clip_grad_norm_(network, -math.inf)
 
@@ -114,15 +117,37 @@ def test_replicas_as_one_process(processes, build):
     assert max(processes.run(trainings.replicas, 4, build, 1.0, (3, 3, 4, 2))) <= 1e-6
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_replicas_of_other_rows_and_weights(processes, is_weighted):
+    arguments, options = [al.ArcFaceLoss, 1.0, (5, 4, 1, 2)], {}
+    if is_weighted:
+        arguments.append(torch.linspace(0.0, 2.0, 12))
+        options["class_weight"] = torch.linspace(0.2, 3.0, trainings.CLASSES)
+    assert max(processes.run(trainings.replicas, 4, *arguments, **options)) <= 1e-6
+
+
 @pytest.mark.parametrize(
-    ("rate", "sizes", "reason"),
-    [(0.5, (3, 3, 3, 3), "sparse gradients"), (1.0, (4, 3, 3, 2), "the same number of rows")],
+    ("rate", "row_weight", "reason"),
+    [
+        (0.5, None, "sparse gradients"),
+        (1.0, torch.ones(12, requires_grad=True), "sample_weight: expected none that needs"),
+    ],
 )
-def test_replicas_that_are_refused(processes, rate, sizes, reason):
-    arguments = al.ArcFaceLoss, rate, sizes
+def test_replicas_that_are_refused(processes, rate, row_weight, reason):
+    arguments = al.ArcFaceLoss, rate, (3, 3, 3, 3), row_weight
     for told in processes.run(trainings.refused_replicas, 4, *arguments, timeout=20.0):
         assert told.startswith("RuntimeError: ")
         assert reason in told
+
+
+def test_sampled_classes_in_replicas_are_refused(processes):
+    for told in processes.run(trainings.refused_sampling, 2):
+        assert told.startswith("RuntimeError: DistributedDataParallel: expected it without sampled")
+
+
+def test_evaluations_do_not_enlarge_messages(processes):
+    for before, after in processes.run(trainings.messages_after_an_evaluation, 2):
+        assert before == after
 
 
 def test_copies_and_averages(processes):

@@ -322,11 +322,12 @@ def sampled_classes(mesh, rate, labels, **options):
     return sampled, bool(value.isfinite()) and rows == expected
 
 
-def replicas(mesh, build, rate, sizes):
+def replicas(mesh, build, rate, sizes, row_weight=None, **options):
     """Classes over two ranks, and two replicas of them, under DistributedDataParallel."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "classes"))
     torch.manual_seed(1)
-    whole, alone = build(CLASSES, SIZE, scale=16.0, dtype=torch.float64), network()
+    whole = build(CLASSES, SIZE, scale=16.0, dtype=torch.float64, **options)
+    alone = network()
     part = shard(copy.deepcopy(whole), grid["classes"], backbone="ddp", sample_rate=rate)
     net = DistributedDataParallel(network())
     run = DistributedDataParallel(part, process_group=grid["replicas"].get_group())
@@ -338,9 +339,10 @@ def replicas(mesh, build, rate, sizes):
         mine = parts_of(12, sizes)[dist.get_rank()]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        run(net(inputs[mine]), labels[mine]).backward()
+        of_own = None if row_weight is None else row_weight[mine]
+        run(net(inputs[mine]), labels[mine], of_own).backward()
         with al.collectives.over(None):
-            whole(alone(inputs), labels).backward()
+            whole(alone(inputs), labels, row_weight).backward()
         for optimizer in optimizers:
             optimizer.step()
     buffers = dict(whole.named_buffers())
@@ -355,6 +357,27 @@ def replicas(mesh, build, rate, sizes):
 
 def refused_replicas(mesh, *arguments):
     return told(lambda: replicas(mesh, *arguments))
+
+
+def refused_sampling(mesh):
+    """A loss with sampled classes of one process in DistributedDataParallel."""
+    run = DistributedDataParallel(al.sample_classes(built_loss(), 0.5))
+    return told(lambda: run(*batch_of(4, torch.float32)))
+
+
+def messages_after_an_evaluation(mesh):
+    """The sizes of the messages of a training step, before and after a large evaluation."""
+    loss, sizes = shard(built_loss(), mesh), []
+    for rows in (8, 200, 8):
+        embeddings, labels = batch_of(rows, torch.float32)
+        if rows > 8:
+            loss.topk(embeddings)
+        else:
+            loss(embeddings, labels)
+            with patch.object(loss.shard, "gathered", side_effect=loss.shard.gathered) as gathered:
+                loss(embeddings, labels)
+            sizes.append([call.args[0].shape for call in gathered.call_args_list])
+    return sizes
 
 
 def copies(mesh):

@@ -140,6 +140,7 @@ def test_one_hot_labels_are_refused_and_soft_ones_over_all_classes_are_not():
     of_all = torch.arange(5).expand(3, 5)
     found = loss(embeddings, of_all, label_weight=one_hot.float())
     assert found.item() == pytest.approx(loss(embeddings, labels).item(), rel=1e-6)
+    loss(embeddings, torch.tensor([[0, 1, -100, -100, -100]]).expand(3, 5))
 
 
 def test_the_second_labels_are_named():
