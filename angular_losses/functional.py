@@ -148,7 +148,8 @@ def margin_softmax_loss(
         mode: "auto", "dense", "stash" or "recompute". "auto" is :func:`plan`'s choice of the last
             two, but "dense" inside ``torch.func``.
         memory_budget: Bytes that may be used beyond the arguments and their gradients; by default
-            as :func:`plan` says.
+            as :func:`plan` says. With ``label_smoothing`` and ``sub_centers`` or ``negatives``,
+            which take two passes, twice that may be used.
         shard: Which of the classes ``weight`` holds, where processes share them
             (:mod:`angular_losses.distributed`); the rows are those of all processes then.
 
@@ -184,6 +185,8 @@ def softmax_loss(batch: Batch, softmax: Softmax, options: Options) -> Tensor:
     _check_softmax(batch, softmax)
     _check_options(batch, options)
     margin, scale, negatives = softmax.margin, softmax.scale, softmax.negatives
+    if isinstance(scale, Tensor) and batch.kept is not None:
+        scale = scale.where(batch.kept, 1)
     rule = _rule(softmax, batch.sub_centers)
     chosen = modes.choose(batch, options.mode, options.memory_budget, rule)
     dtype = working_dtype(batch.embeddings, batch.weight)
@@ -486,10 +489,8 @@ def _row_weights(batch: Batch, options: Options, of_class: Tensor | None) -> flo
     if options.reduction != "mean":
         return 1.0 if weight is None else weight
     of_rows = 1.0 if weight is None else weight
-    total: float | Tensor = float(batch.labels.shape[0])
-    if weight is not None or of_class is not None:
-        total = torch.as_tensor(of_rows if of_class is None else of_rows * of_class).sum()
-    total = batch.shard.averaged(total)
+    each = of_rows if of_class is None else of_rows * of_class
+    total = batch.shard.averaged(each.sum() if isinstance(each, Tensor) else len(batch.labels))
     if not isinstance(total, Tensor):
         return of_rows / max(total, 1.0)
     return of_rows / total.masked_fill(total == 0, 1)
@@ -499,6 +500,7 @@ def _reduced(batch: Batch, options: Options, losses: Tensor, of_class: Tensor | 
     """The loss of a batch, from the losses of its rows (N,) with the weights of their classes."""
     if options.penalty is not None:
         penalty = options.penalty.to(losses.dtype)
+        penalty = penalty if batch.kept is None else penalty.where(batch.kept, 0)
         losses = losses + (penalty if of_class is None else of_class * penalty)
     losses = losses * _row_weights(batch, options, of_class)
     return losses if options.reduction == "none" else losses.sum()

@@ -145,12 +145,11 @@ def of_classes(name: str, value: object) -> Tensor:
     """Return a tensor as it is, and another sequence of numbers, one a class, as a tensor (C,)."""
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, (str, bytes)) or not (
-        isinstance(value, Sequence) or hasattr(value, "__array__")
-    ):
+    is_array = hasattr(value, "__array__") and getattr(value, "ndim", 1) > 0
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or is_array):
         raise TypeError(f"{name}: expected a number for each class (C,), got {_describe(value)}")
     numbers = [finite(name, each) for each in cast(Iterable[Any], value)]
-    return torch.tensor(numbers, dtype=kept_dtype())
+    return torch.tensor(numbers, dtype=kept_dtype(), device="cpu")
 
 
 def kept_dtype() -> torch.dtype:

@@ -34,7 +34,7 @@ def test_it_is_the_loss_of_the_classes_drawn(cls, sub_centers, num_labels):
     labels.view(-1)[0] = -100
     value = loss(embeddings, labels)
     value.backward()
-    drawn = loss.shard.sampled
+    drawn = loss.shard.drawn
     kept = labels != -100
     assert set(labels[kept].tolist()) <= set(drawn.tolist())
     assert len(drawn) == max(12, len(labels.where(kept, 0).unique()))
@@ -78,22 +78,22 @@ def test_each_step_draws_anew_from_torchs_generator():
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
         loss(embeddings, labels)
-        drawn.append(loss.shard.sampled.tolist())
+        drawn.append(loss.shard.drawn.tolist())
     assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_the_same_step_keeps_the_classes_drawn():
     loss, (embeddings, labels) = made(), batch()
     first = loss(embeddings, labels)
-    drawn = set(loss.shard.sampled.tolist())
+    drawn = set(loss.shard.drawn.tolist())
     with loss.same_step():
         assert torch.equal(loss(embeddings, labels), first)
         others = torch.arange(CLASSES - 3, CLASSES)
         loss(embeddings[:3], others)
-        assert len(loss.shard.sampled) == len(drawn)
-        assert set(loss.shard.sampled.tolist()) <= drawn | set(others.tolist())
+        assert len(loss.shard.drawn) == len(drawn)
+        assert set(loss.shard.drawn.tolist()) <= drawn | set(others.tolist())
     loss(embeddings, labels)
-    assert set(loss.shard.sampled.tolist()) != drawn
+    assert set(loss.shard.drawn.tolist()) != drawn
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -126,7 +126,7 @@ def test_a_step_moves_the_rows_drawn_alone(optimizer):
         assert clip_grad_norm_(loss, 1.0) > 0
         stepping.step()
         moved = (loss.weight.detach() != before).any(1).nonzero()[:, 0]
-        assert moved.tolist() == loss.shard.sampled.tolist()
+        assert moved.tolist() == loss.shard.drawn.tolist()
     for value in stepping.state_dict()["state"][0].values():
         assert value is None or value.dim() == 0 or value.shape == loss.weight.shape
 
@@ -185,8 +185,8 @@ def test_extended_losses_draw_new_classes_too():
     loss.extend(20)
     embeddings, _ = batch()
     loss(embeddings, torch.full((ROWS,), 59)).backward()
-    assert len(loss.shard.sampled) == 18
-    assert 59 in loss.shard.sampled
+    assert len(loss.shard.drawn) == 18
+    assert 59 in loss.shard.drawn
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -242,3 +242,11 @@ def test_a_share_of_the_classes_is_rounded_up_once():
     loss = al.sample_classes(al.ArcFaceLoss(100, 8), 0.07)  # 7.000000000000001 classes
     loss(torch.randn(1, 8), torch.tensor([3])).backward()
     assert loss.weight.grad._nnz() == 7
+
+
+def test_outside_of_a_step_all_classes_take_part():
+    loss, (embeddings, labels) = made(), batch()
+    loss(embeddings, labels)
+    others = (labels + 1) % CLASSES
+    found = loss.target_angles(embeddings, others)
+    assert torch.equal(found, al.sample_classes(loss, 1).target_angles(embeddings, others))

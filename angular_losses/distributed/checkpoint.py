@@ -61,7 +61,8 @@ def save(
 
     Raises:
         RuntimeError: On every rank, if one of them could not write, or the optimiser is not
-            prepared; the message has its reason. The previous checkpoint is still the current one.
+            prepared; the message has its reason. The previous checkpoint is still the current one,
+            or the new one already is.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..engine.shard import Shard
 
 # The header of a message: number of rows, bytes per row, dtype of the embeddings, which columns are
-# present and whether a gradient is needed; then, in UTF-8, the error message of a rank that rejects
-# its batch.
+# present, whether a gradient is needed, and the call; then, in UTF-8, the error message of a rank
+# that rejects its batch.
 NUMBERS, TEXT = 4, 480
 HEADER = 8 * NUMBERS + TEXT
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,12 +43,12 @@ class Gathering:
         self._factor = factor
         self._capacity = (batch_size or 0, 0)  # rows, bytes per row
 
-    def __call__(self, checked: Callable[[], RankBatch]) -> RankBatch:
+    def __call__(self, checked: Callable[[], RankBatch], call: int) -> RankBatch:
         """The rows of all ranks, padded to blocks of equal size with ignored rows.
 
         Embeddings are in float32 at least; those of this rank are on its autograd graph. The
         ValueError or TypeError of ``checked``, which returns this rank's rows, is a ValueError on
-        the other ranks.
+        the other ranks. So is another ``call`` there, a number for what is done with the rows.
         """
         rejection: ValueError | TypeError | None = None
         columns: list[Tensor] = []
@@ -63,7 +63,7 @@ class Gathering:
             weights = batch.label_weight, batch.sample_weight
             given = [weight.detach().double() for weight in weights if weight is not None]
             columns = [batch.labels.long(), *given, batch.embeddings.detach()]
-            header = _header(columns, batch)
+            header = _header(columns, batch, call)
         except (ValueError, TypeError) as error:
             rejection, header = error, _rejection(error)
         is_padded = self._batch_size is not None
@@ -114,9 +114,9 @@ class Gathering:
                 raise ValueError(f"{text.decode(errors='replace')} (rank {rank}'s batch)")
         if len({tuple(kind) for _, *kind in headers}) > 1:
             raise ValueError(
-                "embeddings: expected one dtype on all ranks, as many labels a row, and a "
-                "gradient, sample_weight and label_weight on all or none (a rank without a batch "
-                "passes 0 rows through its network too)"
+                "embeddings: expected one dtype on all ranks, the same call, as many labels a row, "
+                "and a gradient, sample_weight, label_weight and return_correct on all or none "
+                "(a rank without a batch passes 0 rows through its network too)"
             )
 
     def _unpacked(
@@ -153,7 +153,7 @@ def _bytes_of_row(column: Tensor) -> int:
     return column.element_size() * column.shape[1:].numel()
 
 
-def _header(columns: list[Tensor], batch: RankBatch) -> list[int]:
+def _header(columns: list[Tensor], batch: RankBatch, call: int) -> list[int]:
     bytes_of_row = sum(map(_bytes_of_row, columns))
     dtype = DTYPES.index(columns[-1].dtype)
     variables = batch.embeddings, batch.sample_weight, batch.label_weight
@@ -161,7 +161,7 @@ def _header(columns: list[Tensor], batch: RankBatch) -> list[int]:
         each is not None and each.requires_grad for each in variables
     )
     optional = batch.label_weight is not None, batch.sample_weight is not None, needs_gradient
-    present = sum(2**i for i, is_present in enumerate(optional) if is_present)
+    present = 8 * call + sum(2**i for i, is_present in enumerate(optional) if is_present)
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]
 
 

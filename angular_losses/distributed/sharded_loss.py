@@ -30,7 +30,8 @@ class ShardedLoss(MarginLoss):
 
     Every rank has to call its methods, even without rows; the number of rows N may differ. What one
     rank rejects is an error on all: there the TypeError or ValueError of the unsharded loss,
-    elsewhere a ValueError with its message (on a GPU with ``batch_size`` that of the timeout).
+    elsewhere a ValueError with its message (on a GPU with ``batch_size`` that of the timeout). It
+    has first derivatives only, in every mode, and does not work inside ``torch.func``.
 
     Attributes:
         weight: The centres of this rank's classes, a parameter.
@@ -79,13 +80,12 @@ class ShardedLoss(MarginLoss):
             of_rows = self._labels(embeddings, labels, label_weight, other_labels, lam)
             return self._own_batch(embeddings, of_rows, sample_weight)
 
-        rows = self.gathering(checked)
+        rows = self.gathering(checked, 2 * self.training + return_correct)
         _used.add(self)
         is_drawn = self.training and self.is_random
         # The same random numbers on every rank, different for each batch.
         drawing = self._seeded(self.seed, self._batch()) if is_drawn else nullcontext()
-        with self.shard.reductions(), drawing:
-            self._sample(rows)
+        with self.shard.reductions(), drawing, self._sampling(rows):
             found = super().forward(
                 rows.embeddings,
                 rows.labels,
@@ -115,7 +115,7 @@ class ShardedLoss(MarginLoss):
         Args:
             embeddings: (N, d), of this rank.
         """
-        here = self._logits_here(embeddings)
+        here = self._logits_here(embeddings, 0)
         own = self.shard.joined(here.T).T[self.shard.block(len(here))]
         return own[: len(embeddings)].contiguous()
 
@@ -136,7 +136,7 @@ class ShardedLoss(MarginLoss):
         k = validation.positive_integer("k", k)
         if k > self.num_classes:
             raise ValueError(f"k: expected at most {self.num_classes} classes, got {k}")
-        here = self._logits_here(embeddings)
+        here = self._logits_here(embeddings, k)
         block = self.shard.block(len(here))
 
         def of_all_ranks(found: Tensor) -> Tensor:
@@ -147,13 +147,13 @@ class ShardedLoss(MarginLoss):
         logits, place = of_all_ranks(logits).topk(k, 1)
         return logits, of_all_ranks(classes + self.shard.first).gather(1, place)
 
-    def _logits_here(self, embeddings: Tensor) -> Tensor:
-        """The logits of the rows of all ranks for the classes here."""
+    def _logits_here(self, embeddings: Tensor, k: int) -> Tensor:
+        """The logits of the rows of all ranks for the classes here; k are wanted, or all for 0."""
         length = len(embeddings) if isinstance(embeddings, Tensor) and embeddings.dim() else 0
         labels = torch.zeros(length, dtype=torch.int64, device=self.weight.device)
         # Large batches here would otherwise enlarge the messages of later training steps.
         gathering = copy.copy(self.gathering)
-        rows = gathering(lambda: self._own_batch(embeddings, (labels, None)))
+        rows = gathering(lambda: self._own_batch(embeddings, (labels, None)), 4 + k)
         return super().get_logits(rows.embeddings)
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
@@ -240,19 +240,22 @@ class ShardedLoss(MarginLoss):
         """The number of the training step of this pass, from 1."""
         return self.batches if self._repeats_a_step() else self.batches + 1
 
-    def _sample(self, rows: RankBatch) -> None:
-        """Choose the classes of a step: those of the batch's labels, and random others."""
+    @contextmanager
+    def _sampling(self, rows: RankBatch) -> Iterator[None]:
+        """Context in which the classes of a step take part: those of the labels, and others."""
         shard = self.shard
-        shard.sampled, shard.most = None, shard.each
-        if self.sample_rate == 1.0 or not self.training:
-            return
-        labels = rows.labels.flatten()
-        shard.most = min(shard.each, max(number_of(self.sample_rate, shard.each), len(labels), 1))
-        if not shard.count:
-            return
-        generator = torch.Generator(labels.device)
-        generator.manual_seed(mixed(self.seed, self._batch(), shard.rank))
-        shard.draw(labels.where(labels != self.ignore_index, -1), self.sample_rate, generator)
+        if self.sample_rate < 1.0 and self.training:
+            labels, share = rows.labels.flatten(), number_of(self.sample_rate, shard.each)
+            shard.most = min(shard.each, max(share, len(labels), 1))
+            if shard.count:
+                generator = torch.Generator(labels.device)
+                generator.manual_seed(mixed(self.seed, self._batch(), shard.rank))
+                drawn = labels.where(labels != self.ignore_index, -1)
+                shard.draw(drawn, self.sample_rate, generator)
+        try:
+            yield
+        finally:
+            shard.sampled, shard.most = None, shard.each
 
     def rows_of_a_class(self) -> dict[str, int]:
         """What is kept for the classes of this rank alone, and how many rows for each."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import validation
 from ..engine.placement import WHOLE
@@ -19,9 +20,6 @@ from ..losses.usage_warnings import watch
 from ..sampling import check_may_sample, refuse_unprepared_optimizers
 from .gathering import Gathering
 from .sharded_loss import ShardedLoss, mixed
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 BACKBONES = ("exact", "ddp")
 _Loss = TypeVar("_Loss", bound=MarginLoss)
@@ -53,7 +51,8 @@ def shard(
             fully_shard divide by R when they average gradients over the ranks.
         sample_rate: The share of a rank's classes used in a training step, in [0, 1], as in
             :func:`angular_losses.sample_classes`; below 1 :func:`shard_optimizer` is needed.
-        seed: The seed of the class sampling and of centres initialised here.
+        seed: The seed of random numbers, such as those of class sampling and of centres initialised
+            here, the same on all ranks.
         batch_size: The largest number of rows of any rank. Without it the ranks exchange their
             numbers in each step, which synchronises with a GPU once. With it batches are padded to
             that number without synchronisation, and if a rank on a GPU rejects its batch, the
@@ -61,7 +60,7 @@ def shard(
 
     Raises:
         TypeError: If the loss is not of this package, or already sharded.
-        ValueError: If the mesh has several dimensions, or an argument is out of range.
+        ValueError: If the mesh has not one dimension, or an argument is out of range.
 
     Example:
         >>> import torch.distributed as dist
@@ -85,12 +84,13 @@ def shard(
         raise TypeError("loss: expected an unsharded loss, got a sharded one")
     if isinstance(loss, SampledLoss):
         raise TypeError("loss: expected one of all classes, use sample_classes(loss, 1)")
-    if mesh.ndim != 1:
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         raise ValueError(
-            f"mesh: expected one dimension, such as mesh['classes'], got {mesh.ndim} dimensions"
+            f"mesh: expected a DeviceMesh of one dimension, such as mesh['classes'], got {mesh!r}"
         )
     validation.choice("backbone", backbone, BACKBONES)
     validation.share("sample_rate", sample_rate)
+    validation.integer("seed", seed)
     if batch_size is not None:
         validation.positive_integer("batch_size", batch_size)
     if sample_rate < 1:

@@ -16,7 +16,8 @@ class Batch(NamedTuple):
     """Embeddings, class centres and labels that belong together.
 
     Attributes:
-        embeddings: (N, d), zero in ignored rows: a NaN there reaches no gradient.
+        embeddings: (N, d), ones in ignored rows: a NaN there reaches no gradient, and what depends
+            on a length is finite.
         weight: (C, d) the class centres that take part here; (C * sub_centers, d).
         labels: (N,) int64 in [0, num_classes), 0 in ignored rows.
         own: (N,) int64, the row of ``weight`` that is the target's (nearest) centre, or -1 where
@@ -67,7 +68,7 @@ def of_rows(
 ) -> Batch:
     """The batch of checked tensors."""
     if kept is not None:
-        embeddings, labels = embeddings.where(kept[:, None], 0), labels.where(kept, 0)
+        embeddings, labels = embeddings.where(kept[:, None], 1), labels.where(kept, 0)
     weight, own = shard.centres(weight, sub_centers), shard.local(labels)
     if sub_centers > 1:
         with without_autocast(embeddings.device):

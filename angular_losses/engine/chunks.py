@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from . import kernels
 
@@ -184,7 +185,10 @@ class Terms:
             if self.rule.with_slopes is not None:
                 terms, self._slopes = self.rule.with_slopes(terms)
             return terms
-        with torch.set_grad_enabled(self.differentiate):
+        # Differentiated here, so hooks of saved tensors are not for them: those of checkpointing
+        # would run the network again for each chunk.
+        hooks = saved_tensors_hooks(Tensor.detach, lambda saved: saved)
+        with torch.set_grad_enabled(self.differentiate), hooks:
             self._cosines = cosines.detach().requires_grad_(self.differentiate)
             self._terms = self.rule.of_classes(self._cosines, self.target, self.bias)
         return self._terms.detach()

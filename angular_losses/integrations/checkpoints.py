@@ -99,7 +99,7 @@ def from_insightface(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, T
         raise ValueError(
             f"state_dicts: expected the ranks in order, with {expected} classes each, got {sizes}"
         )
-    return {"weight": torch.cat([shard.to(shards[0].device) for shard in shards])}
+    return {"weight": torch.cat([shard.detach().to(shards[0].device) for shard in shards])}
 
 
 def to_insightface(state_dict: Mapping[str, Tensor], num_ranks: int) -> list[dict[str, Tensor]]:

@@ -55,7 +55,8 @@ class MarginLoss(ClassCentres, nn.Module):
     schedule and the statistics. A pass under ``torch.no_grad()`` moves nothing and uses them as
     they are. Where ``torch.utils.checkpoint`` runs a pass again it is still one step; for other
     repeated passes (SAM, accumulated gradients) there is :meth:`same_step`. Buffers stay
-    float32 at least, whatever the loss is cast to.
+    float32 at least, whatever the loss is cast to. A loss with a schedule or statistics is for one
+    thread at a time.
 
     Remember to give the loss's parameters to the optimiser, beside those of the network
     (:func:`angular_losses.parameter_groups`).
@@ -174,6 +175,7 @@ class MarginLoss(ClassCentres, nn.Module):
         self.shard: Placement = WHOLE
         shape = self.num_classes * self.sub_centers, self.embedding_size
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        validation.floating("dtype", self.weight, *shape)
         if class_weight is not None:
             class_weight = class_weight.detach().clone().to(self.weight.device)
         self.class_weight: Tensor | None
@@ -250,7 +252,7 @@ class MarginLoss(ClassCentres, nn.Module):
         """Update running statistics, before the loss, at each training step, without a graph.
 
         Args:
-            embeddings: (N, d); zero in ignored rows.
+            embeddings: (N, d); ones in ignored rows.
             labels: (N,) int64 in [0, C).
             weights: (N,), floating point, how much each row counts: not at all if it is ignored,
                 by the share of its label if it has several, for each of which there is a row then;
@@ -339,6 +341,9 @@ class MarginLoss(ClassCentres, nn.Module):
         if label_weight is None:
             batch = self._checked(embeddings, labels)
             counts = batch.kept
+            if sample_weight is not None:  # before statistics move
+                device = embeddings.device
+                validation.floating("sample_weight", sample_weight, len(labels), device=device)
         else:
             each = label_weight.shape[1]
             batch = self._checked(embeddings.repeat_interleave(each, 0), labels.flatten())

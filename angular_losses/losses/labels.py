@@ -28,8 +28,8 @@ def several(
             f"with K labels an embedding, got {tuple(labels.shape)}"
         )
     is_wide = labels.shape[1] == num_classes > 2
-    is_read = is_wide and label_weight is None and validation.is_readable(labels) and labels.numel()
-    if is_read and labels.amin() >= 0 and labels.amax() <= 1:
+    is_read = is_wide and label_weight is None and validation.is_readable(labels)
+    if is_read and labels.numel() and torch.equal(labels.long(), labels.long().clamp(0, 1)):
         raise ValueError(
             "labels: expected numbers of classes, got (N, C) zeros and ones; pass "
             "labels.argmax(1), or with several labels a row their numbers (N, K)"

@@ -73,5 +73,6 @@ def settings(loss: nn.Module, base: Callable[..., None]) -> list[str]:
         if not name.startswith("_")
         and name not in _NOT_LISTED
         and not isinstance(value, Tensor)
+        and not repr(value).startswith("<")
         and repr(value) != repr(defaults.get(name))
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..engine.placement import Sampled
 from .base import MarginLoss
 from .state import is_in_backward
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class SampledLoss(MarginLoss):
@@ -48,20 +45,19 @@ class SampledLoss(MarginLoss):
         # Checkpointing recomputes a pass with its random numbers, but outside of same_step.
         if not is_in_backward():
             self._was_same_step = self._is_same_step
-        before = self.shard.sampled if self._was_same_step else None
-        self.shard.sampled = None
         if self.training and isinstance(labels, Tensor):
             drawn = labels.long().flatten()
             drawn = drawn.where(drawn != self.ignore_index, 0)  # where ignored rows are looked up
             # One class at least, for an empty batch.
             rate = max(self.sample_rate, 1 / self.num_classes)
-            self.shard.draw(drawn, rate, before=before)
+            self.shard.draw(drawn, rate, again=self._was_same_step)
         return labels, label_weight
 
-    def train(self, mode: bool = True) -> Self:
-        """Discard the last step's sample: evaluation uses all classes, also outside of a pass."""
-        self.shard.sampled = None
-        return super().train(mode)
+    def _pass(self, *arguments: Any) -> Tensor:  # noqa: ANN401
+        try:
+            return super()._pass(*arguments)
+        finally:
+            self.shard.sampled = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the class by the one it is made from, as it has no importable name."""

@@ -7,6 +7,7 @@ before its backward pass, and which a recomputation of that pass reads again.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +32,12 @@ class Pass:
         """Keep this pass for as long as the graph of its value exists."""
         if value.grad_fn is not None:
             value.grad_fn.metadata["angular_losses"] = self  # type: ignore[index]
-            _passes.add(self)
+            with _lock:
+                _passes.add(self)
 
 
 _passes: weakref.WeakSet[Pass] = weakref.WeakSet()
+_lock = threading.Lock()  # other threads may train other losses
 
 
 @contextmanager
@@ -73,7 +76,8 @@ def _recomputed_copies(loss: nn.Module) -> list[Tensor] | None:
     if not is_in_backward():
         return None
     node: int = torch._C._current_autograd_node()._sequence_nr()
-    began = [each for each in _passes if each.loss() is loss and each.first_node <= node]
+    with _lock:
+        began = [each for each in _passes if each.loss() is loss and each.first_node <= node]
     return max(began, key=lambda each: each.first_node).copies if began else None
 
 

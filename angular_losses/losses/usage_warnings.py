@@ -48,7 +48,7 @@ def _look(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
         return
     for loss, seen in list(_watched.items()):
         centres = loss._centres
-        gradient = centres.grad
+        gradient = centres.grad if centres.is_leaf else None  # not where it is parametrised
         if gradient is None or not (loss.training and centres.requires_grad):
             continue
         if gradient.is_cuda and torch.cuda.is_current_stream_capturing():

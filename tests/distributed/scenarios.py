@@ -355,7 +355,7 @@ def rows_that_move(mesh, optimizer, **options):
         here = [label - loss.shard.first for label in labels.tolist()]
         found.append(
             {
-                "sampled": loss.shard.sampled.tolist(),
+                "sampled": loss.shard.drawn.tolist(),
                 "rows of gradient": gradient.indices()[0].tolist(),
                 "moved": moved.tolist(),
                 "state": sorted(of_state),
@@ -370,7 +370,7 @@ def sample_of_one_label(mesh):
     """The classes that a rank samples where all rows have class 0."""
     loss, _ = sampled_loss(mesh, 0.5)
     loss(torch.randn(2, SIZE, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
-    return loss.shard.sampled.tolist()
+    return loss.shard.drawn.tolist()
 
 
 def sampled_against_dense(mesh, optimizer):
@@ -593,7 +593,9 @@ def whole_again(mesh):
         lambda: shard(al.ArcFaceLoss(5, SIZE, label_smoothing=0.1), mesh, sample_rate=0.5),
         lambda: shard(al.CurricularFaceLoss(5, SIZE, device="meta"), mesh),
         lambda: shard(al.UniFaceLoss(5, SIZE, device="meta"), mesh),
+        lambda: shard(al.ArcFaceLoss(5, SIZE), mesh, seed=1.5),
         lambda: shard(al.ArcFaceLoss(5, SIZE), init_device_mesh("cpu", (1, mesh.size()))),
+        lambda: shard(al.ArcFaceLoss(5, SIZE), None),
         lambda: AngularMonitor(part),
     ):
         try:

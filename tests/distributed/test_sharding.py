@@ -346,7 +346,9 @@ def test_unshard_and_what_is_rejected(processes):
         "ValueError: sample_rate: expected 1 with label smoothing",
         "ValueError: loss: its t has values, and cannot be on the meta device",
         "ValueError: loss: its bias has values, and cannot be on the meta device",
-        "ValueError: mesh: expected one dimension, such as mesh['classes'], got 2 dimensions",
+        "TypeError: seed: expected an int, got 1.5",
+        "ValueError: mesh: expected a DeviceMesh of one dimension, such as mesh['classes'], got D",
+        "ValueError: mesh: expected a DeviceMesh of one dimension, such as mesh['classes'], got N",
         "TypeError: loss: expected an unsharded loss, use unshard(loss)",
     ]
     for is_plain, has_its_centres, told in processes.run(sharding.whole_again, 2):

@@ -145,6 +145,11 @@ def test_sampled_classes_in_replicas_are_refused(processes):
         assert told.startswith("RuntimeError: DistributedDataParallel: expected it without sampled")
 
 
+def test_another_call_on_a_rank_is_refused(processes):
+    for told in processes.run(trainings.other_calls, 2, timeout=20.0):
+        assert all(", the same call, " in each for each in told)
+
+
 def test_evaluations_do_not_enlarge_messages(processes):
     for before, after in processes.run(trainings.messages_after_an_evaluation, 2):
         assert before == after

@@ -315,7 +315,7 @@ def sampled_classes(mesh, rate, labels, **options):
     embeddings = torch.randn(len(labels), SIZE)
     value = loss(embeddings, torch.tensor(labels))
     value.backward()
-    sampled = loss.shard.sampled.tolist()
+    sampled = loss.shard.drawn.tolist()
     rows = loss.weight.grad.coalesce().indices()[0].tolist()
     each = loss.sub_centers
     expected = [row * each + number for row in sampled for number in range(each)]
@@ -357,6 +357,22 @@ def replicas(mesh, build, rate, sizes, row_weight=None, **options):
 
 def refused_replicas(mesh, *arguments):
     return told(lambda: replicas(mesh, *arguments))
+
+
+def other_calls(mesh):
+    """What each rank is told where the first calls the loss in another way."""
+    loss, batch, is_first = (
+        shard(built_loss(), mesh),
+        batch_of(4, torch.float32),
+        not mesh.get_rank(),
+    )
+    return [
+        told(lambda: loss(*batch, return_correct=is_first)),
+        told(lambda: loss.topk(batch[0]) if is_first else loss.get_logits(batch[0])),
+        told(lambda: loss.topk(batch[0], 2) if is_first else loss.topk(batch[0], 3)),
+        told(lambda: loss.topk(batch[0]) if is_first else loss(*batch)),
+        told(lambda: loss.train(is_first)(*batch)),
+    ]
 
 
 def refused_sampling(mesh):

@@ -2,10 +2,13 @@
 
 import itertools
 import math
+import sys
+import threading
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
 from angular_losses import validation
@@ -86,15 +89,14 @@ def test_ignored_rows_of_the_functions_too(call):
     embeddings.requires_grad_()
     labels = torch.tensor([0, -100, 2])
     given = embeddings, weight, labels
-    sample_weight = torch.tensor([1.0, math.nan, 1.0])
+    of_rows = torch.tensor([1.0, math.nan, 1.0])
+    options = {"sample_weight": of_rows, "penalty": of_rows}
     if call == "softmax":
-        value = al.margin_softmax_loss(
-            *given, margin=torch.cos, scale=8.0, sample_weight=sample_weight
-        )
+        value = al.margin_softmax_loss(*given, margin=torch.cos, scale=8.0 * of_rows, **options)
     else:
         value = al.one_vs_rest_loss(
             *given,
-            sample_weight=sample_weight,
+            **options,
             positive=lambda theta: theta.square(),
             negative=lambda cosine, bias: cosine.square(),
         )
@@ -246,3 +248,68 @@ def test_nearest_classes_despite_rounding(kind, monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         loss(torch.randn(16, 32), labels)
     assert sum(penalised).min() >= 3
+
+
+@pytest.mark.parametrize("weights", ["sample", "class", "ignored", "several"])
+def test_the_default_device_does_not_matter(weights):
+    with torch.device("meta"):
+        class_weight = [1.0] * CLASSES if weights == "class" else None
+        loss = al.ArcFaceLoss(CLASSES, SIZE, device="cpu", class_weight=class_weight)
+    embeddings, labels = torch.randn(4, SIZE), torch.tensor([0, 1, 2, 0])
+    if weights == "ignored":
+        labels[0] = loss.ignore_index
+    if weights == "several":
+        labels = torch.stack([labels, labels + 1], 1)
+    sample_weight = torch.rand(4) if weights == "sample" else None
+    expected = loss(embeddings, labels, sample_weight)
+    with torch.device("meta"):
+        assert torch.equal(loss(embeddings, labels, sample_weight), expected)
+
+
+def test_losses_in_several_threads():
+    interval, errors = sys.getswitchinterval(), []
+
+    def train():
+        loss = al.ArcFaceLoss(CLASSES, SIZE, schedule=al.MarginWarmup(10**6))
+        embeddings, labels = torch.randn(4, SIZE, requires_grad=True), torch.tensor([0, 1, 2, 0])
+        try:
+            for _ in range(50):
+                values = [checkpoint(loss, embeddings, labels, use_reentrant=False) for _ in "1234"]
+                sum(values).backward()
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(3)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+class OfLengths(al.MarginLoss):
+    """A loss of which all depends on 1 / the lengths of the embeddings."""
+
+    def row_target(self, embeddings, labels):
+        inverse = 1 / embeddings.norm(dim=1)
+        return lambda theta, share: torch.cos(theta) - 0.1 * share * inverse
+
+    def row_scale(self, embeddings):
+        return 8 / embeddings.norm(dim=1)
+
+    def penalty(self, embeddings):
+        return 1 / embeddings.norm(dim=1)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+def test_what_is_computed_of_ignored_rows_does_not_matter(mode):
+    loss = OfLengths(CLASSES, SIZE, 8.0, mode=mode)
+    embeddings, labels = torch.randn(4, SIZE, requires_grad=True), torch.tensor([0, -100, 2, 0])
+    found = torch.autograd.grad(loss(embeddings, labels), [embeddings, loss.weight])
+    kept = labels != -100
+    fewer = torch.autograd.grad(loss(embeddings[kept], labels[kept]), [embeddings, loss.weight])
+    torch.testing.assert_close(found, fewer)

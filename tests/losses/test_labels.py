@@ -140,7 +140,10 @@ def test_one_hot_labels_are_refused_and_soft_ones_over_all_classes_are_not():
     of_all = torch.arange(5).expand(3, 5)
     found = loss(embeddings, of_all, label_weight=one_hot.float())
     assert found.item() == pytest.approx(loss(embeddings, labels).item(), rel=1e-6)
+    filled = torch.tensor([[0, 1, 0, 0, 0]]).expand(3, 5)
+    loss(embeddings, filled, label_weight=(filled == 0).float())
     loss(embeddings, torch.tensor([[0, 1, -100, -100, -100]]).expand(3, 5))
+    loss(embeddings, of_all.to(torch.uint16))
 
 
 def test_the_second_labels_are_named():

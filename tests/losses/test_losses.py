@@ -273,6 +273,12 @@ def test_schedule_in_a_compiled_graph():
             TypeError,
             "margin: expected a number",
         ),
+        (
+            lambda: al.ArcFaceLoss(5, 8, margin=np.array(0.5)),
+            TypeError,
+            "margin: expected a num",
+        ),
+        (lambda: al.ArcFaceLoss(5, 8, dtype=torch.complex64), TypeError, "dtype: expected a float"),
         (lambda: al.ArcFaceLoss(5, 8, scale=0), ValueError, "scale: expected a number above 0"),
         (lambda: al.ArcFaceLoss(5, 8, beyond="up"), ValueError, "beyond: "),
         (

@@ -303,6 +303,8 @@ def test_bad_input_changes_nothing(name):
     embeddings, labels = batch()
     with pytest.raises(ValueError, match="labels: "):
         loss(embeddings, labels + CLASSES)
+    with pytest.raises(ValueError, match="sample_weight: "):
+        loss(embeddings, labels, torch.ones(1))
     for key, value in loss.state_dict().items():
         assert torch.equal(value, before[key])
 

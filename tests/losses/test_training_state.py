@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
 from angular_losses.losses import state as states
+from tests.cases import in_chunks_of
 from tests.family import CLASSES
 from tests.steps import (
     ADAPTIVE,
@@ -226,3 +227,18 @@ def test_statistics_get_weights_as_numbers():
     loss = Counting()
     loss(torch.randn(4, 6), torch.tensor([0, 1, 2, -100]))
     assert loss.seen.tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+@pytest.mark.parametrize("cls", [al.ArcFaceLoss, al.CurricularFaceLoss, al.SphereFace2Loss])
+def test_a_checkpointed_network_runs_twice(cls, mode):
+    network, calls = torch.nn.Linear(SIZE, SIZE), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    loss, (embeddings, labels) = cls(CLASSES, SIZE, mode=mode), batch(0)
+    with in_chunks_of(2):
+        value = checkpoint(
+            lambda rows: loss(network(rows.float()), labels), embeddings, use_reentrant=False
+        )
+        assert len(calls) == 1
+        value.backward()
+    assert len(calls) == 2

@@ -110,6 +110,12 @@ class TestForgottenParameters:
             self.train(loss, network, optimiser, 1)
             loss.weight.data = loss.weight.data * 1.01
 
+    def test_no_warning_where_they_are_parametrised(self):
+        loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
+        torch.nn.utils.parametrizations.weight_norm(loss)
+        optimiser = torch.optim.SGD(al.parameter_groups(network, loss, lr=0.1))
+        self.train(loss, network, optimiser, 2)
+
     def test_new_classes_are_watched_anew(self):
         loss, network = al.ArcFaceLoss(5, 8), torch.nn.Linear(8, 8)
         optimiser = torch.optim.SGD(al.parameter_groups(network, loss, lr=0.1))
