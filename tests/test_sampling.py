@@ -34,7 +34,7 @@ def test_it_is_the_loss_of_the_classes_drawn(cls, sub_centers, num_labels):
     labels.view(-1)[0] = -100
     value = loss(embeddings, labels)
     value.backward()
-    drawn = loss.shard.drawn
+    drawn = loss._drawn
     kept = labels != -100
     assert set(labels[kept].tolist()) <= set(drawn.tolist())
     assert len(drawn) == max(12, len(labels.where(kept, 0).unique()))
@@ -78,22 +78,22 @@ def test_each_step_draws_anew_from_torchs_generator():
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
         loss(embeddings, labels)
-        drawn.append(loss.shard.drawn.tolist())
+        drawn.append(loss._drawn.tolist())
     assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_the_same_step_keeps_the_classes_drawn():
     loss, (embeddings, labels) = made(), batch()
     first = loss(embeddings, labels)
-    drawn = set(loss.shard.drawn.tolist())
+    drawn = set(loss._drawn.tolist())
     with loss.same_step():
         assert torch.equal(loss(embeddings, labels), first)
         others = torch.arange(CLASSES - 3, CLASSES)
         loss(embeddings[:3], others)
-        assert len(loss.shard.drawn) == len(drawn)
-        assert set(loss.shard.drawn.tolist()) <= drawn | set(others.tolist())
+        assert len(loss._drawn) == len(drawn)
+        assert set(loss._drawn.tolist()) <= drawn | set(others.tolist())
     loss(embeddings, labels)
-    assert set(loss.shard.drawn.tolist()) != drawn
+    assert set(loss._drawn.tolist()) != drawn
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -113,6 +113,28 @@ def test_a_recomputed_pass_of_the_same_step_has_its_classes(use_reentrant):
     assert torch.equal(*gradients)
 
 
+def test_recomputed_passes_of_several_steps_have_their_classes():
+    """A pass, one of the same step, and one of the next, checkpointed before one backward pass."""
+    gradients = []
+    for checkpointed in (False, True):
+        loss, (embeddings, labels) = made(), batch()
+
+        def call(rows, labels, loss=loss, checkpointed=checkpointed):
+            return (
+                checkpoint(loss, rows, labels, use_reentrant=False)
+                if checkpointed
+                else loss(rows, labels)
+            )
+
+        values = [call(embeddings, labels)]
+        with loss.same_step():
+            values.append(call(2 * embeddings, (labels + 20) % CLASSES))
+        values.append(call(3 * embeddings, (labels + 40) % CLASSES))
+        sum(values).backward()
+        gradients.append([loss.weight.grad.to_dense(), embeddings.grad])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_step_moves_the_rows_drawn_alone(optimizer):
     loss, (embeddings, labels) = made(), batch()
@@ -126,7 +148,7 @@ def test_a_step_moves_the_rows_drawn_alone(optimizer):
         assert clip_grad_norm_(loss, 1.0) > 0
         stepping.step()
         moved = (loss.weight.detach() != before).any(1).nonzero()[:, 0]
-        assert moved.tolist() == loss.shard.drawn.tolist()
+        assert moved.tolist() == loss._drawn.tolist()
     for value in stepping.state_dict()["state"][0].values():
         assert value is None or value.dim() == 0 or value.shape == loss.weight.shape
 
@@ -185,8 +207,8 @@ def test_extended_losses_draw_new_classes_too():
     loss.extend(20)
     embeddings, _ = batch()
     loss(embeddings, torch.full((ROWS,), 59)).backward()
-    assert len(loss.shard.drawn) == 18
-    assert 59 in loss.shard.drawn
+    assert len(loss._drawn) == 18
+    assert 59 in loss._drawn
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])

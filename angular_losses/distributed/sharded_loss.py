@@ -19,6 +19,7 @@ from ..engine.placement import number_of
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
 from ..losses.sampled_loss import averaging_wrapper, refuse_unprepared_optimizers
+from ..losses.state import recomputed_pass
 from .gathering import Gathering, RankBatch
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ShardedLoss(MarginLoss):
     seed: int
     gathering: Gathering
     batches: int  # the number of training steps, for random numbers
+    _drawn: int | None  # that of the last pass
     own_weight: weakref.ref[nn.Parameter]  # which fully_shard would replace
 
     @_disable_dynamo
@@ -82,10 +84,11 @@ class ShardedLoss(MarginLoss):
 
         rows = self.gathering(checked, 2 * self.training + return_correct)
         _used.add(self)
-        is_drawn = self.training and self.is_random
         # The same random numbers on every rank, different for each batch.
-        drawing = self._seeded(self.seed, self._batch()) if is_drawn else nullcontext()
-        with self.shard.reductions(), drawing, self._sampling(rows):
+        number, is_drawn = self._batch(), self.training and self.is_random
+        self._drawn = number if is_drawn else None
+        drawing = self._seeded(self.seed, number) if is_drawn else nullcontext()
+        with self.shard.reductions(), drawing, self._sampling(rows, number):
             found = super().forward(
                 rows.embeddings,
                 rows.labels,
@@ -238,10 +241,13 @@ class ShardedLoss(MarginLoss):
 
     def _batch(self) -> int:
         """The number of the training step of this pass, from 1."""
-        return self.batches if self._repeats_a_step() else self.batches + 1
+        if not self._repeats_a_step():
+            return self.batches + 1
+        again = recomputed_pass(self)
+        return self.batches if again is None or again.drawn is None else int(again.drawn)
 
     @contextmanager
-    def _sampling(self, rows: RankBatch) -> Iterator[None]:
+    def _sampling(self, rows: RankBatch, number: int) -> Iterator[None]:
         """Context in which the classes of a step take part: those of the labels, and others."""
         shard = self.shard
         if self.sample_rate < 1.0 and self.training:
@@ -249,7 +255,7 @@ class ShardedLoss(MarginLoss):
             shard.most = min(shard.each, max(share, len(labels), 1))
             if shard.count:
                 generator = torch.Generator(labels.device)
-                generator.manual_seed(mixed(self.seed, self._batch(), shard.rank))
+                generator.manual_seed(mixed(self.seed, number, shard.rank))
                 drawn = labels.where(labels != self.ignore_index, -1)
                 shard.draw(drawn, self.sample_rate, generator)
         try:

@@ -97,13 +97,11 @@ class Sampled(Placement):
         count: The number of its classes.
         sampled: Which of them take part in this pass, (n,) int64 in ascending order from 0; None
             where all do.
-        drawn: Those of the last step.
     """
 
     def __init__(self, num_classes: int) -> None:
         self.first, self.count = 0, num_classes
         self.sampled: Tensor | None = None
-        self.drawn: Tensor | None = None
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
@@ -115,20 +113,19 @@ class Sampled(Placement):
         labels: Tensor,
         rate: float,
         generator: torch.Generator | None = None,
-        *,
-        again: bool = False,
+        before: Tensor | None = None,
     ) -> None:
         """Choose the classes of a step: those of the labels (N,), and random others up to a share.
 
-        Labels of no class here count for nothing. ``again``, those drawn last are preferred.
+        Labels of no class here count for nothing. Classes drawn before are preferred to others.
         """
         chances = torch.rand(self.count + 1, generator=generator, device=labels.device)
-        if again and self.drawn is not None:
-            chances[self.drawn] += 1
+        if before is not None:
+            chances[before] += 1
         chances[self._place(labels)] = 3.0  # the last, of no class, for -1
         chances = chances[:-1]
         wanted = max(number_of(rate, self.count), int((chances == 3.0).sum()))
-        self.sampled = self.drawn = chances.topk(wanted).indices.sort().values
+        self.sampled = chances.topk(wanted).indices.sort().values
 
     def _place(self, labels: Tensor) -> Tensor:
         """The classes (N,) as this process counts its own; -1 for those of others."""

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..engine.placement import Sampled
 from .base import MarginLoss
-from .state import is_in_backward
+from .state import recomputed_pass
 
 
 class SampledLoss(MarginLoss):
@@ -28,7 +28,7 @@ class SampledLoss(MarginLoss):
 
     shard: Sampled
     sample_rate: float
-    _was_same_step = False  # of the last pass
+    _drawn: Tensor | None
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes, as :meth:`MarginLoss.extend`; call ``sample_optimizer`` again."""
@@ -42,15 +42,16 @@ class SampledLoss(MarginLoss):
                 "DistributedDataParallel: expected it without sampled classes, whose gradients are "
                 "sparse; use angular_losses.distributed.shard(loss, mesh, sample_rate=...)"
             )
-        # Checkpointing recomputes a pass with its random numbers, but outside of same_step.
-        if not is_in_backward():
-            self._was_same_step = self._is_same_step
         if self.training and isinstance(labels, Tensor):
             drawn = labels.long().flatten()
             drawn = drawn.where(drawn != self.ignore_index, 0)  # where ignored rows are looked up
             # One class at least, for an empty batch.
             rate = max(self.sample_rate, 1 / self.num_classes)
-            self.shard.draw(drawn, rate, again=self._was_same_step)
+            self.shard.draw(drawn, rate, before=self._drawn if self._repeats_a_step() else None)
+            again = recomputed_pass(self)  # which draws too, for the random numbers of what follows
+            if again is not None:
+                self.shard.sampled = again.drawn
+            self._drawn = self.shard.sampled
         return labels, label_weight
 
     def _pass(self, *arguments: Any) -> Tensor:  # noqa: ANN401

@@ -1,6 +1,7 @@
 """What the processes of test_sharding.py do; each compares with the whole loss by itself."""
 
 import copy
+import functools
 import os
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from angular_losses.diagnostics import AngularMonitor
 from angular_losses.distributed import ShardedLoss, load, save, shard, shard_optimizer, unshard
 from angular_losses.engine import passes
 from angular_losses.engine import shard as shards
+from angular_losses.engine.placement import Sampled
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
 from tests.profiling import peak_bytes
@@ -75,6 +77,18 @@ def errors_of_family(mesh, names, dtype, modes, sizes, classes=CLASSES, train=Fa
             }
             found[name, part.mode] = differences | state_errors(part, whole)
     return found
+
+
+def drawn_in(call):
+    """What a call returns, and the classes that a rank draws in it."""
+    found, draw = [[]], Sampled.draw
+
+    def noting(shard, *arguments, **options):
+        draw(shard, *arguments, **options)
+        found.append(shard.sampled.tolist())
+
+    with patch.object(Sampled, "draw", noting):
+        return call(), found[-1]
 
 
 def errors_of_weights(mesh, world_rows=(3, 4)):
@@ -344,7 +358,8 @@ def rows_that_move(mesh, optimizer, **options):
     for number in range(6):
         before = loss.weight.detach().clone()
         states = {k: v.clone() for k, v in made.state.get(loss.weight, {}).items() if v.dim()}
-        _, labels = sampled_step(loss, made, number)
+        step = functools.partial(sampled_step, loss, made, number)
+        (_, labels), sampled = drawn_in(step)
         moved = (loss.weight.detach() != before).any(1).nonzero().flatten()
         of_state = set()
         for name, value in made.state[loss.weight].items():
@@ -355,7 +370,7 @@ def rows_that_move(mesh, optimizer, **options):
         here = [label - loss.shard.first for label in labels.tolist()]
         found.append(
             {
-                "sampled": loss.shard.drawn.tolist(),
+                "sampled": sampled,
                 "rows of gradient": gradient.indices()[0].tolist(),
                 "moved": moved.tolist(),
                 "state": sorted(of_state),
@@ -369,8 +384,8 @@ def rows_that_move(mesh, optimizer, **options):
 def sample_of_one_label(mesh):
     """The classes that a rank samples where all rows have class 0."""
     loss, _ = sampled_loss(mesh, 0.5)
-    loss(torch.randn(2, SIZE, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
-    return loss.shard.drawn.tolist()
+    rows, labels = torch.randn(2, SIZE, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    return drawn_in(lambda: loss(rows, labels))[1]
 
 
 def sampled_against_dense(mesh, optimizer):

@@ -145,6 +145,11 @@ def test_sampled_classes_in_replicas_are_refused(processes):
         assert told.startswith("RuntimeError: DistributedDataParallel: expected it without sampled")
 
 
+@pytest.mark.parametrize(("build", "rate"), [(al.ArcFaceLoss, 0.3), (al.ElasticFaceLoss, 1.0)])
+def test_checkpointed_steps_draw_as_they_did(processes, build, rate):
+    assert max(processes.run(trainings.pending_steps, 2, build, rate)) <= 1e-9
+
+
 def test_another_call_on_a_rank_is_refused(processes):
     for told in processes.run(trainings.other_calls, 2, timeout=20.0):
         assert all(", the same call, " in each for each in told)

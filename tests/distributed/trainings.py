@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import angular_losses as al
 from angular_losses.distributed import (
@@ -24,7 +25,15 @@ from angular_losses.distributed import (
     shard_optimizer,
     unshard,
 )
-from tests.distributed.scenarios import SIZE, batch_of, network, parts_of, relative_error, steps_of
+from tests.distributed.scenarios import (
+    SIZE,
+    batch_of,
+    drawn_in,
+    network,
+    parts_of,
+    relative_error,
+    steps_of,
+)
 
 CLASSES = 13
 
@@ -313,9 +322,8 @@ def sampled_classes(mesh, rate, labels, **options):
     torch.manual_seed(2)
     loss = shard(al.ArcFaceLoss(40, SIZE, **options), mesh, sample_rate=rate)
     embeddings = torch.randn(len(labels), SIZE)
-    value = loss(embeddings, torch.tensor(labels))
+    value, sampled = drawn_in(lambda: loss(embeddings, torch.tensor(labels)))
     value.backward()
-    sampled = loss.shard.drawn.tolist()
     rows = loss.weight.grad.coalesce().indices()[0].tolist()
     each = loss.sub_centers
     expected = [row * each + number for row in sampled for number in range(each)]
@@ -357,6 +365,26 @@ def replicas(mesh, build, rate, sizes, row_weight=None, **options):
 
 def refused_replicas(mesh, *arguments):
     return told(lambda: replicas(mesh, *arguments))
+
+
+def pending_steps(mesh, build, rate):
+    """The largest error of the gradients of two checkpointed steps before one backward pass."""
+    given = [batch_of(6, torch.float64), batch_of(6, torch.float64)]
+    found = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        loss = shard(build(CLASSES, SIZE, dtype=torch.float64), mesh, sample_rate=rate)
+        rows = [embeddings.clone().requires_grad_() for embeddings, _ in given]
+        values = [
+            checkpointed(loss, x, labels, use_reentrant=False)
+            if is_checkpointed
+            else loss(x, labels)
+            for x, (_, labels) in zip(rows, given, strict=True)
+        ]
+        sum(values).backward()
+        weight = loss.weight.grad
+        found.append([*(x.grad for x in rows), weight.to_dense() if weight.is_sparse else weight])
+    return max(map(relative_error, *found))
 
 
 def other_calls(mesh):

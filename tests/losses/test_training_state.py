@@ -242,3 +242,47 @@ def test_a_checkpointed_network_runs_twice(cls, mode):
         assert len(calls) == 1
         value.backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace"])
+@pytest.mark.parametrize("separately", [False, True])
+def test_passes_checkpointed_together_use_their_own_states(name, separately):
+    """Three passes of which two are recomputed in one go."""
+    found = []
+    for checkpointed in (False, True):
+        loss, batches = build(name), [batch(seed) for seed in range(3)]
+        (first, labels), *others = batches
+
+        def both(*given, loss=loss, batches=batches):
+            return tuple(loss(rows, of) for rows, (_, of) in zip(given, batches[1:], strict=True))
+
+        value, rows = loss(first, labels), [each for each, _ in others]
+        values = checkpoint(both, *rows, use_reentrant=False) if checkpointed else both(*rows)
+        if separately:
+            values[0].backward(retain_graph=True)
+            values[1].backward()
+            value.backward()
+        else:
+            (value + sum(values)).backward()
+        found.append([loss.weight.grad, *(embeddings.grad for embeddings, _ in batches)])
+        found.append(state(loss))
+    assert_same(found[0], found[2])
+    torch.testing.assert_close(found[1], found[3])
+
+
+@pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_same_step_may_be_checkpointed(name, use_reentrant):
+    loss, reference = build(name), build(name)
+    for seed in range(2):
+        step(loss, seed)
+        step(reference, seed)
+        for view in (2, 3):
+            with loss.same_step():
+                value = checkpoint(loss, *batch(view), use_reentrant=use_reentrant)
+            value.backward()
+    assert_same_state(loss, reference)
+    value = checkpoint(loss, *batch(4), use_reentrant=use_reentrant)
+    value.backward()
+    step(reference, 4)
+    assert_same_state(loss, reference)
