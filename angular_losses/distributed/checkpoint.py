@@ -126,7 +126,8 @@ def load(
         _reshape(module, state, _by_row)
         states.set_model_state_dict(module, state["module"])
         if optimizer is not None:
-            states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
+            with _trained(_of_groups(optimizer)):
+                states.set_optimizer_state_dict(module, optimizer, state["optimizer"])
 
 
 def _wanted(
@@ -175,18 +176,26 @@ def _wanted(
         }
         groups.append({**asked, **added})
     of_trained = {
-        name: each for name, each in state["optimizer"]["state"].items() if name in trained
+        name: dict(each) for name, each in state["optimizer"]["state"].items() if name in trained
     }
+    for key, place in places.items():
+        if place[1] == "state" and len(place) == 4:  # also what other options would not make
+            like = state["module"].get(place[2])
+            of_trained.setdefault(place[2], {}).setdefault(place[3], _empty(saved[key], like))
     return {**wanted, "optimizer": {"state": of_trained, "param_groups": groups}}
 
 
-def _empty(saved: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
-    """What a saved value is read into."""
+def _empty(
+    saved: TensorStorageMetadata | BytesStorageMetadata, like: Tensor | None = None
+) -> Tensor | None:
+    """What a saved value is read into: where it has that shape, what lies as ``like`` does."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if not isinstance(saved, TensorStorageMetadata):
         return None
-    return torch.empty(saved.size, dtype=saved.properties.dtype)
+    if like is None or like.shape != saved.size:
+        return torch.empty(saved.size, dtype=saved.properties.dtype)
+    return torch.empty_like(like, dtype=saved.properties.dtype)
 
 
 def _state(
@@ -212,7 +221,7 @@ def _of_optimizer(
     """The state of an optimiser, which is left as it is; to be read, that of all parameters."""
     from torch.distributed.checkpoint import state_dict as states
 
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    parameters = _of_groups(optimizer)
     foreign = {*parameters} - {*module.parameters()}
     if foreign:
         shapes = [tuple(each.shape) for each in parameters if each in foreign]
@@ -223,11 +232,12 @@ def _of_optimizer(
     for parameter in parameters:  # with a gradient torch would not make the state
         parameter.grad = None
     state = optimizer.state
-    is_partial = not all(state.get(each) for each in parameters if each.requires_grad)
+    is_partial = not all(map(state.get, parameters))
     if not state or (is_read and is_partial):
         optimizer.state = defaultdict(dict)  # which torch fills by a step without a rate
     try:
-        found = states.get_optimizer_state_dict(module, optimizer)
+        with _trained(parameters):
+            found = states.get_optimizer_state_dict(module, optimizer)
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -240,6 +250,23 @@ def _of_optimizer(
         found["param_groups"],
     )
     return found
+
+
+def _of_groups(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
+@contextmanager
+def _trained(parameters: list[Tensor]) -> Iterator[None]:
+    """Context in which all of them need gradients: torch leaves out the state of others."""
+    frozen = [each for each in parameters if not each.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[MarginLoss, str]]:

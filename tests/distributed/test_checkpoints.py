@@ -251,6 +251,39 @@ def test_parameters_without_a_state(tmp_path, is_begun):
     assert_same_state(optimizer, fresh)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    ],
+)
+def test_the_state_of_options_that_only_the_saved_optimiser_has(tmp_path, optimizer, options):
+    both, made = trained(optimizer=optimizer, lr=0.1, **options)
+    save(tmp_path, both, made)
+    other = modules(5)
+    fresh = optimizer(other.parameters(), lr=0.2)
+    load(tmp_path, other, fresh)
+    assert_same_state(made, fresh)
+    step(both, made)
+    step(other, fresh)
+    torch.testing.assert_close(dict(other.state_dict()), dict(both.state_dict()))
+
+
+@pytest.mark.parametrize("is_frozen", [(True, False), (False, True), (True, True)])
+def test_the_state_of_frozen_parameters(tmp_path, is_frozen):
+    both, optimizer = trained()
+    other = modules(5)
+    fresh = torch.optim.AdamW(other.parameters())
+    for module, is_frozen_there in zip((both, other), is_frozen, strict=True):
+        module[0].requires_grad_(not is_frozen_there)
+    save(tmp_path, both, optimizer)
+    load(tmp_path, other, fresh)
+    assert [each[0].weight.requires_grad for each in (both, other)] == [not f for f in is_frozen]
+    assert_same_state(optimizer, fresh)
+
+
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_options_of_a_scheduler_that_is_there_once(tmp_path, kind):
     both, optimizer = trained(lr=kind(0.5))

@@ -145,6 +145,12 @@ def test_sampled_classes_in_replicas_are_refused(processes):
         assert told.startswith("RuntimeError: DistributedDataParallel: expected it without sampled")
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_momentum_is_loaded_by_an_optimiser_without(processes, tmp_path, rate):
+    folder = str(tmp_path)
+    assert max(processes.run(trainings.loaded_momentum, 2, folder, rate)) <= 1e-12
+
+
 @pytest.mark.parametrize(("build", "rate"), [(al.ArcFaceLoss, 0.3), (al.ElasticFaceLoss, 1.0)])
 def test_checkpointed_steps_draw_as_they_did(processes, build, rate):
     assert max(processes.run(trainings.pending_steps, 2, build, rate)) <= 1e-9

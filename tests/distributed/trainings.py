@@ -367,6 +367,26 @@ def refused_replicas(mesh, *arguments):
     return told(lambda: replicas(mesh, *arguments))
 
 
+def loaded_momentum(mesh, folder, sample_rate):
+    """The error of the step after loading into an optimiser made without the saved momentum."""
+    (embeddings, labels), made = batch_of(6, torch.float64), []
+    for options in ({"momentum": 0.9}, {}):
+        loss = shard(built_loss(), mesh, sample_rate=sample_rate)
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.1, **options)
+        shard_optimizer(optimizer, loss)
+        made.append((loss, optimizer))
+    for number in range(2):
+        if number == 1:
+            save(folder, *made[0])
+            load(folder, *made[1])
+        for loss, optimizer in made if number == 1 else made[:1]:
+            optimizer.zero_grad()
+            loss(embeddings, labels).backward()
+            optimizer.step()
+    (loss, _), (other, _) = made
+    return relative_error(other.weight.detach(), loss.weight.detach())
+
+
 def pending_steps(mesh, build, rate):
     """The largest error of the gradients of two checkpointed steps before one backward pass."""
     given = [batch_of(6, torch.float64), batch_of(6, torch.float64)]
