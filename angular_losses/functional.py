@@ -349,7 +349,9 @@ def _known(
     def checked(given: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             found = function(given)
-        shapes = [tuple(each.shape) for each in found]
+        shapes: object = found
+        if isinstance(found, tuple) and all(isinstance(each, Tensor) for each in found):
+            shapes = [tuple(each.shape) for each in found]
         if shapes != 2 * [tuple(given.shape)]:
             raise ValueError(
                 f"{name}: expected its values and derivatives to have shape {tuple(given.shape)}, "
@@ -360,7 +362,8 @@ def _known(
                 f"{name}: expected no variables of its own where its derivative is given, which "
                 "would get no gradient; pass the function alone, or mode='dense'"
             )
-        return found
+        value, derivative = found
+        return value.to(given.dtype), derivative.to(given.dtype)
 
     return checked
 

@@ -695,6 +695,9 @@ def test_functions_of_other_shapes_are_named():
     margin = KnownDescent(torch.cos, lambda theta: (theta.cos()[:, None], theta.sin()))
     with pytest.raises(ValueError, match=r"^margin: .* shape \(8,\), got \[\(8, 1\), \(8,\)\]"):
         margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0)
+    margin = KnownDescent(torch.cos, lambda theta: None)
+    with pytest.raises(ValueError, match=r"^margin: .* shape \(8,\), got None"):
+        margin_softmax_loss(embeddings, weight, labels, margin=margin, scale=8.0)
     square = lambda cosine, bias: cosine**2  # noqa: E731
     for name, positive, negative in (
         ("positive", lambda theta: theta[:, None], square),
@@ -734,3 +737,36 @@ def test_embeddings_are_freed_by_the_backward_pass():
     loss.backward()
     del embeddings
     assert held() is None
+
+
+@pytest.mark.parametrize("num_rows", [2, 8])  # more than classes: both passes at once
+def test_given_derivatives_of_another_dtype(num_rows):
+    embeddings, weight, labels = (each[:num_rows] for each in small_batch())
+    embeddings, weight = (each.detach().float().requires_grad_() for each in (embeddings, weight))
+    negatives = KnownSlope(
+        lambda cosine: cosine / 2, lambda cosine: (cosine.double() / 2, cosine.double() * 0 + 0.5)
+    )
+    gradients = [
+        torch.autograd.grad(
+            margin_softmax_loss(
+                embeddings, weight, labels % len(weight), margin=torch.cos, scale=8.0, **options
+            ),
+            [embeddings, weight],
+        )
+        for options in (
+            {"negatives": negatives},
+            {"negatives": lambda cosine, target: cosine / 2, "mode": "dense"},
+        )
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_modes_inside_torch_func_are_named(mode):
+    embeddings, weight, labels = small_batch()
+
+    def loss(rows):
+        return margin_softmax_loss(rows, weight, labels, margin=torch.cos, scale=8.0, mode=mode)
+
+    with pytest.raises(ValueError, match=r"^mode: expected 'auto' or 'dense' inside torch\.func"):
+        torch.func.grad(loss)(embeddings)

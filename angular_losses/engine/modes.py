@@ -29,7 +29,9 @@ def choose(batch: Batch, mode: str, memory_budget: int | None, rule: Rule = PLAI
     """:func:`plan` for this batch, as autocast and torch.func have it."""
     embeddings, weight = batch.embeddings, batch.weight
     validation.choice("mode", mode, MODES)
-    if mode == "auto" and validation.is_transforming():
+    if mode != "dense" and validation.is_transforming():
+        if mode != "auto":
+            raise ValueError(f"mode: expected 'auto' or 'dense' inside torch.func, got {mode!r}")
         mode = "dense"
     num_rows, size = embeddings.shape
     function = plan if torch.compiler.is_compiling() else cached_plan

@@ -608,7 +608,7 @@ class MarginLoss(ClassCentres, nn.Module):
         fills |= {k: first for k, first in self._first_values.items() if k in self.statistics}
         for name, fill in fills.items():
             buffer = self._buffers.get(name)
-            if buffer is not None and buffer.dim():
+            if buffer is not None and buffer.shape == (self.num_classes,):
                 last = buffer.max() if fill is None else buffer.new_tensor(fill)
                 setattr(self, name, torch.cat([buffer, last.expand(num_new)]))
 
