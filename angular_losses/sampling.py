@@ -64,6 +64,7 @@ def sample_classes(loss: _Loss, sample_rate: float) -> _Loss:
     validation.share("sample_rate", sample_rate)
     if isinstance(loss, SampledLoss):
         del loss.sample_rate
+        vars(loss).pop("_last", None)
         loss.__class__ = type(loss).__mro__[2]
         cast(MarginLoss, loss).shard = WHOLE
     if sample_rate < 1:

@@ -278,6 +278,12 @@ def is_transforming() -> bool:
     return not is_compiling and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def hooks_in_force() -> tuple[Callable[..., object], Callable[..., Tensor]] | None:
+    """The hooks of saved tensors in force, such as checkpointing's; before torch 2.8 not known."""
+    innermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if innermost is None else innermost(False)
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether the tensor has values: not on the meta device, nor while tracing a graph."""
     is_traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)

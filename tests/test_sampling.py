@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import angular_losses as al
 from angular_losses.distributed import clip_grad_norm_
+from tests.batches import drawn_in
 
 SIZE, CLASSES, ROWS = 6, 40, 9
 
@@ -32,9 +33,9 @@ def test_it_is_the_loss_of_the_classes_drawn(cls, sub_centers, num_labels):
     loss = made(cls, sub_centers=sub_centers)
     embeddings, labels = batch(num_labels)
     labels.view(-1)[0] = -100
-    value = loss(embeddings, labels)
+    value, drawn = drawn_in(lambda: loss(embeddings, labels))
     value.backward()
-    drawn = loss._drawn
+    drawn = torch.tensor(drawn)
     kept = labels != -100
     assert set(labels[kept].tolist()) <= set(drawn.tolist())
     assert len(drawn) == max(12, len(labels.where(kept, 0).unique()))
@@ -77,23 +78,20 @@ def test_each_step_draws_anew_from_torchs_generator():
     drawn = []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
-        loss(embeddings, labels)
-        drawn.append(loss._drawn.tolist())
+        drawn.append(drawn_in(lambda: loss(embeddings, labels))[1])
     assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_the_same_step_keeps_the_classes_drawn():
     loss, (embeddings, labels) = made(), batch()
-    first = loss(embeddings, labels)
-    drawn = set(loss._drawn.tolist())
+    first, drawn = drawn_in(lambda: loss(embeddings, labels))
     with loss.same_step():
         assert torch.equal(loss(embeddings, labels), first)
         others = torch.arange(CLASSES - 3, CLASSES)
-        loss(embeddings[:3], others)
-        assert len(loss._drawn) == len(drawn)
-        assert set(loss._drawn.tolist()) <= drawn | set(others.tolist())
-    loss(embeddings, labels)
-    assert set(loss._drawn.tolist()) != drawn
+        _, again = drawn_in(lambda: loss(embeddings[:3], others))
+        assert len(again) == len(drawn)
+        assert {*again} <= {*drawn, *others.tolist()}
+    assert drawn_in(lambda: loss(embeddings, labels))[1] != drawn
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -144,11 +142,12 @@ def test_a_step_moves_the_rows_drawn_alone(optimizer):
     for _ in range(3):
         before = loss.weight.detach().clone()
         stepping.zero_grad()
-        loss(embeddings, labels).backward()
+        value, drawn = drawn_in(lambda: loss(embeddings, labels))
+        value.backward()
         assert clip_grad_norm_(loss, 1.0) > 0
         stepping.step()
         moved = (loss.weight.detach() != before).any(1).nonzero()[:, 0]
-        assert moved.tolist() == loss._drawn.tolist()
+        assert moved.tolist() == drawn
     for value in stepping.state_dict()["state"][0].values():
         assert value is None or value.dim() == 0 or value.shape == loss.weight.shape
 
@@ -206,9 +205,9 @@ def test_extended_losses_draw_new_classes_too():
     loss = made()
     loss.extend(20)
     embeddings, _ = batch()
-    loss(embeddings, torch.full((ROWS,), 59)).backward()
-    assert len(loss._drawn) == 18
-    assert 59 in loss._drawn
+    _, drawn = drawn_in(lambda: loss(embeddings, torch.full((ROWS,), 59)))
+    assert len(drawn) == 18
+    assert 59 in drawn
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -272,3 +271,13 @@ def test_outside_of_a_step_all_classes_take_part():
     others = (labels + 1) % CLASSES
     found = loss.target_angles(embeddings, others)
     assert torch.equal(found, al.sample_classes(loss, 1).target_angles(embeddings, others))
+
+
+def test_a_refused_call_leaves_no_sample():
+    loss, (embeddings, labels) = made(), batch()
+    with pytest.raises(ValueError, match="sample_weight"):
+        loss(embeddings, labels, torch.ones(1))
+    whole = made()
+    whole.load_state_dict(loss.state_dict())
+    al.sample_classes(whole, 1)
+    assert torch.equal(loss.eval()(embeddings, labels), whole(embeddings, labels))

@@ -120,7 +120,8 @@ def load(
         state["module"].update(wanted["module"])
         if optimizer is not None:
             own, read = state["optimizer"], wanted["optimizer"]
-            own["state"] = {name: {} for name in own["state"]} | read["state"]
+            names = [name for group in own["param_groups"] for name in group["params"]]
+            own["state"] = {name: {} for name in names} | read["state"]
             for group, options in zip(own["param_groups"], read["param_groups"], strict=True):
                 group.update(options)
         _reshape(module, state, _by_row)
@@ -259,7 +260,7 @@ def _of_groups(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 @contextmanager
 def _trained(parameters: list[Tensor]) -> Iterator[None]:
     """Context in which all of them need gradients: torch leaves out the state of others."""
-    frozen = [each for each in parameters if not each.requires_grad]
+    frozen = [each for each in parameters if each.is_floating_point() and not each.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:

@@ -156,12 +156,14 @@ def _bytes_of_row(column: Tensor) -> int:
 def _header(columns: list[Tensor], batch: RankBatch, call: int) -> list[int]:
     bytes_of_row = sum(map(_bytes_of_row, columns))
     dtype = DTYPES.index(columns[-1].dtype)
-    variables = batch.embeddings, batch.sample_weight, batch.label_weight
-    needs_gradient = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in variables
-    )
-    optional = batch.label_weight is not None, batch.sample_weight is not None, needs_gradient
-    present = 8 * call + sum(2**i for i, is_present in enumerate(optional) if is_present)
+    given = batch.embeddings, batch.sample_weight, batch.label_weight
+    is_given = [each is not None for each in given]
+    needs_gradient = [
+        each is not None and each.requires_grad and torch.is_grad_enabled() for each in given
+    ]
+    present = call  # and a bit for each of these
+    for bit in (*is_given, *needs_gradient):
+        present = 2 * present + bit
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]
 
 

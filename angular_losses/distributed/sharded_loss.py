@@ -19,7 +19,7 @@ from ..engine.placement import number_of
 from ..engine.shard import Shard
 from ..losses.base import MarginLoss
 from ..losses.sampled_loss import averaging_wrapper, refuse_unprepared_optimizers
-from ..losses.state import recomputed_pass
+from ..losses.state import is_in_backward, recomputed_pass
 from .gathering import Gathering, RankBatch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ShardedLoss(MarginLoss):
     seed: int
     gathering: Gathering
     batches: int  # the number of training steps, for random numbers
-    _drawn: int | None  # that of the last pass
+    _drawn: int | None = None  # that of this pass
     own_weight: weakref.ref[nn.Parameter]  # which fully_shard would replace
 
     @_disable_dynamo
@@ -76,7 +76,8 @@ class ShardedLoss(MarginLoss):
                 DistributedDataParallel or fully_shard wraps the loss as if all ranks had the same
                 centres, with what to do instead.
         """
-        self.shard.replicas = self._replicas()
+        if not is_in_backward():  # where none averages, but a pass may be recomputed
+            self.shard.replicas = self._replicas()
 
         def checked() -> RankBatch:
             of_rows = self._labels(embeddings, labels, label_weight, other_labels, lam)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .. import validation
 from . import kernels
 
 Deferred: TypeAlias = list[Callable[[], object]]
@@ -185,10 +187,11 @@ class Terms:
             if self.rule.with_slopes is not None:
                 terms, self._slopes = self.rule.with_slopes(terms)
             return terms
+        has_hooks = self.differentiate and validation.hooks_in_force() is not None
         # Differentiated here, so hooks of saved tensors are not for them: those of checkpointing
         # would run the network again for each chunk.
-        hooks = saved_tensors_hooks(Tensor.detach, lambda saved: saved)
-        with torch.set_grad_enabled(self.differentiate), hooks:
+        own = saved_tensors_hooks(_packed, _unpacked) if has_hooks else nullcontext()
+        with torch.set_grad_enabled(self.differentiate), own:
             self._cosines = cosines.detach().requires_grad_(self.differentiate)
             self._terms = self.rule.of_classes(self._cosines, self.target, self.bias)
         return self._terms.detach()
@@ -218,6 +221,17 @@ class Terms:
         """
         if self.bias_slope is not None:
             self.bias_slope *= factor
+
+
+def _packed(saved: Tensor) -> tuple[Tensor, int]:
+    return saved.detach(), saved._version
+
+
+def _unpacked(packed: tuple[Tensor, int]) -> Tensor:
+    saved, version = packed
+    if saved._version != version:  # which autograd looks at where there are no hooks
+        raise RuntimeError("negatives: expected them not to change in place what they have saved")
+    return saved
 
 
 class Chunks:

@@ -114,18 +114,19 @@ class Sampled(Placement):
         rate: float,
         generator: torch.Generator | None = None,
         before: Tensor | None = None,
-    ) -> None:
-        """Choose the classes of a step: those of the labels (N,), and random others up to a share.
+    ) -> Tensor:
+        """Choose the classes of a pass: those of the labels (N,), and random others up to a share.
 
         Labels of no class here count for nothing. Classes drawn before are preferred to others.
         """
         chances = torch.rand(self.count + 1, generator=generator, device=labels.device)
         if before is not None:
-            chances[before] += 1
+            chances[before.to(labels.device)] += 1
         chances[self._place(labels)] = 3.0  # the last, of no class, for -1
         chances = chances[:-1]
         wanted = max(number_of(rate, self.count), int((chances == 3.0).sum()))
         self.sampled = chances.topk(wanted).indices.sort().values
+        return self.sampled
 
     def _place(self, labels: Tensor) -> Tensor:
         """The classes (N,) as this process counts its own; -1 for those of others."""

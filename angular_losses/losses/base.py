@@ -115,10 +115,8 @@ class MarginLoss(ClassCentres, nn.Module):
     _looks_at_lengths = False
     # Whether passes belong to the training step before: see same_step.
     _is_same_step = False
-    # Of passes in training mode without gradients, since the last step: whether they are steps.
-    _uncounted: tuple[bool, ...] = ()
-    # What the last pass has drawn, where a pass that repeats it has to have the same.
-    _drawn: Tensor | int | None = None
+    # Passes in training mode without gradients that may be steps, since the last step.
+    _uncounted = 0
 
     def __init_subclass__(cls, **arguments: object) -> None:
         """Show all options in the signature of the class, which ``**options`` would hide."""
@@ -408,8 +406,8 @@ class MarginLoss(ClassCentres, nn.Module):
         is_step = self.training and torch.is_grad_enabled() and not repeats
         if is_step:
             self._begin_step(batch, counts)
-        state = self.statistics, self.schedule, self._drawn
-        with state_of_a_pass(self, *state, repeats=repeats) as this:
+        moving, draws = (self.statistics, self.schedule, self._drawn), self.shard != WHOLE
+        with state_of_a_pass(self, *moving, draws=draws, repeats=repeats) as this:
             options = Options(
                 self.penalty(batch.embeddings),
                 self.reduction,
@@ -422,7 +420,7 @@ class MarginLoss(ClassCentres, nn.Module):
             loss = self._batch_loss(batch, options)
         if is_step:
             self.advance()
-        if this is not None:
+        if this is not None and self.training:
             this.keep(loss)
         if not torch.compiler.is_compiling():
             self._count(is_step)
@@ -655,17 +653,19 @@ class MarginLoss(ClassCentres, nn.Module):
             return False
         if self._is_same_step or not is_in_backward():
             return self._is_same_step
-        return not (self._uncounted and is_in_reentrant_checkpoint() and self._uncounted[-1])
+        return not (self._uncounted and is_in_reentrant_checkpoint())
+
+    @property
+    def _drawn(self) -> Tensor | int | None:
+        """What this pass has drawn, where a recomputation has to have the same."""
+        return None
 
     def _count(self, is_step: bool) -> None:
         """Take notice of a pass that a backward pass may have to recompute."""
         if self.training and not torch.is_grad_enabled():
-            self._uncounted = *self._uncounted, not self._is_same_step
-        elif self._uncounted:  # a module is slow to set what is as it was
-            if is_in_backward():
-                self._uncounted = self._uncounted[: -1 if is_in_reentrant_checkpoint() else None]
-            elif is_step:
-                self._uncounted = ()
+            self._uncounted += not self._is_same_step
+        elif is_step and self._uncounted:  # a module is slow to set what is as it was
+            self._uncounted = self._uncounted - 1 if is_in_backward() else 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:  # noqa: ANN401
         """Load the full state of a sharded loss too.

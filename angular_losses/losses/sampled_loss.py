@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..engine.placement import Sampled
 from .base import MarginLoss
-from .state import recomputed_pass
+from .state import kept_passes, recomputed_pass
 
 
 class SampledLoss(MarginLoss):
@@ -28,7 +28,7 @@ class SampledLoss(MarginLoss):
 
     shard: Sampled
     sample_rate: float
-    _drawn: Tensor | None
+    _last: Tensor | None = None  # the classes of the last step
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes, as :meth:`MarginLoss.extend`; call ``sample_optimizer`` again."""
@@ -46,19 +46,26 @@ class SampledLoss(MarginLoss):
             drawn = labels.long().flatten()
             drawn = drawn.where(drawn != self.ignore_index, 0)  # where ignored rows are looked up
             # One class at least, for an empty batch.
-            rate = max(self.sample_rate, 1 / self.num_classes)
-            self.shard.draw(drawn, rate, before=self._drawn if self._repeats_a_step() else None)
-            again = recomputed_pass(self)  # which draws too, for the random numbers of what follows
-            if again is not None:
-                self.shard.sampled = again.drawn
-            self._drawn = self.shard.sampled
+            self._draw(drawn, max(self.sample_rate, 1 / self.num_classes))
         return labels, label_weight
 
-    def _pass(self, *arguments: Any) -> Tensor:  # noqa: ANN401
-        try:
-            return super()._pass(*arguments)
-        finally:
-            self.shard.sampled = None
+    def _draw(self, labels: Tensor, rate: float) -> None:
+        """Choose the classes of a pass: for a recomputed one those that it had."""
+        again, repeats = recomputed_pass(self), self._repeats_a_step()
+        before = self._last if repeats and again is None else None
+        # With the random numbers of then, which checkpointing restores, it draws the same; not if
+        # it had those of its step.
+        drawn = self.shard.draw(labels, rate, before=before)
+        if not repeats and torch.is_grad_enabled():
+            self._last = drawn
+        if again is None or any(torch.equal(drawn, each.drawn) for each in kept_passes(self)):
+            return
+        if torch.isin(labels, again.drawn).all():  # or it is one of which nothing is kept
+            self.shard.sampled = again.drawn
+
+    @property
+    def _drawn(self) -> Tensor | None:
+        return self.shard.sampled
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the class by the one it is made from, as it has no importable name."""
@@ -72,9 +79,17 @@ class SampledLoss(MarginLoss):
 
 def sampled_class(cls: type[MarginLoss]) -> type[SampledLoss]:
     """The class of a loss, with sampling."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: SampledLoss, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        try:
+            return cls.forward(self, *arguments, **options)
+        finally:  # outside of a pass all classes take part
+            self.shard.sampled = None
+
     # Compiled, a sample of another size each step would be another graph each step.
-    forward = _disable_dynamo(cls.forward)
-    return type(f"Sampled{cls.__name__}", (SampledLoss, cls), {"forward": forward})
+    methods = {"forward": _disable_dynamo(forward)}
+    return type(f"Sampled{cls.__name__}", (SampledLoss, cls), methods)
 
 
 def _remade(cls: type[MarginLoss]) -> MarginLoss:

@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
 
 from ..schedules import Schedule
+from ..validation import hooks_in_force
+
+
+class Region:
+    """What is checkpointed, or recomputed, in one go: the number of passes of each loss so far."""
+
+    def __init__(self) -> None:
+        self.counts: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 class Pass:
@@ -26,15 +34,17 @@ class Pass:
     Attributes:
         copies: Of the state that it reads.
         drawn: What it has drawn.
-        region: Identifies what is checkpointed together; None outside of it.
+        region: In which it is; None if nothing is checkpointed.
+        number: Of the passes there, from 0.
     """
 
     @_disable_dynamo
     def __init__(self, loss: nn.Module, copies: list[Tensor], drawn: Any) -> None:  # noqa: ANN401
         self.loss, self.copies, self.drawn = weakref.ref(loss), copies, drawn
         self.first_node: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        hooks = _saved_tensors_hooks(False)
-        self.region = None if hooks is None else weakref.ref(hooks[1])
+        self.region, self.number = _place(loss)
+        if self.region is not None:
+            self.region.counts[loss] = self.number + 1
 
     @_disable_dynamo
     def keep(self, value: Tensor) -> None:
@@ -45,13 +55,23 @@ class Pass:
                 _passes.add(self)
 
 
-_saved_tensors_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
-)
 _passes: weakref.WeakSet[Pass] = weakref.WeakSet()
-# How many passes of a loss a node of a backward pass has recomputed.
-_recomputed: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = weakref.WeakKeyDictionary()
+# By the hooks of saved tensors, of which checkpointing has its own each time.
+_regions: weakref.WeakKeyDictionary[object, Region] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # other threads may train other losses
+
+
+def _place(loss: nn.Module) -> tuple[Region | None, int]:
+    """The region, if any, and the number in it, of the next pass of a loss."""
+    hooks = hooks_in_force()
+    if hooks is None:
+        return None, 0
+    try:
+        with _lock:
+            region = _regions.setdefault(hooks[1], Region())
+    except TypeError:  # without weak references: not checkpointing's
+        return None, 0
+    return region, region.counts.get(loss, 0)
 
 
 @contextmanager
@@ -61,17 +81,18 @@ def state_of_a_pass(
     schedule: Schedule | None,
     drawn: Tensor | int | None,
     *,
+    draws: bool,
     repeats: bool,
 ) -> Iterator[Pass | None]:
     """Context in which a loss reads copies of its state: the current, or of the repeated step."""
     moving: list[tuple[nn.Module, str]] = [(loss, name) for name in statistics]
     if schedule is not None:
         moving.append((schedule, "step"))
-    if not moving and drawn is None:
+    if not (moving or draws):
         yield None
         return
     kept = [module.get_buffer(name) for module, name in moving]
-    before = recomputed_pass(loss, is_begun=True) if repeats else None
+    before = recomputed_pass(loss) if repeats else None
     copy = _copy if torch.compiler.is_compiling() else Tensor.clone
     copies = [copy(buffer) for buffer in kept] if before is None else before.copies
     for (module, name), buffer in zip(moving, copies, strict=True):
@@ -85,31 +106,30 @@ def state_of_a_pass(
             setattr(module, name, buffer)
 
 
+def kept_passes(loss: nn.Module) -> list[Pass]:
+    """The passes of a loss whose graphs exist, the oldest first."""
+    with _lock:
+        own = [each for each in _passes if each.loss() is loss]
+    return sorted(own, key=lambda each: each.first_node)
+
+
 @_disable_dynamo
-def recomputed_pass(loss: nn.Module, *, is_begun: bool = False) -> Pass | None:
+def recomputed_pass(loss: nn.Module) -> Pass | None:
     """The pass that a backward pass needs again; None where it is not known.
 
     ``torch.utils.checkpoint`` recomputes what the current node saved: the last of the passes that
-    began before that node was created; where it is checkpointed together with others, all of them
-    in their order. ``is_begun``, the next is another one.
+    began before that node was created, or, in a region of several, one after another. Of those
+    without a graph nothing is kept, but the next one has the same state.
     """
     if not is_in_backward() or is_in_reentrant_checkpoint():
         return None
     node: int = torch._C._current_autograd_node()._sequence_nr()
-    with _lock:
-        own = sorted(
-            (each for each in _passes if each.loss() is loss), key=lambda each: each.first_node
-        )
-    began = [each for each in own if each.first_node <= node]
-    if not began:
-        return None
-    together = [each for each in own if each.region is began[-1].region is not None] or began[-1:]
-    key = torch._C._current_graph_task_id(), node
-    before, count = _recomputed.get(loss, (None, 0))
-    count = count if before == key else 0
-    if is_begun:
-        _recomputed[loss] = key, count + 1
-    return together[min(count, len(together) - 1)]
+    kept, (_, number) = kept_passes(loss), _place(loss)
+    began = [each for each in kept if each.first_node <= node]
+    if not began or began[-1].region is None:
+        return began[-1] if began else None
+    together = [each for each in kept if each.region is began[-1].region and each.number >= number]
+    return together[0] if together else began[-1]
 
 
 def is_in_backward() -> bool:

@@ -20,7 +20,7 @@ from angular_losses.diagnostics import AngularMonitor
 from angular_losses.distributed import ShardedLoss, load, save, shard, shard_optimizer, unshard
 from angular_losses.engine import passes
 from angular_losses.engine import shard as shards
-from angular_losses.engine.placement import Sampled
+from tests.batches import drawn_in
 from tests.cases import in_chunks_of
 from tests.family import CLASSES, FAMILY
 from tests.profiling import peak_bytes
@@ -77,18 +77,6 @@ def errors_of_family(mesh, names, dtype, modes, sizes, classes=CLASSES, train=Fa
             }
             found[name, part.mode] = differences | state_errors(part, whole)
     return found
-
-
-def drawn_in(call):
-    """What a call returns, and the classes that a rank draws in it."""
-    found, draw = [[]], Sampled.draw
-
-    def noting(shard, *arguments, **options):
-        draw(shard, *arguments, **options)
-        found.append(shard.sampled.tolist())
-
-    with patch.object(Sampled, "draw", noting):
-        return call(), found[-1]
 
 
 def errors_of_weights(mesh, world_rows=(3, 4)):

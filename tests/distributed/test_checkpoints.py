@@ -271,6 +271,28 @@ def test_the_state_of_options_that_only_the_saved_optimiser_has(tmp_path, optimi
     torch.testing.assert_close(dict(other.state_dict()), dict(both.state_dict()))
 
 
+def test_momentum_of_some_parameters(tmp_path):
+    both, other = modules(5), modules(5)
+    made = torch.optim.SGD(both.parameters(), lr=0.1, momentum=0.9)
+    step(both, made, is_of_loss_alone=True)
+    save(tmp_path, both, made)
+    fresh = torch.optim.SGD(other.parameters(), lr=0.1)
+    load(tmp_path, other, fresh)
+    assert_same_state(made, fresh)
+
+
+def test_parameters_that_are_integers(tmp_path):
+    both, other = modules(5), modules(5)
+    for each in (both, other):
+        table = torch.zeros(3, dtype=torch.int8)
+        each.append(torch.nn.ParameterList([torch.nn.Parameter(table, requires_grad=False)]))
+    made, fresh = (torch.optim.AdamW(each.parameters()) for each in (both, other))
+    step(both, made)
+    save(tmp_path, both, made)
+    load(tmp_path, other, fresh)
+    assert_same_state(made, fresh)
+
+
 @pytest.mark.parametrize("is_frozen", [(True, False), (False, True), (True, True)])
 def test_the_state_of_frozen_parameters(tmp_path, is_frozen):
     both, optimizer = trained()

@@ -117,9 +117,10 @@ def test_replicas_as_one_process(processes, build):
     assert max(processes.run(trainings.replicas, 4, build, 1.0, (3, 3, 4, 2))) <= 1e-6
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_replicas_of_other_rows_and_weights(processes, is_weighted):
-    arguments, options = [al.ArcFaceLoss, 1.0, (5, 4, 1, 2)], {}
+def test_replicas_of_other_rows_and_weights(processes, is_weighted, reentrant):
+    arguments, options = [al.ArcFaceLoss, 1.0, (5, 4, 1, 2)], {"reentrant": reentrant}
     if is_weighted:
         arguments.append(torch.linspace(0.0, 2.0, 12))
         options["class_weight"] = torch.linspace(0.2, 3.0, trainings.CLASSES)

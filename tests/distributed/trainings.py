@@ -25,10 +25,10 @@ from angular_losses.distributed import (
     shard_optimizer,
     unshard,
 )
+from tests.batches import drawn_in
 from tests.distributed.scenarios import (
     SIZE,
     batch_of,
-    drawn_in,
     network,
     parts_of,
     relative_error,
@@ -330,13 +330,16 @@ def sampled_classes(mesh, rate, labels, **options):
     return sampled, bool(value.isfinite()) and rows == expected
 
 
-def replicas(mesh, build, rate, sizes, row_weight=None, **options):
+def replicas(mesh, build, rate, sizes, row_weight=None, *, reentrant=None, **options):
     """Classes over two ranks, and two replicas of them, under DistributedDataParallel."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "classes"))
     torch.manual_seed(1)
     whole = build(CLASSES, SIZE, scale=16.0, dtype=torch.float64, **options)
     alone = network()
     part = shard(copy.deepcopy(whole), grid["classes"], backbone="ddp", sample_rate=rate)
+    if reentrant is not None:
+        forward = part.forward
+        part.forward = lambda *given: checkpointed(forward, *given, use_reentrant=reentrant)
     net = DistributedDataParallel(network())
     run = DistributedDataParallel(part, process_group=grid["replicas"].get_group())
     optimizers = [
@@ -409,6 +412,7 @@ def pending_steps(mesh, build, rate):
 
 def other_calls(mesh):
     """What each rank is told where the first calls the loss in another way."""
+    weight = torch.ones(4, requires_grad=mesh.get_rank() > 0)
     loss, batch, is_first = (
         shard(built_loss(), mesh),
         batch_of(4, torch.float32),
@@ -420,6 +424,7 @@ def other_calls(mesh):
         told(lambda: loss.topk(batch[0], 2) if is_first else loss.topk(batch[0], 3)),
         told(lambda: loss.topk(batch[0]) if is_first else loss(*batch)),
         told(lambda: loss.train(is_first)(*batch)),
+        told(lambda: loss.train()(batch[0].clone().requires_grad_(is_first), batch[1], weight)),
     ]
 
 

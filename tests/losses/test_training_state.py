@@ -24,6 +24,10 @@ from tests.steps import (
     step,
 )
 
+needs_hooks_in_force = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="needs torch 2.8"
+)
+
 
 @pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace"])
 def test_two_reentrant_passes_are_two_steps(name):
@@ -229,6 +233,7 @@ def test_statistics_get_weights_as_numbers():
     assert loss.seen.tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
+@needs_hooks_in_force
 @pytest.mark.parametrize("mode", ["stash", "recompute"])
 @pytest.mark.parametrize("cls", [al.ArcFaceLoss, al.CurricularFaceLoss, al.SphereFace2Loss])
 def test_a_checkpointed_network_runs_twice(cls, mode):
@@ -244,16 +249,35 @@ def test_a_checkpointed_network_runs_twice(cls, mode):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace"])
+@contextlib.contextmanager
+def evaluating(loss):
+    loss.eval()
+    try:
+        yield
+    finally:
+        loss.train()
+
+
+@needs_hooks_in_force
+@pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace", "sampled"])
 @pytest.mark.parametrize("separately", [False, True])
-def test_passes_checkpointed_together_use_their_own_states(name, separately):
-    """Three passes of which two are recomputed in one go."""
+@pytest.mark.parametrize("before", [None, "without gradients", "evaluation", "forgotten"])
+def test_passes_checkpointed_together_use_their_own_states(name, separately, before):
+    """Three passes of which two are recomputed in one go; another one may come before these."""
     found = []
     for checkpointed in (False, True):
-        loss, batches = build(name), [batch(seed) for seed in range(3)]
+        loss = build("ArcFace" if name == "sampled" else name)
+        batches = [batch(seed) for seed in range(3)]
+        if name == "sampled":
+            torch.manual_seed(0)
+            loss = al.sample_classes(al.ArcFaceLoss(50, SIZE, dtype=torch.float64), 0.2)
         (first, labels), *others = batches
 
         def both(*given, loss=loss, batches=batches):
+            if before is not None:
+                context = {"without gradients": torch.no_grad(), "evaluation": evaluating(loss)}
+                with context.get(before, contextlib.nullcontext()):
+                    loss(given[0], batches[0][1] + 7 * (name == "sampled"))
             return tuple(loss(rows, of) for rows, (_, of) in zip(given, batches[1:], strict=True))
 
         value, rows = loss(first, labels), [each for each, _ in others]
@@ -264,7 +288,9 @@ def test_passes_checkpointed_together_use_their_own_states(name, separately):
             value.backward()
         else:
             (value + sum(values)).backward()
-        found.append([loss.weight.grad, *(embeddings.grad for embeddings, _ in batches)])
+        weight = loss.weight.grad
+        weight = weight.to_dense() if weight.is_sparse else weight
+        found.append([weight, *(embeddings.grad for embeddings, _ in batches)])
         found.append(state(loss))
     assert_same(found[0], found[2])
     torch.testing.assert_close(found[1], found[3])
@@ -286,3 +312,40 @@ def test_the_same_step_may_be_checkpointed(name, use_reentrant):
     value.backward()
     step(reference, 4)
     assert_same_state(loss, reference)
+
+
+def change_in_place(cosine, target):
+    changed = cosine.exp()
+    return changed.add_(1).square_() / 20  # autograd needs what exp returned
+
+
+@pytest.mark.parametrize("mode", ["dense", "stash", "recompute"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_negatives_that_change_what_they_need_are_refused(mode, checkpointed):
+    embeddings, labels = batch(0)
+    weight = torch.randn(CLASSES, SIZE, dtype=torch.float64, requires_grad=True)
+
+    def call(rows):
+        return al.margin_softmax_loss(
+            *(rows, weight, labels),
+            margin=torch.cos,
+            scale=4.0,
+            negatives=change_in_place,
+            mode=mode,
+        )
+
+    if checkpointed and mode == "dense":  # of which checkpointing keeps no version
+        return
+    with pytest.raises(RuntimeError, match=r"in.?place"):
+        (
+            checkpoint(call, embeddings, use_reentrant=False) if checkpointed else call(embeddings)
+        ).backward()
+
+
+def test_hooks_of_saved_tensors_of_any_kind():
+    loss, (embeddings, labels) = build("CurricularFace"), batch(0)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
+        loss(embeddings, labels).backward()
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        loss(embeddings, labels).backward()
+    assert loss.schedule.step == 2
