@@ -166,9 +166,10 @@ class Shard(Sampled):
             raise RuntimeError(
                 "sample_weight: expected none that needs a gradient with replicas of the classes"
             )
-        dtype = precise_dtype(self.device)
-        of_all = collectives.total(torch.as_tensor(total, dtype=dtype, device=self.device))
-        return of_all / dist.get_world_size(self.replicas)
+        if not isinstance(total, Tensor):  # filled on the device, without a copy from the host
+            dtype = precise_dtype(self.device)
+            total = torch.full((), total, dtype=dtype, device=self.device)
+        return collectives.total(total) / dist.get_world_size(self.replicas)
 
     def total(self, values: Tensor, deferred: Deferred | None = None) -> Tensor:
         """The sum over ranks, with a gradient; for what every rank then uses alike."""
