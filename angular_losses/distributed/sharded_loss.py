@@ -83,7 +83,7 @@ class ShardedLoss(MarginLoss):
             of_rows = self._labels(embeddings, labels, label_weight, other_labels, lam)
             return self._own_batch(embeddings, of_rows, sample_weight)
 
-        rows = self.gathering(checked, 2 * self.training + return_correct)
+        rows = self._gathering()(checked, 2 * self.training + return_correct)
         _used.add(self)
         # The same random numbers on every rank, different for each batch.
         number, is_drawn = self._batch(), self.training and self.is_random
@@ -155,10 +155,13 @@ class ShardedLoss(MarginLoss):
         """The logits of the rows of all ranks for the classes here; k are wanted, or all for 0."""
         length = len(embeddings) if isinstance(embeddings, Tensor) and embeddings.dim() else 0
         labels = torch.zeros(length, dtype=torch.int64, device=self.weight.device)
-        # Large batches here would otherwise enlarge the messages of later training steps.
-        gathering = copy.copy(self.gathering)
+        gathering = self._gathering(is_step=False)
         rows = gathering(lambda: self._own_batch(embeddings, (labels, None)), 4 + k)
         return super().get_logits(rows.embeddings)
+
+    def _gathering(self, *, is_step: bool = True) -> Gathering:
+        """What gathers the rows; large batches enlarge no messages but those of training steps."""
+        return self.gathering if is_step and self.training else copy.copy(self.gathering)
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes, as :meth:`angular_losses.MarginLoss.extend`, and partition all of them anew.

@@ -27,7 +27,7 @@ def several(
             f"labels: expected shape ({embeddings.shape[0]},), or ({embeddings.shape[0]}, K) "
             f"with K labels an embedding, got {tuple(labels.shape)}"
         )
-    is_wide = labels.shape[1] == num_classes > 2
+    is_wide = labels.shape[1] == num_classes > 2 and ignore_index not in (0, 1)
     is_read = is_wide and label_weight is None and validation.is_readable(labels)
     if is_read and labels.numel() and torch.equal(labels.long(), labels.long().clamp(0, 1)):
         raise ValueError(

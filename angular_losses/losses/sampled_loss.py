@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..engine.placement import Sampled
 from .base import MarginLoss
@@ -37,7 +38,8 @@ class SampledLoss(MarginLoss):
 
     def _labels(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         labels, label_weight = super()._labels(*arguments)
-        if averaging_wrapper(self.weight)[0] is not None:
+        is_trained = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if is_trained and averaging_wrapper(self.weight)[0] is not None:
             raise RuntimeError(
                 "DistributedDataParallel: expected it without sampled classes, whose gradients are "
                 "sparse; use angular_losses.distributed.shard(loss, mesh, sample_rate=...)"
@@ -58,10 +60,12 @@ class SampledLoss(MarginLoss):
         drawn = self.shard.draw(labels, rate, before=before)
         if not repeats and torch.is_grad_enabled():
             self._last = drawn
-        if again is None or any(torch.equal(drawn, each.drawn) for each in kept_passes(self)):
+        if again is None:
             return
-        if torch.isin(labels, again.drawn).all():  # or it is one of which nothing is kept
-            self.shard.sampled = again.drawn
+        with _disable_current_modes():  # those of selective checkpointing know each operator
+            is_kept = any(torch.equal(drawn, each.drawn) for each in kept_passes(self))
+            if not is_kept and torch.isin(labels, again.drawn).all():  # not one without a graph
+                self.shard.sampled = again.drawn
 
     @property
     def _drawn(self) -> Tensor | None:

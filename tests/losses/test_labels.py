@@ -144,6 +144,7 @@ def test_one_hot_labels_are_refused_and_soft_ones_over_all_classes_are_not():
     loss(embeddings, filled, label_weight=(filled == 0).float())
     loss(embeddings, torch.tensor([[0, 1, -100, -100, -100]]).expand(3, 5))
     loss(embeddings, of_all.to(torch.uint16))
+    ArcFaceLoss(5, 8, ignore_index=0)(embeddings, one_hot)
 
 
 def test_the_second_labels_are_named():
