@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from ..schedules import Schedule
 from ..validation import hooks_in_force
 
-
-class Region:
-    """What is checkpointed, or recomputed, in one go: the number of passes of each loss so far."""
-
-    def __init__(self) -> None:
-        self.counts: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# What is checkpointed, or recomputed, in one go: the number of passes of each loss so far.
+Region: TypeAlias = "weakref.WeakKeyDictionary[nn.Module, int]"
 
 
 class Pass:
@@ -44,7 +40,7 @@ class Pass:
         self.first_node: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.region, self.number = _place(loss)
         if self.region is not None:
-            self.region.counts[loss] = self.number + 1
+            self.region[loss] = self.number + 1
 
     @_disable_dynamo
     def keep(self, value: Tensor) -> None:
@@ -68,10 +64,10 @@ def _place(loss: nn.Module) -> tuple[Region | None, int]:
         return None, 0
     try:
         with _lock:
-            region = _regions.setdefault(hooks[1], Region())
+            region: Region = _regions.setdefault(hooks[1], weakref.WeakKeyDictionary())
     except TypeError:  # without weak references: not checkpointing's
         return None, 0
-    return region, region.counts.get(loss, 0)
+    return region, region.get(loss, 0)
 
 
 @contextmanager
