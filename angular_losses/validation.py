@@ -278,10 +278,13 @@ def is_transforming() -> bool:
     return not is_compiling and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+# Not before torch 2.8.
+knows_hooks = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
+
 def hooks_in_force() -> tuple[Callable[..., object], Callable[..., Tensor]] | None:
-    """The hooks of saved tensors in force, such as checkpointing's; before torch 2.8 not known."""
-    innermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if innermost is None else innermost(False)
+    """The hooks of saved tensors in force, such as checkpointing's; None where it is not known."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) if knows_hooks else None
 
 
 def has_values(tensor: Tensor) -> bool:

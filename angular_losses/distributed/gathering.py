@@ -156,14 +156,13 @@ def _bytes_of_row(column: Tensor) -> int:
 def _header(columns: list[Tensor], batch: RankBatch, call: int) -> list[int]:
     bytes_of_row = sum(map(_bytes_of_row, columns))
     dtype = DTYPES.index(columns[-1].dtype)
-    given = batch.embeddings, batch.sample_weight, batch.label_weight
-    is_given = [each is not None for each in given]
-    needs_gradient = [
-        each is not None and each.requires_grad and torch.is_grad_enabled() for each in given
-    ]
-    present = call  # and a bit for each of these
-    for bit in (*is_given, *needs_gradient):
-        present = 2 * present + bit
+    weights = batch.sample_weight, batch.label_weight
+    is_trained = batch.embeddings.requires_grad and torch.is_grad_enabled()
+    # The gradients of weights take no collective, but alone they would make a backward pass.
+    of_weights = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights)
+    is_given = [each is not None for each in weights]
+    bits = *is_given, is_trained, of_weights and not is_trained
+    present = 16 * call + sum(2**i for i, is_present in enumerate(bits) if is_present)
     return [len(columns[0]), bytes_of_row, dtype, present, *[0] * (TEXT // 8)]
 
 

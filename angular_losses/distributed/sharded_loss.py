@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -42,7 +41,7 @@ class ShardedLoss(MarginLoss):
     shard: Shard
     sample_rate: float
     seed: int
-    gathering: Gathering
+    gatherings: tuple[Gathering, Gathering]  # for training steps, and for all else
     batches: int  # the number of training steps, for random numbers
     _drawn: int | None = None  # that of this pass
     own_weight: weakref.ref[nn.Parameter]  # which fully_shard would replace
@@ -76,8 +75,7 @@ class ShardedLoss(MarginLoss):
                 DistributedDataParallel or fully_shard wraps the loss as if all ranks had the same
                 centres, with what to do instead.
         """
-        if not is_in_backward():  # where none averages, but a pass may be recomputed
-            self.shard.replicas = self._replicas()
+        replicas = self._replicas()
 
         def checked() -> RankBatch:
             of_rows = self._labels(embeddings, labels, label_weight, other_labels, lam)
@@ -89,7 +87,7 @@ class ShardedLoss(MarginLoss):
         number, is_drawn = self._batch(), self.training and self.is_random
         self._drawn = number if is_drawn else None
         drawing = self._seeded(self.seed, number) if is_drawn else nullcontext()
-        with self.shard.reductions(), drawing, self._sampling(rows, number):
+        with self._averaging(replicas), drawing, self._sampling(rows, number):
             found = super().forward(
                 rows.embeddings,
                 rows.labels,
@@ -160,8 +158,8 @@ class ShardedLoss(MarginLoss):
         return super().get_logits(rows.embeddings)
 
     def _gathering(self, *, is_step: bool = True) -> Gathering:
-        """What gathers the rows; large batches enlarge no messages but those of training steps."""
-        return self.gathering if is_step and self.training else copy.copy(self.gathering)
+        """What gathers the rows: large batches of an evaluation enlarge no messages of steps."""
+        return self.gatherings[not (is_step and self.training)]
 
     def extend(self, num_new: int, init: Tensor | None = None) -> None:
         """Add classes, as :meth:`angular_losses.MarginLoss.extend`, and partition all of them anew.
@@ -172,8 +170,24 @@ class ShardedLoss(MarginLoss):
         """
         with self._seeded(self.seed, self.num_classes):
             super().extend(num_new, init)
-        self.shard = self.gathering.shard = Shard(self.shard.mesh, self.num_classes)
+        self.shard = Shard(self.shard.mesh, self.num_classes)
+        for gathering in self.gatherings:
+            gathering.shard = self.shard
         self.own_weight = weakref.ref(self.weight)
+
+    @contextmanager
+    def _averaging(self, replicas: ProcessGroup | None) -> Iterator[None]:
+        """Context of a pass with these replicas; a recomputed one has those of the step before."""
+        before = self.shard.replicas
+        if not is_in_backward():  # where nothing is wrapped
+            self.shard.replicas = replicas
+        is_step = self.training and torch.is_grad_enabled()
+        try:
+            with self.shard.reductions():
+                yield
+        finally:
+            if replicas is None and not is_step:
+                self.shard.replicas = before
 
     def _replicas(self) -> ProcessGroup | None:
         """The processes with the same classes that average their gradients by DDP, if any."""

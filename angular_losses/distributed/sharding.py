@@ -107,7 +107,8 @@ def shard(
     sharded.shard, sharded.seed = place, seed
     sharded.sample_rate = float(sample_rate)
     factor = float(place.size) if backbone == "ddp" else 1.0
-    sharded.gathering = Gathering(place, loss.ignore_index, batch_size, factor)
+    gathering = Gathering(place, loss.ignore_index, batch_size, factor)
+    sharded.gatherings = gathering, copy.copy(gathering)
     sharded.weight, sharded.own_weight = weight, weakref.ref(weight)
     sharded.is_random = loss.is_random or sample_rate < 1
     sharded.batches = 0

@@ -187,10 +187,11 @@ class Terms:
             if self.rule.with_slopes is not None:
                 terms, self._slopes = self.rule.with_slopes(terms)
             return terms
-        has_hooks = self.differentiate and validation.hooks_in_force() is not None
+        has_hooks = not validation.knows_hooks or validation.hooks_in_force() is not None
         # Differentiated here, so hooks of saved tensors are not for them: those of checkpointing
         # would run the network again for each chunk.
-        own = saved_tensors_hooks(_packed, _unpacked) if has_hooks else nullcontext()
+        has_own = has_hooks and self.differentiate
+        own = saved_tensors_hooks(_packed, _unpacked) if has_own else nullcontext()
         with torch.set_grad_enabled(self.differentiate), own:
             self._cosines = cosines.detach().requires_grad_(self.differentiate)
             self._terms = self.rule.of_classes(self._cosines, self.target, self.bias)

@@ -20,8 +20,9 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from ..schedules import Schedule
 from ..validation import hooks_in_force
 
-# What is checkpointed, or recomputed, in one go: the number of passes of each loss so far.
-Region: TypeAlias = "weakref.WeakKeyDictionary[nn.Module, int]"
+# What is checkpointed, or recomputed, in one go: the passes of each loss so far, also those without
+# a graph.
+Region: TypeAlias = "weakref.WeakKeyDictionary[nn.Module, list[Pass]]"
 
 
 class Pass:
@@ -30,17 +31,17 @@ class Pass:
     Attributes:
         copies: Of the state that it reads.
         drawn: What it has drawn.
-        region: In which it is; None if nothing is checkpointed.
-        number: Of the passes there, from 0.
+        region: In which it is, while that has a graph; None if nothing is checkpointed.
     """
 
     @_disable_dynamo
     def __init__(self, loss: nn.Module, copies: list[Tensor], drawn: Any) -> None:  # noqa: ANN401
         self.loss, self.copies, self.drawn = weakref.ref(loss), copies, drawn
         self.first_node: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        self.region, self.number = _place(loss)
-        if self.region is not None:
-            self.region[loss] = self.number + 1
+        region = _region()
+        self.region = None if region is None else weakref.ref(region)
+        if region is not None:
+            region.setdefault(loss, []).append(self)
 
     @_disable_dynamo
     def keep(self, value: Tensor) -> None:
@@ -57,17 +58,16 @@ _regions: weakref.WeakKeyDictionary[object, Region] = weakref.WeakKeyDictionary(
 _lock = threading.Lock()  # other threads may train other losses
 
 
-def _place(loss: nn.Module) -> tuple[Region | None, int]:
-    """The region, if any, and the number in it, of the next pass of a loss."""
+def _region() -> Region | None:
+    """That of the next pass, if any."""
     hooks = hooks_in_force()
     if hooks is None:
-        return None, 0
+        return None
     try:
         with _lock:
-            region: Region = _regions.setdefault(hooks[1], weakref.WeakKeyDictionary())
+            return _regions.setdefault(hooks[1], weakref.WeakKeyDictionary())
     except TypeError:  # without weak references: not checkpointing's
-        return None, 0
-    return region, region.get(loss, 0)
+        return None
 
 
 @contextmanager
@@ -114,18 +114,19 @@ def recomputed_pass(loss: nn.Module) -> Pass | None:
     """The pass that a backward pass needs again; None where it is not known.
 
     ``torch.utils.checkpoint`` recomputes what the current node saved: the last of the passes that
-    began before that node was created, or, in a region of several, one after another. Of those
-    without a graph nothing is kept, but the next one has the same state.
+    began before that node was created, or, in a region of several, one after another.
     """
     if not is_in_backward() or is_in_reentrant_checkpoint():
         return None
     node: int = torch._C._current_autograd_node()._sequence_nr()
-    kept, (_, number) = kept_passes(loss), _place(loss)
-    began = [each for each in kept if each.first_node <= node]
-    if not began or began[-1].region is None:
-        return began[-1] if began else None
-    together = [each for each in kept if each.region is began[-1].region and each.number >= number]
-    return together[0] if together else began[-1]
+    began = [each for each in kept_passes(loss) if each.first_node <= node]
+    if not began:
+        return None
+    region = None if began[-1].region is None else began[-1].region()
+    again = _region()
+    number = 0 if again is None else len(again.get(loss, []))
+    together = [] if region is None else region.get(loss, [])
+    return (together[number:] or began[-1:])[0]
 
 
 def is_in_backward() -> bool:

@@ -163,8 +163,13 @@ def test_another_call_on_a_rank_is_refused(processes):
 
 
 def test_evaluations_do_not_enlarge_messages(processes):
-    for before, after in processes.run(trainings.messages_after_an_evaluation, 2):
+    for before, evaluation, after in processes.run(trainings.messages_after_an_evaluation, 2):
         assert before == after
+        assert len(before) == len(evaluation) == 1
+
+
+def test_weights_of_one_rank_may_need_gradients(processes):
+    assert processes.run(trainings.weights_of_one_rank, 2) == [True, False]
 
 
 def test_copies_and_averages(processes):

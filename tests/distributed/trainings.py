@@ -351,7 +351,10 @@ def replicas(mesh, build, rate, sizes, row_weight=None, *, reentrant=None, **opt
         for optimizer in optimizers:
             optimizer.zero_grad()
         of_own = None if row_weight is None else row_weight[mine]
-        run(net(inputs[mine]), labels[mine], of_own).backward()
+        value = run(net(inputs[mine]), labels[mine], of_own)
+        with torch.no_grad():  # for a log
+            part(net(inputs[mine]), labels[mine], of_own)
+        value.backward()
         with al.collectives.over(None):
             whole(alone(inputs), labels, row_weight).backward()
         for optimizer in optimizers:
@@ -410,6 +413,14 @@ def pending_steps(mesh, build, rate):
     return max(map(relative_error, *found))
 
 
+def weights_of_one_rank(mesh):
+    """Whether weights that need a gradient on one rank alone get it."""
+    loss, (embeddings, labels) = shard(built_loss(), mesh), batch_of(4, torch.float64)
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=mesh.get_rank() == 0)
+    loss(embeddings.requires_grad_(), labels, weight).backward()
+    return weight.grad is not None and bool(weight.grad.any())
+
+
 def other_calls(mesh):
     """What each rank is told where the first calls the loss in another way."""
     weight = torch.ones(4, requires_grad=mesh.get_rank() > 0)
@@ -435,19 +446,16 @@ def refused_sampling(mesh):
 
 
 def messages_after_an_evaluation(mesh):
-    """The sizes of the messages of a training step, before and after a large evaluation."""
+    """The sizes of the messages of a step, of a large evaluation, and of a step again."""
     loss, sizes = shard(built_loss(), mesh), []
-    for rows in (8, 200, 8):
-        embeddings, labels = batch_of(rows, torch.float32)
-        if rows > 8:
-            loss.topk(embeddings)
-            loss.eval()(embeddings, labels)
-            loss.train()
-        else:
-            loss(embeddings, labels)
-            with patch.object(loss.shard, "gathered", side_effect=loss.shard.gathered) as gathered:
-                loss(embeddings, labels)
-            sizes.append([call.args[0].shape for call in gathered.call_args_list])
+    for is_training, rows in ((True, 8), (False, 200), (True, 8)):
+        batch = batch_of(rows, torch.float32)
+        loss.train(is_training)(*batch)
+        with patch.object(loss.shard, "gathered", side_effect=loss.shard.gathered) as gathered:
+            loss(*batch)
+        sizes.append([each.args[0].shape for each in gathered.call_args_list])
+        if not is_training:
+            loss.topk(batch[0])
     return sizes
 
 
@@ -464,7 +472,8 @@ def copies(mesh):
     return (
         torch.equal(other(embeddings, labels), before),
         torch.equal(average(embeddings, labels), part(embeddings, labels)),
-        other.shard is not part.shard and other.gathering.shard is other.shard,
+        other.shard is not part.shard
+        and all(each.shard is other.shard for each in other.gatherings),
         other.own_weight() is other.weight,
     )
 

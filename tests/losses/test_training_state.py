@@ -261,9 +261,12 @@ def evaluating(loss):
 @needs_hooks_in_force
 @pytest.mark.parametrize("name", [*ADAPTIVE, "ArcFace", "sampled"])
 @pytest.mark.parametrize("separately", [False, True])
-@pytest.mark.parametrize("before", [None, "without gradients", "evaluation", "forgotten"])
+@pytest.mark.parametrize("before", [None, "without gradients", "evaluation", "detached"])
 def test_passes_checkpointed_together_use_their_own_states(name, separately, before):
-    """Three passes of which two are recomputed in one go; another one may come before these."""
+    """Three passes of which two are recomputed in one go; another one may come before these.
+
+    A factor of them, but in evaluation: that is not recomputed with the state it had.
+    """
     found = []
     for checkpointed in (False, True):
         loss = build("ArcFace" if name == "sampled" else name)
@@ -274,11 +277,15 @@ def test_passes_checkpointed_together_use_their_own_states(name, separately, bef
         (first, labels), *others = batches
 
         def both(*given, loss=loss, batches=batches):
+            factor = 1.0
             if before is not None:
                 context = {"without gradients": torch.no_grad(), "evaluation": evaluating(loss)}
                 with context.get(before, contextlib.nullcontext()):
-                    loss(given[0], batches[0][1] + 7 * (name == "sampled"))
-            return tuple(loss(rows, of) for rows, (_, of) in zip(given, batches[1:], strict=True))
+                    value = loss(given[0], batches[0][1] + 7 * (name == "sampled")).detach()
+                factor = 1.0 if before == "evaluation" else value
+            return tuple(
+                factor * loss(rows, of) for rows, (_, of) in zip(given, batches[1:], strict=True)
+            )
 
         value, rows = loss(first, labels), [each for each, _ in others]
         values = checkpoint(both, *rows, use_reentrant=False) if checkpointed else both(*rows)
