@@ -25,7 +25,7 @@ from ..data.pictures import read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import fit_familiarity
-from ..evaluation.evaluate import EMBEDDING_BATCH, early_features
+from ..evaluation.evaluate import EMBEDDING_BATCH, cosines, early_features
 from ..files import as_csv, write_json, write_sums, write_text
 from ..report.examination_tables import CROSS_FITTED, HELD_OUT
 from ..training.run_folder import METRICS, POINTING, STRANGE
@@ -153,11 +153,11 @@ def point(reference: Reference, data: Path) -> str:
         number = reference.slices.numbers[index]
         found = read_slice(paths[number])
         pixels = reference.slices.images[[index]]
-        cosines = (reference.embed(pixels) @ reference.embeddings.T)[0]
-        heat = explain(reference, found.image, pixels, cosines)
+        near = cosines(reference.embed(pixels), reference.embeddings)[0]
+        heat = explain(reference, found.image, pixels, near)
         overlap = measure_overlap(heat, found.mask)
         head = ndimage.binary_fill_holes(largest_region(above_background(found.image)))
-        classes = CLASS_NAMES[found.label], CLASS_NAMES[reference.labels[cosines.argmax()]]
+        classes = CLASS_NAMES[found.label], CLASS_NAMES[reference.labels[near.argmax()]]
         inside = "" if overlap is None else int(overlap.hottest_inside)
         rows.append([number, *classes, int(found.mask.sum()), int(head.sum()), inside])
     return as_csv(rows)

@@ -28,6 +28,7 @@ from ..evaluation.calibration import (
 )
 from ..evaluation.evaluate import (
     class_scores,
+    cosines,
     early_features,
     embed,
     nearest_neighbour,
@@ -317,12 +318,12 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
     pixels = torch.from_numpy(resize(part, images.shape[-1])).to(images)[None, None]
     embedding = reference.embed(pixels)
     check_finite(file, embedding)
-    cosines = (embedding @ reference.embeddings.T)[0]
-    nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
+    near = cosines(embedding, reference.embeddings)[0]
+    nearest = near.sort(descending=True, stable=True).indices[:NEIGHBOURS]  # as the run's own
     classes = reference.slices.classes
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(classes))
     shares = reference.shares(scores.numpy())[0].tolist()
-    heat = explain(reference, image, pixels, cosines)
+    heat = explain(reference, image, pixels, near)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
         file=str(file),
@@ -337,7 +338,7 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
             Neighbour(
                 reference.slices.numbers[reference.train[row]],
                 classes[reference.labels[row]],
-                cosines[row].item(),
+                near[row].item(),
             )
             for row in nearest.tolist()
         ],
@@ -345,8 +346,8 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
         overlap=None if mask is None else measure_overlap(heat, mask),
         picture=picture.name,
     )
-    near = images[reference.train[nearest], 0].float().numpy()
-    _plot(prediction, picture, image, heat, mask, near)
+    beside = images[reference.train[nearest], 0].float().numpy()
+    _plot(prediction, picture, image, heat, mask, beside)
     return prediction
 
 

@@ -21,6 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from examples.brain_tumor.data.slices import CLASS_NAMES
 from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation import evaluate as evaluation_module
 from examples.brain_tumor.evaluation.calibration import cross_fit
 from examples.brain_tumor.evaluation.evaluate import early_features, embed, evaluate
 from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
@@ -96,6 +97,20 @@ def test_answers_are_those_of_the_evaluation(tmp_path, run, scaled, drawn):
         weights = np.exp([30 * float(row[f"score_{name}"]) for name in CLASS_NAMES])
         shares = dict(zip(CLASS_NAMES, weights / weights.sum(), strict=True))
         assert answer.probabilities == pytest.approx(shares, abs=1e-4)
+
+
+def test_equally_near_slices_answer_as_in_the_evaluation(tmp_path, run, scaled, drawn, monkeypatch):
+    unit = F.normalize(torch.arange(1.0, 17)[None])
+    for module in (evaluation_module, prediction_module):
+        monkeypatch.setattr(
+            module, "embed", lambda network, images, *_: unit.repeat(len(images), 1)
+        )
+    evaluate(run, scaled)
+    with (run / "predictions.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    (answer,), _ = predict(run, [write_mat(tmp_path, scaled, 15)], scaled, tmp_path / "out")
+    assert [one.number for one in answer.neighbours] == [1, 2, 3, 4, 5]
+    assert (row["nearest_training_slice"], row["predicted"]) == ("1", answer.predicted)
 
 
 def test_the_neighbours_are_sklearns(tmp_path, run, scaled, drawn):
