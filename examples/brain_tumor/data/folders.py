@@ -14,6 +14,7 @@ from .pictures import PICTURES
 
 SLICE = re.compile(r"(?:0*([1-9][0-9]{0,8})|cvind)\.mat", re.IGNORECASE)
 FOLDS_NAME, MARKER_NAME, PLANES_NAME = "cvind.mat", "SYNTHETIC.txt", "planes.csv"
+HIDDEN = (".", "__MACOSX")  # what hidden names start with
 SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
 # The text that opens a .mat file; its platform marks the file as a phantom.
 PHANTOM = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
@@ -70,13 +71,32 @@ def find_slices(folder: Path) -> Found:
         sources, classes = _pictures(folder, rest)
         fault = "is not a picture in a folder of its class"
     if not sources:
+        alone = {path.parent.name for path in rest if _is_picture(path) and path.parent != folder}
+        if len(alone) == 1 and not {name.lower() for name in alone} & SIDES:
+            raise one_class(folder, *alone)
         raise UserError(
             f"{folder}: holds no slices (1.mat, 2.mat, ...), and no pictures in a folder for each "
             f"class{_hint(files)}"
         )
     used = {source.path for source in sources} | {folder / MARKER_NAME, folder / PLANES_NAME}
     left_out = [f"{path}: {fault}" for path in rest if path not in used]
+    if sources[0].label is not None:
+        left_out += [f"{one}: is a folder without files" for one in _empty_folders(folder, files)]
     return Found(sources, classes, folds, left_out)
+
+
+def one_class(folder: Path, name: str) -> UserError:
+    """Return the error of a folder whose pictures are of one class."""
+    return UserError(f"{folder}: has pictures of the class {name} alone, expected more")
+
+
+def _empty_folders(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the visible folders in which, and below which, none of the files is."""
+    filled, found = {one for path in files for one in (path, *path.parents)}, []
+    for top, inside, _ in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not name.startswith(HIDDEN))
+        found += [path for path in map(Path(top).joinpath, inside) if path not in filled]
+    return found
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
@@ -85,7 +105,7 @@ def visible_files(folder: Path) -> Iterator[Path]:
     Links to folders are not followed, for they may lead in a circle: they are yielded like files.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.name.startswith((".", "__MACOSX")):
+        if not entry.name.startswith(HIDDEN):
             if entry.is_dir(follow_symlinks=False):
                 yield from visible_files(Path(entry.path))
             else:
@@ -122,9 +142,13 @@ def shortened(lines: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines[:MOST_SHOWN]] + more
 
 
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES
+
+
 def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
     """Return the pictures that have a class, and the classes."""
-    paths = [path for path in paths if path.suffix.lower() in PICTURES and path.parent != folder]
+    paths = [path for path in paths if _is_picture(path) and path.parent != folder]
     above = {path: {one.lower() for one in path.relative_to(folder).parts[:-1]} for path in paths}
     on_sides = [path for path in paths if above[path] & SIDES]
     class_of = _classes(on_sides) or _classes(paths)

@@ -24,6 +24,7 @@ from .folders import (
     count_listed,
     find_slices,
     is_phantom,
+    one_class,
     shortened,
     tell_left_out,
 )
@@ -97,7 +98,7 @@ def load_slices(
     emptied = [f"{name}: is a class without a picture that can be read" for name in emptied]
     tell_left_out(folder, [*found.left_out, *emptied, *decoded["faults"].tolist()])
     if len(classes) == 1:
-        raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
+        raise one_class(folder, classes[0])
     numbers = decoded["numbers"].tolist()
     return SliceSet(
         images=torch.from_numpy(decoded["images"]),

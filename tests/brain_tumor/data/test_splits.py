@@ -1,5 +1,7 @@
 """Slices held out of the training side to calibrate answers on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,23 @@ def test_a_split_by_patient_holds_out_whole_patients():
 def test_too_few_slices_to_hold_any_out():
     with pytest.raises(UserError, match=r"--calibration 0\.05: "):
         make_split(DataSettings(calibration=0.05), people(15, 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_images_on_both_sides_are_counted_and_told(capsys, share):
+    data = DataSettings(split="paper", calibration=share)
+    images = torch.arange(300.0).half()[:, None, None, None]
+    slices = dataclasses.replace(people(), images=images)
+    split = make_split(data, slices)
+    assert capsys.readouterr().err == ""
+    others = torch.cat([split.test, split.calibration])
+    images[others[[0, 3, -1]]] = images[split.train[[7, 7, 9]]]
+    images[split.train[1]] = images[split.train[2]]  # on one side: no matter
+    again = make_split(data, slices)
+    said = "Slices not trained on that have the very image of one that is: 3."
+    assert capsys.readouterr().err == f"split paper: {said}\n"
+    assert again.description == f"{split.description} {said}"
+    assert torch.equal(again.train, split.train)
 
 
 def test_a_run_keeps_what_it_holds_out(tmp_path):
