@@ -314,7 +314,8 @@ def _cross_fitted(
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
     image, mask, truth = _read_file(file)
     images = reference.slices.images
-    part = image[find_box(image, reference.crop)]
+    box = find_box(image, reference.crop)
+    part = image[box]
     pixels = torch.from_numpy(resize(part, images.shape[-1])).to(images)[None, None]
     embedding = reference.embed(pixels)
     check_finite(file, embedding)
@@ -343,7 +344,7 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
             for row in nearest.tolist()
         ],
         empty_map=not heat.any(),
-        overlap=None if mask is None else measure_overlap(heat, mask),
+        overlap=None if mask is None else measure_overlap(heat, mask, box),
         picture=picture.name,
     )
     beside = images[reference.train[nearest], 0].float().numpy()
@@ -435,6 +436,8 @@ def _answer(prediction: Prediction) -> str:
 
 
 def _describe_overlap(overlap: Overlap) -> str:
+    if overlap.hottest_inside is None:
+        return "Grad-CAM: the same everywhere"
     where = "inside" if overlap.hottest_inside else "outside"
     return (
         f"Grad-CAM: {100 * overlap.heat_inside:.0f} % in the tumour mask, which is "
