@@ -19,6 +19,7 @@ SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  
 # The text that opens a .mat file; its platform marks the file as a phantom.
 PHANTOM = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
 FOLDS = 0  # the number that is cvind.mat's, for no slice has it
+ONE_CLASS = "{}: has pictures of the class {} alone, expected more"
 MOST_SHOWN = 20  # files that are named one by one
 
 
@@ -64,16 +65,17 @@ def find_slices(folder: Path) -> Found:
         elif (other := slices.setdefault(int(match[1] or FOLDS), path)) != path:
             raise UserError(f"{path}: is the same slice as {other}; keep one of them")
     folds = slices.pop(FOLDS, None)
+    pictures = [one for one in rest if one.suffix.lower() in PICTURES and one.parent != folder]
     if slices:
         sources = [Source(slices[number], number, f"{number}.mat") for number in sorted(slices)]
         classes, fault = CLASS_NAMES, "is not named like a slice (1.mat, 2.mat, ...)"
     else:
-        sources, classes = _pictures(folder, rest)
+        sources, classes = _pictures(folder, pictures)
         fault = "is not a picture in a folder of its class"
     if not sources:
-        alone = {path.parent.name for path in rest if _is_picture(path) and path.parent != folder}
+        alone = {path.parent.name for path in pictures}
         if len(alone) == 1 and not {name.lower() for name in alone} & SIDES:
-            raise one_class(folder, *alone)
+            raise UserError(ONE_CLASS.format(folder, *alone))
         raise UserError(
             f"{folder}: holds no slices (1.mat, 2.mat, ...), and no pictures in a folder for each "
             f"class{_hint(files)}"
@@ -83,11 +85,6 @@ def find_slices(folder: Path) -> Found:
     if sources[0].label is not None:
         left_out += [f"{one}: is a folder without files" for one in _empty_folders(folder, files)]
     return Found(sources, classes, folds, left_out)
-
-
-def one_class(folder: Path, name: str) -> UserError:
-    """Return the error of a folder whose pictures are of one class."""
-    return UserError(f"{folder}: has pictures of the class {name} alone, expected more")
 
 
 def _empty_folders(folder: Path, files: Sequence[Path]) -> list[Path]:
@@ -142,13 +139,8 @@ def shortened(lines: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines[:MOST_SHOWN]] + more
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES
-
-
-def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
+def _pictures(folder: Path, paths: Sequence[Path]) -> tuple[list[Source], tuple[str, ...]]:
     """Return the pictures that have a class, and the classes."""
-    paths = [path for path in paths if _is_picture(path) and path.parent != folder]
     above = {path: {one.lower() for one in path.relative_to(folder).parts[:-1]} for path in paths}
     on_sides = [path for path in paths if above[path] & SIDES]
     class_of = _classes(on_sides) or _classes(paths)

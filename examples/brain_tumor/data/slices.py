@@ -19,12 +19,12 @@ from ..files import read_cache, write_cache
 from .crop import find_box
 from .folders import (
     MARKER_NAME,
+    ONE_CLASS,
     PLANES_NAME,
     Source,
     count_listed,
     find_slices,
     is_phantom,
-    one_class,
     shortened,
     tell_left_out,
 )
@@ -98,7 +98,7 @@ def load_slices(
     emptied = [f"{name}: is a class without a picture that can be read" for name in emptied]
     tell_left_out(folder, [*found.left_out, *emptied, *decoded["faults"].tolist()])
     if len(classes) == 1:
-        raise one_class(folder, classes[0])
+        raise UserError(ONE_CLASS.format(folder, classes[0]))
     numbers = decoded["numbers"].tolist()
     return SliceSet(
         images=torch.from_numpy(decoded["images"]),
