@@ -11,7 +11,7 @@ from examples.brain_tumor.data.splits import make_split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import read_json
 from examples.brain_tumor.settings import DataSettings, Settings
-from examples.brain_tumor.training.run_folder import read_split, start_run
+from examples.brain_tumor.training.run_folder import check_resumable, read_split, start_run
 
 
 def people(count=300, each=5):
@@ -80,6 +80,17 @@ def test_images_on_both_sides_are_counted_and_told(capsys, share):
     assert capsys.readouterr().err == f"split paper: {said}\n"
     assert again.description == f"{split.description} {said}"
     assert torch.equal(again.train, split.train)
+
+
+def test_a_run_whose_split_is_put_in_other_words_is_resumed(tmp_path):
+    slices, settings = people(), Settings(data=DataSettings(split="paper"))
+    split = make_split(settings.data, slices)
+    older = dataclasses.replace(split, description="Before images on both sides were counted.")
+    start_run(tmp_path / "run", settings, slices, older)
+    check_resumable(tmp_path / "run", settings, slices, split)
+    other = dataclasses.replace(split, train=split.train[1:])
+    with pytest.raises(UserError, match="other slices or another split"):
+        check_resumable(tmp_path / "run", settings, slices, other)
 
 
 def test_a_run_keeps_what_it_holds_out(tmp_path):
