@@ -209,6 +209,10 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _resume_train(options: argparse.Namespace) -> str:
+    from .training.run_folder import SETTINGS
+
+    if not (options.out / SETTINGS).is_file():  # no run began
+        return AGAIN
     command = _command("train", "--data", options.data, "--out", options.out, "--resume")
     return f"continue with: {command}"
 

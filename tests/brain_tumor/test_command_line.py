@@ -58,7 +58,7 @@ def fault(capsys, arguments):
 
 
 def interrupt(monkeypatch, name="finish_epoch"):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, name, stop)
@@ -94,6 +94,14 @@ def test_interrupted_training_says_how_to_go_on(phantoms, tmp_path, capsys, monk
     assert resume[:3] == ["python", "-m", "examples.brain_tumor"]
     assert main(resume[3:]) == 0
     assert len(read_rows(tmp_path / "a run" / "log.jsonl")) == 2
+
+
+def test_a_training_interrupted_before_its_run_began_starts_again(
+    phantoms, tmp_path, capsys, monkeypatch
+):
+    interrupt(monkeypatch, "start")
+    assert main(["train", "--data", str(phantoms), "--out", str(tmp_path / "run"), *SMALL]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command starts again"
 
 
 def test_demo_runs_resumes_and_evaluates_again(phantoms, tmp_path, capsys, monkeypatch):
@@ -325,6 +333,8 @@ def test_pictures_by_class_go_all_the_way(tmp_path, capsys):
     assert main(command) == 2  # the preset splits by patient
     assert "only a split by slice" in capsys.readouterr().err
     assert main([*command, "--split", "paper"]) == 0
+    counts = "glioma 8, pituitary 8, no$tumor 8"
+    assert f"{run}: of 32 slices: meningioma 8, {counts}\n" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--data", str(data)]) == 0
     printed = capsys.readouterr().out
     assert "recall no$tumor" in printed

@@ -14,10 +14,12 @@ from .pictures import PICTURES
 
 SLICE = re.compile(r"(?:0*([1-9][0-9]{0,8})|cvind)\.mat", re.IGNORECASE)
 FOLDS_NAME, MARKER_NAME, PLANES_NAME = "cvind.mat", "SYNTHETIC.txt", "planes.csv"
+HIDDEN = (".", "__MACOSX")  # what hidden names start with
 SIDES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
 # The text that opens a .mat file; its platform marks the file as a phantom.
 PHANTOM = b"MATLAB 7.3 MAT-file, Platform: PHANTOM, Created by make-phantoms HDF5 schema 1.00 ."
 FOLDS = 0  # the number that is cvind.mat's, for no slice has it
+ONE_CLASS = "{}: has pictures of the class {} alone, expected more"
 MOST_SHOWN = 20  # files that are named one by one
 
 
@@ -63,20 +65,35 @@ def find_slices(folder: Path) -> Found:
         elif (other := slices.setdefault(int(match[1] or FOLDS), path)) != path:
             raise UserError(f"{path}: is the same slice as {other}; keep one of them")
     folds = slices.pop(FOLDS, None)
+    pictures = [one for one in rest if one.suffix.lower() in PICTURES and one.parent != folder]
     if slices:
         sources = [Source(slices[number], number, f"{number}.mat") for number in sorted(slices)]
         classes, fault = CLASS_NAMES, "is not named like a slice (1.mat, 2.mat, ...)"
     else:
-        sources, classes = _pictures(folder, rest)
+        sources, classes = _pictures(folder, pictures)
         fault = "is not a picture in a folder of its class"
     if not sources:
+        alone = {path.parent.name for path in pictures}
+        if len(alone) == 1 and not {name.lower() for name in alone} & SIDES:
+            raise UserError(ONE_CLASS.format(folder, *alone))
         raise UserError(
             f"{folder}: holds no slices (1.mat, 2.mat, ...), and no pictures in a folder for each "
             f"class{_hint(files)}"
         )
     used = {source.path for source in sources} | {folder / MARKER_NAME, folder / PLANES_NAME}
     left_out = [f"{path}: {fault}" for path in rest if path not in used]
+    if sources[0].label is not None:
+        left_out += [f"{one}: is a folder without files" for one in _empty_folders(folder, files)]
     return Found(sources, classes, folds, left_out)
+
+
+def _empty_folders(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the visible folders in which, and below which, none of the files is."""
+    filled, found = {one for path in files for one in (path, *path.parents)}, []
+    for top, inside, _ in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not name.startswith(HIDDEN))
+        found += [path for path in map(Path(top).joinpath, inside) if path not in filled]
+    return found
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
@@ -85,7 +102,7 @@ def visible_files(folder: Path) -> Iterator[Path]:
     Links to folders are not followed, for they may lead in a circle: they are yielded like files.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.name.startswith((".", "__MACOSX")):
+        if not entry.name.startswith(HIDDEN):
             if entry.is_dir(follow_symlinks=False):
                 yield from visible_files(Path(entry.path))
             else:
@@ -122,9 +139,8 @@ def shortened(lines: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines[:MOST_SHOWN]] + more
 
 
-def _pictures(folder: Path, paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
+def _pictures(folder: Path, paths: Sequence[Path]) -> tuple[list[Source], tuple[str, ...]]:
     """Return the pictures that have a class, and the classes."""
-    paths = [path for path in paths if path.suffix.lower() in PICTURES and path.parent != folder]
     above = {path: {one.lower() for one in path.relative_to(folder).parts[:-1]} for path in paths}
     on_sides = [path for path in paths if above[path] & SIDES]
     class_of = _classes(on_sides) or _classes(paths)

@@ -19,6 +19,7 @@ from ..files import read_cache, write_cache
 from .crop import find_box
 from .folders import (
     MARKER_NAME,
+    ONE_CLASS,
     PLANES_NAME,
     Source,
     count_listed,
@@ -97,7 +98,7 @@ def load_slices(
     emptied = [f"{name}: is a class without a picture that can be read" for name in emptied]
     tell_left_out(folder, [*found.left_out, *emptied, *decoded["faults"].tolist()])
     if len(classes) == 1:
-        raise UserError(f"{folder}: has pictures of the class {classes[0]} alone, expected more")
+        raise UserError(ONE_CLASS.format(folder, classes[0]))
     numbers = decoded["numbers"].tolist()
     return SliceSet(
         images=torch.from_numpy(decoded["images"]),

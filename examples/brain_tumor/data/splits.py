@@ -1,5 +1,6 @@
 """Splits of the slices into training and test sides."""
 
+import sys
 import warnings
 from dataclasses import dataclass, field, replace
 
@@ -42,7 +43,19 @@ def make_split(settings: DataSettings, slices: SliceSet) -> Split:
         split = paper_split(slices, settings.split_seed, swap=bool(swapped))
     if settings.calibration:
         split = hold_out(split, slices, settings.calibration, settings.split_seed)
+    repeated = _count_repeated(slices, split)
+    if repeated:
+        said = f"Slices not trained on that have the very image of one that is: {repeated}."
+        print(f"split {split.name}: {said}", file=sys.stderr)
+        split = replace(split, description=f"{split.description} {said}")
     return split
+
+
+def _count_repeated(slices: SliceSet, split: Split) -> int:
+    """Return how many slices tested or held out have the same pixels as one trained on."""
+    sides = split.train, torch.cat([split.test, split.calibration])
+    trained, others = ([hash(slices.images[i].numpy().tobytes()) for i in side] for side in sides)
+    return sum(map(set(trained).__contains__, others))
 
 
 def hold_out(split: Split, slices: SliceSet, share: float, seed: int) -> Split:

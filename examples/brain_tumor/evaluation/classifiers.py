@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
 from sklearn.svm import SVC
 
 from ..errors import UserError
+from .evaluate import cosines
 
 LARGEST_K = 30
 VALIDATION = 0.2  # of the training side
@@ -79,7 +81,8 @@ def nearest_labels(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> n
 
 def nearest_rows(train: np.ndarray, test: np.ndarray, count: int) -> np.ndarray:
     """Return the rows (n, k) of the nearest training slices, the nearest first, at most `count`."""
-    return np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :count]
+    near = cosines(torch.from_numpy(test), torch.from_numpy(train))
+    return near.argsort(dim=1, descending=True, stable=True)[:, :count].numpy()
 
 
 def vote(neighbours: np.ndarray, k: int) -> np.ndarray:

@@ -145,7 +145,8 @@ def _calibrate(
         limit=fit_limit(familiarity.distances(held_features)),
         epoch=epoch,
     )
-    right = test.argmax(1) == labels[split.test].numpy()
+    nearest, _ = nearest_neighbour(train, embeddings[split.test])
+    right = (labels[split.train][nearest] == labels[split.test]).numpy()
     return calibration, {
         "exponent": calibration.exponent,
         "slices": len(split.calibration),
@@ -217,11 +218,11 @@ def class_scores(train: Tensor, train_labels: Tensor, test: Tensor, num_classes:
     All embeddings, (k, d) and (n, d), are L2-normalised. The class of the largest is the answer of
     1-NN. A class without training slices scores -1.
     """
-    cosine = test @ train.T
+    cosine = cosines(test, train)
     scores = [
         cosine[:, train_labels == label].amax(1)
         if (train_labels == label).any()
-        else -torch.ones(len(test))
+        else cosine.new_full((len(test),), -1.0)
         for label in range(num_classes)
     ]
     return torch.stack(scores, dim=1)
@@ -232,12 +233,23 @@ def probabilities(scores: np.ndarray, scale: float) -> np.ndarray:
     return softmax(scale * scores, axis=1)
 
 
+def cosines(test: Tensor, train: Tensor) -> Tensor:
+    """Return the cosines (n, k), float64, between embeddings (n, d) and (k, d).
+
+    In float32 the lengths and the sums are too coarse to order slices that are much alike. And a
+    matrix product rounds by n and k, so that equally near slices would differ: pairs do not.
+    """
+    test, train = (F.normalize(each.double()) for each in (test, train))
+    return 1 - torch.cdist(test, train, compute_mode="donot_use_mm_for_euclid_dist").square() / 2
+
+
 def nearest_neighbour(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Return, for each test embedding, the index of the nearest in `train`, and the cosine.
 
-    Between unit vectors the largest cosine is the smallest Euclidean distance.
+    Between unit vectors the largest cosine is the smallest Euclidean distance. Of equally near
+    ones it is the first.
     """
-    cosine, nearest = (test @ train.T).max(dim=1)
+    cosine, nearest = cosines(test, train).max(dim=1)
     return nearest, cosine
 
 
@@ -303,5 +315,5 @@ def _as_table(answers: Predictions, slices: SliceSet, split: Split) -> str:
         "cosine": [f"{cosine:.6f}" for cosine in answers.scores.max(1)],
     }
     for name, scores in zip(slices.classes, answers.scores.T, strict=True):
-        columns[f"score_{name}"] = [f"{score:.9g}" for score in scores]
+        columns[f"score_{name}"] = [f"{score:.17g}" for score in scores]
     return as_csv([list(columns), *zip(*columns.values(), strict=True)])

@@ -63,7 +63,8 @@ def pointing_table(runs: Mapping[str, Sequence[Path]]) -> Table:
         rows,
         "The pointing game: how often the hottest point of the Grad-CAM lies in the tumour's "
         "outline, by thirds of the tumour's area. By chance: the tumour's share of the head's "
-        "area. A map without heat counts as a miss.",
+        "area; the middle, where tumours are more frequent, hits more. A map without heat, or the "
+        "same everywhere, counts as a miss.",
     )
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.matlab import ARCHIVE_SIZE
 from ..data.slices import CLASS_NAMES
 from ..evaluation.calibration import calibrated
@@ -73,6 +75,9 @@ def describe_result(run: Path) -> str:
         f"{settings.training.epochs} epochs: accuracy {ours[columns.index('accuracy')]} % "
         f"(Wilson 95 % interval {low:.1f} to {high:.1f})."
     )
+    best = np.sort(read_predictions(run / run_folder.PREDICTIONS).scores, axis=1)
+    if ties := int((best[:, -1] == best[:, -2]).sum()):
+        sentence += f" {ties} of them are as near to another class; the first training slice wins."
     return f"{sentence}\n\n{Table(['', *columns], rows)}"
 
 

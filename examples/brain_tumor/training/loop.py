@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..data.slices import CLASS_NAMES, SliceSet
 from ..data.splits import Split
 from ..errors import UserError
-from ..files import locked, write_json
+from ..files import locked, printable, write_json
 from ..network.mobilenet import EmbeddingNetwork, load_imagenet_weights
 from ..network.objectives import make_loss
 from ..settings import Settings, TrainingSettings
@@ -52,6 +52,9 @@ def train(
             restore(state, out, len(batches))
         else:
             run_folder.start_run(out, settings, slices, split)
+        counts = slices.labels.bincount(minlength=len(slices.classes)).tolist()
+        found = ", ".join(map("{} {}".format, slices.classes, counts))
+        print(printable(f"{out}: of {sum(counts)} slices: {found}"), flush=True)
         epochs, save = settings.training.epochs, Saver(state, out)
         if state.epoch < epochs:  # else it says what the last epoch was trained on
             environment = run_folder.describe_environment(device, precision)

@@ -25,7 +25,7 @@ from ..data.pictures import read_picture
 from ..data.slices import CLASS_NAMES, SliceSet, load_slices, resize
 from ..errors import UserError
 from ..evaluation.calibration import fit_familiarity
-from ..evaluation.evaluate import EMBEDDING_BATCH, early_features
+from ..evaluation.evaluate import EMBEDDING_BATCH, cosines, early_features
 from ..files import as_csv, write_json, write_sums, write_text
 from ..report.examination_tables import CROSS_FITTED, HELD_OUT
 from ..training.run_folder import METRICS, POINTING, STRANGE
@@ -142,7 +142,7 @@ def point(reference: Reference, data: Path) -> str:
     """Return, as CSV, for each test slice whether the hottest point lies in the tumour's outline.
 
     The Grad-CAM is that of `predict`. Areas are in pixels; the head is the largest bright region,
-    filled. Without heat there is no hottest point, and the cell is empty.
+    filled. A map without a hottest point, empty or the same everywhere, leaves the cell empty.
     """
     sources = find_slices(data).sources
     if sources[0].label is not None:
@@ -153,13 +153,14 @@ def point(reference: Reference, data: Path) -> str:
         number = reference.slices.numbers[index]
         found = read_slice(paths[number])
         pixels = reference.slices.images[[index]]
-        cosines = (reference.embed(pixels) @ reference.embeddings.T)[0]
-        heat = explain(reference, found.image, pixels, cosines)
-        overlap = measure_overlap(heat, found.mask)
+        near = cosines(reference.embed(pixels), reference.embeddings)[0]
+        heat = explain(reference, found.image, pixels, near)
+        overlap = measure_overlap(heat, found.mask, find_box(found.image, reference.crop))
         head = ndimage.binary_fill_holes(largest_region(above_background(found.image)))
-        classes = CLASS_NAMES[found.label], CLASS_NAMES[reference.labels[cosines.argmax()]]
-        inside = "" if overlap is None else int(overlap.hottest_inside)
-        rows.append([number, *classes, int(found.mask.sum()), int(head.sum()), inside])
+        classes = CLASS_NAMES[found.label], CLASS_NAMES[reference.labels[near.argmax()]]
+        inside = None if overlap is None else overlap.hottest_inside
+        areas = int(found.mask.sum()), int(head.sum())
+        rows.append([number, *classes, *areas, "" if inside is None else int(inside)])
     return as_csv(rows)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.crop import WHOLE, Box
 from ..evaluation.evaluate import VIEWS
 from ..network.mobilenet import EmbeddingNetwork
 
@@ -21,8 +22,8 @@ class Overlap:
     # share of the slice's area that the mask takes, which is what chance would give
     area_inside: float
     # whether the hottest point lies in the mask: the pointing game (Zhang et al., Top-down
-    # Neural Attention by Excitation Backprop, 2016, arXiv:1608.00507)
-    hottest_inside: bool
+    # Neural Attention by Excitation Backprop, 2016, arXiv:1608.00507); None without such a point
+    hottest_inside: bool | None
 
 
 def grad_cam(
@@ -61,14 +62,18 @@ def _cells(network: EmbeddingNetwork, image: Tensor, direction: Tensor) -> Tenso
     return (weights * features.detach()).sum(1, keepdim=True).relu().double()
 
 
-def measure_overlap(heat: np.ndarray, mask: np.ndarray) -> Overlap | None:
-    """Return how much of a heat map (h, w) lies in a mask (h, w); None if either is empty."""
+def measure_overlap(heat: np.ndarray, mask: np.ndarray, box: Box = WHOLE) -> Overlap | None:
+    """Return how much of a heat map (h, w) lies in a mask (h, w); None if either is empty.
+
+    The network saw what is in the box: a map that is the same all over it has no hottest point.
+    """
     if not (heat.any() and mask.any()):
         return None
     # At the edges the map is level, so that its peak may be a line or a patch: take the middle.
     row, column = np.argwhere(heat == heat.max()).mean(0).round().astype(int)
+    level = np.isclose(heat[box].min(), heat.max(), rtol=1e-9, atol=0)
     return Overlap(
         heat_inside=float(heat[mask].sum() / heat.sum()),
         area_inside=float(mask.mean()),
-        hottest_inside=bool(mask[row, column]),
+        hottest_inside=None if level else bool(mask[row, column]),
     )

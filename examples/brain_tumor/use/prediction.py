@@ -28,6 +28,7 @@ from ..evaluation.calibration import (
 )
 from ..evaluation.evaluate import (
     class_scores,
+    cosines,
     early_features,
     embed,
     nearest_neighbour,
@@ -313,16 +314,17 @@ def _cross_fitted(
 def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction:
     image, mask, truth = _read_file(file)
     images = reference.slices.images
-    part = image[find_box(image, reference.crop)]
+    box = find_box(image, reference.crop)
+    part = image[box]
     pixels = torch.from_numpy(resize(part, images.shape[-1])).to(images)[None, None]
     embedding = reference.embed(pixels)
     check_finite(file, embedding)
-    cosines = (embedding @ reference.embeddings.T)[0]
-    nearest = cosines.topk(min(NEIGHBOURS, len(cosines))).indices
+    near = cosines(embedding, reference.embeddings)[0]
+    nearest = near.sort(descending=True, stable=True).indices[:NEIGHBOURS]  # as the run's own
     classes = reference.slices.classes
     scores = class_scores(reference.embeddings, reference.labels, embedding, len(classes))
     shares = reference.shares(scores.numpy())[0].tolist()
-    heat = explain(reference, image, pixels, cosines)
+    heat = explain(reference, image, pixels, near)
     check_finite(file, torch.from_numpy(heat))
     prediction = Prediction(
         file=str(file),
@@ -337,16 +339,16 @@ def _predict_file(reference: Reference, file: Path, picture: Path) -> Prediction
             Neighbour(
                 reference.slices.numbers[reference.train[row]],
                 classes[reference.labels[row]],
-                cosines[row].item(),
+                near[row].item(),
             )
             for row in nearest.tolist()
         ],
         empty_map=not heat.any(),
-        overlap=None if mask is None else measure_overlap(heat, mask),
+        overlap=None if mask is None else measure_overlap(heat, mask, box),
         picture=picture.name,
     )
-    near = images[reference.train[nearest], 0].float().numpy()
-    _plot(prediction, picture, image, heat, mask, near)
+    beside = images[reference.train[nearest], 0].float().numpy()
+    _plot(prediction, picture, image, heat, mask, beside)
     return prediction
 
 
@@ -434,6 +436,8 @@ def _answer(prediction: Prediction) -> str:
 
 
 def _describe_overlap(overlap: Overlap) -> str:
+    if overlap.hottest_inside is None:
+        return "Grad-CAM: the same everywhere"
     where = "inside" if overlap.hottest_inside else "outside"
     return (
         f"Grad-CAM: {100 * overlap.heat_inside:.0f} % in the tumour mask, which is "

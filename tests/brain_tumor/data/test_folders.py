@@ -194,6 +194,33 @@ def test_one_class_is_refused(tmp_path):
         load(write_pictures(tmp_path, ["Training/glioma/1.jpg", "Testing/glioma/1.jpg"]))
 
 
+@pytest.mark.parametrize("name", ["glioma", "sub/glioma"])
+def test_one_folder_of_pictures_is_one_class(tmp_path, name):
+    folder = write_pictures(tmp_path, [f"{name}/1.jpg", f"{name}/2.jpg"])
+    with pytest.raises(UserError, match="pictures of the class glioma alone"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["Training", "."])
+def test_pictures_without_a_folder_for_their_class_are_of_none(tmp_path, name):
+    folder = write_pictures(tmp_path, [f"{name}/1.jpg", f"{name}/2.jpg"])
+    with pytest.raises(UserError, match="no pictures in a folder for each class"):
+        load(folder)
+
+
+def test_class_folders_without_files_are_named(tmp_path, capsys):
+    folder = write_pictures(tmp_path, ["a/1.jpg", "b/deeper/1.jpg"])
+    for name in ("c", "d/deeper", ".hidden", "b/.hidden"):
+        (folder / name).mkdir(parents=True)
+    (folder / "a" / "link").symlink_to(folder)
+    assert load(folder).classes == ("a", "b")
+    lines = capsys.readouterr().err.splitlines()
+    named = [line for line in lines if line.endswith(": is a folder without files")]
+    assert [line.split(":")[0].strip() for line in named] == [
+        str(folder / name) for name in ("c", "d", "d/deeper")
+    ]
+
+
 @pytest.mark.parametrize("above", ["", "archive/"])
 def test_what_lies_beside_the_sides_is_no_class(tmp_path, capsys, above):
     names = [above + name for name in KAGGLE]

@@ -1,5 +1,7 @@
 """Slices held out of the training side to calibrate answers on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from examples.brain_tumor.data.splits import make_split
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.files import read_json
 from examples.brain_tumor.settings import DataSettings, Settings
-from examples.brain_tumor.training.run_folder import read_split, start_run
+from examples.brain_tumor.training.run_folder import check_resumable, read_split, start_run
 
 
 def people(count=300, each=5):
@@ -61,6 +63,34 @@ def test_a_split_by_patient_holds_out_whole_patients():
 def test_too_few_slices_to_hold_any_out():
     with pytest.raises(UserError, match=r"--calibration 0\.05: "):
         make_split(DataSettings(calibration=0.05), people(15, 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_images_on_both_sides_are_counted_and_told(capsys, share):
+    data = DataSettings(split="paper", calibration=share)
+    images = torch.arange(300.0).half()[:, None, None, None]
+    slices = dataclasses.replace(people(), images=images)
+    split = make_split(data, slices)
+    assert capsys.readouterr().err == ""
+    others = torch.cat([split.test, split.calibration])
+    images[others[[0, 3, -1]]] = images[split.train[[7, 7, 9]]]
+    images[split.train[1]] = images[split.train[2]]  # on one side: no matter
+    again = make_split(data, slices)
+    said = "Slices not trained on that have the very image of one that is: 3."
+    assert capsys.readouterr().err == f"split paper: {said}\n"
+    assert again.description == f"{split.description} {said}"
+    assert torch.equal(again.train, split.train)
+
+
+def test_a_run_whose_split_is_put_in_other_words_is_resumed(tmp_path):
+    slices, settings = people(), Settings(data=DataSettings(split="paper"))
+    split = make_split(settings.data, slices)
+    older = dataclasses.replace(split, description="Before images on both sides were counted.")
+    start_run(tmp_path / "run", settings, slices, older)
+    check_resumable(tmp_path / "run", settings, slices, split)
+    other = dataclasses.replace(split, train=split.train[1:])
+    with pytest.raises(UserError, match="other slices or another split"):
+        check_resumable(tmp_path / "run", settings, slices, other)
 
 
 def test_a_run_keeps_what_it_holds_out(tmp_path):

@@ -12,9 +12,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation import evaluate as evaluation_module
 from examples.brain_tumor.evaluation.calibration import read_calibration
+from examples.brain_tumor.evaluation.classifiers import nearest_rows
 from examples.brain_tumor.evaluation.evaluate import (
     class_angles,
     class_scores,
+    cosines,
     embed,
     evaluate,
     nearest_neighbour,
@@ -39,6 +41,47 @@ def test_nearest_neighbour_is_sklearns():
     distance, index = classifier.kneighbors(test_embeddings.numpy())
     assert nearest.tolist() == index[:, 0].tolist()
     assert cosine.numpy() == pytest.approx(1 - distance[:, 0] ** 2 / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [5, 13, 63, 257, 1001])
+def test_of_equally_near_slices_the_first_is_the_nearest(count):
+    generator = torch.Generator().manual_seed(count)
+    for width in (16, 64, 256):
+        one = torch.nn.functional.normalize(torch.randn(1, width, generator=generator))
+        same = one.repeat(count, 1)
+        assert len(cosines(same, same).unique()) == 1
+        for number in (1, 2, 27):
+            nearest, _ = nearest_neighbour(same, same[:number])
+            assert nearest.tolist() == [0] * len(same[:number])
+
+
+def test_what_is_much_alike_is_ordered_as_in_double_precision():
+    generator = torch.Generator().manual_seed(0)
+    apart = 3e-4 * torch.randn(90, 64, generator=generator)
+    rows = torch.nn.functional.normalize(torch.randn(64, generator=generator) + apart)
+    exact = torch.nn.functional.normalize(rows.double()).numpy()
+    expected = (exact[60:] @ exact[:60].T).argsort(axis=1)[:, ::-1]
+    assert nearest_neighbour(rows[:60], rows[60:])[0].tolist() == expected[:, 0].tolist()
+    found = nearest_rows(rows[:60].numpy(), rows[60:].numpy(), 30)
+    assert found.tolist() == expected[:, :30].tolist()
+
+
+def test_where_all_slices_are_equally_near_one_answers_and_the_report_says_so(
+    tmp_path, blobs, held_split, tiny_settings, monkeypatch
+):
+    """The first class, of which three of seven test slices are, is not the first slice's."""
+    split = dataclasses.replace(held_split, train=held_split.train[1:], test=held_split.test[:7])
+    run = tmp_path / "run"
+    train(override_settings(tiny_settings, {"epochs": 1}), blobs, split, run)
+    unit = torch.nn.functional.normalize(torch.arange(1.0, 17)[None])
+    monkeypatch.setattr(evaluation_module, "embed", lambda network, x, *_: unit.repeat(len(x), 1))
+    assert evaluate(run, blobs).accuracy == pytest.approx(2 / 7)
+    predictions = read_predictions(run / "predictions.csv")
+    assert set(predictions.nearest) == {2}
+    assert set(predictions.predicted) == {1}
+    stored = json.loads((run / "metrics.json").read_text())["calibration"]
+    assert stored["error"] == pytest.approx(1 / 3 - 2 / 7)
+    assert " 7 of them are as near to another class" in describe_result(run)
 
 
 def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(blobs, tiny_settings):

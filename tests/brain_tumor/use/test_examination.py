@@ -77,7 +77,9 @@ def test_evaluation_keeps_a_calibration_and_says_how_it_does(run, scaled):
     assert stored["calibration"]["error"] == pytest.approx(bins.error, abs=1e-4)
     near = {int(row) for row in column(run / "predictions.csv", "nearest_training_slice")}
     assert near <= set(range(1, 13))  # not those held out
-    assert "## SYNTHETIC: Calibration" in write_report(run).read_text()
+    report = write_report(run).read_text()
+    assert "## SYNTHETIC: Calibration" in report
+    assert "by a limit set for 5 % of the held-out ones" in report  # of three, 5 % cannot be
 
 
 def column(path, name):
@@ -299,6 +301,9 @@ def test_hottest_points_are_counted_against_the_outline(run, scaled, tmp_path, m
     (tmp_path / "pointing.csv").write_text(text)
     table = pointing_table({"m": [tmp_path / "pointing.csv"]})
     assert table.rows[0][:4] == ["m", "all", "9", "33.3 %"]
+    heat[:] = 0.3  # the same everywhere
+    rows = list(csv.DictReader(io.StringIO(point(reference, tmp_path))))
+    assert {row["inside"] for row in rows} == {""}
 
 
 def test_pointing_by_size_of_tumour_and_chance(tmp_path):

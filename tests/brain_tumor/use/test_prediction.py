@@ -21,6 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from examples.brain_tumor.data.slices import CLASS_NAMES
 from examples.brain_tumor.data.splits import Split
 from examples.brain_tumor.errors import UserError
+from examples.brain_tumor.evaluation import evaluate as evaluation_module
 from examples.brain_tumor.evaluation.calibration import cross_fit
 from examples.brain_tumor.evaluation.evaluate import early_features, embed, evaluate
 from examples.brain_tumor.network.mobilenet import EmbeddingNetwork
@@ -96,6 +97,20 @@ def test_answers_are_those_of_the_evaluation(tmp_path, run, scaled, drawn):
         weights = np.exp([30 * float(row[f"score_{name}"]) for name in CLASS_NAMES])
         shares = dict(zip(CLASS_NAMES, weights / weights.sum(), strict=True))
         assert answer.probabilities == pytest.approx(shares, abs=1e-4)
+
+
+def test_equally_near_slices_answer_as_in_the_evaluation(tmp_path, run, scaled, drawn, monkeypatch):
+    unit = F.normalize(torch.arange(1.0, 17)[None])
+    for module in (evaluation_module, prediction_module):
+        monkeypatch.setattr(
+            module, "embed", lambda network, images, *_: unit.repeat(len(images), 1)
+        )
+    evaluate(run, scaled)
+    with (run / "predictions.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    (answer,), _ = predict(run, [write_mat(tmp_path, scaled, 15)], scaled, tmp_path / "out")
+    assert [one.number for one in answer.neighbours] == [1, 2, 3, 4, 5]
+    assert (row["nearest_training_slice"], row["predicted"]) == ("1", answer.predicted)
 
 
 def test_the_neighbours_are_sklearns(tmp_path, run, scaled, drawn):
@@ -232,7 +247,7 @@ def test_pictures_of_any_shape_are_answered(tmp_path, run, scaled, drawn, shape)
 def test_a_mask_of_all_or_nothing(tmp_path, run, scaled, drawn, kind):
     file = write_mat(tmp_path, scaled, 16, np.full((32, 32), kind == "all"))
     answer = predict(run, [file], scaled, tmp_path / "out")[0][0]
-    assert answer.overlap in (None, Overlap(1.0, 1.0, True))
+    assert answer.overlap in (None, Overlap(1.0, 1.0, None))  # 32 pixels are one cell
     assert kind == "all" or answer.overlap is None
 
 
@@ -246,6 +261,8 @@ def test_an_empty_map_is_told_from_a_missing_mask(tmp_path, run, scaled, drawn, 
         assert [one["empty_map"] for one in stored] == [empty, empty]
         assert [one["overlap"] is None for one in stored] == [empty, True]
         assert ["Grad-CAM: empty" in describe_prediction(one) for one in answers] == [empty] * 2
+        level = "Grad-CAM: the same everywhere" in describe_prediction(answers[0])
+        assert level is not empty
 
 
 # ---------------------------------------------------------------------------- what answers rest on
@@ -558,14 +575,41 @@ def test_overlap_by_hand():
     middle = np.zeros((9, 9), bool)
     middle[2, 1] = True
     assert measure_overlap(patch, middle) == Overlap(1 / 15, 1 / 81, True)
+    box = np.s_[:5, :3]  # as hot in all that the network saw: no point is hotter
+    assert measure_overlap(patch, middle, box) == Overlap(1 / 15, 1 / 81, None)
+    assert measure_overlap(np.full((9, 9), 0.25), middle) == Overlap(1 / 81, 1 / 81, None)
+
+
+def test_maps_of_one_cell_have_no_hottest_point(run, scaled):
+    reference = read_reference(run, scaled)
+    mask = np.zeros((77, 90), bool)
+    mask[30:50, 30:60] = True  # the middle, where the hottest point would be
+    found = []
+    for index in reference.test.tolist():
+        direction = prediction_module.contrast(
+            reference, reference.embeddings @ reference.embed(scaled.images[[index]])[0], 0
+        )
+        heat = grad_cam(reference.network, scaled.images[[index]].float(), direction, mask.shape)
+        found.append(measure_overlap(heat, mask))
+    assert {one.hottest_inside for one in found if one} == {None}
 
 
 # -------------------------------------------------------------------------------------- the figure
 
 
-def draw(path, shape=(32, 40), with_mask=True, count=5):
+@pytest.mark.parametrize(
+    ("heat", "title"),
+    [(0.0, "Grad-CAM: empty"), (0.3, "Grad-CAM: the same everywhere"), (None, "Grad-CAM")],
+)
+def test_the_figure_says_what_its_map_is(tmp_path, heat, title):
+    figure = draw(tmp_path / "figure.png", with_mask=False, heat=heat)
+    assert title in [one.get_text() for one in figure.findobj(Text)]
+
+
+def draw(path, shape=(32, 40), with_mask=True, count=5, heat=None):
     generator = np.random.default_rng(0)
-    image, heat = generator.random((2, *shape))
+    image, drawn = generator.random((2, *shape))
+    heat = drawn if heat is None else np.pad(np.full((20, 30), heat), 6)[:32, :40]
     mask = np.zeros(shape, bool)
     mask[: (shape[0] + 1) // 2, : shape[1] // 2] = True
     return plot_prediction(

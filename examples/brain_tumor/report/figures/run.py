@@ -200,6 +200,8 @@ def plot_prediction(
     share = heat / max(heat.max(), np.finfo(float).tiny)
     heat_axes.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.7 * share)
     described = "Grad-CAM" if heat.any() else "Grad-CAM: empty"
+    if heat.any() and np.ptp(heat[heat > 0]) <= 1e-9 * heat.max():
+        described = "Grad-CAM: the same everywhere"
     if mask is not None and mask[::step, ::step].any():
         # Padded, so that an outline closes at the edge too.
         outline = np.pad(mask[::step, ::step], 1)
