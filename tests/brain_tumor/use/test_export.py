@@ -229,8 +229,8 @@ def test_the_largest_difference_is_that_of_all_batches():
         return torch.full((len(images), 4), -first), torch.full((len(images), 3), second)
 
     tolerances = dict.fromkeys(expected, torch.tensor(1e-4))
-    arguments = "model.onnx", answer, images, expected, tolerances
-    largest = export_module._largest_difference(*arguments)
+    found = export_module._run(answer, images, expected)
+    largest = export_module._largest_difference("model.onnx", found, expected, tolerances)
     assert largest == pytest.approx({"embedding": 8e-5, "probabilities": 7e-5})
 
 
@@ -368,6 +368,28 @@ def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, t
     assert described["held_out"] == {"slices": 9, "right": right, "answered_otherwise": otherwise}
 
 
+def test_the_answers_counted_are_those_of_the_files(run, blobs, tmp_path, monkeypatch):
+    """Of the worse one: its probabilities may differ by little, and be those of another class."""
+    original = export_module._run_onnx
+
+    def other(content):
+        answer = original(content)
+
+        def answers(images):
+            embedding, probabilities, distance = answer(images)
+            return embedding, 1 - probabilities, distance
+
+        return answers
+
+    monkeypatch.setattr(export_module, "_run_onnx", other)
+    monkeypatch.setattr(export_module, "_largest_difference", lambda *_: {})
+    known = read_predictions(run / "predictions.csv")
+    held_out = export(run, blobs, tmp_path / "out")["held_out"]
+    assert held_out["answered_otherwise"] == len(known.truth) == held_out["slices"]
+    assert held_out["right"]["run"] == (known.predicted == known.truth).sum()
+    assert held_out["right"]["model"] < held_out["right"]["run"]
+
+
 def test_what_the_precision_changes_is_said_in_a_line():
     description = {
         "synthetic": False,
@@ -394,19 +416,19 @@ def test_files_are_checked_on_one_slice_and_on_several(count, sizes):
     images = torch.rand(count, 1, 2, 2).half()
     asked = []
     answer = lambda part: (asked.append(part) or part,)  # noqa: E731
-    expected, tolerances = {"out": images.float()}, {"out": torch.tensor(1e-4)}
-    export_module._largest_difference("model", answer, images, expected, tolerances)
+    found = export_module._run(answer, images, ["out"])
     assert [len(part) for part in asked] == sizes
     torch.testing.assert_close(torch.cat(asked), images.float(), rtol=0, atol=0)
+    assert torch.equal(found["out"], images.float())
 
 
 @pytest.mark.parametrize(("expected", "refused"), [(0.9, True), (30.0, False)])
 def test_large_distances_may_differ_by_more(expected, refused):
-    outputs, images = {"distance": torch.full((3,), expected)}, torch.zeros(3, 1, 2, 2)
+    outputs = {"distance": torch.full((3,), expected)}
     tolerances = {"distance": torch.tensor(1e-3)}
-    answer = lambda part: (outputs["distance"][: len(part)] + 3e-3,)  # noqa: E731
+    found = {"distance": outputs["distance"] + 3e-3}
     with pytest.raises(UserError, match="its distance differs") if refused else nullcontext():
-        export_module._largest_difference("model", answer, images, outputs, tolerances)
+        export_module._largest_difference("model", found, outputs, tolerances)
 
 
 # ------------------------------------------------------------------------- all three files or none
