@@ -69,10 +69,13 @@ def run_plan(
     so many `minutes` of training the others are left as they are then, for the same command.
 
     Raises:
-        UserError: The folder holds another reproduction, or the data are at fault.
+        UserError: The folder holds another reproduction, no run has such a name, or the data are at
+            fault.
     """
     with locked(out):
         runs = plan_runs(budget, weights)  # first: faulty weights are to begin no folder
+        if runs and not any(fnmatch(run.name, chosen) for run in runs):
+            raise UserError(f"--only {chosen}: no run has such a name, unlike {runs[0].name}")
         slices = load(data, budget.settings(None))
         _begin(out, _describe(slices, weights, budget), slices)
         if merged is not None:

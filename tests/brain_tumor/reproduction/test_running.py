@@ -214,6 +214,12 @@ def test_a_folder_of_something_else_is_refused(data, few, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["notes.txt"]
 
 
+def test_a_name_that_no_run_has_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match="--only slice-shpere: no run has such a name, unlike "):
+        run_plan(data, None, tmp_path / "out", TINY, jobs=1, chosen="slice-shpere")
+    assert not (tmp_path / "out" / "reproduction.json").exists()
+
+
 def test_faulty_weights_leave_a_folder_that_others_can_begin(data, few, tmp_path):
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"damaged")

@@ -80,6 +80,7 @@ def test_evaluation_keeps_a_calibration_and_says_how_it_does(run, scaled):
     report = write_report(run).read_text()
     assert "## SYNTHETIC: Calibration" in report
     assert "by a limit set for 5 % of the held-out ones" in report  # of three, 5 % cannot be
+    assert "So few held-out slices are no calibration to rely on." in report
 
 
 def column(path, name):
