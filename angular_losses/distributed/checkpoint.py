@@ -140,8 +140,11 @@ def _wanted(
     """
     saved = metadata.state_dict_metadata
     own = {f"module.{key}" for key in state["module"]}
-    missing = [key for key in saved if key.startswith("module.") and key not in own]
-    missing = [key for key in missing if key.rpartition(".")[2] != "batches"]
+    missing = [
+        key
+        for key in saved
+        if key.startswith("module.") and key not in own and key.rpartition(".")[2] != "batches"
+    ]
     if missing:
         raise RuntimeError(f"module: expected all that was saved, missing {', '.join(missing)}")
     # The count of batches is missing where the saved loss used no random numbers.
@@ -157,10 +160,10 @@ def _wanted(
     # The places in the state of what was saved.
     places = {key: place for key, place in (metadata.planner_data or {}).items() if len(place) > 3}
     trained = {place[2] for place in places.values() if place[1] == "state"}
-    number = len({place[2] for place in places.values() if place[1] == "param_groups"})
-    if number != len(optimizer.param_groups):
+    count = len({place[2] for place in places.values() if place[1] == "param_groups"})
+    if count != len(optimizer.param_groups):
         raise RuntimeError(
-            f"optimizer: expected as many groups of parameters as were saved, {number}, "
+            f"optimizer: expected as many groups of parameters as were saved, {count}, "
             f"got {len(optimizer.param_groups)}"
         )
     groups = []

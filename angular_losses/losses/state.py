@@ -53,7 +53,7 @@ class Pass:
 
 
 _passes: weakref.WeakSet[Pass] = weakref.WeakSet()
-# By the hooks of saved tensors, of which checkpointing has its own each time.
+# By checkpointing's hooks of saved tensors, which are others each time.
 _regions: weakref.WeakKeyDictionary[object, Region] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # other threads may train other losses
 
@@ -61,13 +61,11 @@ _lock = threading.Lock()  # other threads may train other losses
 def _region() -> Region | None:
     """That of the next pass, if any."""
     hooks = hooks_in_force()
-    if hooks is None:
+    # Those of a user may be in force for good, and so would what is kept.
+    if hooks is None or getattr(hooks[1], "__module__", None) != "torch.utils.checkpoint":
         return None
-    try:
-        with _lock:
-            return _regions.setdefault(hooks[1], weakref.WeakKeyDictionary())
-    except TypeError:  # without weak references: not checkpointing's
-        return None
+    with _lock:
+        return _regions.setdefault(hooks[1], weakref.WeakKeyDictionary())
 
 
 @contextmanager

@@ -351,8 +351,10 @@ def test_negatives_that_change_what_they_need_are_refused(mode, checkpointed):
 
 def test_hooks_of_saved_tensors_of_any_kind():
     loss, (embeddings, labels) = build("CurricularFace"), batch(0)
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
-        loss(embeddings, labels).backward()
+    for unpack in (torch.Tensor.clone, lambda saved: saved):
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, unpack):
+            loss(embeddings, labels).backward()
+        assert not [region for region in states._regions.values() if loss in region]  # nor kept
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
         loss(embeddings, labels).backward()
-    assert loss.schedule.step == 2
+    assert loss.schedule.step == 3
