@@ -123,12 +123,8 @@ def pairs(first: Tensor, second: Tensor, own: Tensor | None = None) -> Pairs:
         second: w (N, d) likewise, or (K, d) if there is ``own``.
         own: (N,) for each row of the first, the row of the second that it is paired with.
     """
-    if first.dtype == second.dtype:
-        units, inverse = _normalized(torch.cat([first, second]))
-    else:
-        both = zip(_normalized(first), _normalized(second), strict=True)
-        units, inverse = (torch.cat(each) for each in both)
-    u, v = units.tensor_split((first.shape[0],))
+    units, inverse = unit_vectors(first, second)
+    u, v = units.split_with_sizes((first.shape[0], second.shape[0]))
     v = v if own is None else v.index_select(0, own)
     cosine = (u * v).sum(1, keepdim=True)
     residual = torch.addcmul(v, cosine, u, value=-1)
@@ -138,6 +134,36 @@ def pairs(first: Tensor, second: Tensor, own: Tensor | None = None) -> Pairs:
     # Not 0, so that a zero vector has pi / 2 to everything.
     sine = torch.threshold(sine, rounding, torch.finfo(sine.dtype).tiny)
     return Pairs(torch.atan2(sine, cosine), torch.stack([cosine, sine]), tangent, units, inverse)
+
+
+def unit_vectors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions of (N, d) and those of (K, d), and 1 / their lengths, 0 for a zero vector.
+
+    Returns:
+        (N + K, d) and (N + K, 1), in float64 (float32 on MPS), without a graph.
+    """
+    if first.dtype == second.dtype:
+        return _normalized(torch.cat([first, second]))
+    both = zip(_normalized(first), _normalized(second), strict=True)
+    units, inverse = (torch.cat(each) for each in both)
+    return units, inverse
+
+
+def angle_of_units(u: Tensor, v: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """The angle theta (N,) of pairs of unit vectors (N, d), and its sine.
+
+    That is infinite where they are parallel to rounding: divided by it theta's gradient is 0 there.
+
+    Args:
+        u: The first.
+        v: The second.
+        cosine: (N,) their product.
+    """
+    residual, rounding = torch.addcmul(v, cosine[:, None], u, value=-1), _resolution(u)
+    sine: Tensor = torch.linalg.vector_norm(residual, dim=1)
+    # Not 0, so that a zero vector has pi / 2 to everything.
+    theta = torch.atan2(torch.threshold(sine, rounding, torch.finfo(sine.dtype).tiny), cosine)
+    return theta, torch.threshold(sine, rounding, math.inf)
 
 
 def inverse_lengths(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -190,8 +190,8 @@ def nearest_penalty(cosine: Tensor, threshold: Tensor, m: float, *, angular: boo
     """
     nearer = cosine + m
     if angular:
-        inside, beyond = _inside(cosine)
-        sine = (1 - inside.square()).sqrt() - beyond.abs()
+        inside, excess, slope = _inside(cosine)
+        sine = torch.sub((1 - inside.square()).sqrt(), excess.abs(), alpha=slope)
         nearer = math.cos(m) * cosine + math.sin(m) * sine
     return torch.where(cosine >= threshold, nearer, cosine)
 
@@ -236,9 +236,8 @@ def linear_angle(cosine: Tensor) -> Tensor:
 
 
 def _linear_angle_with_slope(cosine: Tensor) -> tuple[Tensor, Tensor]:
-    one = torch.ones_like(cosine)
-    angle, descent = _angle_with_descent(cosine, one)
-    return torch.sub(one, angle, alpha=2 / math.pi), descent.mul_(2 / math.pi)
+    angle, descent = _angle_with_descent(cosine)
+    return torch.rsub(angle, 1.0, alpha=2 / math.pi), descent.mul_(2 / math.pi)
 
 
 LINEAR_ANGLE = KnownSlope(linear_angle, _linear_angle_with_slope)
@@ -275,30 +274,30 @@ def divided_angle_with_slope(cosine: Tensor, m: float) -> tuple[Tensor, Tensor]:
         >>> divided_angle_with_slope(torch.tensor([[0.0]]), 2.0)
         (tensor([[0.7071]]), tensor([[0.3536]]))
     """
-    angle, descent = _angle_with_descent(cosine, torch.ones_like(cosine))
+    angle, descent = _angle_with_descent(cosine)
     angle /= m
     return torch.cos(angle), descent.mul_(torch.sin(angle)).div_(m)
 
 
 def _angle(cosine: Tensor) -> Tensor:
     """acos, extended linearly where 1 - abs(cosine) is only rounding."""
-    inside, beyond = _inside(cosine)
-    return torch.acos(inside) - beyond
+    inside, excess, slope = _inside(cosine)
+    return torch.sub(torch.acos(inside), excess, alpha=slope)
 
 
-def _angle_with_descent(cosine: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`_angle` and minus its derivative, without a graph; ``one`` has the same shape."""
-    inside, beyond = _inside(cosine)
-    descent = torch.addcmul(one, inside, inside, value=-1).rsqrt_()
-    return torch.acos(inside).sub_(beyond), descent
+def _angle_with_descent(cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_angle` and minus its derivative, without a graph."""
+    inside, excess, slope = _inside(cosine)
+    descent = torch.ones_like(cosine).addcmul_(inside, inside, value=-1).rsqrt_()
+    return torch.acos(inside).sub_(excess, alpha=slope), descent
 
 
-def _inside(cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine clamped to where acos has a finite derivative, and the linear term beyond.
+def _inside(cosine: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The cosine clamped to where acos has a finite derivative, what is beyond, and that slope.
 
     A clamped cosine alone would have derivative 0 there. (clamp itself has it at its bounds too,
     since torch 2.15.)
     """
     largest = 1 - 4 * torch.finfo(cosine.dtype).eps
     excess = F.softshrink(cosine, largest)
-    return cosine - excess, excess / math.sqrt(1 - largest**2)
+    return cosine - excess, excess, 1 / math.sqrt(1 - largest**2)

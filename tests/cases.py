@@ -18,7 +18,7 @@ import torch
 
 import angular_losses as al
 from angular_losses import margins
-from angular_losses.engine import planner
+from angular_losses.engine import passes, planner
 from tests import reference
 
 
@@ -77,8 +77,13 @@ CASES = [
 ]
 NAMES = [case.name for case in CASES]
 
-# Modes, each with a number of classes in a chunk; 2 leaves a ragged chunk where C is odd.
-MODES = [("dense", 2), ("stash", 2), ("stash", 2048), ("recompute", 2), ("recompute", 2048)]
+# Modes, each with a number of classes in a chunk, as in_chunks_of takes it; 2 leaves a ragged chunk
+# where C is odd.
+MODES = [
+    ("dense", 2),
+    *(("stash", chunk) for chunk in (2, 2048, None)),
+    *(("recompute", chunk) for chunk in (2, 2048)),
+]
 
 
 needs_compiler = pytest.mark.skipif(
@@ -99,13 +104,17 @@ def identifier(value):
 
 
 @contextmanager
-def in_chunks_of(size: int) -> Iterator[None]:
-    """The planner chooses chunks of this size."""
+def in_chunks_of(size: int | None) -> Iterator[None]:
+    """The planner chooses chunks of this size; None is one chunk, no product of which is small."""
 
     def chunk(num_rows: int, device: torch.device) -> int:  # a Mock would not compile
-        return size
+        return size or 2048
 
     planner.cached_plan.cache_clear()
-    with mock.patch.object(planner, "_chunk", chunk):
+    few = passes.FEW_PRODUCTS if size else 0
+    with (
+        mock.patch.object(planner, "_chunk", chunk),
+        mock.patch.object(passes, "FEW_PRODUCTS", few),
+    ):
         yield
     planner.cached_plan.cache_clear()

@@ -47,10 +47,9 @@ def checked(
     shard: Placement = WHOLE,
 ) -> Batch:
     """The batch of what a user passes, checked by :func:`angular_losses.validation.batch`."""
-    validation.positive_integer("sub_centers", sub_centers)
-    validation.floating("weight", weight, "C", "d")
-    num_classes = shard.num_classes_of(weight, sub_centers)
-    kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers, num_classes)
+    total = shard.all_classes
+    kept = validation.batch(embeddings, weight, labels, ignore_index, sub_centers, total)
+    num_classes = weight.shape[0] // sub_centers if total is None else total
     labels = labels.long()
     if torch.compiler.is_compiling():  # whose kernels may look labels up before they are asserted
         labels = labels.clamp(0, num_classes - 1)

@@ -16,6 +16,9 @@ from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
 from .passes import Gradients, Parts, Saved
 
+# All can be done at once for as many as there are rows, or as these.
+FEW_CLASSES = 64
+
 
 class RowLoss(NamedTuple):
     """From the parts to the loss of a batch, where the margin knows its derivative.
@@ -134,8 +137,10 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
     Not in float16, where the factor to come is a GradScaler's, without which gradients underflow.
     """
     embeddings, weight = inputs[:2]
+    most = min(settings.chunk, max(embeddings.shape[0], FEW_CLASSES))
     return (
-        others.rule.sub_centers < weight.shape[0] <= min(settings.chunk, embeddings.shape[0])
+        others.rule.sub_centers < weight.shape[0] <= most
+        and embeddings.shape[0] > 0
         and embeddings.requires_grad
         and weight.requires_grad
         and settings.differentiate

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import inverse_lengths, pairs, working_dtype
+from ..geometry import angle_of_units, inverse_lengths, pairs, unit_vectors, working_dtype
 from .chunks import (
     BOUNDED_SCALE,
     Chunks,
@@ -45,6 +45,9 @@ from .chunks import (
     Terms,
     multiply,
 )
+
+# Up to this N x d x C the operators of a step take longer than its products, in float64 too.
+FEW_PRODUCTS = 2**20
 
 
 class Parts(NamedTuple):
@@ -339,6 +342,9 @@ def whole_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both passes at once, over a few classes of a rule that ``has_slopes``.
 
+    Where the products are small they are in float64: then those of the targets' gradients can be
+    among them.
+
     Args:
         inputs: Embeddings, weight and own.
         scale: The scale, up to ``BOUNDED_SCALE``.
@@ -350,37 +356,48 @@ def whole_step(
         What the loss is made of, and the gradients of the embeddings and of the weight.
     """
     embeddings, weight, own = inputs[:3]
-    num_rows, dtype = len(own), working_dtype(embeddings, weight)
-    found = pairs(embeddings, weight, own)
-    both = found.directions.to(dtype)
-    unit, centres = both.tensor_split((num_rows,))
+    sizes, rows, found = (embeddings.shape[0], weight.shape[0]), own[None], None
+    if embeddings.numel() * sizes[1] <= FEW_PRODUCTS:
+        both, inverse = unit_vectors(embeddings, weight)
+    else:
+        found, dtype = pairs(embeddings, weight, own), working_dtype(embeddings, weight)
+        both, inverse = found.directions.to(dtype), found.inverse.to(dtype)
+    unit, centres = both.split_with_sizes(sizes)
+    cosines = torch.mm(centres, unit.T)
+    if found is None:
+        targets = centres.index_select(0, own)
+        theta, sines = angle_of_units(unit, targets, cosines.gather(0, rows)[0])
+    else:
+        theta = found.theta[:, 0]
     rule, slopes = others.rule, None
-    terms, is_nearest = rule.nearest(torch.mm(centres, unit.T))
-    labels = own if rule.sub_centers == 1 else own // rule.sub_centers
+    terms, is_nearest = rule.nearest(cosines)
+    labels = rows if rule.sub_centers == 1 else rows // rule.sub_centers
     if others.ranking is not None:
-        of_others = terms.scatter(0, labels[None], -math.inf).amax(0)
-        others.ranking.add(terms.gather(0, labels[None])[0], of_others)
+        of_others = terms.scatter(0, labels, -math.inf).amax(0)
+        others.ranking.add(terms.gather(0, labels)[0], of_others)
     if rule.with_slopes is not None:
         terms, slopes = rule.with_slopes(terms)
     scaled = terms.mul_(scale) if slopes is None else terms * scale  # which may be one tensor
-    exponentials = scaled.scatter_(0, labels[None], -math.inf).exp_()
+    exponentials = scaled.scatter_(0, labels, -math.inf).exp_()
     total = exponentials.sum(0)
     if slopes is not None:
         exponentials *= slopes
-    excess, of_theta, of_negatives = of_parts(found.theta[:, 0], total.to(found.theta.dtype).log())
-    of_theta = of_theta.to(dtype)[:, None]
-    exponentials *= of_negatives.to(dtype).div_(total)
-    exponentials = rule.of_centres(exponentials, is_nearest)
+    excess, of_theta, of_negatives = of_parts(theta, total.to(theta.dtype).log())
+    exponentials *= of_negatives.to(both.dtype).div_(total)
+    of_cosines = rule.of_centres(exponentials, is_nearest)
+    if found is None:
+        of_cosines.scatter_(0, rows, of_theta.div_(sines).neg_()[None])
     gradient = torch.empty_like(both)
-    of_rows, of_centres = gradient.tensor_split((num_rows,))
-    torch.mm(exponentials.T, centres, out=of_rows)
-    torch.mm(exponentials, unit, out=of_centres)
+    of_rows, of_centres = gradient.split_with_sizes(sizes)
+    torch.mm(of_cosines.T, centres, out=of_rows)
+    torch.mm(of_cosines, unit, out=of_centres)
     _take_off_along(both, gradient)
-    tangent = found.tangent.to(dtype)
-    cosine, sine = (found.cos_sin.to(dtype) * of_theta).unbind()
-    of_rows.addcmul_(tangent, of_theta, value=-1)
-    of_centres.index_add_(0, own, tangent.mul_(cosine).addcmul_(unit, sine, value=-1))
-    gradient *= found.inverse.to(dtype)
+    if found is not None:
+        tangent, of_angle = found.tangent.to(both.dtype), of_theta.to(both.dtype)[:, None]
+        cosine, sine = (found.cos_sin.to(both.dtype) * of_angle).unbind()
+        of_rows.addcmul_(tangent, of_angle, value=-1)
+        of_centres.index_add_(0, own, tangent.mul_(cosine).addcmul_(unit, sine, value=-1))
+    gradient *= inverse
     return excess, of_rows.to(embeddings.dtype), of_centres.to(weight.dtype)
 
 

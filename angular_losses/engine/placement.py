@@ -27,9 +27,10 @@ class Placement:
     def __repr__(self) -> str:
         return "all classes"
 
-    def num_classes_of(self, weight: Tensor, sub_centers: int) -> int:
-        """The number of classes."""
-        return weight.shape[0] // sub_centers
+    @property
+    def all_classes(self) -> int | None:
+        """The number of classes in all, where the weight may have some of them."""
+        return None
 
     def most_centres(self, weight: Tensor, sub_centers: int) -> int:
         """The number of centres."""

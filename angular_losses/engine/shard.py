@@ -86,7 +86,8 @@ class Shard(Sampled):
     def __repr__(self) -> str:
         return f"{self.first}:{self.first + self.count} of {self.num_classes} classes"
 
-    def num_classes_of(self, weight: Tensor, sub_centers: int) -> int:
+    @property
+    def all_classes(self) -> int:
         """The number of classes in all."""
         return self.num_classes
 
