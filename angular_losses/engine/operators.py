@@ -15,9 +15,7 @@ from ..geometry import precise_dtype, without_autocast, working_dtype
 from . import passes
 from .chunks import BOUNDED_SCALE, PLAIN, Inputs, Others, Settings
 from .passes import Gradients, Parts, Saved
-
-# All can be done at once for as many as there are rows, or as these.
-FEW_CLASSES = 64
+from .planner import fits_at_once
 
 
 class RowLoss(NamedTuple):
@@ -137,9 +135,9 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
     Not in float16, where the factor to come is a GradScaler's, without which gradients underflow.
     """
     embeddings, weight = inputs[:2]
-    most = min(settings.chunk, max(embeddings.shape[0], FEW_CLASSES))
     return (
-        others.rule.sub_centers < weight.shape[0] <= most
+        fits_at_once(embeddings.shape[0], weight.shape[0], settings.chunk)
+        and weight.shape[0] > others.rule.sub_centers
         and embeddings.shape[0] > 0
         and embeddings.requires_grad
         and weight.requires_grad

@@ -45,9 +45,7 @@ from .chunks import (
     Terms,
     multiply,
 )
-
-# Up to this N x d x C the operators of a step take longer than its products, in float64 too.
-FEW_PRODUCTS = 2**20
+from .planner import FEW_PRODUCTS
 
 
 class Parts(NamedTuple):

@@ -15,6 +15,10 @@ DEFAULT_BUDGET = 256 * 2**20
 # A smaller chunk than the first is slow; than the second, slower than the memory is worth.
 SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
+# Both passes are done at once over as many classes as there are rows, or as these; in float64 up to
+# this N x d x C, where the operators take longer than the products do.
+ALWAYS_AT_ONCE = 64
+FEW_PRODUCTS = 2**20
 # Copies of a chunk's cosines that a function of negatives and its derivative take.
 REWEIGHTING = 12
 
@@ -147,6 +151,11 @@ def _chunk(num_rows: int, device: torch.device) -> int:
     return max(4096, min(65536, 2**24 // max(1, num_rows)) // 4096 * 4096)
 
 
+def fits_at_once(rows: int, classes: int, chunk: int) -> bool:
+    """Whether the classes are so few that both passes can be done at once."""
+    return classes <= min(chunk, max(rows, ALWAYS_AT_ONCE))
+
+
 def _extra_bytes(
     mode: str,
     rows: int,
@@ -170,4 +179,8 @@ def _extra_bytes(
     if dtype.itemsize != working:
         in_chunk += chunk * size * working
     kept = rows * classes * product if mode == "stash" else 0
-    return kept + in_chunk + (11 * rows * size + classes) * working
+    extra = kept + in_chunk + (11 * rows * size + classes) * working
+    if rows * size * classes <= FEW_PRODUCTS and fits_at_once(rows, classes, chunk):
+        at_once = (28 - dtype.itemsize) * (rows + classes) * size + 8 * rows * (classes + 16)
+        extra = max(extra, at_once)
+    return extra

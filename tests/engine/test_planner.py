@@ -79,6 +79,17 @@ def test_predicted_memory_is_what_is_allocated(mode, dtype, sizes):
     assert measured == pytest.approx(chosen.extra_bytes + chosen.gradient_bytes, rel=0.15)
 
 
+@pytest.mark.parametrize("sizes", [(64, 3, 256), (2, 64, 256), (1, 2, 4096), (300, 300, 11)])
+@pytest.mark.parametrize("build", [al.ArcFaceLoss, al.LiArcFaceLoss])
+def test_few_classes_take_no_more_memory_than_predicted(sizes, build):
+    num_rows, num_classes, size = sizes
+    embeddings, loss = torch.randn(num_rows, size, requires_grad=True), build(num_classes, size)
+    labels = torch.randint(num_classes, (num_rows,))
+    chosen = al.plan(*sizes, reweighted=build is al.LiArcFaceLoss)
+    measured = peak_bytes(lambda: loss(embeddings, labels).backward())
+    assert 0 < measured <= 1.05 * (chosen.extra_bytes + chosen.gradient_bytes)
+
+
 def test_a_loss_follows_its_budget():
     embeddings, labels = torch.randn(256, 32), torch.randint(20_000, (256,))
     embeddings.requires_grad_()
