@@ -21,7 +21,6 @@ from examples.brain_tumor.errors import UserError
 from examples.brain_tumor.evaluation.calibration import FLOOR, fit_familiarity, read_calibration
 from examples.brain_tumor.evaluation.evaluate import (
     early_features,
-    embed,
     evaluate,
     read_predictions,
 )
@@ -345,27 +344,37 @@ def test_the_training_embeddings_are_made_by_the_model(tmp_path, half_run, run, 
 
 
 def test_what_the_precision_changes_is_counted(tmp_path, half_run, run, blobs, traced, monkeypatch):
+    known, reference = read_predictions(run / "predictions.csv"), read_reference(half_run, blobs)
+
+    def counts(of_run):
+        right = [int((each == known.truth).sum()) for each in (known.predicted, of_run)]
+        return {"right": dict(zip(("model", "run"), right, strict=True))} | {
+            "answered_otherwise": int((of_run != known.predicted).sum())
+        }
+
+    # Other answers of the run to as many slices as make the three counts differ.
+    for changed in range(1, 10):
+        of_run = known.predicted.copy()
+        of_run[:changed] = (of_run[:changed] + 1) % 3
+        expected = counts(of_run)
+        if len({expected["answered_otherwise"], *expected["right"].values()}) == 3:
+            break
+    else:
+        pytest.fail("no answers tell the counts apart")
+    places = [int((reference.labels == label).nonzero()[0]) for label in of_run]
     asked = []
 
-    def spy(network, images, precision, views):
+    def of_precision(network, images, precision, views):
         asked.append(precision)
-        return embed(network, images, precision, views)
+        return reference.embeddings[places]
 
-    monkeypatch.setattr(prediction, "embed", spy)
+    monkeypatch.setattr(prediction, "embed", of_precision)
     described = export(half_run, blobs, tmp_path / "out")
     assert asked == [torch.bfloat16]
     assert described["precision"] == {"model": "float32", "run": "bfloat16"}
-    reference = read_reference(half_run, blobs)
-    known, labels = read_predictions(run / "predictions.csv"), blobs.labels.numpy()
-    embeddings = embed(reference.network, blobs.images[15:], torch.bfloat16)
-    nearest = (embeddings @ reference.embeddings.T).argmax(1)
-    of_run = labels[:15][nearest.numpy()]
-    otherwise = (known.predicted != of_run).sum()
-    right = {"model": (known.predicted == known.truth).sum(), "run": (of_run == known.truth).sum()}
-    assert len({otherwise, *right.values()}) == 3  # so that it matters which is which
     unknown = described["held_out"].pop("called_unknown")
     assert unknown["model"] == unknown["run"] == reference.unknown(blobs.images[15:]).sum()
-    assert described["held_out"] == {"slices": 9, "right": right, "answered_otherwise": otherwise}
+    assert described["held_out"] == {"slices": 9, **expected}
 
 
 def test_the_answers_counted_are_those_of_the_files(run, blobs, tmp_path, monkeypatch):
