@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from . import validation
 
+# Up to this N x d x C the operators of a batch take longer than its products, in float64 too.
+FEW_PRODUCTS = 2**20
+
 
 def directions(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Unit vectors along the last dimension, for vectors of any finite, not tiny length.
@@ -240,11 +243,15 @@ def nearest_sub_centers(
         return labels
     first = labels.clamp(min=0) * sub_centers
     rows = first[:, None] + torch.arange(sub_centers, device=labels.device)
-    unit, _ = _normalized(embeddings.detach())
-    centres, _ = _normalized(weight.detach().index_select(0, rows.flatten()))
-    each = centres.view(*rows.shape, weight.shape[1])
-    nearest: Tensor = torch.linalg.vecdot(unit[:, None], each).argmax(1)
-    return (first + nearest).where(labels >= 0, -1)
+    x, weight = embeddings.detach().to(precise_dtype(weight.device)), weight.detach()
+    if x.dtype == embeddings.dtype:  # whose products may overflow
+        x, _ = _normalized(x)
+    if x.numel() * weight.shape[0] <= FEW_PRODUCTS:
+        products = torch.mm(x, _normalized(weight)[0].T).gather(1, rows)
+    else:
+        each, _ = _normalized(weight.index_select(0, rows.flatten()))
+        products = torch.linalg.vecdot(x[:, None], each.view(*rows.shape, weight.shape[1]))
+    return (first + products.argmax(1)).where(labels >= 0, -1)
 
 
 def cosines(embeddings: Tensor, weight: Tensor) -> Tensor:

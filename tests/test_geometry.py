@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from angular_losses import angle_between, target_angle
 from angular_losses.engine.chunks import Inputs, Others, Settings
 from angular_losses.engine.operators import margin_parts
-from angular_losses.geometry import cosines, directions
+from angular_losses.engine.passes import whole_step
+from angular_losses.geometry import cosines, directions, nearest_sub_centers
 from tests import reference, strategies
 from tests.strategies import ANGLES, pair_at
 
@@ -18,7 +19,27 @@ def angle_of_engine(embeddings, weight, labels):
     return margin_parts(inputs, Settings(8.0, 1, torch.float32, True, True), Others()).theta
 
 
-BOTH_WAYS = pytest.mark.parametrize("angle_of", [target_angle, angle_of_engine])
+class WholeStep(torch.autograd.Function):
+    """The angle as a step over few classes finds it, whose loss is the angle here."""
+
+    @staticmethod
+    def forward(ctx, embeddings, weight, labels):
+        def itself(theta, negatives):
+            return theta, torch.ones_like(theta), torch.zeros_like(theta)
+
+        others = torch.ones(1, weight.shape[1]).to(weight)
+        inputs = Inputs(embeddings, torch.cat([weight, others]), labels)
+        theta, of_embeddings, of_weight = whole_step(inputs, 8.0, Others(), itself)
+        ctx.save_for_backward(of_embeddings, of_weight[:-1])
+        return theta
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_embeddings, of_weight = ctx.saved_tensors
+        return grad[:, None] * of_embeddings, grad.sum() * of_weight, None
+
+
+BOTH_WAYS = pytest.mark.parametrize("angle_of", [target_angle, angle_of_engine, WholeStep.apply])
 
 
 def angle_and_gradients(first, second, angle_of=target_angle):
@@ -233,3 +254,21 @@ def test_bad_input_names_the_argument(embeddings, weight, labels, error, message
 def test_any_integer_labels(dtype):
     embeddings = torch.eye(3)
     assert target_angle(embeddings, embeddings, torch.arange(3, dtype=dtype)).abs().max() == 0
+
+
+@pytest.mark.parametrize("length", [1.0, 1e300, 1e-250])
+@pytest.mark.parametrize("sizes", [(5, 3, 7), (64, 40, 256)])  # the latter's products are many
+def test_nearest_sub_centers(sizes, length):
+    num_rows, num_classes, size = sizes
+    generator = torch.Generator().manual_seed(0)
+    embeddings, weight = (
+        torch.randn(rows, size, dtype=torch.float64, generator=generator)
+        for rows in (num_rows, 3 * num_classes)
+    )
+    labels = torch.arange(num_rows) % num_classes
+    cosine = cosines(embeddings, weight).view(num_rows, num_classes, 3)
+    expected = 3 * labels + cosine[range(num_rows), labels].argmax(1)
+    labels[1] = expected[1] = -1
+    for dtype in (torch.float32, torch.float64) if length == 1 else (torch.float64,):
+        found = nearest_sub_centers((length * embeddings).to(dtype), weight.to(dtype), labels, 3)
+        assert torch.equal(found, expected)

@@ -33,7 +33,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import angle_of_units, inverse_lengths, pairs, unit_vectors, working_dtype
+from ..geometry import (
+    FEW_PRODUCTS,
+    angle_of_units,
+    inverse_lengths,
+    pairs,
+    unit_vectors,
+    working_dtype,
+)
 from .chunks import (
     BOUNDED_SCALE,
     Chunks,
@@ -45,7 +52,6 @@ from .chunks import (
     Terms,
     multiply,
 )
-from .planner import FEW_PRODUCTS
 
 
 class Parts(NamedTuple):

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from .. import validation
+from ..geometry import FEW_PRODUCTS
 
 MODES = ("auto", "dense", "stash", "recompute")
 DEFAULT_BUDGET = 256 * 2**20
 # A smaller chunk than the first is slow; than the second, slower than the memory is worth.
 SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
-# Both passes are done at once over as many classes as there are rows, or as these; in float64 up to
-# this N x d x C, where the operators take longer than the products do.
+# Both passes are done at once over as many classes as there are rows, or as these.
 ALWAYS_AT_ONCE = 64
-FEW_PRODUCTS = 2**20
 # Copies of a chunk's cosines that a function of negatives and its derivative take.
 REWEIGHTING = 12
 
