@@ -152,17 +152,14 @@ def unit_vectors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return units, inverse
 
 
-def angle_of_units(u: Tensor, v: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+def angle_of_units(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The angle theta (N,) of pairs of unit vectors (N, d), and its sine.
 
     That is infinite where they are parallel to rounding: divided by it theta's gradient is 0 there.
-
-    Args:
-        u: The first.
-        v: The second.
-        cosine: (N,) their product.
     """
-    residual, rounding = torch.addcmul(v, cosine[:, None], u, value=-1), _resolution(u)
+    # Not by a matrix product, whose rounding increases with d: in the residual it would be a sine.
+    cosine, rounding = (u * v).sum(1), _resolution(u)
+    residual = torch.addcmul(v, cosine[:, None], u, value=-1)
     sine: Tensor = torch.linalg.vector_norm(residual, dim=1)
     # Not 0, so that a zero vector has pi / 2 to everything.
     theta = torch.atan2(torch.threshold(sine, rounding, torch.finfo(sine.dtype).tiny), cosine)

@@ -8,7 +8,7 @@ from angular_losses import angle_between, target_angle
 from angular_losses.engine.chunks import Inputs, Others, Settings
 from angular_losses.engine.operators import margin_parts
 from angular_losses.engine.passes import whole_step
-from angular_losses.geometry import cosines, directions, nearest_sub_centers
+from angular_losses.geometry import cosines, directions, nearest_sub_centers, pairs
 from tests import reference, strategies
 from tests.strategies import ANGLES, pair_at
 
@@ -254,6 +254,23 @@ def test_bad_input_names_the_argument(embeddings, weight, labels, error, message
 def test_any_integer_labels(dtype):
     embeddings = torch.eye(3)
     assert target_angle(embeddings, embeddings, torch.arange(3, dtype=dtype)).abs().max() == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_dimensions_leave_opposite_vectors_opposite(seed):
+    torch.manual_seed(seed)
+    weight, labels = torch.randn(3, 2048), torch.arange(64) % 3
+    theta, *gradients = whole_step(
+        Inputs(-weight[labels], weight, labels),
+        8.0,
+        Others(),
+        lambda theta, negatives: (theta, torch.ones_like(theta), torch.zeros_like(theta)),
+    )
+    # As far as one rounding of the product allows, which depends on the processor.
+    is_opposite = ~pairs(-weight[labels], weight, labels).tangent.any(1)
+    assert is_opposite.any()
+    assert torch.allclose(theta, torch.full_like(theta, math.pi), rtol=1e-14)
+    assert gradients[0][is_opposite].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("length", [1.0, 1e300, 1e-250])

@@ -369,8 +369,7 @@ def whole_step(
     unit, centres = both.split_with_sizes(sizes)
     cosines = torch.mm(centres, unit.T)
     if found is None:
-        targets = centres.index_select(0, own)
-        theta, sines = angle_of_units(unit, targets, cosines.gather(0, rows)[0])
+        theta, sines = angle_of_units(unit, centres.index_select(0, own))
     else:
         theta = found.theta[:, 0]
     rule, slopes = others.rule, None
