@@ -42,8 +42,10 @@ class KnownSlope:
     """A function of the cosines alone, with its derivative, which autograd then need not find.
 
     Args:
-        function: From cosines (K, N) to the values that replace them, in [-1, 1] too.
-        with_slope: From cosines (K, N) to the same and its derivatives, without a graph.
+        function: From cosines (K, N), float32 or float64, to the values that replace them, in
+            [-1, 1] too.
+        with_slope: From the same to these values and their derivatives, without a graph. Training
+            steps over few classes have float64 for float32 embeddings too.
 
     Example:
         >>> halved = KnownSlope(lambda c: c / 2, lambda c: (c / 2, torch.full_like(c, 0.5)))

@@ -19,17 +19,24 @@ def angle_of_engine(embeddings, weight, labels):
     return margin_parts(inputs, Settings(8.0, 1, torch.float32, True, True), Others()).theta
 
 
+def step_of_angle(*inputs):
+    """A step over few classes, of which the loss is the target's angle, and its gradients."""
+
+    def itself(theta, negatives):
+        return theta, torch.ones_like(theta), torch.zeros_like(theta)
+
+    return whole_step(Inputs(*inputs), 8.0, Others(), itself)
+
+
 class WholeStep(torch.autograd.Function):
-    """The angle as a step over few classes finds it, whose loss is the angle here."""
+    """The angle as a step over few classes finds it."""
 
     @staticmethod
     def forward(ctx, embeddings, weight, labels):
-        def itself(theta, negatives):
-            return theta, torch.ones_like(theta), torch.zeros_like(theta)
-
         others = torch.ones(1, weight.shape[1]).to(weight)
-        inputs = Inputs(embeddings, torch.cat([weight, others]), labels)
-        theta, of_embeddings, of_weight = whole_step(inputs, 8.0, Others(), itself)
+        theta, of_embeddings, of_weight = step_of_angle(
+            embeddings, torch.cat([weight, others]), labels
+        )
         ctx.save_for_backward(of_embeddings, of_weight[:-1])
         return theta
 
@@ -39,7 +46,7 @@ class WholeStep(torch.autograd.Function):
         return grad[:, None] * of_embeddings, grad.sum() * of_weight, None
 
 
-BOTH_WAYS = pytest.mark.parametrize("angle_of", [target_angle, angle_of_engine, WholeStep.apply])
+EVERY_WAY = pytest.mark.parametrize("angle_of", [target_angle, angle_of_engine, WholeStep.apply])
 
 
 def angle_and_gradients(first, second, angle_of=target_angle):
@@ -49,7 +56,7 @@ def angle_and_gradients(first, second, angle_of=target_angle):
     return theta, first.grad, second.grad
 
 
-@BOTH_WAYS
+@EVERY_WAY
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("dimensions", [2, 128, 512])
 @pytest.mark.parametrize("theta", ANGLES)
@@ -64,7 +71,7 @@ def test_angle_and_gradient_against_50_digits(theta, dimensions, aligned, angle_
         assert reference.relative_error(gradient, reference.tangent(*pair)) <= 1e-6
 
 
-@BOTH_WAYS
+@EVERY_WAY
 @pytest.mark.parametrize("ratio", [3.0, -3.0, 11.0, -11.0])
 def test_parallel_vectors_have_no_gradient_though_their_directions_round_apart(ratio, angle_of):
     first = torch.arange(1.0, 32.0)  # 1 to 7 would round alike
@@ -97,7 +104,7 @@ def test_second_derivative_against_its_closed_form(theta):
     assert torch.allclose(hessian, expected, rtol=1e-9, atol=1e-9)
 
 
-@BOTH_WAYS
+@EVERY_WAY
 @given(strategies.angles, strategies.exponents, strategies.exponents, strategies.seeds)
 @settings(max_examples=100, deadline=None)
 def test_lengths_do_not_matter(angle_of, theta, first_exponent, second_exponent, seed):
@@ -260,17 +267,12 @@ def test_any_integer_labels(dtype):
 def test_many_dimensions_leave_opposite_vectors_opposite(seed):
     torch.manual_seed(seed)
     weight, labels = torch.randn(3, 2048), torch.arange(64) % 3
-    theta, *gradients = whole_step(
-        Inputs(-weight[labels], weight, labels),
-        8.0,
-        Others(),
-        lambda theta, negatives: (theta, torch.ones_like(theta), torch.zeros_like(theta)),
-    )
+    theta, of_embeddings, _ = step_of_angle(-weight[labels], weight, labels)
     # As far as one rounding of the product allows, which depends on the processor.
     is_opposite = ~pairs(-weight[labels], weight, labels).tangent.any(1)
     assert is_opposite.any()
     assert torch.allclose(theta, torch.full_like(theta, math.pi), rtol=1e-14)
-    assert gradients[0][is_opposite].abs().max() < 1e-30
+    assert of_embeddings[is_opposite].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("length", [1.0, 1e300, 1e-250])

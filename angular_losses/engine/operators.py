@@ -135,10 +135,11 @@ def _fits_whole_step(inputs: Inputs, settings: Settings, others: Others) -> bool
     Not in float16, where the factor to come is a GradScaler's, without which gradients underflow.
     """
     embeddings, weight = inputs[:2]
+    num_rows, num_centres = embeddings.shape[0], weight.shape[0]
     return (
-        fits_at_once(embeddings.shape[0], weight.shape[0], settings.chunk)
-        and weight.shape[0] > others.rule.sub_centers
-        and embeddings.shape[0] > 0
+        fits_at_once(num_rows, num_centres, weight.shape[1], settings.chunk)
+        and num_centres > others.rule.sub_centers
+        and num_rows > 0
         and embeddings.requires_grad
         and weight.requires_grad
         and settings.differentiate

@@ -16,8 +16,8 @@ DEFAULT_BUDGET = 256 * 2**20
 # A smaller chunk than the first is slow; than the second, slower than the memory is worth.
 SMALLEST_FAST_CHUNK = 1024
 SMALLEST_CHUNK = 64
-# Both passes are done at once over as many classes as there are rows, or as these.
-ALWAYS_AT_ONCE = 64
+# Both passes are done at once over no more classes than rows, or than these where products are few.
+FEW_AT_ONCE = 64
 # Copies of a chunk's cosines that a function of negatives and its derivative take.
 REWEIGHTING = 12
 
@@ -150,9 +150,10 @@ def _chunk(num_rows: int, device: torch.device) -> int:
     return max(4096, min(65536, 2**24 // max(1, num_rows)) // 4096 * 4096)
 
 
-def fits_at_once(rows: int, classes: int, chunk: int) -> bool:
+def fits_at_once(rows: int, classes: int, size: int, chunk: int) -> bool:
     """Whether the classes are so few that both passes can be done at once."""
-    return classes <= min(chunk, max(rows, ALWAYS_AT_ONCE))
+    most = max(rows, FEW_AT_ONCE) if rows * size * classes <= FEW_PRODUCTS else rows
+    return classes <= min(chunk, most)
 
 
 def _extra_bytes(
@@ -179,7 +180,7 @@ def _extra_bytes(
         in_chunk += chunk * size * working
     kept = rows * classes * product if mode == "stash" else 0
     extra = kept + in_chunk + (11 * rows * size + classes) * working
-    if rows * size * classes <= FEW_PRODUCTS and fits_at_once(rows, classes, chunk):
+    if rows * size * classes <= FEW_PRODUCTS and fits_at_once(rows, classes, size, chunk):
         at_once = (28 - dtype.itemsize) * (rows + classes) * size + 8 * rows * (classes + 16)
         extra = max(extra, at_once)
     return extra

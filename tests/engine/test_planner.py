@@ -79,7 +79,13 @@ def test_predicted_memory_is_what_is_allocated(mode, dtype, sizes):
     assert measured == pytest.approx(chosen.extra_bytes + chosen.gradient_bytes, rel=0.15)
 
 
-@pytest.mark.parametrize("sizes", [(64, 3, 256), (2, 64, 256), (1, 2, 4096), (300, 300, 11)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *((64, 3, 256), (2, 64, 256), (1, 2, 4096), (300, 300, 11)),
+        *((2, 64, 16384), (8, 64, 4096), (64, 64, 2048)),  # whose products are many
+    ],
+)
 @pytest.mark.parametrize("build", [al.ArcFaceLoss, al.LiArcFaceLoss])
 def test_few_classes_take_no_more_memory_than_predicted(sizes, build):
     num_rows, num_classes, size = sizes
