@@ -240,9 +240,8 @@ def nearest_sub_centers(
         return labels
     first = labels.clamp(min=0) * sub_centers
     rows = first[:, None] + torch.arange(sub_centers, device=labels.device)
+    # Whose length does not matter, and bounds the products with unit vectors.
     x, weight = embeddings.detach().to(precise_dtype(weight.device)), weight.detach()
-    if x.dtype == embeddings.dtype:  # whose products may overflow
-        x, _ = _normalized(x)
     if x.numel() * weight.shape[0] <= FEW_PRODUCTS:
         products = torch.mm(x, _normalized(weight)[0].T).gather(1, rows)
     else:
